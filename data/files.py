@@ -1,0 +1,265 @@
+"""Local data files -> (where, row): JSON lines, a JSON list (plain or wrapped in one dict), CSV, each also gzipped, and Parquet.
+
+A reader of our own because every error must name the file and the line: `where` is "path:line", the line on which the row starts.
+"""
+import csv
+import difflib
+import gzip
+import itertools
+import json
+import sys
+import zlib
+from pathlib import Path
+
+from data.errors import UserError
+
+SUFFIXES = (".jsonl", ".json", ".ndjson", ".csv", ".parquet", ".gz")
+
+
+def read_rows(path, base=None):
+    """Yield (where, row: dict) for every row of a local data file.
+
+    `base` is the YAML's folder, only used to say so when the file is missing here but exists there.
+    Raises UserError: missing, empty, cut off or malformed file, text that is not UTF-8, rows that are not objects.
+    """
+    path = find_file(path, base)
+    rows = 0
+    try:
+        for where, row in _reader(path)(path):
+            if not isinstance(row, dict):
+                raise UserError(f"a row is not an object but {_kind(row)} in {where}; "
+                                'fix: make every row an object such as {"prompt": "...", "response": "..."}')
+            rows += 1
+            yield where, row
+    except EOFError:
+        raise UserError(f"the gzip file seems cut off: {path}; fix: copy or download it again") from None
+    except (gzip.BadGzipFile, zlib.error) as error:
+        raise UserError(f"the gzip file is corrupt ({error}): {path}; fix: copy or download it again") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror or error}); fix: check the file and its permissions") from None
+    if not rows:
+        raise UserError(f"the file is empty, no rows in {path}; fix: put at least one row into it")
+
+
+def find_file(path, base=None):
+    """The data file that `path` means: the file itself, or the only data file of a directory. UserError if there is none."""
+    path = Path(path)
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
+        if len(files) != 1:
+            names = ", ".join(file.name for file in files[:8]) or "none"
+            raise UserError(f"{path} is a directory with {len(files)} data files ({names}); fix: name one file")
+        return files[0]
+    if path.exists():
+        return path
+    if base is not None and not path.is_absolute() and (Path(base) / path).exists():
+        raise UserError(f"no file {path}, but {Path(base) / path} exists; fix: write that path "
+                        "(paths are relative to the directory in which the command runs)")
+    if not path.parent.is_dir():
+        raise UserError(f"no file {path}: the directory {path.parent} does not exist; fix: correct the path")
+    try:
+        near = difflib.get_close_matches(path.name, [file.name for file in path.parent.iterdir()], n=3, cutoff=0.4)
+    except OSError:
+        near = []
+    hint = f" (nearest in {path.parent}: {', '.join(near)})" if near else ""
+    raise UserError(f"no file {path}{hint}; fix: correct the path")
+
+
+def _reader(path):
+    """Choose by suffix; whatever the suffix, text that starts with { or [ is JSON."""
+    suffix = Path(path.name.lower().removesuffix(".gz")).suffix
+    if suffix == ".parquet":
+        return _parquet
+    if suffix == ".csv":
+        return _csv
+    with _open(path) as file:
+        first = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
+    if suffix in SUFFIXES or first in (b"{", b"["):
+        return _json_list if first == b"[" else _json_lines
+    raise UserError(f"not a data file, neither known by its suffix nor JSON: {path}; "
+                    f"fix: save it as one of {', '.join(SUFFIXES)}")
+
+
+def _open(path):
+    with open(path, "rb") as file:
+        zipped = file.read(2) == b"\x1f\x8b"
+    return gzip.open(path, "rb") if zipped else open(path, "rb")
+
+
+def _lines(path):
+    """Yield (line number, text with its line end). Split at \\n only: JSON strings may hold other Unicode line breaks."""
+    with _open(path) as file:
+        for number, line in enumerate(file, 1):
+            if number == 1:
+                line = line.removeprefix(b"\xef\xbb\xbf")
+            try:
+                yield number, line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                byte = f"byte 0x{line[error.start]:02x}, number {error.start + 1} of the line"
+                raise UserError(f"not UTF-8 ({byte}) in {path}:{number}; "
+                                "fix: iconv -f <its encoding> -t UTF-8 <file> > <new file>") from None
+
+
+# ---- JSON ----
+
+def _no_duplicates(pairs):
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"duplicate key {next(key for key in keys if keys.count(key) > 1)!r}")
+    return row
+
+
+def _no_constant(name):
+    raise ValueError(f"{name} is not JSON")
+
+
+_decoder = json.JSONDecoder(object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
+
+
+def _malformed(where, error, last):
+    text = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+    # A duplicate key or NaN stands in a complete row, so only a syntax error suggests a file that was cut off.
+    cut_off = "; the file seems cut off" if last and isinstance(error, json.JSONDecodeError) else ""
+    return UserError(f"malformed row ({text}){cut_off} in {where}; fix: correct or delete that row")
+
+
+def _json_lines(path):
+    lines = ((number, line) for number, line in _lines(path) if line.strip())
+    head = list(itertools.islice(lines, 2))
+    if head and (head[0][1].rstrip().endswith(("{", "[", ",")) or len(head) == 1 and _is_wrapper(head[0][1])):
+        yield from _json_dict(path)
+        return
+    lines = itertools.chain(head, lines)
+    for number, line in lines:
+        try:
+            row = _decoder.decode(line)
+        except (ValueError, RecursionError) as error:
+            raise _malformed(f"{path}:{number}", error, last=next(lines, None) is None) from None
+        yield f"{path}:{number}", row
+
+
+def _is_wrapper(line):
+    try:
+        return _wrapped(_decoder.decode(line)) is not None
+    except (ValueError, RecursionError):
+        return False  # reported with its line by the caller
+
+
+def _wrapped(document):
+    """The key of a dict's only list of objects, if these are rows: {"data": [{...}, ...]}; messages are a row's column."""
+    if not isinstance(document, dict):
+        return None
+    keys = [key for key, value in document.items()
+            if isinstance(value, list) and value and all(isinstance(element, dict) for element in value)]
+    if len(keys) == 1 and not any("role" in element or "from" in element for element in document[keys[0]]):
+        return keys[0]
+    return None
+
+
+def _json_list(path):
+    yield from _elements(path, "".join(line for _, line in _lines(path)), 0)
+
+
+def _json_dict(path):
+    """One dict over the whole file: a wrapper around a list of rows, else a single row."""
+    text = "".join(line for _, line in _lines(path))
+    try:
+        document = _decoder.decode(text)
+    except (ValueError, RecursionError) as error:
+        number = error.lineno if isinstance(error, json.JSONDecodeError) else 1
+        raise _malformed(f"{path}:{number}", error, last=not text.rstrip().endswith("}")) from None
+    key = _wrapped(document)
+    if key is None:
+        line = text.count("\n", 0, text.index("{")) + 1
+        yield f"{path}:{line}", document
+        return
+    print(f"notice: {path}: the rows are the list under {key!r}", file=sys.stderr)
+    position = text.index("{") + 1
+    while True:  # walk over the dict's entries to find where the list starts, for the line numbers
+        name, position = _decoder.raw_decode(text, _skip(text, position))
+        start = _skip(text, _skip(text, position) + 1)                       # after the colon
+        if name == key:
+            yield from _elements(path, text, start, within=True)
+            return
+        position = _skip(text, _decoder.raw_decode(text, start)[1]) + 1      # after the comma
+
+
+def _elements(path, text, start, within=False):
+    """Yield the elements of the JSON list that opens at or after `start`; nothing may follow it unless it is `within` a dict."""
+    position = _skip(text, start) + 1
+    line, counted = 1, 0
+    separator = "["
+    while True:
+        position = _skip(text, position)
+        line, counted = line + text.count("\n", counted, position), position
+        where = f"{path}:{line}"
+        if text[position:position + 1] == "]" and separator == "[":
+            break
+        try:
+            row, position = _decoder.raw_decode(text, position)
+            position = _skip(text, position)
+            separator = text[position:position + 1]
+            if separator not in (",", "]"):
+                raise json.JSONDecodeError("Expecting ',' or ']' after a row", text, position)
+        except (ValueError, RecursionError) as error:
+            raise _malformed(where, error, last=not text.rstrip().endswith("]")) from None
+        yield where, row
+        if separator == "]":
+            break
+        position += 1
+    rest = _skip(text, position + 1)
+    if not within and rest < len(text):
+        line = text.count("\n", 0, rest) + 1
+        raise UserError(f"text after the list's closing bracket in {path}:{line}; fix: keep one list in the file")
+
+
+def _skip(text, position):
+    while text[position:position + 1] in (" ", "\t", "\n", "\r"):
+        position += 1
+    return position
+
+
+# ---- CSV and Parquet ----
+
+def _csv(path):
+    csv.field_size_limit(2**31 - 1)  # the module's default refuses texts of more than 131,072 characters
+    reader = csv.reader((line for _, line in _lines(path)), strict=True)
+    header, start = None, 1
+    while True:
+        try:
+            fields = next(reader, None)
+        except csv.Error as error:
+            raise UserError(f"malformed row ({error}) in {path}:{start}; fix: correct the quotes of that row") from None
+        if fields is None:
+            return
+        if header is None and fields:
+            header = fields
+            if len(set(header)) < len(header):
+                raise UserError(f"duplicate column in the header of {path}:{start}; fix: give every column its own name")
+        elif fields:
+            if len(fields) != len(header):
+                raise UserError(f"malformed row ({len(fields)} fields, the header has {len(header)}) in {path}:{start}; "
+                                "fix: correct its commas and quotes")
+            yield f"{path}:{start}", dict(zip(header, fields))
+        start = reader.line_num + 1
+
+
+def _parquet(path):
+    import pyarrow
+    import pyarrow.parquet
+    try:
+        number = 0
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=1000):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{path}:row {number}", row
+    except pyarrow.ArrowException as error:
+        raise UserError(f"cannot read the Parquet file {path} ({str(error).splitlines()[0]}); fix: write it again") from None
+
+
+def _kind(value):
+    if value is None:
+        return "null"
+    return {list: "a list", str: "a string", bool: "true or false"}.get(type(value), "a number")

@@ -1,0 +1,70 @@
+"""Rows of datasets on the Hugging Face Hub, and the transcripts of Anthropic's HH-RLHF."""
+import re
+
+from data.errors import UserError
+
+HUB_NAME = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:/(?P<subset>[\w./-]+?))?(?::(?P<split>[\w.\[\]%:+-]+))?")
+
+
+def hub_rows(name):
+    """Yield (where, row) of a hub dataset: "owner/name", "owner/name:split" or "owner/name/subset:split" (default split: train).
+
+    The subset is a configuration of the dataset or, where there is none of that name, a directory in it (HH's "harmless-base").
+    `where` is "owner/name:split:123", counted from 1. Raises UserError when the dataset cannot be loaded or is empty.
+    """
+    match = HUB_NAME.fullmatch(name)
+    if not match:
+        raise UserError(f"{name!r} is neither an existing file nor a hub dataset's name; "
+                        "fix: write a file's path or owner/name:split")
+    repo, subset, split = match["repo"], match["subset"], match["split"] or "train"
+    try:
+        from datasets import load_dataset  # slow to import and not needed for local files
+        try:
+            dataset = load_dataset(repo, subset, split=split) if subset else load_dataset(repo, split=split)
+        except ValueError:
+            if not subset:
+                raise
+            dataset = load_dataset(repo, data_dir=subset, split=split)
+    except Exception as error:  # noqa: BLE001  offline, not found, gated, unknown split: no common type
+        reason = (str(error).strip().splitlines() or [""])[0][:200]
+        raise UserError(f"{name!r} is neither an existing file nor a dataset that the hub gives us "
+                        f"({type(error).__name__}: {reason}); "
+                        "fix: correct the path or name, or download the file and name it") from None
+    label = repo + (f"/{subset}" if subset else "") + f":{split}"
+    if not len(dataset):
+        raise UserError(f"the dataset is empty, no rows in {label}; fix: choose another split")
+    for number, row in enumerate(dataset, 1):
+        yield f"{label}:{number}", row
+
+
+# ---- HH transcripts: "\n\nHuman: ...\n\nAssistant: ...\n\nHuman: ...\n\nAssistant: ..." ----
+
+HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+
+
+def is_transcript(text):
+    return isinstance(text, str) and text.startswith(HUMAN) and ASSISTANT in text
+
+
+def split_hh(chosen, rejected=None):
+    """(prompt, replies) of one transcript, or of a pair that differs in the last reply only; else the reason (str) to drop it.
+
+    The prompt runs through the last "\\n\\nAssistant:", so every reply keeps its leading space: nothing is stripped.
+    """
+    prompt = chosen[:chosen.rfind(ASSISTANT) + len(ASSISTANT)]
+    transcripts = [chosen] if rejected is None else [chosen, rejected]
+    if not all(transcript.startswith(prompt) for transcript in transcripts):
+        return "chosen and rejected do not share their prompt"
+    replies = [transcript[len(prompt):] for transcript in transcripts]
+    if any(ASSISTANT in reply for reply in replies):  # only possible in `rejected`: it holds more turns than `chosen`
+        return "chosen and rejected do not share their prompt"
+    if any(HUMAN in reply for reply in replies):
+        return "last turn is not the assistant's"
+    return prompt, replies
+
+
+def hh_messages(prompt):
+    """A transcript's prompt (as `split_hh` gives it) as messages, each without the white space around it."""
+    parts = re.split(r"\n\n(Human|Assistant):", prompt)[1:-2]  # the last marker opens the reply
+    return [{"role": "user" if speaker == "Human" else "assistant", "content": text.strip()}
+            for speaker, text in zip(parts[::2], parts[1::2])]

@@ -1,0 +1,164 @@
+"""Sealed directories: a checkpoint is whole or it is ignored.
+
+Files are written to a temporary directory beside their place, synced, sealed by `manifest.json` (size and sha256 of every file,
+written last) and renamed. A reader trusts only a directory whose manifest holds. Weights and optimizer state are safetensors,
+the rest is JSON: loading never unpickles.
+"""
+import hashlib
+import json
+import os
+import shutil
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from data.errors import RunError
+from engine.model import distributed
+
+MANIFEST = "manifest.json"
+
+
+def sha256(path: str) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
+
+
+def _digest(file) -> str:                               # Python 3.10
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def sync(path: str) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_sealed(directory: str, write) -> None:
+    """Call `write(temporary directory)`, seal what it wrote and move it to `directory` in one rename. RunError when the disk
+    refuses; what stood at `directory` before stays until its replacement is complete."""
+    directory = os.path.normpath(directory)
+    temporary = f"{directory}.tmp-{os.getpid()}"
+    try:
+        os.makedirs(temporary)
+        write(temporary)
+        files = sorted(os.listdir(temporary))
+        for name in files:
+            os.chmod(os.path.join(temporary, name), 0o644)     # safetensors writes 0600: unreadable for another user's server
+            sync(os.path.join(temporary, name))
+        manifest = {name: {"bytes": os.path.getsize(os.path.join(temporary, name)),
+                           "sha256": sha256(os.path.join(temporary, name))} for name in files}
+        with open(os.path.join(temporary, MANIFEST), "w") as file:
+            json.dump(manifest, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        sync(temporary)
+        if os.path.isdir(directory):
+            os.rename(directory, f"{directory}.tmp-old-{os.getpid()}")
+        os.rename(temporary, directory)
+        sync(os.path.dirname(directory) or ".")
+        shutil.rmtree(f"{directory}.tmp-old-{os.getpid()}", ignore_errors=True)
+    except (OSError, RuntimeError, SafetensorError) as error:     # a full disk is any of the three, depending on the writer
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise RunError(f"cannot write {directory} ({str(error).splitlines()[0]}); earlier checkpoints are untouched; "
+                       "fix: free disk space and run the same command again") from error
+
+
+def broken(directory: str) -> str | None:
+    """What is wrong with a sealed directory, naming the file; None if it is whole."""
+    try:
+        with open(os.path.join(directory, MANIFEST)) as file:
+            manifest = json.load(file)
+    except (OSError, ValueError):
+        return f"{os.path.join(directory, MANIFEST)} is missing or unreadable"
+    for name, expected in manifest.items():
+        path = os.path.join(directory, name)
+        if not os.path.exists(path):
+            return f"{path} is missing"
+        if os.path.getsize(path) != expected["bytes"]:
+            return f"{path} has {os.path.getsize(path)} bytes instead of {expected['bytes']}"
+        if sha256(path) != expected["sha256"]:
+            return f"{path} is damaged (its sha256 differs from the manifest)"
+    return None
+
+
+def checkpoints(run_directory: str) -> list[str]:
+    """Paths of a run's checkpoints, oldest first, whole or not."""
+    folder = os.path.join(run_directory, "checkpoints")
+    names = [name for name in os.listdir(folder) if name.startswith("step-") and name[5:].isdigit()] if os.path.isdir(folder) else []
+    return [os.path.join(folder, name) for name in sorted(names, key=lambda name: int(name[5:]))]
+
+
+def newest(run_directory: str, notice) -> str | None:
+    """The newest whole checkpoint; broken ones are passed over with a notice that names the bad file."""
+    for path in reversed(checkpoints(run_directory)):
+        fault = broken(path)
+        if fault is None:
+            return path
+        notice(f"checkpoint ignored: {fault}")
+    return None
+
+
+def clean(run_directory: str, keep: int | None = None) -> None:
+    """Remove what an interrupted save left behind and, given `keep`, all but the newest checkpoints."""
+    for folder in (run_directory, os.path.join(run_directory, "checkpoints")):
+        for name in os.listdir(folder) if os.path.isdir(folder) else ():
+            if ".tmp-" in name:
+                shutil.rmtree(os.path.join(folder, name), ignore_errors=True)
+    for path in checkpoints(run_directory)[:-keep] if keep else ():
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A sharded tensor gathered from all ranks (a collective call), others as they are; on the CPU."""
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu()
+
+
+def save_model(lm, tokenizer, state: dict, directory: str) -> None:
+    lm.save_pretrained(directory, state_dict=state, max_shard_size="5GB")
+    tokenizer.save_pretrained(directory)
+
+
+def model_state(policy) -> dict:
+    """The LM's weights as saved: gathered on rank 0, in training precision."""
+    return {name: value for name, parameter in policy.lm.state_dict().items() if (value := whole(parameter)) is not None}
+
+
+def save_checkpoint(directory: str, policy, tokenizer, optimizer, trainer: dict) -> None:
+    """Model, tokenizer, optimizer state (by parameter name, so any world size can load it) and `trainer.json`."""
+    weights = model_state(policy)
+    moments = {f"{name}:{key}": whole(value) for name, parameter in policy.lm.named_parameters()
+               for key, value in optimizer.state.get(parameter, {}).items()}
+
+    def write(temporary):
+        save_model(policy.lm, tokenizer, weights, temporary)
+        save_file(moments, os.path.join(temporary, "optimizer.safetensors"))
+        with open(os.path.join(temporary, "trainer.json"), "w") as file:
+            json.dump(trainer, file)
+
+    if distributed()[0] == 0:
+        write_sealed(directory, write)
+
+
+def load_optimizer(directory: str, policy, optimizer) -> None:
+    """Put the saved moments back beside the parameters, sharded as those are."""
+    moments = load_file(os.path.join(directory, "optimizer.safetensors"))
+    for name, parameter in policy.lm.named_parameters():
+        state = {key: moments[f"{name}:{key}"] for key in ("step", "exp_avg", "exp_avg_sq") if f"{name}:{key}" in moments}
+        for key in state.keys() - {"step"}:
+            moved = state[key].to(parameter.device)
+            state[key] = distribute_tensor(moved, parameter.device_mesh, parameter.placements) if isinstance(parameter, DTensor) else moved
+        if state:
+            state["step"] = state["step"].to(parameter.device)       # the fused AdamW keeps it there
+            optimizer.state[parameter] = state
+
+
+def load_trainer(directory: str) -> dict:
+    with open(os.path.join(directory, "trainer.json")) as file:
+        return json.load(file)

@@ -1,0 +1,299 @@
+"""Configuration: defaults < YAML file < command line, flat keys, every value cast by its field's type.
+
+    python train.py example/tiny-dpo.yml [key=value ...] [--dry-run] [--debug] [--help]
+
+key=value, --key=value and --overrides key=value ... mean the same. --dry-run prints the resolved configuration and does not
+train; --debug shows an error's traceback. Values are read as text and cast here: YAML would make 5e-7 a string and `no` a bool.
+"""
+import difflib
+import importlib
+import inspect
+import math
+import os
+import pkgutil
+import re
+import sys
+from dataclasses import MISSING, asdict, dataclass, fields
+from pathlib import Path
+from types import NoneType
+from typing import Any, Literal, NamedTuple, get_args, get_type_hints
+
+import yaml
+
+from data.errors import UserError
+
+
+@dataclass
+class Common:
+    """The keys every algorithm shares. The comments are what `python train.py --help` prints."""
+    algorithm: str                         # a file in algorithms/, such as sft or dpo
+    model: str                             # start model: a directory or a name on the Hugging Face hub; its tokenizer is used
+    data: str                              # training data: a file, or a hub dataset as name or name:split
+    eval_data: str | None = None           # evaluation data, in the same forms as data
+    eval_fraction: float = 0.0             # share of data held out for evaluation; not together with eval_data
+    output: str | None = None              # the run's directory; null = runs/<name of the YAML file>
+    truncate: Literal["none", "prompt"] = "none"     # examples over max_length: none = drop, prompt = keep the prompt's end
+    hh: Literal["messages", "text"] = "messages"     # HH transcripts: as chat messages where there is a template, or raw text
+    seed: int = 0                          # of data order, sampling and initialisation
+    shuffle: bool = True                   # false = the order of the file
+    batch_size: int = 32                   # examples per update, over all devices (online: prompts per rollout)
+    micro_batch_tokens: int = 8192         # tokens per forward on one device: memory and speed, never the result
+    max_length: int = 1024                 # tokens, a prompt and one response together
+    share_prompt: Literal["auto", "true", "false"] = "auto"    # compute a prompt once for all its responses
+    epochs: int = 1                        # passes over data
+    max_steps: int | None = None           # number of updates; wins over epochs
+    lr: float = 1e-6                       # peak learning rate
+    schedule: Literal["linear", "cosine", "constant"] = "linear"    # of lr after the warmup; linear and cosine end at 0
+    warmup: float = 0.1                    # below 1: share of all updates; from 1: number of updates
+    weight_decay: float = 0.0              # AdamW's, decoupled from the gradient
+    max_grad_norm: float = 1.0             # gradients are scaled down to this norm
+    precision: Literal["auto", "fp32", "bf16"] = "auto"        # of the arithmetic; auto = bf16 on CUDA, fp32 on CPU
+    attn_implementation: Literal["segments", "dense"] = "segments"    # segments: memory linear in length; dense: a (T, T) mask
+    gradient_checkpointing: bool = False   # recompute layers in backward: less memory, slower
+    deterministic: bool = False            # bit-identical reruns on CUDA too, slower
+    eval_every: int | None = None          # updates between evaluations; null = ten times per run
+    save_every: int | None = 500           # updates between checkpoints; null = only when a signal stops the run
+    keep: int = 2                          # newest checkpoints that stay on disk
+    resume: str = "auto"                   # auto = continue an unfinished run in output, never, or a checkpoint's directory
+    log_every: int = 1                     # updates between lines of metrics
+    sample_every: int | None = None        # updates between printed sample responses; null = none
+
+
+class Run(NamedTuple):
+    """What `load_config` returns; `common` and `config` are None where "help" is in `flags`."""
+    common: Common
+    config: Any              # instance of the algorithm's Config
+    sources: dict[str, str]  # key -> "default", "example/x.yml:3" or "command line"
+    flags: set[str]          # of "help", "dry-run", "debug"
+    stem: str = ""           # the run's default name: of x.yml and of runs/x/config.yaml it is x
+
+
+ROOT = Path(__file__).resolve().parents[1]
+FLAGS = {"--help": "help", "-h": "help", "--dry-run": "dry-run", "--debug": "debug"}
+BOOL = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+SECRET = re.compile(r"(token|secret|password|api_?key)(?![a-z])", re.IGNORECASE)    # not tokens, tokenizer
+RANGES = [    # what a number must be, its test, the keys; None passes
+    ("a number above 0", lambda x: x > 0, "lr max_grad_norm"),
+    ("a number of 0 or more", lambda x: x >= 0, "weight_decay warmup"),
+    ("a share below 1 or a whole number of updates", lambda x: x < 1 or x == int(x), "warmup"),
+    ("a share from 0 to below 1", lambda x: 0 <= x < 1, "eval_fraction"),
+    ("a whole number from 0 to 4294967295", lambda x: 0 <= x < 2**32, "seed"),
+    ("1 or more", lambda x: x >= 1, "batch_size epochs max_steps eval_every save_every log_every sample_every"),
+    ("2 or more", lambda x: x >= 2, "micro_batch_tokens max_length keep"),
+]
+
+FOREIGN = {theirs: ours for ours, names in {    # our key: what other projects call it
+    "model": "model_name_or_path model_name model_path base_model tokenizer tokenizer_name_or_path",
+    "data": "dataset_name dataset datasets dataset_path data_path data_files train_file train_data",
+    "eval_data": "eval_dataset eval_file val_data", "eval_fraction": "val_size test_size val_set_size",
+    "output": "exp_name output_dir run_name save_dir out_dir", "lr": "learning_rate", "reference": "ref_model reference_model",
+    "batch_size (examples per update, over all devices; micro_batch_tokens bounds memory)": "total_batch_size global_batch_size "
+    "train_batch_size per_device_train_batch_size per_device_batch_size micro_batch_size gradient_accumulation_steps",
+    "epochs": "n_epochs num_train_epochs num_epochs max_epochs", "max_steps": "max_train_steps total_steps num_steps train_steps",
+    "max_length": "max_seq_length max_seq_len cutoff_len sequence_len seq_length max_prompt_length",
+    "schedule": "lr_scheduler_type lr_scheduler", "max_grad_norm": "grad_clip gradient_clipping",
+    "warmup (below 1: a share of all updates; from 1: a number of updates)": "warmup_ratio warmup_steps num_warmup_steps",
+    "precision": "bf16 fp16 dtype torch_dtype mixed_precision", "algorithm": "loss_type stage trainer",
+    "log_every": "logging_steps", "save_every": "save_steps", "eval_every": "eval_steps", "keep": "save_total_limit",
+    "resume": "resume_from_checkpoint", "micro_batch_tokens": "per_device_eval_batch_size",
+}.items() for theirs in names.split()}
+
+
+def load_config(argv: list[str]) -> Run:
+    """Read the command line (without the program's name) and the YAML file it names. UserError for anything wrong."""
+    path, overrides, flags = parse_argv(argv)
+    if "help" in flags:
+        return Run(None, None, {}, flags)
+    given, known = read_yaml(path) | overrides, algorithm_names()
+    name, where = given.get("algorithm", ("", path))
+    if name not in known:
+        raise UserError(f"algorithm ({where}) is {show(name) if name else 'missing'}, algorithms/ holds {', '.join(known)}; "
+                        f"fix: give {nearest(name, known) or 'one of them'}")
+    config_class = config_of(name)
+    hints = get_type_hints(Common) | get_type_hints(config_class)
+    all_fields = fields(Common) + fields(config_class)
+    assert len(hints) == len(all_fields), f"{config_class} repeats a key of Common"
+    values = {}
+    for key, (text, where) in given.items():
+        if key not in hints:
+            raise unknown_key(key, where, name, hints)
+        try:
+            values[key] = cast(text, hints[key])
+        except ValueError as error:
+            raise UserError(f"{key} ({where}) is {show(text)}; fix: give {error}") from None
+    for wanted, test, keys in RANGES:
+        for key in keys.split():
+            if values.get(key) is not None and not test(values[key]):
+                raise UserError(f"{key} ({given[key][1]}) is {values[key]}; fix: give {wanted}")
+    for field in all_fields:
+        if field.name not in values and field.default is MISSING and field.default_factory is MISSING:
+            raise UserError(f"{field.name} is missing in {path}; fix: add the line '{field.name}: ...' (explained by --help)")
+    config = config_class(**{key: values.pop(key) for key in get_type_hints(config_class) if key in values})
+    common = Common(**values)
+    sources = {key: given[key][1] if key in given else "default" for key in hints}
+    if common.output is not None:
+        check_output(common.output, sources["output"])
+    if common.eval_data is not None and common.eval_fraction > 0:
+        raise UserError(f"eval_fraction ({sources['eval_fraction']}) cannot be used with eval_data; fix: remove one of them")
+    stem = Path(path).resolve().parent.name if Path(path).name == "config.yaml" else Path(path).stem
+    return Run(common, config, sources, flags, stem)
+
+
+def parse_argv(argv: list[str]) -> tuple[str | None, dict[str, tuple[str, str]], set[str]]:
+    """-> (path of the YAML file, {key: (text, "command line")}, flags); without a path only where help is asked for."""
+    path, overrides, flags = None, {}, set()
+    for word in argv:
+        assignment = re.fullmatch(r"(?:--)?([A-Za-z_][\w.-]*)=(.*)", word, re.DOTALL)
+        if word in FLAGS:
+            flags.add(FLAGS[word])
+        elif assignment:
+            key = assignment[1].replace("-", "_")
+            if key in overrides:
+                print(f"note: {key} is given more than once on the command line; the last one is used", file=sys.stderr)
+            overrides[key] = assignment[2], "command line"
+        elif not word.startswith("-") and (word.endswith((".yml", ".yaml")) or os.path.exists(word)):
+            if path is not None:
+                raise UserError(f"two config files in the command line, {show(path)} and {show(word)}; fix: give one")
+            path = word
+        elif word != "--overrides":    # which needs no handling: key=value words follow
+            name = word.lstrip("-").replace("-", "_")
+            flag, form = nearest(name, FLAGS.values()), f"{name}=VALUE" if name.isidentifier() else "key=value, such as lr=2e-5"
+            raise UserError(f"{show(word)} in the command line is neither a .yml file nor key=value; "
+                            f"fix: write {f'--{flag}' if flag else form}")
+    if path is None and "help" not in flags:
+        raise UserError("no config file in the command line; fix: python train.py example/tiny-dpo.yml")
+    return path, overrides, flags
+
+
+def read_yaml(path: str) -> dict[str, tuple[str, str]]:
+    """A flat YAML mapping as {key: (text as written, "path:line")}. Nothing is constructed, so no YAML tag can run code."""
+    file = Path(path)
+    if not file.is_file():
+        others = {p.name: p for folder in (Path("example"), file.parent) for p in folder.glob("*.y*ml")}
+        near = others.get(nearest(file.name, others))
+        raise UserError(f"config file {show(path)} {'is a directory' if file.is_dir() else 'does not exist'}; "
+                        f"fix: {f'python train.py {near}' if near else 'give the path of a .yml file'}")
+    try:
+        raw = file.read_bytes()
+        text = raw.decode("utf-8-sig")
+        root = yaml.compose(text, Loader=yaml.BaseLoader)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; fix: check its permissions") from None
+    except UnicodeDecodeError as error:
+        line = 1 + raw.count(b"\n", 0, error.start)
+        raise UserError(f"text that is not UTF-8 in {path}:{line}; fix: save the file as UTF-8") from None
+    except yaml.YAMLError as error:
+        raise syntax_error(error, path, text) from None
+    except RecursionError:
+        raise UserError(f"deeply nested values in {path}; fix: keys are flat, write one 'key: value' per line") from None
+    if root is None or root.value == "":    # the second: only '---'
+        raise UserError(f"empty config file {path}; fix: add lines such as 'algorithm: dpo'")
+    if not isinstance(root, yaml.MappingNode):
+        raise UserError(f"{path} is not a mapping; fix: write 'key: value' lines, with a space after the colon")
+    found = {}
+    for key_node, value_node in root.value:
+        key, where = key_node.value, f"{path}:{key_node.start_mark.line + 1}"
+        if not isinstance(key_node, yaml.ScalarNode) or not isinstance(value_node, yaml.ScalarNode):
+            raise UserError(f"nested value of {show(str(key))} in {where}; fix: keys are flat, write one 'key: value' per line")
+        if key in found:
+            raise UserError(f"duplicate key {show(key)} in {where}, first in {found[key][1]}; fix: remove one")
+        found[key] = "" if (value_node.value, value_node.style) == ("~", None) else value_node.value, where    # ~ is YAML's null
+    return found
+
+
+def syntax_error(error: yaml.YAMLError, path: str, text: str) -> UserError:
+    """PyYAML's error in one line: file:line:column, what, the offending line and a hint."""
+    if isinstance(error, yaml.reader.ReaderError):
+        return UserError(f"control character in {path}:{text.count(chr(10), 0, error.position) + 1}; fix: remove it")
+    lines, mark = text.splitlines() + [""], error.problem_mark
+    if error.context == "while scanning a simple key":    # the problem's mark is already on the next line
+        mark = error.context_mark
+    unspaced = [i for i in (mark.line, mark.line - 1) if re.match(r"\s*[\w-]+:[^\s:/]", lines[max(i, 0)])]
+    hint = (f"put a space after the colon in line {unspaced[0] + 1}" if unspaced
+            else "replace the tab by spaces" if "\t" in lines[mark.line] else "put unusual values in quotes")
+    near = "a line with a secret" if SECRET.search(lines[mark.line]) else show(lines[mark.line].strip())
+    return UserError(f"invalid YAML in {path}:{mark.line + 1}:{mark.column + 1}: {error.problem} in {near}; fix: {hint}")
+
+
+def algorithm_names() -> list[str]:
+    return sorted(m.name for m in pkgutil.iter_modules(importlib.import_module("algorithms").__path__) if m.name[0] != "_")
+
+
+def config_of(algorithm: str) -> type:
+    return importlib.import_module(f"algorithms.{algorithm}").Config
+
+
+def unknown_key(key: str, where: str, algorithm: str, known) -> UserError:
+    """For a secret (its value is never echoed), another algorithm's key, another project's name, or a misspelling."""
+    if SECRET.search(key):
+        return UserError(f"{show(key)} ({where}) is a secret, which must not be in a config; "
+                         "fix: remove it and set the environment variable HF_TOKEN")
+    users = [name for name in algorithm_names() if key in get_type_hints(config_of(name))]
+    if users:
+        return UserError(f"{key} ({where}) is used by {', '.join(users)}, not by {algorithm}; fix: remove it")
+    ours = FOREIGN.get(key.lower()) or nearest(key.rpartition(".")[2], known)
+    return UserError(f"unknown key {show(key)} ({where}); "
+                     f"fix: {f'write {ours}' if ours else 'remove it (python train.py --help lists the keys)'}")
+
+
+def cast(text: str, kind) -> Any:
+    """`text` as `kind`: str, int, float, bool, Literal, or one of these `| None`. ValueError says what is expected."""
+    word = text.strip().lower()
+    if NoneType in get_args(kind):
+        if word in ("", "null", "none"):
+            return None
+        kind = get_args(kind)[0]
+    choices = BOOL if kind is bool else {str(choice).lower(): choice for choice in get_args(kind)}    # of a Literal
+    if choices:
+        if word in choices:
+            return choices[word]
+        raise ValueError(f"{nearest(word, choices) or 'one'} (choices: {', '.join(choices)})")
+    if kind is str:
+        if word and text.isprintable():
+            return text
+        raise ValueError("text on one line, without control characters")
+    assert kind in (int, float), f"a config field cannot have the type {kind}"
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number) or (kind is int and (number % 1 or abs(number) > 2**53)):    # above, a float loses digits
+        raise ValueError("a whole number" if kind is int else "a number such as 2e-5")
+    return kind(number)
+
+
+def check_output(output: str, where: str):
+    """Refuse a directory that no run may be written into. Whether it is empty or a run is checked elsewhere."""
+    if (any(part == ".." or part.startswith("~") or len(os.fsencode(part)) > 255 for part in Path(output).parts)
+            or Path(output).resolve() in (ROOT, *ROOT.parents, Path(os.path.expanduser("~")))):
+        raise UserError(f"output ({where}) is {show(output)}; fix: write a path such as runs/my-run, without '..' and '~', with "
+                        "names of at most 255 bytes, and not the home directory, the repository or a directory above it")
+
+
+def nearest(name: str, names) -> str | None:
+    return next(iter(difflib.get_close_matches(name.lower(), list(names), 1)), None)
+
+
+def show(text: str) -> str:
+    """`text` for a message: quoted, on one line, short, without anything that looks like an access token."""
+    text = re.sub(r"hf_\w{16,}", "hf_...", text)
+    return repr(text if len(text) <= 80 else text[:77] + "...")
+
+
+def as_yaml(common: Common, config) -> str:
+    """The resolved configuration as flat YAML, one key per line, that `load_config` reads back to equal values."""
+    return yaml.safe_dump(asdict(common) | asdict(config), sort_keys=False, allow_unicode=True, width=math.inf)
+
+
+def describe(run: Run) -> list[str]:
+    """Lines "key = value   (where it comes from)" for --dry-run."""
+    pairs = [line.split(": ", 1) for line in as_yaml(run.common, run.config).splitlines()]
+    return [f"{f'{key} = {value}':<40}   ({run.sources[key]})" for key, value in pairs]
+
+
+def help_text() -> str:
+    """The usage, and every key with its type, default and comment as they stand in the source."""
+    text, algorithms = __doc__, {f"keys of {name}": config_of(name) for name in algorithm_names()}
+    for title, cls in {"common keys": Common, **algorithms}.items():
+        text += "\n".join(["", f"{title}:", *re.findall(r"^    (?:\w+: | +#).*", inspect.getsource(cls), re.MULTILINE), ""])
+    return text

@@ -1,0 +1,342 @@
+"""The engine an algorithm drives: it iterates updates and micro-batches and does everything between two of them.
+
+An algorithm calls `engine.steps()`, iterates each `Step`, and may touch `engine.policy`, `engine.optimizer`,
+`engine.reference(path)`, `engine.clip_gradients()`, `engine.eval_batches(step)` and `engine.mean(sum, count)`; nothing else.
+"""
+import math
+import os
+import signal
+import time
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import DTensor
+
+from data.errors import RunError
+from data.pack import order, pack
+from data.tokenise import stop_ids
+from engine import checkpoint
+from engine.logs import Run
+from engine.model import build_policy, distributed, sum_over_ranks
+
+
+class Step:
+    """One optimizer update: an iterable (more than once) of this rank's micro-batches. Its counts are those of the whole
+    update, over all micro-batches and ranks, known before the first forward, so that `losses.sum() / step.num_…` is an exact
+    mean. Step 0 has no micro-batches: it is where the start model is evaluated."""
+
+    def __init__(self, engine, index: int, examples: list):
+        self.engine, self.index, self.examples = engine, index, examples
+        self.num_examples = len(examples)
+        self.num_responses = sum(len(example.responses) for example in examples)
+        self.num_tokens = sum(example.num_trained for example in examples)
+        self.micro_batches = engine.deal(examples) if examples else []
+        self.totals = {"train": {}, "eval": {}}          # split -> metric -> [sum, count] on the device
+        self.losses = []                                 # per micro-batch: its loss sum and its examples, to name bad rows
+
+    def __iter__(self):
+        for i, examples in enumerate(self.micro_batches):
+            self.engine.synchronize_gradients(i == len(self.micro_batches) - 1)
+            yield self.engine.policy.collate(examples)
+
+    def log(self, losses, metrics: dict, split: str = "train") -> None:
+        """Add one micro-batch: `losses` and every metric are unreduced tensors (or one number); each is averaged over all its
+        entries in the update (or the evaluation)."""
+        for name, values in {"loss": losses, **metrics}.items():
+            values = torch.as_tensor(values, device=self.engine.policy.device).detach()
+            total = self.totals[split].setdefault(name, [0.0, 0])
+            total[0] = total[0] + values.sum(dtype=torch.float64)
+            total[1] += values.numel()
+        if split == "train":
+            self.losses.append((losses.detach().sum(), self.micro_batches[len(self.losses) % len(self.micro_batches)]))
+
+    def averages(self, split: str) -> dict:
+        """Metric -> mean over all ranks."""
+        totals = self.totals[split]
+        sums = sum_over_ranks([float(number) for total in totals.values() for number in total], self.engine.policy.device)
+        return {name: sums[2 * i] / max(1, sums[2 * i + 1]) for i, name in enumerate(totals)}
+
+
+class Reference:
+    """A frozen model as a table: `reference(batch)` -> (N,) the log-probs of the batch's trained tokens.
+
+    Its log-probs never change, so they are computed once, before the optimizer has any state, and the model is let go:
+    training holds no second model, and later epochs pay nothing for the reference."""
+
+    def __init__(self, table: dict):
+        self.table = table                                                     # id(example) -> (N_example,) fp32, on the CPU
+
+    def __call__(self, batch):
+        rows = [self.table[id(example)] for example in batch.examples]
+        return torch.cat(rows).to(batch.source.device) if rows else torch.zeros(0, device=batch.source.device)
+
+
+class Engine:
+    """Policy, optimizer, data and run of one training; `start` is the checkpoint to continue from, or None."""
+
+    def __init__(self, config, policy, tokenizer, train_set: list, eval_set: list, run: Run, progress: str, start: str | None = None):
+        self.config, self.policy, self.tokenizer, self.run, self.progress = config, policy, tokenizer, run, progress
+        self.train_set, self.eval_set, self.start = train_set, eval_set, start
+        self.rank, self.world = distributed()
+        self.first = checkpoint.load_trainer(start)["step"] if start else 0
+        per_epoch = math.ceil(len(train_set) / config.batch_size)
+        self.steps_per_epoch, self.total = per_epoch, config.max_steps or math.ceil(config.epochs * per_epoch)
+        self.eval_every = config.eval_every or max(1, self.total // 10)
+        decayed, plain = [], []
+        for parameter in policy.parameters():
+            (decayed if parameter.ndim > 1 else plain).append(parameter)      # norms and biases are not decayed
+        groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+        # fused: one pass over the weights and no temporaries of their size
+        self.optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.999), eps=1e-8, fused=True)
+        if start:
+            checkpoint.load_optimizer(start, policy, self.optimizer)
+        self.step, self.grad_norm, self.signal, self.first_evaluation, self.last_evaluation = None, None, None, None, None
+
+    # ---- plan -------------------------------------------------------------------------------------------------------
+
+    def deal(self, examples: list) -> list[list]:
+        """This rank's micro-batches of these examples; every rank gets the same number of them."""
+        share = self.policy.share_prompt
+        mine = pack([example.size(share) for example in examples], self.config.micro_batch_tokens, self.world)[self.rank]
+        return [[examples[i] for i in members] for members in mine]
+
+    def examples_of(self, index: int) -> list:
+        """The examples of update `index` (1-based): a function of the seed and nothing else."""
+        epoch, position = divmod(index - 1, self.steps_per_epoch)
+        if getattr(self, "_epoch", None) != epoch:
+            plan = order(len(self.train_set), self.config.batch_size, self.config.seed, epoch, self.config.shuffle)
+            self._epoch, self._plan = epoch, plan
+        return [self.train_set[i] for i in self._plan[position]]
+
+    def learning_rate(self, index: int) -> float:
+        """lr * min(1, k / warmup) for update k, then the schedule; never 0."""
+        config = self.config
+        warmup = round(config.warmup * self.total) if config.warmup < 1 else round(config.warmup)
+        if index <= warmup:
+            return config.lr * index / warmup
+        progress = (index - 1 - warmup) / max(1, self.total - warmup)
+        decay = {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}
+        return config.lr * decay[config.schedule]
+
+    # ---- what algorithms call ---------------------------------------------------------------------------------------
+
+    def steps(self):
+        """Iterate the updates of the run, from the one after the checkpoint. Between two of them: learning rate, logging,
+        samples, checkpoints, signals; after the last one the final model."""
+        self.catch_signals()
+        since, tokens_seen = time.time(), 0
+        if self.first == 0 and self.eval_set:
+            self.step = Step(self, 0, [])
+            yield self.step
+            self.record_evaluation(self.step)
+        for index in range(self.first + 1, self.total + 1):
+            started = time.time()
+            self.step = Step(self, index, self.examples_of(index))
+            lr = self.learning_rate(index)
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            before = self.fingerprint() if index == 1 else None
+            yield self.step
+            if before is not None and self.grad_norm > 0 and self.fingerprint() == before:
+                raise RunError(f"no weight moved in the first update (gradient norm {self.grad_norm:.3g}, lr {lr:g}); fix: raise lr")
+            tokens = sum(example.size(self.policy.share_prompt) for example in self.step.examples)
+            tokens_seen += tokens
+            if index % self.config.log_every == 0 or index in (self.first + 1, self.total):
+                averages = self.step.averages("train")
+                self.run.append("metrics.jsonl", {
+                    "step": index, "split": "train", "epoch": round(index / self.steps_per_epoch, 4), **averages,
+                    "grad_norm": self.grad_norm, "lr": lr, "tokens_per_second": round(tokens / (time.time() - started), 1)})
+                shown = {"loss": averages["loss"], self.progress: averages[self.progress]}
+                rate = f"{tokens_seen / (time.time() - since):.0f} tokens/s"
+                self.run.progress("step", index, self.total, rate, shown, since, self.first)
+            self.record_evaluation(self.step)
+            if self.config.sample_every and (index % self.config.sample_every == 0 or index == self.total):
+                self.write_samples(index)
+            stop = self.stop_requested()
+            if (self.config.save_every and index % self.config.save_every == 0) or (stop and index < self.total):
+                self.save(index)
+            if stop and index < self.total:
+                raise Stopped(stop)
+        self.run.erase()
+        self.save_final()
+
+    def reference(self, path: str | None) -> Reference:
+        """The frozen model at `path` (None: the start model) as a table of its log-probs for every example of this run."""
+        wanted = dict.fromkeys(i for index in range(1, min(self.total, self.steps_per_epoch * math.ceil(self.config.epochs)) + 1)
+                               for i in self.indices_of(index)) if self.total < self.steps_per_epoch else range(len(self.train_set))
+        examples = [self.train_set[i] for i in sorted(wanted)] + self.eval_set
+        counts = [example.num_trained for example in examples]
+        directory, own = self.run.path("reference"), path is None or path == self.config.model
+        logps = self.stored_reference(directory, sum(counts))
+        if logps is None:
+            if own and self.first == 0:
+                model = self.policy
+            else:
+                model = build_policy(self.config, self.tokenizer, path or self.config.model)
+                model.share_prompt = self.policy.share_prompt
+            logps = self.frozen_logps(model, examples, counts)
+            self.write_reference(directory, logps)
+        table = Reference({id(example): part for example, part in zip(examples, logps.split(counts))})
+        if own and self.first == 0:
+            self.check_reference(table)
+        return table
+
+    def clip_gradients(self) -> None:
+        """Scale the gradients to `max_grad_norm` at most; stop the run, before the update, if the loss or their norm is not finite."""
+        if not self.step.losses:
+            return                                                             # step 0: nothing was trained
+        norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.config.max_grad_norm or math.inf)
+        self.grad_norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        losses = [float(loss) for loss, _ in self.step.losses]
+        loss, = sum_over_ranks([sum(losses)], self.policy.device)
+        if not (math.isfinite(loss) and math.isfinite(self.grad_norm)):
+            bad = [examples for loss, (_, examples) in zip(losses, self.step.losses) if not math.isfinite(loss)]
+            rows = [example.where for examples in bad or [self.step.examples] for example in examples]
+            shown = ", ".join(rows[:8]) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
+            last = checkpoint.checkpoints(self.run.directory)
+            raise RunError(f"loss {loss:g}, gradient norm {self.grad_norm:g} in update {self.step.index}, before the weights were touched; "
+                           f"rows: {shown}; last checkpoint: {last[-1] if last else 'none'}; fix: lower lr or look at these rows")
+
+    def eval_batches(self, step: Step):
+        """The micro-batches of the held-out rows if an evaluation is due at this step, without gradients; else nothing."""
+        if not self.eval_set or (step.index % self.eval_every and step.index != self.total):
+            return
+        with torch.no_grad():                      # holds for the caller's loop body too, which runs while this is suspended
+            for start in range(0, len(self.eval_set), self.config.batch_size):
+                for examples in self.deal(self.eval_set[start:start + self.config.batch_size]):
+                    yield self.policy.collate(examples)
+
+    def mean(self, total: float, count: float) -> float:
+        """total / count, each summed over all ranks first."""
+        total, count = sum_over_ranks([float(total), float(count)], self.policy.device)
+        return total / max(1.0, count)
+
+    # ---- the reference's log-probs ----------------------------------------------------------------------------------
+
+    def indices_of(self, index: int) -> list[int]:
+        self.examples_of(index)
+        return self._plan[(index - 1) % self.steps_per_epoch]
+
+    @torch.no_grad()
+    def frozen_logps(self, model, examples: list, counts: list[int]):
+        """(sum of counts,) fp32 log-probs of the trained tokens of all examples, in order; each rank computes its share."""
+        offsets = dict(zip(map(id, examples), torch.tensor([0, *counts]).cumsum(0).tolist()))
+        logps = torch.zeros(sum(counts), device=model.device)
+        since = time.time()
+        for start in range(0, len(examples), self.config.batch_size):
+            block = examples[start:start + self.config.batch_size]
+            for members in self.deal(block):
+                values = model(model.collate(members))
+                for example, part in zip(members, values.split([example.num_trained for example in members])):
+                    logps[offsets[id(example)]:offsets[id(example)] + len(part)] = part
+            done = start + len(block)
+            if done == len(examples) or self.run.terminal or start // self.config.batch_size % 100 == 99:
+                rate = f"{done / (time.time() - since):.1f} rows/s"
+                self.run.progress("reference log-probs", done, len(examples), rate, {}, since)
+            if self.stop_requested():
+                raise Stopped(self.signal)
+        self.run.erase()
+        if self.world > 1:
+            torch.distributed.all_reduce(logps)
+        return logps.cpu()
+
+    def stored_reference(self, directory: str, count: int):
+        """The table an earlier part of this run computed, if it is whole and covers the same tokens."""
+        if self.first == 0:
+            return None
+        fault = checkpoint.broken(directory)
+        logps = None if fault else load_file(os.path.join(directory, "logps.safetensors"))["logps"]
+        if fault or len(logps) != count:
+            self.run.notice(f"reference log-probs are computed again: {fault or 'the run now covers other rows'}")
+            return None
+        return logps
+
+    def write_reference(self, directory: str, logps) -> None:
+        if self.rank == 0:
+            checkpoint.write_sealed(directory, lambda temporary: save_file({"logps": logps}, os.path.join(temporary, "logps.safetensors")))
+
+    @torch.no_grad()
+    def check_reference(self, reference: Reference) -> None:
+        """Step-0 invariant: where the reference is the start model, policy and reference agree, per token and on average."""
+        batch = self.policy.collate([min(self.step_examples_or_all(), key=lambda example: example.size())])
+        difference = (self.policy(batch) - reference(batch)).abs()
+        tolerance = 1e-4 if self.policy.precision == "fp32" else 5e-2
+        if difference.max() > tolerance:
+            raise RunError(f"policy and reference differ by {difference.max():.2g} per token before the first update; "
+                           "fix: this is a bug or a model that is not deterministic; report it")
+
+    def step_examples_or_all(self) -> list:
+        return self.examples_of(1)
+
+    # ---- between two updates ----------------------------------------------------------------------------------------
+
+    def synchronize_gradients(self, last: bool) -> None:
+        """Sharded gradients are reduced over ranks once per update, with the last micro-batch."""
+        if self.world > 1:
+            self.policy.set_requires_gradient_sync(last)
+
+    def fingerprint(self) -> list[float]:
+        return [float(checkpoint.whole(parameter.sum(dtype=torch.float64))) for parameter in self.policy.parameters()]
+
+    def record_evaluation(self, step: Step) -> None:
+        if not step.totals["eval"]:
+            return
+        averages = step.averages("eval")
+        self.run.append("metrics.jsonl", {"step": step.index, "split": "eval", **averages})
+        shown = "  ".join(f"{name} {averages[name]:.4g}" for name in dict.fromkeys(["loss", self.progress]))
+        self.run.notice(f"held-out rows at step {step.index}: {shown}")
+
+    @torch.no_grad()
+    def write_samples(self, index: int, count: int = 4, length: int = 128) -> None:
+        """One completion at temperature 1 for each of the first held-out (else training) prompts, keyed by (seed, step).
+        All ranks generate the same, so that sharded forwards stay in step."""
+        stops = stop_ids(self.tokenizer)
+        for number, example in enumerate((self.eval_set or self.train_set)[:count]):
+            devices = [self.policy.device] if self.policy.device.type == "cuda" else []
+            with self.policy.generating() as lm, torch.random.fork_rng(devices):
+                torch.manual_seed(hash((self.config.seed, index, number)) % 2 ** 31)
+                prompt = torch.from_numpy(example.prompt).long()[None].to(self.policy.device)
+                ids = lm.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=True, temperature=1.0, top_p=1.0, top_k=0,
+                                  max_new_tokens=length, eos_token_id=stops, pad_token_id=stops[0])[0, prompt.shape[1]:]
+            self.run.append("samples.jsonl", {"step": index, "prompt": self.tokenizer.decode(example.prompt),
+                                              "completion": self.tokenizer.decode(ids)})
+
+    def save(self, index: int) -> None:
+        directory = self.run.path("checkpoints", f"step-{index:06d}")
+        if self.rank == 0:
+            os.makedirs(os.path.dirname(directory), exist_ok=True)
+        checkpoint.save_checkpoint(directory, self.policy, self.tokenizer, self.optimizer, {"step": index, "seed": self.config.seed})
+        if self.rank == 0:
+            checkpoint.clean(self.run.directory, keep=self.config.keep)
+
+    def save_final(self) -> None:
+        lm = self.policy.lm
+        lm.generation_config.eos_token_id = stop_ids(self.tokenizer)
+        weights = checkpoint.model_state(self.policy)
+        if self.rank == 0:
+            checkpoint.write_sealed(self.run.path("final"),
+                                    lambda temporary: checkpoint.save_model(lm, self.tokenizer, weights, temporary))
+
+    # ---- signals ----------------------------------------------------------------------------------------------------
+
+    def catch_signals(self) -> None:
+        """The first SIGTERM or SIGINT asks for a stop after this update; the second one exits at once."""
+        def handler(number, frame):
+            if self.signal:
+                os._exit(128 + number)
+            self.signal = number
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, handler)
+
+    def stop_requested(self) -> int | None:
+        """The signal, if any rank got one: all ranks leave together."""
+        total, = sum_over_ranks([float(self.signal or 0)], self.policy.device)
+        return (self.signal or signal.SIGTERM) if total else None
+
+
+class Stopped(Exception):
+    """A signal ended the run after an update, with a checkpoint; `train.py` exits with 128 + its number."""
+
+    def __init__(self, number: int):
+        super().__init__(f"stopped by {signal.Signals(number).name}")
+        self.exit_code = 128 + number

@@ -1,0 +1,285 @@
+"""The policy: a Hugging Face causal LM that returns log-probs of the trained tokens and never builds the full logits.
+
+Three parts, all used by every algorithm: `segments_attention` (a flat, prompt-shared row without a (T, T) mask),
+`chunked_logps` (the LM head in chunks) and `Policy` (their composition; `policy(batch) -> (N,)`).
+"""
+import contextlib
+import datetime
+import os
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.attention.bias import causal_lower_right
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from data.errors import UserError
+from data.pack import Batch, Example, collate
+
+LOGITS_PER_CHUNK = 2 ** 25    # logits that exist at once: 128 MiB in fp32, whatever the length of the batch
+
+
+def segments_attention(module, query, key, value, attention_mask, scaling=None, segments=None, sliding_window=None, **_):
+    """Attention over a flat row: SDPA per prompt-with-its-first-response (causal) and per further response (its queries over
+    the prompt's keys and its own). Memory is linear in the row's length.
+
+    query (1, heads, T, head_dim); key, value (1, kv_heads, T, head_dim); segments as in `Batch.segments`.
+    Returns (1, T, heads, head_dim), as transformers' attention functions do."""
+    units = [length for prompt, responses in segments for length in (prompt + sum(responses[:1]), *responses[1:])]
+    # `split` once instead of slicing per unit: the backward of every slice would fill a zero gradient of the whole row
+    queries, keys, values = (iter(x.split(units, dim=2)) for x in (query, key, value))
+    attended = []
+
+    def attend(q, k, v):
+        length, context = q.shape[2], k.shape[2] - q.shape[2]
+        if sliding_window is not None and k.shape[2] > sliding_window:
+            mask = torch.ones(length, k.shape[2], dtype=torch.bool, device=q.device).tril(context).triu(context - sliding_window + 1)
+        else:
+            mask = causal_lower_right(length, k.shape[2]) if context else None
+        attended.append(F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scaling, enable_gqa=True))
+
+    for prompt, responses in segments:
+        key_unit, value_unit = next(keys), next(values)
+        attend(next(queries), key_unit, value_unit)
+        for _ in responses[1:]:
+            attend(next(queries), torch.cat([key_unit[:, :, :prompt], next(keys)], 2),
+                   torch.cat([value_unit[:, :, :prompt], next(values)], 2))
+    return torch.cat([unit.transpose(1, 2) for unit in attended], 1), None
+
+
+def visible(segments, device=None):
+    """The (T, T) boolean mask of the same rule (may see: causal, and key in the prompt or the same response, and same example).
+    Quadratic in memory: it is what `attn_implementation: dense` runs and what the tests hold `segments_attention` against."""
+    example, response, offset = [], [], 0
+    for number, (prompt, responses) in enumerate(segments):
+        example += [number] * (prompt + sum(responses))
+        response += [-1] * prompt + [offset + i for i, length in enumerate(responses) for _ in range(length)]
+        offset += len(responses)
+    example, response = torch.tensor(example, device=device), torch.tensor(response, device=device)
+    same_example, same_response = example[:, None] == example, response[:, None] == response
+    return (same_example & (same_response | (response == -1))).tril()
+
+
+def dense_attention(module, query, key, value, attention_mask, scaling=None, segments=None, sliding_window=None, **_):
+    mask = visible(segments, query.device)
+    return F.scaled_dot_product_attention(query, key, value, mask, scale=scaling, enable_gqa=True).transpose(1, 2), None
+
+
+AttentionInterface.register("segments", segments_attention)
+AttentionInterface.register("dense", dense_attention)
+
+
+class ChunkedLogps(torch.autograd.Function):
+    """log softmax(hidden @ weight.T)[target], a chunk of rows at a time: neither forward nor backward holds the (N, V) logits.
+    The backward recomputes each chunk's logits and adds into one weight gradient in place; autograd would add up a (V, D)
+    gradient per chunk. `dtype` is that of the matrix products; everything else is fp32."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, target, dtype):
+        hidden, logps, normalizer = hidden.to(dtype), *(torch.empty(len(target), device=hidden.device) for _ in range(2))
+        head = weight.to(dtype)
+        ctx.rows = max(1, LOGITS_PER_CHUNK // len(weight))
+        for start in range(0, len(target), ctx.rows):
+            rows = slice(start, start + ctx.rows)
+            logits = (hidden[rows] @ head.T).float()                                        # (rows, V)
+            normalizer[rows] = logits.logsumexp(-1)
+            logps[rows] = logits.gather(1, target[rows, None])[:, 0] - normalizer[rows]
+        ctx.save_for_backward(hidden, weight, target, normalizer)
+        return logps
+
+    @staticmethod
+    def backward(ctx, grad_logps):
+        hidden, weight, target, normalizer = ctx.saved_tensors
+        head = weight.to(hidden.dtype)
+        grad_hidden = torch.zeros(hidden.shape, device=hidden.device)
+        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        for start in range(0, len(target), ctx.rows):
+            rows = slice(start, start + ctx.rows)
+            logits = (hidden[rows] @ head.T).float()
+            # d logp / d logits = onehot(target) - softmax; in place, so that one chunk is all that exists
+            grad_logits = logits.sub_(normalizer[rows, None]).exp_().mul_(-grad_logps[rows, None])
+            grad_logits.scatter_add_(1, target[rows, None], grad_logps[rows, None])
+            grad_logits = grad_logits.to(hidden.dtype)
+            grad_hidden[rows] = (grad_logits @ head).float()
+            if grad_weight is not None:
+                if hidden.dtype == grad_weight.dtype:
+                    grad_weight.addmm_(grad_logits.T, hidden[rows])
+                else:
+                    grad_weight += grad_logits.T @ hidden[rows]
+        return grad_hidden, grad_weight, None, None
+
+
+class Policy(nn.Module):
+    """A causal LM as the algorithms see it: `policy(batch)` -> (N,) fp32 log-probs of the batch's trained tokens, in order.
+
+    `precision` is that of the matrix products: weights stay as loaded (fp32 when trained) and run under bf16 autocast.
+    Under `torchrun` this module, not the LM inside, is the FSDP root: its forward gathers embedding, norm and head."""
+
+    def __init__(self, lm, precision: str = "fp32", share_prompt: bool = True):
+        super().__init__()
+        self.lm, self.precision, self.share_prompt = lm, precision, share_prompt
+
+    @property
+    def device(self):
+        return self.lm.device
+
+    def collate(self, examples) -> Batch:
+        return collate(examples, self.share_prompt).to(self.device)
+
+    def autocast(self):
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+
+    def forward(self, batch: Batch):
+        with self.autocast():
+            hidden = self.lm.base_model(input_ids=batch.tokens[None], position_ids=batch.positions[None], use_cache=False,
+                                        segments=batch.segments).last_hidden_state[0]          # (T, D)
+        hidden = hidden.index_select(0, batch.source)          # (N, D); `hidden[source]` has a non-deterministic backward
+        dtype = torch.bfloat16 if self.precision == "bf16" else hidden.dtype
+        return ChunkedLogps.apply(hidden, self.lm.get_output_embeddings().weight, batch.target, dtype)
+
+    @contextlib.contextmanager
+    def generating(self):
+        """The LM itself, in the state `generate` needs: ordinary attention with a KV cache, every sharded weight gathered."""
+        sharded = hasattr(self, "unshard")
+        if sharded:      # the LM's own forward does not pass through this root, so its weights are gathered by hand
+            self.set_reshard_after_forward(False)
+            self.unshard()
+        implementation = self.lm.config._attn_implementation
+        self.lm.set_attn_implementation("sdpa")
+        try:
+            with torch.no_grad(), self.autocast():
+                yield self.lm
+        finally:
+            self.lm.set_attn_implementation(implementation)
+            if sharded:
+                self.reshard()
+                self.set_reshard_after_forward(True)
+
+
+def load_lm(path: str, dtype=torch.float32, attn_implementation: str = "segments"):
+    """A causal LM from a local directory or the hub; UserError for what is not one. `dtype` is fp32 for whatever is trained."""
+    local = os.path.isdir(path)
+    if local and os.path.exists(os.path.join(path, "adapter_config.json")):
+        raise UserError(f"{path} holds a LoRA adapter, not a model; fix: merge it into its base model and pass that")
+    if not local and (os.path.exists(path) or path.startswith((".", "/")) or path.count("/") > 1):
+        raise UserError(f"model: {path} is not a directory with a model; fix: pass a model directory or a hub name owner/name")
+    try:
+        config = AutoConfig.from_pretrained(path)
+        if getattr(config, "quantization_config", None):
+            raise UserError(f"model: {path} is quantized and cannot be trained; fix: pass the unquantized model")
+        if type(config) not in AutoModelForCausalLM._model_mapping:
+            raise UserError(f"model: {path} is a {config.model_type}, not a causal language model; fix: pass a causal LM")
+        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=attn_implementation)
+    except (OSError, ValueError) as error:
+        where = "cannot be loaded" if local else "is neither a local directory nor reachable on the hub"
+        raise UserError(f"model: {path} {where} ({first_line(error)}); fix: check the name or the files in it") from error
+
+
+def build_policy(config, tokenizer, path: str | None = None) -> Policy:
+    """Load `config.model` (or `path`, a checkpoint of it) as a Policy on this process's device, in eval mode: dropout is 0."""
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+    precision = config.precision if config.precision != "auto" else "bf16" if device.type == "cuda" else "fp32"
+    lm = load_lm(path or config.model, attn_implementation=config.attn_implementation).eval().to(device)
+    if len(tokenizer) > lm.get_input_embeddings().num_embeddings:
+        raise UserError(f"model: the tokenizer has {len(tokenizer)} tokens but the embedding only "
+                        f"{lm.get_input_embeddings().num_embeddings} rows; fix: use the tokenizer this model was saved with")
+    if config.gradient_checkpointing:
+        lm.gradient_checkpointing_enable({"use_reentrant": False})
+        for module in lm.modules():      # transformers checkpoints in train mode only; everything else stays in eval, without dropout
+            module.training = getattr(module, "gradient_checkpointing", False)
+    return Policy(lm, precision, share_prompt=config.share_prompt != "false")
+
+
+def shard(policy: Policy):
+    """FSDP2 over all ranks: one group per decoder layer and one for the rest. Gradients are summed, not averaged, over ranks:
+    the algorithms divide by counts of the whole step."""
+    layers = [module for module in policy.modules() if type(module).__name__ in (policy.lm._no_split_modules or ())]
+    for module in (*layers, policy):
+        fully_shard(module)
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)       # without it gloo fails: it has no PREMUL_SUM
+    return policy
+
+
+@torch.no_grad()
+def check_policy(policy: Policy, examples, mode: str, notice) -> None:
+    """Compare the shortest examples' log-probs with the plain forward of the LM, one response at a time, before anything is
+    trained. `share_prompt: auto` falls back to one prompt copy per response where only that agrees.
+
+    Raises UserError where neither does: recurrent layers, or an LM that changes its logits after the head."""
+    examples = sorted(examples, key=Example.size)[:2]
+    with policy.generating() as lm:
+        plain = []
+        for example in examples:
+            for response in example.responses:
+                ids = torch.tensor([[*example.prompt, *response.tokens]], device=policy.device)
+                logps = lm(ids, use_cache=False).logits[0].float().log_softmax(-1)
+                predicted = logps[len(example.prompt) - 1:-1].gather(1, ids[0, len(example.prompt):, None])[:, 0]
+                plain.append(predicted[torch.from_numpy(response.trained).to(policy.device)])
+    plain, tolerance = torch.cat(plain), 1e-3 if policy.precision == "fp32" else 0.25
+    for share in {"auto": (True, False), "true": (True,), "false": (False,)}[mode]:
+        policy.share_prompt = share
+        difference = (policy(policy.collate(examples)) - plain).abs()
+        if difference.max() <= tolerance:
+            if mode == "auto" and not share:
+                notice("share_prompt: prompts are laid out once per response, this model's layers do not allow sharing them")
+            return
+    raise UserError(f"model: log-probs of flat rows differ from the model's own by {difference.max():.2g} (recurrent layers, or "
+                    "logits changed after the head); fix: use a model with ordinary attention layers")
+
+
+def load_tokenizer(path: str):
+    """The tokenizer beside a model; UserError for a name that is neither a directory nor on the hub."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"model: no tokenizer can be loaded from {path} ({first_line(error)}); "
+                        "fix: check the name, or save the tokenizer beside the model") from error
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"model: the tokenizer of {path} has no eos token, so no response could end; fix: set eos_token")
+    return tokenizer
+
+
+def start_processes(deterministic: bool) -> None:
+    """Under torchrun, join the process group: nccl on CUDA, gloo on the CPU."""
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    if "LOCAL_RANK" in os.environ:
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=datetime.timedelta(minutes=30))
+
+
+def stop_processes() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def from_main(value):
+    """Rank 0's value on every rank."""
+    if dist.is_initialized():
+        box = [value]
+        dist.broadcast_object_list(box)
+        value = box[0]
+    return value
+
+
+def first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def distributed() -> tuple[int, int]:
+    """(rank, world size); (0, 1) without torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def sum_over_ranks(values: list[float], device) -> list[float]:
+    """Element-wise sum of a list of numbers over all ranks, in float64."""
+    if not dist.is_initialized():
+        return values
+    total = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return total.tolist()

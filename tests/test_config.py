@@ -1,0 +1,348 @@
+"""engine/config.py: precedence, casting, errors and round trip. Algorithms are stand-ins, so that no other piece is needed."""
+import dataclasses
+import importlib
+import json
+import os
+import random
+import re
+import shlex
+from dataclasses import dataclass
+from typing import Literal
+
+import pytest
+import yaml
+
+from data.errors import UserError
+from engine.config import FOREIGN, Common, algorithm_names, as_yaml, config_of, describe, help_text, load_config, parse_argv
+
+
+@dataclass
+class Sft:
+    train_on: Literal["assistant", "all"] = "assistant"    # which tokens are trained
+
+
+@dataclass
+class Dpo:
+    beta: float = 0.1              # strength of the KL constraint
+    label_smoothing: float = 0.0   # share of flipped labels
+    reference: str | None = None   # null = the start model
+
+
+ALGORITHMS = {"dpo": Dpo, "sft": Sft}
+BASE = "algorithm: dpo\nmodel: m\ndata: d.jsonl\n"    # three lines: what is added starts at line 4
+
+
+@pytest.fixture(autouse=True)
+def project(tmp_path, monkeypatch):
+    """An empty working directory and the stand-in algorithms."""
+    monkeypatch.setattr("engine.config.algorithm_names", lambda: sorted(ALGORITHMS))
+    monkeypatch.setattr("engine.config.config_of", ALGORITHMS.get)
+    (tmp_path / "cwd").mkdir()
+    monkeypatch.chdir(tmp_path / "cwd")
+
+
+def load(text="", words="", path="x.yml", base=BASE):
+    with open(path, "wb") as file:
+        file.write(text if isinstance(text, bytes) else (base + text).encode())
+    return load_config([path, *shlex.split(words)])
+
+
+def error(text="", words="", **kwargs):
+    with pytest.raises(UserError) as caught:
+        load(text, words, **kwargs)
+    message = str(caught.value)
+    assert "\n" not in message and "; fix: " in message
+    return message
+
+
+# ---- precedence and the command line
+
+def test_defaults_yaml_and_command_line():
+    run = load("lr: 3e-5\nbatch_size: 8\nbeta: 0.5", "lr=2e-5 --debug")
+    assert (run.common.lr, run.common.batch_size, run.common.keep, run.config.beta) == (2e-5, 8, 2, 0.5)
+    assert run.flags == {"debug"}
+    assert [run.sources[key] for key in ("lr", "batch_size", "keep", "beta")] == ["command line", "x.yml:5", "default", "x.yml:6"]
+    assert set(run.sources) == {f.name for f in dataclasses.fields(Common)} | {"beta", "label_smoothing", "reference"}
+    assert tuple(run) == (run.common, run.config, run.sources, {"debug"}, "x")
+
+
+@pytest.mark.parametrize("words", ["lr=2e-5 max_steps=3", "--lr=2e-5 --max-steps=3", "--overrides lr=2e-5 max-steps=3",
+                                   "--overrides --lr=2e-5 --dry-run max_steps=3"])
+def test_forms_of_an_override(words):
+    run = load("", words)
+    assert (run.common.lr, run.common.max_steps) == (2e-5, 3)
+
+
+def test_order_of_words_is_free():
+    load()
+    assert load_config(["--dry-run", "lr=1", "x.yml"]).common.lr == 1.0
+
+
+def test_override_given_twice(capsys):
+    assert load("", "lr=1e-5 lr=3e-5").common.lr == 3e-5
+    assert "lr is given more than once" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words, says", [
+    ("lr 2e-5", "lr=VALUE"), ("--lr 2e-5", "lr=VALUE"), ("--max-steps", "max_steps=VALUE"), ("-lr=1", "key=value"),
+    ("--dryrun", "--dry-run"), ("=3", "key=value"), ("x.yml", "two config files"), ("lr==3", "a number such as 2e-5"),
+])
+def test_bad_words(words, says):
+    assert says in error("", words)
+
+
+def test_no_config_file():
+    with pytest.raises(UserError, match="no config file"):
+        load_config(["lr=1"])
+
+
+def test_a_path_may_contain_an_equals_sign(tmp_path):
+    (tmp_path / "cwd" / "runs" / "lr=1").mkdir(parents=True)
+    assert load(path="runs/lr=1/config.yaml", words="lr=3").common.lr == 3
+
+
+def test_help_needs_no_file():
+    assert load_config(["--help"]).flags == {"help"}
+    text = help_text()
+    assert "train.py" in text and "--dry-run" in text and "strength of the KL constraint" in text
+    for field in dataclasses.fields(Common):
+        line = next(line for line in text.splitlines() if line.startswith(f"    {field.name}: "))
+        assert len(line.partition(" # ")[2]) > 10, field.name
+
+
+# ---- casting
+
+@pytest.mark.parametrize("text, value", [("5e-7", 5e-7), ("1", 1.0), ("5E-7", 5e-7), (".5", 0.5), ("'2e-5'", 2e-5)])
+def test_floats(text, value):
+    lr = load(f"lr: {text}").common.lr
+    assert lr == value and type(lr) is float
+
+
+@pytest.mark.parametrize("text, value", [("1e3", 1000), ("12", 12), ("010", 10), ("8.0", 8)])
+def test_ints(text, value):
+    for run in (load(f"max_steps: {text}"), load("", f"max_steps={text}")):
+        assert run.common.max_steps == value and type(run.common.max_steps) is int
+
+
+@pytest.mark.parametrize("text, value", [("true", True), ("No", False), ("off", False), ("ON", True), ("yes", True), ("0", False),
+                                         ("1", True), ("False", False), ("'false'", False)])
+def test_bools(text, value):
+    assert load(f"shuffle: {text}").common.shuffle is value
+
+
+@pytest.mark.parametrize("text", ["", "null", "None", "none", "NULL"])
+def test_null(text):
+    assert load("reference: ~").config.reference is None
+    assert load(f"reference: {text}\nmax_steps: {text}").config.reference is None
+    run = load("max_steps: 5", f"max_steps={text} reference={text}")
+    assert run.common.max_steps is None and run.config.reference is None
+
+
+@pytest.mark.parametrize("text", ["no", "010", "1:30", "5e-7", "null", "2024-01-01", "0x1f", "1_000", "=", "!x/y", "a b"])
+def test_text_stays_as_written(text):
+    assert load(f"model: '{text}'", base="algorithm: sft\ndata: d\n").common.model == text
+    if text[0] not in "!":
+        assert load(f"model: {text}", base="algorithm: sft\ndata: d\n").common.model == text
+
+
+def test_choices_and_algorithm_keys():
+    run = load("train_on: all\nschedule: Cosine\nshare_prompt: True", "algorithm=sft")
+    assert (run.common.schedule, run.common.share_prompt, run.config.train_on) == ("cosine", "true", "all")
+    assert load("truncate: none").common.truncate == "none"
+
+
+@pytest.mark.parametrize("line, says", [
+    ("lr: abc", "a number"), ("lr: nan", "a number"), ("lr: .inf", "a number"), ("lr: inf", "a number"),
+    ("lr: 1e999", "a number"),
+    ("lr:", "a number"), ("max_steps: 1.5", "a whole number"), ("max_steps: 1e400", "a whole number"),
+    ("seed: 99999999999999999999", "whole"),
+    ("shuffle: maybe", "true, yes, on"), ("shuffle: 2", "true, yes"),
+    ("schedule: linaer", "give linear (choices: linear, cosine, constant)"),
+    ("hh: xyz", "choices: messages, text"), ("attn_implementation:", "choices: segments"), ("resume:", "text"),
+    ("resume: |\n  a\n  b", "one line"),
+    ("lr: 0", "above 0"), ("lr: -1e-5", "above 0"), ("max_grad_norm: 0", "above 0"), ("batch_size: 0", "1 or more"),
+    ("epochs: 0", "1 or more"),
+    ("eval_fraction: 1", "below 1"), ("eval_fraction: -0.1", "below 1"), ("warmup: -1", "0 or more"),
+    ("warmup: 1.5", "whole number of"),
+    ("max_length: 1", "2 or more"), ("keep: 1", "2 or more"), ("seed: -1", "0 to 4294967295"), ("max_steps: 0", "1 or more"),
+    ("weight_decay: -0.1", "0 or more"), ("micro_batch_tokens: 0", "2 or more"), ("save_every: 0", "1 or more"),
+    ("log_every: 0", "1 or more"),
+])
+def test_bad_values(line, says):
+    message = error("# a comment\n" + line)
+    assert says in message and message.startswith(f"{line.split(':')[0]} (x.yml:5) is ")
+    if "\n" not in line:
+        assert "(command line)" in error("", shlex.quote(line.replace(":", "=", 1).replace("= ", "=")))
+
+
+def test_eval_fraction_and_eval_data_exclude_each_other():
+    assert "x.yml:5" in error("eval_data: e\neval_fraction: 0.1")
+    assert load("eval_fraction: 0.1").common.eval_fraction == 0.1
+
+
+# ---- the YAML file
+
+def test_key_order_bom_and_crlf():
+    assert load(b"\xef\xbb\xbfbeta: 0.2\r\ndata: d\r\nmodel: m\r\nalgorithm: dpo\r\n").config.beta == 0.2
+
+
+@pytest.mark.parametrize("text, says", [
+    (b"", "empty"), (b"# only a comment\n", "empty"), (b"---\n", "empty"), (b"- a\n- b\n", "mapping"), (b"lr:1e-6\n", "mapping"),
+    (b"a: 1\nmodel: \xff\xfe\n", "UTF-8 in x.yml:2"), (b"a: 1\nb: \x00\n", "control character in x.yml:2"),
+    (b"lr: 1\nseed: 1\nlr: 2\n", "duplicate key 'lr' in x.yml:3, first in x.yml:1"),
+    (b"lr: 1\ntrain:\n  lr: 2\n", "nested value of 'train' in x.yml:2"), (b"data: [a, b]\n", "nested value of 'data'"),
+    (b"{{ lr }}: 2\n", "nested"), (b"lr: " + b"[" * 5000, "nested"), (b"algorithm: dpo\n...\n---\nlr: 2\n", "x.yml:3:1"),
+    (b"lr: 1\n\tseed: 2\n", "tab"), (b"model: @x\n", "x.yml:1:8: found character '@'"),
+    (b"model: a: b\n", "in 'model: a: b'; fix: put"),
+    (b"model: m\nlr:1e-6\nseed: 1\n",
+    "x.yml:2:1: could not find expected ':' in 'lr:1e-6'; fix: put a space after the colon in line 2"),
+    (b"lr:1e-6\nmodel: m\n", "fix: put a space after the colon in line 1"), (b"model: 'abc\n", "x.yml:2:1"),
+    (b"lr: *a\n", "undefined alias"), (b"model: \"\\q\"\n", "x.yml:1"),
+])
+def test_bad_files(text, says):
+    assert says in error(text)
+
+
+def test_tags_run_nothing():
+    assert load("output: !!python/name:os.system run").common.output == "run"
+    assert "nested" in error("data: !!python/object/apply:os.system ['exit 1']", base="")
+
+
+def test_missing_file_and_directory(tmp_path):
+    load(path="tiny-dpo.yml")
+    with pytest.raises(UserError, match=r"does not exist; fix: python train.py tiny-dpo.yml"):
+        load_config(["tiny-dpu.yml"])
+    (tmp_path / "cwd" / "example").mkdir()
+    (tmp_path / "cwd" / "example" / "tiny-sft.yml").write_text("")
+    with pytest.raises(UserError, match=r"fix: python train.py example/tiny-sft.yml"):
+        load_config(["examples/tiny-sft.yml"])
+    with pytest.raises(UserError, match="is a directory"):
+        load_config(["example"])
+
+
+# ---- keys
+
+@pytest.mark.parametrize("line, says", [
+    ("lrr: 1", "unknown key 'lrr' (x.yml:4); fix: write lr"), ("max_step: 1", "write max_steps"),
+    ("Batch_Size: 1", "write batch_size"),
+    ("train.max_step: 1", "write max_steps"), ("qqqqqqq: 1", "--help"), ("betta: 1", "write beta"), ("? \n: 1", "unknown key ''"),
+    ("train_on: all", "train_on (x.yml:4) is used by sft, not by dpo; fix: remove it"),
+])
+def test_unknown_keys(line, says):
+    assert says in error(line)
+
+
+def test_key_of_another_algorithm_on_the_command_line():
+    assert "beta (command line) is used by dpo, not by sft" in error("", "beta=1 algorithm=sft")
+
+
+@pytest.mark.parametrize("theirs, ours", [
+    ("total_batch_size", "batch_size"), ("n_epochs", "epochs"), ("num_train_epochs", "epochs"), ("exp_name", "output"),
+    ("output_dir", "output"),
+    ("learning_rate", "lr"), ("model_name_or_path", "model"), ("dataset_name", "data"),
+    ("per_device_train_batch_size", "batch_size"),
+    ("gradient_accumulation_steps", "batch_size"), ("max_seq_length", "max_length"), ("num_epochs", "epochs"),
+    ("warmup_ratio", "warmup"),
+    ("warmup_steps", "warmup"), ("logging_steps", "log_every"), ("save_steps", "save_every"), ("eval_steps", "eval_every"),
+    ("save_total_limit", "keep"), ("lr_scheduler_type", "schedule"), ("bf16", "precision"), ("fp16", "precision"),
+    ("resume_from_checkpoint", "resume"),
+])
+def test_names_of_other_projects(theirs, ours):
+    assert f"fix: write {ours}" in error(f"{theirs}: 1")
+
+
+def test_foreign_names_lead_to_our_keys():
+    common = {field.name for field in dataclasses.fields(Common)}
+    assert {ours.split(" ")[0] for ours in FOREIGN.values()} <= common | {"reference"}
+    assert not common & set(FOREIGN)
+
+
+@pytest.mark.parametrize("key", ["hf_token", "HF_TOKEN", "token", "wandb_api_key", "password", "client_secret", "apikey"])
+def test_secrets_are_refused_and_never_shown(key):
+    for message in (error(f"{key}: canary"), error("", f"{key}=canary"), error(f"{key}: @canary"), error(f"{key}: [canary]")):
+        assert "canary" not in message
+    assert "environment variable HF_TOKEN" in error(f"{key}: canary")
+    assert "hf_abc" not in error("lr: hf_abcdefghijklmnopqrstuvwx")
+
+
+def test_token_counts_are_no_secrets():
+    assert load("micro_batch_tokens: 100").common.micro_batch_tokens == 100
+    assert "HF_TOKEN" not in error("max_tokens: 5") + error("tokenizer: t")
+
+
+def test_required_keys_and_algorithm():
+    assert "model is missing in x.yml" in error(base="algorithm: dpo\ndata: d")
+    assert "data is missing" in error(base="algorithm: dpo\nmodel: m")
+    assert "algorithm (x.yml) is missing, algorithms/ holds dpo, sft" in error(base="model: m")
+    assert "algorithm (x.yml:1) is 'dop', algorithms/ holds dpo, sft; fix: give dpo" in error(base="algorithm: dop")
+    assert "one of them" in error("", "algorithm=../train")
+
+
+# ---- output
+
+def test_output():
+    for path, stem in [("tiny.dpo.yml", "tiny.dpo"), ("./a/x.yaml", "x"), ("runs/tiny-2/config.yaml", "tiny-2"),
+                       ("config.yaml", "cwd")]:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        run = load(path=path)
+        assert (run.common.output, run.stem) == (None, stem)
+    for good in ("runs/a", "a b", "/some/where/new", "a..b", "./x", "x~"):
+        run = load("", f"output={shlex.quote(good)}")
+        assert run.common.output == good and run.sources["output"] == "command line"
+
+
+@pytest.mark.parametrize("bad", ["..", "a/../b", "../x", "/", "~", "~/x", "a/~x", "//", "x" * 256, "é" * 128, "a\tb", "a\x7f"])
+def test_refused_outputs(bad):
+    assert "output (x.yml:4) is " in error(f"output: {json.dumps(bad)}")
+
+
+def test_output_is_not_the_repository(monkeypatch, tmp_path):
+    monkeypatch.setattr("engine.config.ROOT", tmp_path / "cwd" / "repo")
+    for bad in ("repo", "./repo/", ".", str(tmp_path)):
+        assert "not the home directory, the repository or" in error("", f"output={bad}")
+    assert load("", "output=repo/runs/x").common.output == "repo/runs/x"
+
+
+# ---- writing it back
+
+def test_round_trip_is_exact():
+    generator = random.Random(0)
+    words = ["no", "null", "1:30", "010", "a: b", "#x", "x #y", " padded ", "'", '"', "@x", "*a", "&a", "!t", "- a", "é漢😀",
+             "[a]", "{a}", "?",
+             "%a", "`", "|", ">", "a,b", "\\n", "true", "1e-5", "---", "=", "<<", "x" * 500, "a " * 200 + "b"]
+    for trial in range(100):
+        name = generator.choice(words)
+        words_given = [f"lr={generator.uniform(1e-9, 1e-3)!r}", f"model={name}", f"data={name}x", f"warmup={generator.random()}",
+                       f"beta={generator.random() * 10 ** generator.randint(-300, 300)!r}",
+                       f"shuffle={generator.choice(['yes', 'no'])}",
+                       f"reference={name}", f"max_steps={generator.choice(['', '7'])}", f"seed={generator.randrange(2**32)}"]
+        load()
+        run = load_config(["x.yml", *words_given])
+        text = as_yaml(run.common, run.config)
+        again = load(text, base="", path="config.yaml")
+        assert (again.common, again.config) == (run.common, run.config), text
+        assert as_yaml(again.common, again.config) == text
+        assert len(text.splitlines()) == len(run.sources)
+        assert yaml.safe_load(text)["lr"] == run.common.lr    # other YAML readers agree
+
+
+def test_describe():
+    lines = describe(load("lr: 3e-5", "batch_size=4"))
+    parts = [[part.strip() for part in line.replace("(", "=").rstrip(")").split("=")] for line in lines]
+    assert ["lr", "3.0e-05", "x.yml:4"] in parts and ["batch_size", "4", "command line"] in parts
+    assert ["keep", "2", "default"] in parts and ["beta", "0.1", "default"] in parts and ["reference", "null", "default"] in parts
+
+
+def test_parse_argv_returns_text():
+    assert parse_argv(["a.yml", "--x-y=1=2", "--dry-run"]) == ("a.yml", {"x_y": ("1=2", "command line")}, {"dry-run"})
+
+
+def test_real_algorithms(monkeypatch):
+    """Every file of algorithms/ names its data, and its keys are commented and repeat none of Common."""
+    monkeypatch.undo()
+    text = help_text()
+    for name in algorithm_names():
+        assert importlib.import_module(f"algorithms.{name}").DATA in ("responses", "pairs")
+        for field in dataclasses.fields(config_of(name)):
+            assert field.name not in Common.__annotations__
+            assert re.search(rf"^    {field.name}: .* # \w", text, re.MULTILINE), f"{name}.{field.name} has no comment"

@@ -1,0 +1,62 @@
+"""Train a model: `python train.py example/tiny-dpo.yml lr=2e-5`, or `torchrun --nproc-per-node 8 train.py …` for several GPUs.
+
+This file only wires the parts together; the update rule is in `algorithms/<name>.py`.
+"""
+import importlib
+import os
+import shlex
+import sys
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")    # else the tokenizer warns about the processes torch forks
+
+from data.errors import UserError
+from engine.config import as_yaml, help_text, load_config
+
+
+def main(argv: list[str]) -> None:
+    run_config = load_config(argv)
+    if "help" in run_config.flags:
+        return print(help_text())
+    # these imports take seconds, so they wait until the configuration is known to be good
+    from data.dataset import load_datasets
+    from engine import checkpoint, logs, model
+    from engine.loop import Engine, Stopped
+
+    common, config = run_config.common, run_config.config
+    algorithm = importlib.import_module(f"algorithms.{common.algorithm}")
+    if "dry-run" in run_config.flags:
+        from engine.dry_run import dry_run
+        return dry_run(run_config, algorithm.DATA)
+    model.start_processes(common.deterministic)
+    rank, world = model.distributed()
+    try:
+        config_yaml = as_yaml(common, config)
+        directory, start = model.from_main(logs.choose_directory(common.output, run_config.stem, common.resume, config_yaml) if rank == 0 else None)
+        run = logs.Run(directory, main=rank == 0)
+        tokenizer = model.load_tokenizer(common.model)
+        train_set, eval_set, report = load_datasets(common, config, algorithm.DATA, tokenizer, run.notice)
+        policy = model.build_policy(common, tokenizer, start)
+        model.check_policy(policy, train_set, common.share_prompt, run.notice)
+        step = checkpoint.load_trainer(start)["step"] if start else 0
+        run.begin(config_yaml, report, step)
+        run.notice(f"run {directory}" + (f", resumed from {start}" if start else ""))
+        if world > 1:
+            model.shard(policy)
+        engine = Engine(common, policy, tokenizer, train_set, eval_set, run, algorithm.PROGRESS, start)
+        algorithm.train(engine, config)
+        run.summary()
+    except Stopped as stop:
+        run.notice(f"{stop}; continue with: python train.py {shlex.join(argv)}")
+        sys.exit(stop.exit_code)
+    finally:
+        model.stop_processes()
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        if "--debug" in sys.argv:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
