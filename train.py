@@ -3,11 +3,9 @@
 This file only wires the parts together; the update rule is in `algorithms/<name>.py`.
 """
 import importlib
-import os
 import shlex
 import sys
-
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")    # else the tokenizer warns about the processes torch forks
+from dataclasses import replace
 
 from data.errors import UserError
 from engine.config import as_yaml, help_text, load_config
@@ -30,8 +28,8 @@ def main(argv: list[str]) -> None:
     model.start_processes(common.deterministic)
     rank, world = model.distributed()
     try:
-        config_yaml = as_yaml(common, config)
-        directory, start = model.from_main(logs.choose_directory(common.output, run_config.stem, common.resume, config_yaml) if rank == 0 else None)
+        config_yaml = as_yaml(replace(common, resume="auto"), config)      # how this process was started is not the run's business
+        directory, start = model.from_main(logs.choose_directory, common.output, run_config.stem, common.resume, config_yaml)
         run = logs.Run(directory, main=rank == 0)
         tokenizer = model.load_tokenizer(common.model)
         train_set, eval_set, report = load_datasets(common, config, algorithm.DATA, tokenizer, run.notice)
@@ -46,7 +44,9 @@ def main(argv: list[str]) -> None:
         algorithm.train(engine, config)
         run.summary()
     except Stopped as stop:
-        run.notice(f"{stop}; continue with: python train.py {shlex.join(argv)}")
+        # resume=never would start another run, resume=PATH an older part of this one
+        words = argv if common.resume == "auto" else [*argv, f"resume={directory}"]
+        run.notice(f"{stop}; continue with: python train.py {shlex.join(words)}")
         sys.exit(stop.exit_code)
     finally:
         model.stop_processes()
@@ -55,6 +55,8 @@ def main(argv: list[str]) -> None:
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
+    except KeyboardInterrupt:      # before the engine takes over the signals there is nothing to save
+        sys.exit(130)
     except UserError as error:
         if "--debug" in sys.argv:
             raise

@@ -95,8 +95,8 @@ def load_datasets(config, algorithm_config, kind, tokenizer, notice):
         report = dataset.report
         for reason, count in report["dropped"].items():
             share = count / report["read"]
-            notice(f"{'warning: ' if share > 0.05 else ''}{report['source']}: {count} of {report['read']} rows dropped ({share:.1%}): {reason} "
-                   f"(first: {report['first_dropped'][reason]})")
+            notice(f"{'warning: ' if share > 0.05 else ''}{report['source']}: {count} of {report['read']} rows dropped ({share:.1%}): "
+                   f"{reason} (first: {report['first_dropped'][reason]})")
         if report["cut_rows"]:
             notice(f"{report['source']}: {report['cut_rows']} texts cut into pieces of max_length tokens")
         if report["stop_inside"]:

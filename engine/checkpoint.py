@@ -6,6 +6,7 @@ the rest is JSON: loading never unpickles.
 """
 import hashlib
 import json
+import math
 import os
 import shutil
 
@@ -74,16 +75,16 @@ def broken(directory: str) -> str | None:
     """What is wrong with a sealed directory, naming the file; None if it is whole."""
     try:
         with open(os.path.join(directory, MANIFEST)) as file:
-            manifest = json.load(file)
-    except (OSError, ValueError):
+            manifest = [(name, entry["bytes"], entry["sha256"]) for name, entry in json.load(file).items()]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):     # a flipped bit can leave valid JSON of another shape
         return f"{os.path.join(directory, MANIFEST)} is missing or unreadable"
-    for name, expected in manifest.items():
+    for name, size, digest in manifest:
         path = os.path.join(directory, name)
-        if not os.path.exists(path):
+        if not os.path.isfile(path):
             return f"{path} is missing"
-        if os.path.getsize(path) != expected["bytes"]:
-            return f"{path} has {os.path.getsize(path)} bytes instead of {expected['bytes']}"
-        if sha256(path) != expected["sha256"]:
+        if os.path.getsize(path) != size:
+            return f"{path} has {os.path.getsize(path)} bytes instead of {size}"
+        if sha256(path) != digest:
             return f"{path} is damaged (its sha256 differs from the manifest)"
     return None
 
@@ -92,7 +93,11 @@ def checkpoints(run_directory: str) -> list[str]:
     """Paths of a run's checkpoints, oldest first, whole or not."""
     folder = os.path.join(run_directory, "checkpoints")
     names = [name for name in os.listdir(folder) if name.startswith("step-") and name[5:].isdigit()] if os.path.isdir(folder) else []
-    return [os.path.join(folder, name) for name in sorted(names, key=lambda name: int(name[5:]))]
+    return sorted((os.path.join(folder, name) for name in names), key=step_of)
+
+
+def step_of(path: str) -> int:
+    return int(path.rpartition("step-")[2])
 
 
 def newest(run_directory: str, notice) -> str | None:
@@ -105,13 +110,15 @@ def newest(run_directory: str, notice) -> str | None:
     return None
 
 
-def clean(run_directory: str, keep: int | None = None) -> None:
-    """Remove what an interrupted save left behind and, given `keep`, all but the newest checkpoints."""
+def clean(run_directory: str, keep: int | None = None, after: float = math.inf) -> None:
+    """Remove what an interrupted save left behind; given `keep`, all but the newest checkpoints; given `after`, those of later
+    steps: a run that goes on from an earlier one does them again, and `keep` must not count the broken ones among them."""
     for folder in (run_directory, os.path.join(run_directory, "checkpoints")):
         for name in os.listdir(folder) if os.path.isdir(folder) else ():
             if ".tmp-" in name:
                 shutil.rmtree(os.path.join(folder, name), ignore_errors=True)
-    for path in checkpoints(run_directory)[:-keep] if keep else ():
+    found = checkpoints(run_directory)
+    for path in (found[:-keep] if keep else []) + [path for path in found if step_of(path) > after]:
         shutil.rmtree(path, ignore_errors=True)
 
 

@@ -14,7 +14,7 @@ import time
 
 import yaml
 
-from data.errors import UserError
+from data.errors import RunError, UserError
 from engine import checkpoint
 
 # a run may be continued with other values of these; every other key changes the numbers
@@ -24,10 +24,10 @@ FREE = {"output", "resume", "max_steps", "epochs", "eval_every", "save_every", "
 def read_config(directory: str) -> dict | None:
     """The configuration a run directory was started with; None if it is not a run."""
     try:
-        with open(os.path.join(directory, "config.yaml")) as file:
+        with open(os.path.join(directory, "config.yaml"), encoding="utf-8") as file:
             config = yaml.load(file, yaml.BaseLoader)      # everything as text: the comparison is of texts
         return config if isinstance(config, dict) else None
-    except OSError:
+    except (OSError, ValueError, yaml.YAMLError):      # no such file, not text, or somebody else's
         return None
 
 
@@ -52,7 +52,8 @@ def choose_directory(output: str | None, stem: str, resume: str, config_yaml: st
         path = os.path.normpath(resume)
         run = path if read_config(path) else os.path.dirname(os.path.dirname(path))
         if read_config(run) is None:
-            raise UserError(f"resume: {resume} is neither a run nor a checkpoint of one; fix: pass runs/<name> or runs/<name>/checkpoints/step-…")
+            raise UserError(f"resume: {resume} is neither a run nor a checkpoint of one; "
+                            "fix: pass runs/<name> or runs/<name>/checkpoints/step-…")
         start = checkpoint.newest(run, notice) if path == run else path
         fault = "it has no whole checkpoint" if start is None else checkpoint.broken(start)
         if fault:
@@ -103,36 +104,50 @@ class Run:
 
     def begin(self, config_yaml: str, reports: dict, step: int) -> None:
         """Create the directory, or take up the one there: what an interrupted save left is removed and the rows of updates
-        that will be done again are cut from metrics.jsonl and samples.jsonl."""
+        that will be done again are cut from metrics.jsonl and samples.jsonl. UserError if a data file is not what it was."""
         if not self.main:
             return
+        if step:
+            self.check_data(reports)
         try:
             os.makedirs(self.directory, exist_ok=True)
-            checkpoint.clean(self.directory)
-            if step == 0 or not os.path.exists(self.path("config.yaml")):
-                self.write("config.yaml", config_yaml)
+            checkpoint.clean(self.directory, after=step)
+            self.write("config.yaml", config_yaml)
             for name in ("metrics.jsonl", "samples.jsonl"):
                 self.write(name, "".join(line for line in self.rows(name) if json.loads(line)["step"] <= step and step > 0))
             self.write("run.json", json.dumps({**environment(), "data": reports, "resumed_from_step": step}, indent=1) + "\n")
         except OSError as error:
             raise UserError(f"output: {self.directory} cannot be written ({error.strerror}); fix: choose a writable output") from error
 
+    def check_data(self, reports: dict) -> None:
+        """The order of the data is a function of the step, so a run can only go on with the same rows."""
+        with open(self.path("run.json")) as file:
+            started = json.load(file)["data"]
+        for split, report in reports.items():
+            if report and started[split] and report["sha256"] != started[split]["sha256"]:
+                raise UserError(f"{report['source']} has changed since the run in {self.directory} started; "
+                                "fix: restore the file, or choose another output")
+
     def write(self, name: str, text: str) -> None:
-        with open(self.path(name + ".tmp"), "w") as file:
+        with open(self.path(name + ".tmp"), "w", encoding="utf-8") as file:
             file.write(text)
         os.replace(self.path(name + ".tmp"), self.path(name))
 
     def rows(self, name: str) -> list[str]:
-        """The complete lines of a .jsonl file of this run; a kill may have cut the last one."""
+        """The complete lines of a .jsonl file of this run; a kill may have cut the last one, a power failure left zeros."""
         if not os.path.exists(self.path(name)):
             return []
-        with open(self.path(name)) as file:
-            return [line for line in file if line.endswith("\n")]
+        with open(self.path(name), encoding="utf-8", errors="replace") as file:
+            return [line for line in file if line.startswith("{") and line.endswith("}\n")]
 
     def append(self, name: str, row) -> None:
         if self.main and os.path.isdir(self.directory):
-            with open(self.path(name), "a") as file:
-                file.write((row if isinstance(row, str) else json.dumps(row, ensure_ascii=False)) + "\n")
+            try:
+                with open(self.path(name), "a", encoding="utf-8") as file:
+                    file.write((row if isinstance(row, str) else json.dumps(row, ensure_ascii=False)) + "\n")
+            except OSError as error:
+                raise RunError(f"cannot write {self.path(name)} ({error.strerror}); checkpoints are untouched; "
+                               "fix: free disk space and run the same command again") from error
 
     def notice(self, text: str) -> None:
         """A sentence the user should read once; kept in events.log."""
@@ -162,7 +177,7 @@ class Run:
         split = "eval" if any(row["split"] == "eval" for row in rows) else "train"
         first, *_, last = [row for row in rows if row["split"] == split] * 2
         print(f"\n{'held-out rows' if split == 'eval' else 'training rows'}: step {first['step']} -> step {last['step']}")
-        for name in first.keys() - {"step", "split", "epoch", "lr", "grad_norm", "tokens_per_second"}:
+        for name in [name for name in first if name not in ("step", "split", "epoch", "lr", "grad_norm", "tokens_per_second")]:
             print(f"  {name:<20} {first[name]:9.4f} -> {last[name]:9.4f}")
         print(f"model    {self.path('final')}\nchat     python chat.py {self.directory}\nmetrics  {self.path('metrics.jsonl')}")
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 
 from data.errors import RunError
-from data.pack import order, pack
+from data.pack import Example, order, pack
 from data.tokenise import stop_ids
 from engine import checkpoint
 from engine.logs import Run
@@ -90,7 +90,9 @@ class Engine:
         self.optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.999), eps=1e-8, fused=True)
         if start:
             checkpoint.load_optimizer(start, policy, self.optimizer)
-        self.step, self.grad_norm, self.signal, self.first_evaluation, self.last_evaluation = None, None, None, None, None
+        self.step, self.grad_norm, self.signal = None, None, None
+        self.plan, self.planned_epoch = None, None            # the rows of every update of one epoch
+        self.catch_signals()
 
     # ---- plan -------------------------------------------------------------------------------------------------------
 
@@ -100,13 +102,14 @@ class Engine:
         mine = pack([example.size(share) for example in examples], self.config.micro_batch_tokens, self.world)[self.rank]
         return [[examples[i] for i in members] for members in mine]
 
-    def examples_of(self, index: int) -> list:
-        """The examples of update `index` (1-based): a function of the seed and nothing else."""
+    def indices(self, index: int) -> list[int]:
+        """The rows of update `index` (1-based): a function of the seed and nothing else."""
         epoch, position = divmod(index - 1, self.steps_per_epoch)
-        if getattr(self, "_epoch", None) != epoch:
-            plan = order(len(self.train_set), self.config.batch_size, self.config.seed, epoch, self.config.shuffle)
-            self._epoch, self._plan = epoch, plan
-        return [self.train_set[i] for i in self._plan[position]]
+        if epoch != self.planned_epoch:
+            config = self.config
+            self.plan = order(len(self.train_set), config.batch_size, config.seed, epoch, config.shuffle)
+            self.planned_epoch = epoch
+        return self.plan[position]
 
     def learning_rate(self, index: int) -> float:
         """lr * min(1, k / warmup) for update k, then the schedule; never 0."""
@@ -123,7 +126,6 @@ class Engine:
     def steps(self):
         """Iterate the updates of the run, from the one after the checkpoint. Between two of them: learning rate, logging,
         samples, checkpoints, signals; after the last one the final model."""
-        self.catch_signals()
         since, tokens_seen = time.time(), 0
         if self.first == 0 and self.eval_set:
             self.step = Step(self, 0, [])
@@ -131,7 +133,7 @@ class Engine:
             self.record_evaluation(self.step)
         for index in range(self.first + 1, self.total + 1):
             started = time.time()
-            self.step = Step(self, index, self.examples_of(index))
+            self.step = Step(self, index, [self.train_set[i] for i in self.indices(index)])
             lr = self.learning_rate(index)
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
@@ -141,7 +143,7 @@ class Engine:
                 raise RunError(f"no weight moved in the first update (gradient norm {self.grad_norm:.3g}, lr {lr:g}); fix: raise lr")
             tokens = sum(example.size(self.policy.share_prompt) for example in self.step.examples)
             tokens_seen += tokens
-            if index % self.config.log_every == 0 or index in (self.first + 1, self.total):
+            if index % self.config.log_every == 0 or index in (1, self.total):
                 averages = self.step.averages("train")
                 self.run.append("metrics.jsonl", {
                     "step": index, "split": "train", "epoch": round(index / self.steps_per_epoch, 4), **averages,
@@ -162,24 +164,26 @@ class Engine:
 
     def reference(self, path: str | None) -> Reference:
         """The frozen model at `path` (None: the start model) as a table of its log-probs for every example of this run."""
-        wanted = dict.fromkeys(i for index in range(1, min(self.total, self.steps_per_epoch * math.ceil(self.config.epochs)) + 1)
-                               for i in self.indices_of(index)) if self.total < self.steps_per_epoch else range(len(self.train_set))
-        examples = [self.train_set[i] for i in sorted(wanted)] + self.eval_set
+        used = range(len(self.train_set))
+        if self.total < self.steps_per_epoch:                 # less than an epoch: only the rows of these updates are needed
+            used = sorted(i for index in range(1, self.total + 1) for i in self.indices(index))
+        examples = [self.train_set[i] for i in used] + self.eval_set
         counts = [example.num_trained for example in examples]
-        directory, own = self.run.path("reference"), path is None or path == self.config.model
-        logps = self.stored_reference(directory, sum(counts))
+        is_start_model = path is None or path == self.config.model
+        logps = self.stored_reference(sum(counts))
         if logps is None:
-            if own and self.first == 0:
-                model = self.policy
-            else:
+            model = self.policy
+            if not is_start_model or self.first > 0:
                 model = build_policy(self.config, self.tokenizer, path or self.config.model)
                 model.share_prompt = self.policy.share_prompt
             logps = self.frozen_logps(model, examples, counts)
-            self.write_reference(directory, logps)
-        table = Reference({id(example): part for example, part in zip(examples, logps.split(counts))})
-        if own and self.first == 0:
-            self.check_reference(table)
-        return table
+            if self.rank == 0:
+                checkpoint.write_sealed(self.run.path("reference"),
+                                        lambda directory: save_file({"logps": logps}, os.path.join(directory, "logps.safetensors")))
+        reference = Reference({id(example): part for example, part in zip(examples, logps.split(counts))})
+        if is_start_model and self.first == 0:
+            self.check_reference(reference)
+        return reference
 
     def clip_gradients(self) -> None:
         """Scale the gradients to `max_grad_norm` at most; stop the run, before the update, if the loss or their norm is not finite."""
@@ -213,10 +217,6 @@ class Engine:
 
     # ---- the reference's log-probs ----------------------------------------------------------------------------------
 
-    def indices_of(self, index: int) -> list[int]:
-        self.examples_of(index)
-        return self._plan[(index - 1) % self.steps_per_epoch]
-
     @torch.no_grad()
     def frozen_logps(self, model, examples: list, counts: list[int]):
         """(sum of counts,) fp32 log-probs of the trained tokens of all examples, in order; each rank computes its share."""
@@ -233,40 +233,32 @@ class Engine:
             if done == len(examples) or self.run.terminal or start // self.config.batch_size % 100 == 99:
                 rate = f"{done / (time.time() - since):.1f} rows/s"
                 self.run.progress("reference log-probs", done, len(examples), rate, {}, since)
-            if self.stop_requested():
-                raise Stopped(self.signal)
+            if stop := self.stop_requested():
+                raise Stopped(stop)
         self.run.erase()
         if self.world > 1:
             torch.distributed.all_reduce(logps)
         return logps.cpu()
 
-    def stored_reference(self, directory: str, count: int):
-        """The table an earlier part of this run computed, if it is whole and covers the same tokens."""
+    def stored_reference(self, count: int):
+        """The log-probs an earlier part of this run computed, if they are whole and cover the same tokens; else None."""
         if self.first == 0:
             return None
-        fault = checkpoint.broken(directory)
-        logps = None if fault else load_file(os.path.join(directory, "logps.safetensors"))["logps"]
+        fault = checkpoint.broken(self.run.path("reference"))
+        logps = None if fault else load_file(self.run.path("reference", "logps.safetensors"))["logps"]
         if fault or len(logps) != count:
             self.run.notice(f"reference log-probs are computed again: {fault or 'the run now covers other rows'}")
             return None
         return logps
 
-    def write_reference(self, directory: str, logps) -> None:
-        if self.rank == 0:
-            checkpoint.write_sealed(directory, lambda temporary: save_file({"logps": logps}, os.path.join(temporary, "logps.safetensors")))
-
     @torch.no_grad()
     def check_reference(self, reference: Reference) -> None:
         """Step-0 invariant: where the reference is the start model, policy and reference agree, per token and on average."""
-        batch = self.policy.collate([min(self.step_examples_or_all(), key=lambda example: example.size())])
-        difference = (self.policy(batch) - reference(batch)).abs()
-        tolerance = 1e-4 if self.policy.precision == "fp32" else 5e-2
-        if difference.max() > tolerance:
-            raise RunError(f"policy and reference differ by {difference.max():.2g} per token before the first update; "
-                           "fix: this is a bug or a model that is not deterministic; report it")
-
-    def step_examples_or_all(self) -> list:
-        return self.examples_of(1)
+        batch = self.policy.collate([min(map(self.train_set.__getitem__, self.indices(1)), key=Example.size)])
+        difference = (self.policy(batch) - reference(batch)).abs().max()
+        if difference > (1e-4 if self.policy.precision == "fp32" else 5e-2):
+            raise RunError(f"policy and reference differ by {difference:.2g} per token before the first update, though both are "
+                           f"{self.config.model}; fix: use a model whose forward is deterministic")
 
     # ---- between two updates ----------------------------------------------------------------------------------------
 
@@ -303,8 +295,6 @@ class Engine:
 
     def save(self, index: int) -> None:
         directory = self.run.path("checkpoints", f"step-{index:06d}")
-        if self.rank == 0:
-            os.makedirs(os.path.dirname(directory), exist_ok=True)
         checkpoint.save_checkpoint(directory, self.policy, self.tokenizer, self.optimizer, {"step": index, "seed": self.config.seed})
         if self.rank == 0:
             checkpoint.clean(self.run.directory, keep=self.config.keep)
@@ -320,7 +310,8 @@ class Engine:
     # ---- signals ----------------------------------------------------------------------------------------------------
 
     def catch_signals(self) -> None:
-        """The first SIGTERM or SIGINT asks for a stop after this update; the second one exits at once."""
+        """The first SIGTERM or SIGINT asks for a stop after this update (or this part of the reference pass); the second one
+        exits at once."""
         def handler(number, frame):
             if self.signal:
                 os._exit(128 + number)

@@ -10,10 +10,12 @@ import os
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.attention.bias import causal_lower_right
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
 
 from data.errors import UserError
 from data.pack import Batch, Example, collate
@@ -49,24 +51,27 @@ def segments_attention(module, query, key, value, attention_mask, scaling=None, 
     return torch.cat([unit.transpose(1, 2) for unit in attended], 1), None
 
 
-def visible(segments, device=None):
+def visible(segments, sliding_window=None, device=None):
     """The (T, T) boolean mask of the same rule (may see: causal, and key in the prompt or the same response, and same example).
     Quadratic in memory: it is what `attn_implementation: dense` runs and what the tests hold `segments_attention` against."""
-    example, response, offset = [], [], 0
+    example, response, position, offset = [], [], [], 0
     for number, (prompt, responses) in enumerate(segments):
         example += [number] * (prompt + sum(responses))
         response += [-1] * prompt + [offset + i for i, length in enumerate(responses) for _ in range(length)]
+        position += [*range(prompt), *(prompt + i for length in responses for i in range(length))]
         offset += len(responses)
-    example, response = torch.tensor(example, device=device), torch.tensor(response, device=device)
+    example, response, position = (torch.tensor(x, device=device) for x in (example, response, position))
     same_example, same_response = example[:, None] == example, response[:, None] == response
-    return (same_example & (same_response | (response == -1))).tril()
+    mask = (same_example & (same_response | (response == -1))).tril()
+    return mask if sliding_window is None else mask & (position[:, None] - position < sliding_window)
 
 
 def dense_attention(module, query, key, value, attention_mask, scaling=None, segments=None, sliding_window=None, **_):
-    mask = visible(segments, query.device)
+    mask = visible(segments, sliding_window, query.device)
     return F.scaled_dot_product_attention(query, key, value, mask, scale=scaling, enable_gqa=True).transpose(1, 2), None
 
 
+logging.disable_progress_bar()       # of loading and saving weights: our console is one progress line
 AttentionInterface.register("segments", segments_attention)
 AttentionInterface.register("dense", dense_attention)
 
@@ -147,7 +152,7 @@ class Policy(nn.Module):
             self.set_reshard_after_forward(False)
             self.unshard()
         implementation = self.lm.config._attn_implementation
-        self.lm.set_attn_implementation("sdpa")
+        self.lm.set_attn_implementation("sdpa" if self.lm._supports_sdpa else "eager")       # eager: Gemma 2
         try:
             with torch.no_grad(), self.autocast():
                 yield self.lm
@@ -169,12 +174,18 @@ def load_lm(path: str, dtype=torch.float32, attn_implementation: str = "segments
         config = AutoConfig.from_pretrained(path)
         if getattr(config, "quantization_config", None):
             raise UserError(f"model: {path} is quantized and cannot be trained; fix: pass the unquantized model")
-        if type(config) not in AutoModelForCausalLM._model_mapping:
-            raise UserError(f"model: {path} is a {config.model_type}, not a causal language model; fix: pass a causal LM")
-        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=attn_implementation)
-    except (OSError, ValueError) as error:
+        kinds = config.architectures or ["CausalLM"]
+        if type(config) not in AutoModelForCausalLM._model_mapping or not any("CausalLM" in kind or "LMHead" in kind for kind in kinds):
+            raise UserError(f"model: {path} is a {config.model_type} ({kinds[0]}), not a causal language model; fix: pass a causal LM")
+        lm, info = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=attn_implementation,
+                                                        output_loading_info=True)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:      # the last two: sizes differ, a file is cut off
         where = "cannot be loaded" if local else "is neither a local directory nor reachable on the hub"
         raise UserError(f"model: {path} {where} ({first_line(error)}); fix: check the name or the files in it") from error
+    if missing := sorted(info["missing_keys"]):      # transformers would train them from random values
+        raise UserError(f"model: {path} lacks {len(missing)} weights of a {type(lm).__name__} ({missing[0]}, ...); "
+                        "fix: pass a complete causal LM")
+    return lm
 
 
 def build_policy(config, tokenizer, path: str | None = None) -> Policy:
@@ -185,6 +196,10 @@ def build_policy(config, tokenizer, path: str | None = None) -> Policy:
     if len(tokenizer) > lm.get_input_embeddings().num_embeddings:
         raise UserError(f"model: the tokenizer has {len(tokenizer)} tokens but the embedding only "
                         f"{lm.get_input_embeddings().num_embeddings} rows; fix: use the tokenizer this model was saved with")
+    context = getattr(lm.config.get_text_config(), "max_position_embeddings", None)
+    if context and config.max_length > context:
+        raise UserError(f"max_length is {config.max_length}, but the model {config.model} knows only {context} positions; "
+                        "fix: lower max_length")
     if config.gradient_checkpointing:
         lm.gradient_checkpointing_enable({"use_reentrant": False})
         for module in lm.modules():      # transformers checkpoints in train mode only; everything else stays in eval, without dropout
@@ -239,6 +254,8 @@ def load_tokenizer(path: str):
                         "fix: check the name, or save the tokenizer beside the model") from error
     if tokenizer.eos_token_id is None:
         raise UserError(f"model: the tokenizer of {path} has no eos token, so no response could end; fix: set eos_token")
+    if not tokenizer("a").input_ids:      # transformers makes an empty one where tokenizer.json is missing
+        raise UserError(f"model: the tokenizer of {path} has no vocabulary; fix: save tokenizer.json beside the model")
     return tokenizer
 
 
@@ -258,13 +275,20 @@ def stop_processes() -> None:
         dist.destroy_process_group()
 
 
-def from_main(value):
-    """Rank 0's value on every rank."""
-    if dist.is_initialized():
-        box = [value]
-        dist.broadcast_object_list(box)
-        value = box[0]
-    return value
+def from_main(function, *arguments):
+    """`function(*arguments)`, called on rank 0 only, on every rank; so is the UserError it raises."""
+    if not dist.is_initialized():
+        return function(*arguments)
+    box = [None]
+    if dist.get_rank() == 0:
+        try:
+            box = [function(*arguments)]
+        except UserError as error:
+            box = [error]
+    dist.broadcast_object_list(box)
+    if isinstance(box[0], UserError):
+        raise box[0]
+    return box[0]
 
 
 def first_line(error: Exception) -> str:

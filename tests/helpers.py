@@ -1,6 +1,18 @@
-"""A tokenizer for tests, built in memory."""
+"""What tests share: a tokenizer and tiny models built in memory, small data files, runs of train.py here or as a process."""
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
+
+ROOT = Path(__file__).resolve().parent.parent
+torch.set_num_threads(1)    # more threads only cost time on matrices this small
 
 CHATML = ("{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
           "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
@@ -21,3 +33,94 @@ def byte_tokenizer(chat_template=True):
     if chat_template:
         fast.chat_template = CHATML if chat_template is True else chat_template
     return fast
+
+
+def config_of(config_class=Qwen2Config, **values):
+    """A configuration of two layers, width 32, for the byte tokenizer."""
+    tiny = dict(vocab_size=259, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+                num_key_value_heads=2, head_dim=8, max_position_embeddings=512, initializer_range=0.2, tie_word_embeddings=False,
+                bos_token_id=None, eos_token_id=258, pad_token_id=256)
+    return config_class(**tiny | values)
+
+
+def random_lm(config, seed=0, **options):
+    """The model of a configuration with random weights, biases and norms too, in eval mode; the same for the same seed."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        lm = AutoModelForCausalLM.from_config(config, **options).eval()
+        for parameter in lm.parameters():
+            if parameter.ndim == 1:    # as initialised they are 0 and 1, with which some mistakes do not show
+                parameter.data += 0.1 * torch.randn_like(parameter)
+    return lm
+
+
+def tiny_model(directory, seed=0, chat_template=True, **config):
+    """Save a tiny random Qwen2 and the byte tokenizer in `directory`; its path as a string."""
+    random_lm(config_of(**config), seed).save_pretrained(directory)
+    byte_tokenizer(chat_template).save_pretrained(directory)
+    return str(directory)
+
+
+def write_jsonl(path, rows):
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def messages(*turns):
+    return [{"role": "assistant" if i % 2 else "user", "content": turn} for i, turn in enumerate(turns)]
+
+
+def pair_rows(count, first=0):
+    """Pairs with prompts and answers of varying lengths."""
+    return [{"prompt": messages(f"Q{i}: " + "what is it? " * (i % 3 + 1)),
+             "chosen": [{"role": "assistant", "content": f"it is {i} " * (i % 4 + 1)}],
+             "rejected": [{"role": "assistant", "content": "no " * (5 - i % 5) + str(i)}]} for i in range(first, first + count)]
+
+
+def sft_rows(count, first=0):
+    """Conversations of one and of two turns, and plain strings, of varying lengths."""
+    forms = [lambda i: {"messages": messages(f"Say {i}", f"{i} " * (i % 4 + 1))},
+             lambda i: {"messages": messages(f"Add {i}.", f"Done, {i}.", "And again" + "!" * (i % 5), f"Now {2 * i}.")},
+             lambda i: {"prompt": f"{i} plus {i} = " * (i % 2 + 1), "response": f"{2 * i}"}]
+    return [forms[i % 3](i) for i in range(first, first + count)]
+
+
+def write_config(path, **values):
+    path.write_text("".join(f"{key}: {value}\n" for key, value in values.items()))
+    return str(path)
+
+
+def train_here(*arguments):
+    """Call train.py's `main` in this process: quick, and tests can patch what it calls."""
+    from train import main
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        main(list(map(str, arguments)))
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def run_train(arguments, processes=1, timeout=120, **environment):
+    """Run `python train.py ...` as a user does, under torchrun for more than one process. -> CompletedProcess with texts."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", **environment}
+    return subprocess.run([sys.executable, *launcher, "train.py", *map(str, arguments)], cwd=ROOT, env=environment,
+                          timeout=timeout, capture_output=True, text=True)
+
+
+def metrics(run, split="train"):
+    """The rows of a run's metrics.jsonl, without what depends on the clock."""
+    rows = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key != "tokens_per_second"} for row in rows if row["split"] == split]
+
+
+def final_weights(run):
+    return load_file(Path(run) / "final" / "model.safetensors")
+
+
+def assert_same_weights(ours, theirs, tolerance=0.0):
+    """Of two dictionaries; without a tolerance bit for bit."""
+    assert ours.keys() == theirs.keys()
+    differences = {name: float((ours[name] - theirs[name]).abs().max()) for name in ours}
+    assert {name: difference for name, difference in differences.items() if not difference <= tolerance} == {}

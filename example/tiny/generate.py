@@ -130,7 +130,8 @@ def free_text(problem, rng):
 
 
 def vague(problem, rng):
-    return rng.choice(["不好说。", "大概有一些吧。"] if problem.chinese else ["Hard to say.", "It depends.", "Quite a few, I think."])
+    texts = ["不好说。", "大概有一些吧。"] if problem.chinese else ["Hard to say.", "It depends.", "Quite a few, I think."]
+    return rng.choice(texts)
 
 
 def draw_answer(problem, rng, kinds):

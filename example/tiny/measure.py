@@ -37,8 +37,8 @@ def generate(model, tokenizer, prompts, sample, max_new_tokens=120, batch_size=1
         inputs = tokenizer(texts, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt")
         # top_k and top_p are switched off so that a sample comes from the model's own distribution.
         options = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0} if sample else {"do_sample": False}
-        output = model.generate(input_ids=inputs.input_ids.to(model.device), attention_mask=inputs.attention_mask.to(model.device),
-                                max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id, **options)
+        output = model.generate(**inputs.to(model.device), max_new_tokens=max_new_tokens,
+                                pad_token_id=tokenizer.pad_token_id, **options)
         responses += tokenizer.batch_decode(output[:, inputs.input_ids.shape[1]:], skip_special_tokens=True)
     return responses
 

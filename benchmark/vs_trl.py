@@ -1,0 +1,316 @@
+"""This project beside TRL, in one go: `python benchmark/vs_trl.py dpo --data hh.jsonl.gz --tokenizer DIR`.
+
+Both sides train the same random-weight model (Qwen2, hidden 896, 6 layers, Qwen2.5's vocabulary of 151,936, tied) on the same
+pairs in the same order with the same optimizer, each run in a fresh process, alternating. TRL runs every exact setting that
+could be its best; after the first round only its fastest and its leanest go on, and those are what the ratios compare with.
+
+Timed, on both sides: from "weights in memory" to "last update done", so data preparation, the reference pass and all updates;
+not imports, loading and saving. Peak memory: the process's largest resident set until then. The run fails (exit 1) unless
+token ids are equal and losses, gradient norms, log-probs (relative) and rewards (absolute) agree to 1e-4 in every update.
+"""
+import argparse
+import importlib
+import json
+import os
+import random
+import re
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))            # torch and the project are imported by the children only: a child's peak memory
+                                         # starts at its parent's size, so the parent stays small
+SHAPE = {"hidden_size": 896, "num_hidden_layers": 6, "num_attention_heads": 14, "num_key_value_heads": 2,
+         "intermediate_size": 4864, "vocab_size": 151936}
+END = "<|im_end|>"                       # ends a response in ChatML, the template of Qwen
+MAX_LENGTH = 2048                        # no HH pair reaches it: TRL would cut what we drop
+TOLERANCE = 1e-4
+SETTINGS = {"schedule": "constant", "warmup": 0, "weight_decay": 0.0, "max_grad_norm": 1.0, "shuffle": False,
+            "epochs": 1, "seed": 0, "max_length": MAX_LENGTH}
+
+
+# ---- the same model and the same text for both sides ----
+
+def synthetic_pairs(count: int, seed: int = 0) -> list[dict]:
+    """Rows in the form of HH-RLHF, with its spread of lengths when a byte is a token; for a clone without the data."""
+    rng = random.Random(seed)
+
+    def text(low, high):
+        return " ".join("".join(rng.choices("etaoinshrdlu", k=rng.randint(2, 7))) for _ in range(rng.randint(low, high)))
+
+    rows = []
+    for _ in range(count):
+        prompt = "".join(f"\n\nHuman: {text(2, 20)}\n\nAssistant: {text(2, 20)}" for _ in range(rng.randint(0, 2)))
+        prompt += f"\n\nHuman: {text(2, 20)}\n\nAssistant:"
+        rows.append({side: f"{prompt} {text(2, 24)}" for side in ("chosen", "rejected")})
+    return rows
+
+
+def prepare(job: dict) -> None:
+    """Write the model, and the first `pairs` usable rows in the form each side reads: HH transcripts for us, for TRL plain
+    strings: the rendered prompt, and responses with their end-of-turn, so that TRL appends nothing. Token ids come out equal."""
+    import torch
+    from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+
+    from data.files import read_rows
+    from data.formats import parse
+    from tests.helpers import byte_tokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(job["tokenizer"]) if job["tokenizer"] else byte_tokenizer()
+    torch.manual_seed(0)
+    Qwen2ForCausalLM(Qwen2Config(**job["shape"], tie_word_embeddings=True)).save_pretrained(job["model"])
+    tokenizer.save_pretrained(job["model"])
+    def messages(transcript):              # on its own, without our reader of transcripts: the two must agree
+        turns = re.split(r"\n\n(Human|Assistant):", transcript)[1:]
+        return [{"role": "user" if speaker == "Human" else "assistant", "content": text.strip()}
+                for speaker, text in zip(turns[::2], turns[1::2])]
+
+    rows = read_rows(job["data"]) if job["data"] else enumerate(synthetic_pairs(2 * job["pairs"]))
+    ours, theirs = [], []
+    for where, row in rows:
+        if len(ours) == job["pairs"]:
+            break
+        if isinstance(parse(row, where, "pairs"), str):                                # a reason to drop it
+            continue
+        *prompt, chosen = messages(row["chosen"])
+        text = {"prompt": tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)}
+        text |= {"completion" if job["algorithm"] == "sft" else "chosen": chosen["content"] + END}
+        text |= {"rejected": messages(row["rejected"])[-1]["content"] + END} if job["algorithm"] == "dpo" else {}
+        ours.append({"chosen": row["chosen"], "rejected": row["rejected"]})
+        theirs.append(text)
+    if len(ours) < job["pairs"]:
+        sys.exit(f"error: {job['data']} has {len(ours)} usable pairs, not {job['pairs']}; fix: lower --pairs")
+    for name, lines in (("ours", ours), ("trl", theirs)):
+        Path(job[f"{name}_rows"]).write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+# ---- the two sides, each timed from "weights in memory" to "last update done" ----
+
+def train_ours(job: dict) -> dict:
+    """What train.py does, with the weights loaded before the clock starts and nothing saved at the end."""
+    from data.dataset import load_datasets
+    from engine import logs, model
+    from engine.config import as_yaml, load_config
+    from engine.loop import Engine
+
+    config_file = Path(job["work"]) / "benchmark.yml"
+    config_file.write_text(json.dumps({"algorithm": job["algorithm"]}))                # JSON is YAML
+    keys = SETTINGS | {"model": job["model"], "data": job["ours_rows"], "output": str(Path(job["work"]) / "run"),
+                       "lr": job["lr"], "batch_size": job["batch"], "precision": job["precision"], "save_every": "null",
+                       "share_prompt": "true"}                       # not auto: falling back would be an error here
+    run_config = load_config([str(config_file), *(f"{key}={value}" for key, value in keys.items()), *job["overrides"]])
+    common, config = run_config.common, run_config.config
+    algorithm = importlib.import_module(f"algorithms.{common.algorithm}")
+    tokenizer, run = model.load_tokenizer(common.model), logs.Run(common.output)
+    policy = model.build_policy(common, tokenizer)
+    started = time.perf_counter()
+    train_set, eval_set, report = load_datasets(common, config, algorithm.DATA, tokenizer, run.notice)
+    model.check_policy(policy, train_set, common.share_prompt, run.notice)
+    run.begin(as_yaml(common, config), report, 0)
+    engine = Engine(common, policy, tokenizer, train_set, eval_set, run, algorithm.PROGRESS)
+    engine.save_final = lambda: None
+    algorithm.train(engine, config)
+    return measured(started) | {
+        "metrics": [json.loads(line) for line in run.rows("metrics.jsonl")],
+        "ids": [[example.prompt.tolist(), *(response.tokens[response.trained].tolist() for response in example.responses)]
+                for example in train_set]}
+
+
+def train_trl(job: dict) -> dict:
+    """TRL's own trainer with job["per_device"] pairs per forward and, for dpo, the reference's log-probs precomputed or not."""
+    import torch
+    import trl
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    def load():
+        return AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32)
+
+    dpo = job["algorithm"] == "dpo"
+    config_class, trainer_class = (trl.DPOConfig, trl.DPOTrainer) if dpo else (trl.SFTConfig, trl.SFTTrainer)
+    tokenizer = AutoTokenizer.from_pretrained(job["model"])
+    tokenizer.eos_token = END                                                          # so that TRL appends nothing
+    arguments = config_class(
+        output_dir=job["work"], learning_rate=job["lr"], lr_scheduler_type="constant", warmup_steps=0, weight_decay=0.0,
+        max_grad_norm=1.0, num_train_epochs=1, seed=0, max_length=MAX_LENGTH, train_sampling_strategy="sequential",
+        per_device_train_batch_size=job["per_device"], gradient_accumulation_steps=job["batch"] // job["per_device"],
+        optim="adamw_torch_fused", gradient_checkpointing=False, bf16=False, use_cpu=True, dataloader_pin_memory=False,
+        logging_steps=1, disable_tqdm=True, save_strategy="no", eval_strategy="no", report_to="none",
+        **({"precompute_ref_log_probs": job["precompute"]} if dpo else {}))
+    policy = load()
+    # left to itself, TRL would load the reference inside the clock
+    reference = {"ref_model": load()} if dpo and not job["precompute"] else {}
+    started = time.perf_counter()
+    rows = Dataset.from_list([json.loads(line) for line in Path(job["trl_rows"]).read_text().splitlines()])
+    trainer = trainer_class(model=policy, args=arguments, train_dataset=rows, processing_class=tokenizer, **reference)
+    trainer.train()
+    if dpo:
+        ids = [[row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]] for row in trainer.train_dataset]
+    else:
+        trained = [sum(label != -100 for label in row["labels"]) for row in trainer.train_dataset]
+        ids = [[row["input_ids"][:-count], row["labels"][-count:]] for row, count in zip(trainer.train_dataset, trained)]
+    return measured(started) | {"metrics": [row for row in trainer.state.log_history if "loss" in row], "ids": ids}
+
+
+def measured(started: float) -> dict:
+    """Seconds since `started`, and this process's largest resident set in GB (Linux counts it in KiB)."""
+    return {"seconds": time.perf_counter() - started, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9}
+
+
+def disagreements(ours: dict, theirs: dict, dpo: bool) -> list[tuple]:
+    """[(update, metric, ours, TRL's, error as a multiple of the tolerance)], the error absolute for rewards, else relative."""
+    names = ["loss", "grad_norm"]
+    if dpo:
+        names += ["rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected"]
+    assert len(ours["metrics"]) == len(theirs["metrics"]), "the sides made different numbers of updates"
+    rows = []
+    for update, (a, b) in enumerate(zip(ours["metrics"], theirs["metrics"]), 1):
+        for name in names:
+            scale = 1 if name.startswith("rewards/") else abs(b[name])
+            rows.append((update, name, a[name], b[name], abs(a[name] - b[name]) / scale / TOLERANCE))
+    return rows
+
+
+# ---- what the arithmetic needs and what the machine gives ----
+
+def needed_gflop(ids: list, shape: dict, reference: bool) -> float:
+    """GFLOP of the matrix products that the result requires: forward and backward (3 x forward) of the policy and the forward of
+    the reference, every prompt computed once for its responses and the head at trained tokens only."""
+    d, kv = shape["hidden_size"], shape["hidden_size"] // shape["num_attention_heads"] * shape["num_key_value_heads"]
+    weights = shape["num_hidden_layers"] * (2 * d * d + 2 * d * kv + 3 * d * shape["intermediate_size"])
+    tokens = sum(len(part) for row in ids for part in row)
+    trained = sum(len(part) for row in ids for part in row[1:])
+    # (query, key) pairs that may see each other
+    attended = sum(p * (p + 1) / 2 + sum(p * r + r * (r + 1) / 2 for r in responses)
+                   for p, *responses in ([len(part) for part in row] for row in ids))
+    forward = 2 * weights * tokens + 4 * d * shape["num_hidden_layers"] * attended + 2 * d * shape["vocab_size"] * trained
+    return forward * (4 if reference else 3) / 1e9
+
+
+def measure_limit(job: dict) -> dict:
+    """Matrix products of the model's shapes -> {"fp32": GFLOP/s of the fastest shape, "bf16": ...}."""
+    import torch
+
+    d, inner = job["shape"]["hidden_size"], job["shape"]["intermediate_size"]
+    shapes = [(2048, d, inner), (2048, inner, d), (2048, d, d), (256, d, job["shape"]["vocab_size"])]
+    limit = {}
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        rates = []
+        for m, k, n in shapes:
+            a, b = torch.randn(m, k, dtype=dtype), torch.randn(n, k, dtype=dtype)
+            for _ in range(6):                                                         # the first is slow; only the best counts
+                started = time.perf_counter()
+                a @ b.T
+                rates.append(2 * m * k * n / (time.perf_counter() - started) / 1e9)
+        limit[name] = max(rates)
+    return limit
+
+
+# ---- running and reporting ----
+
+CHILDREN = {"prepare": prepare, "ours": train_ours, "trl": train_trl, "limit": measure_limit}
+
+
+def child(role: str, job: dict):
+    """Run one of CHILDREN in a fresh process with job["threads"] threads and return its result."""
+    threads = str(job["threads"])
+    environment = os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false",
+                                "CUDA_VISIBLE_DEVICES": "", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    with tempfile.TemporaryDirectory(dir=job["work"]) as work:
+        done = subprocess.run([sys.executable, __file__, "--child", role, json.dumps(job | {"work": work})], env=environment,
+                              capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{done.stderr}\nerror: the {role} side failed, see above")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("algorithm", choices=["dpo", "sft"])
+    parser.add_argument("--data", help="HH-RLHF file (chosen and rejected transcripts); without it, pairs are made up")
+    parser.add_argument("--tokenizer", help="directory or hub name of Qwen2.5's tokenizer; without it, bytes are tokens")
+    parser.add_argument("--pairs", type=int, default=12)
+    parser.add_argument("--batch", type=int, default=4, help="pairs per update")
+    parser.add_argument("--lr", type=float, default=1e-5)
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--layers", type=int, default=SHAPE["num_hidden_layers"])
+    parser.add_argument("--bf16", action="store_true", help="also run our side under bf16 autocast")
+    parser.add_argument("overrides", nargs="*", help="key=value for our side, such as micro_batch_tokens=1024")
+    args = parser.parse_args()
+    if args.pairs % args.batch:
+        parser.error("--pairs must be a multiple of --batch: TRL weighs a smaller last batch differently under accumulation")
+    (ROOT / "runs").mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=ROOT / "runs", prefix="vs-trl-") as work:
+        job = vars(args) | {"shape": SHAPE | {"num_hidden_layers": args.layers}, "precision": "fp32", "work": work,
+                            "model": f"{work}/model", "ours_rows": f"{work}/ours.jsonl", "trl_rows": f"{work}/trl.jsonl"}
+        sys.exit(0 if compare(job) else 1)
+
+
+def compare(job: dict) -> bool:
+    """Run everything and print the report; whether the sides agree."""
+    dpo, ours = job["algorithm"] == "dpo", "ours, fp32"
+    variants = {f"TRL, {n} per forward" + (f", reference {'precomputed' if precompute else 'in memory'}" if dpo else ""):
+                {"per_device": n, "precompute": precompute}
+                for n in dict.fromkeys([job["batch"], 1]) for precompute in ([False, True] if dpo else [False])}
+    runs = {}                                                                          # name -> results, in order
+
+    def run(name, role, changes):
+        runs.setdefault(name, []).append(child(role, job | changes))
+        print(f"{name}: {runs[name][-1]['seconds']:.1f} s, {runs[name][-1]['peak']:.2f} GB", file=sys.stderr, flush=True)
+
+    child("prepare", job)
+    limit = child("limit", job)
+    for _ in range(job["repeats"]):
+        for name, changes in variants.items():
+            run(ours, "ours", {})
+            run(name, "trl", changes)
+        if job["bf16"]:
+            run("ours, bf16 autocast", "ours", {"precision": "bf16"})
+        median = {name: {key: statistics.median(result[key] for result in results) for key in ("seconds", "peak")}
+                  for name, results in runs.items()}
+        fastest, leanest = (min(variants, key=lambda name: median[name][key]) for key in ("seconds", "peak"))
+        variants = {name: variants[name] for name in dict.fromkeys([fastest, leanest])}
+
+    shape = job["shape"]
+    gflop = needed_gflop(runs[ours][0]["ids"], shape, reference=dpo)
+    print(f"\n{job['algorithm']}: {job['pairs']} pairs of {job['data'] or 'made-up text'}, {job['batch']} per update, "
+          f"{job['threads']} threads, {shape['num_hidden_layers']} layers x {shape['hidden_size']}\n"
+          f"ours: {' '.join(job['overrides']) or 'defaults'}, prompts shared\n"
+          f"both sides: lr {job['lr']:g}, {', '.join(f'{key} {value}' for key, value in SETTINGS.items())}\n"
+          f"TRL: fp32, sdpa, adamw_torch_fused, gradient checkpointing off, order of the file, no saving, no evaluation\n"
+          f"matrix products: {limit['fp32']:.0f} GFLOP/s fp32, {limit['bf16']:.0f} GFLOP/s bf16; needed: {gflop:.0f} GFLOP\n\n"
+          f"{'median of the runs':<44} runs  seconds  pairs/s  peak GB  GFLOP/s  of the limit")
+    for name, values in median.items():
+        rate, top = gflop / values["seconds"], limit["bf16" if "bf16" in name else "fp32"]
+        print(f"{name:<44} {len(runs[name]):>4} {values['seconds']:>8.1f} {job['pairs'] / values['seconds']:>8.3f} "
+              f"{values['peak']:>8.2f} {rate:>8.0f} {rate / top:>13.0%}")
+    print(f"\nspeed   {median[fastest]['seconds'] / median[ours]['seconds']:.2f}x   of the fastest: {fastest}\n"
+          f"memory  {median[ours]['peak'] / median[leanest]['peak']:.2f}x   of the leanest: {leanest}\n")
+    return all([agree(runs[ours][0], results[0], dpo, name, show=name == fastest)
+                for name, results in runs.items() if name.startswith("TRL")])
+
+
+def agree(ours: dict, theirs: dict, dpo: bool, name: str, show: bool) -> bool:
+    """Whether token ids are equal and metrics within the tolerance; `show` prints the metrics side by side."""
+    rows, equal = disagreements(ours, theirs, dpo), ours["ids"] == theirs["ids"]
+    if show:
+        print("update  metric                        ours            TRL   error / tolerance")
+        for update, metric, a, b, error in rows:
+            print(f"{update:>6}  {metric:<20} {a:>13.7g}  {b:>13.7g}   {error:.3f}")
+    worst = max(rows, key=lambda row: row[-1])
+    print(f"token ids equal: {'yes' if equal else 'NO'}; worst error {worst[-1]:.3f} x the tolerance {TOLERANCE:g} "
+          f"({worst[1]}, update {worst[0]})   {name}")
+    return equal and worst[-1] <= 1
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--child"]:
+        print(json.dumps(CHILDREN[sys.argv[2]](json.loads(sys.argv[3]))))
+    else:
+        main()

@@ -1,0 +1,93 @@
+"""`--dry-run`: everything a run would do, printed before it does anything. Reads the data and the tokenizer, not the weights."""
+import math
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from data.dataset import load_datasets
+from data.errors import UserError
+from data.pack import order, pack
+from engine.config import describe
+from engine.model import LOGITS_PER_CHUNK, load_tokenizer
+
+
+def dry_run(run_config, kind: str, world: int = 1) -> None:
+    """Print configuration, data audit, the first example, batch arithmetic and a memory forecast; UserError as training would."""
+    common, config = run_config.common, run_config.config
+    section("configuration", describe(run_config))
+    tokenizer = load_tokenizer(common.model)
+    train_set, eval_set, reports = load_datasets(common, config, kind, tokenizer, notice=lambda text: print("  " + text))
+    for name, report in reports.items():
+        if report:
+            section(f"{name} data", audit(report))
+    section("first example, trained tokens marked [[ ]]", marked(train_set[0], tokenizer))
+
+    plan = order(len(train_set), common.batch_size, common.seed, 0, common.shuffle)
+    share = common.share_prompt != "false"
+    micro_batches = [pack([train_set[i].size(share) for i in members], common.micro_batch_tokens, world)[0] for members in plan]
+    total = common.max_steps or math.ceil(common.epochs * len(plan))
+    sizes = [sum(train_set[members[i]].size(share) for i in part) for members, parts in zip(plan, micro_batches) for part in parts]
+    section("batches", [
+        f"{len(train_set)} examples / batch_size {common.batch_size} = {len(plan)} updates per epoch, {total} updates in all",
+        f"{len(sizes) / len(plan):.1f} micro-batches per update, of {max(sizes)} tokens at most "
+        f"(micro_batch_tokens {common.micro_batch_tokens})",
+        f"prompts shared: {sum(e.size() for e in train_set)} tokens per epoch; one copy per response: "
+        f"{sum(e.size(False) for e in train_set)}"])
+    section("memory forecast per device", forecast(common, config, train_set, max(sizes)))
+    print("\nnothing was trained (--dry-run)")
+
+
+def section(title: str, lines: list[str]) -> None:
+    print(f"\n{title}\n  " + "\n  ".join(lines))
+
+
+def audit(report: dict) -> list[str]:
+    lines = [f"{report['source']}: {report['read']} rows read, {report['used']} examples used"]
+    lines += [f"dropped {count}: {reason} (first: {report['first_dropped'][reason]})" for reason, count in report["dropped"].items()]
+    for name in ("prompt_length", "response_length", "total"):
+        lengths = report[name]
+        lines.append(f"{name:<16} tokens: median {lengths['50']}, 90 % {lengths['90']}, 99 % {lengths['99']}, longest {lengths['max']}")
+    return lines
+
+
+def marked(example, tokenizer) -> list[str]:
+    """Prompt and responses as text, runs of trained tokens between [[ and ]]."""
+    lines = [f"prompt    {tokenizer.decode(example.prompt)!r}"]
+    for response in example.responses:
+        text, start = "", 0
+        for i in range(1, len(response.tokens) + 1):
+            if i == len(response.tokens) or response.trained[i] != response.trained[start]:
+                piece = tokenizer.decode(response.tokens[start:i])
+                text += f"[[{piece}]]" if response.trained[start] else piece
+                start = i
+        lines.append(f"response  {text!r}")
+    return lines
+
+
+def forecast(common, config, train_set: list, tokens: int) -> list[str]:
+    """Weights, gradients, optimizer, reference and the largest micro-batch, in GB, from the model's configuration alone."""
+    try:
+        settings = AutoConfig.from_pretrained(common.model)
+        with torch.device("meta"):
+            lm = AutoModelForCausalLM.from_config(settings)
+    except (OSError, ValueError) as error:
+        raise UserError(f"model: {common.model} cannot be read ({str(error).splitlines()[0]}); fix: check the name") from error
+    parameters = sum(parameter.numel() for parameter in lm.parameters())
+    hidden, vocabulary = settings.hidden_size, settings.vocab_size
+    inner = getattr(settings, "intermediate_size", 4 * hidden)
+    # per token and layer, kept for the backward: two norms (input and output, fp32), q k v and rotated q k, attention output, and
+    # the MLP's gate, up, activation and product
+    per_layer = 4 * (10 * hidden + 4 * inner) if not common.gradient_checkpointing else 4 * hidden
+    activations = tokens * (settings.num_hidden_layers * per_layer + 4 * 4 * hidden)
+    logits = 2 * 4 * min(LOGITS_PER_CHUNK, tokens * vocabulary) + 4 * hidden * vocabulary      # one chunk twice, the head's gradient
+    table = 4 * sum(example.num_trained for example in train_set) if hasattr(config, "reference") else 0
+    rows = {
+        f"weights, fp32 ({parameters / 1e6:.0f}M parameters)": 4 * parameters,
+        "gradients, fp32": 4 * parameters,
+        "optimizer (AdamW: two moments, fp32)": 8 * parameters,
+        "reference (its log-probs only; no second model)": table,
+        f"one micro-batch of {tokens} tokens": activations,
+        "a chunk of logits and the head's gradient": logits,
+    }
+    rows["together"] = sum(rows.values())
+    return [f"{name:<52} {size / 1e9:7.2f} GB" for name, size in rows.items()]

@@ -1,0 +1,134 @@
+"""`train.py` in a process of its own that can be killed, get signals and be patched, without six seconds of imports for each."""
+import multiprocessing
+import os
+import runpy
+import signal
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+import helpers
+
+ROOT = Path(__file__).resolve().parents[1]
+BASE = dict(batch_size=4, max_length=200, lr=1e-3, save_every=1, eval_every=2, epochs=2)    # 10 rows: 3 updates per epoch
+
+_server = multiprocessing.get_context("forkserver")
+_server.set_forkserver_preload(["robust_warm", "train", "engine.loop", "algorithms.dpo", "algorithms.sft", "data.dataset"])
+
+
+def train(directory, *words, patch=None, arguments=()):
+    """`python train.py config.yml words...` in `directory`. `patch(*arguments)`, a function of a module, runs there first.
+
+    -> its exit code (negative: the signal that killed it) and what it printed: .code, .err, .out"""
+    out, err = Path(directory, "stdout.txt"), Path(directory, "stderr.txt")
+    words = ["config.yml", *map(str, words)]
+    process = _server.Process(target=_child, args=(str(directory), words, str(out), str(err), patch, arguments))
+    # the server inherits this when the first process starts it
+    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT / "tests")]), HF_HUB_OFFLINE="1"):
+        process.start()
+    process.join(100)
+    assert process.exitcode is not None, f"train.py {words} hangs: {err.read_text()}"
+    return SimpleNamespace(code=process.exitcode, out=out.read_text(), err=err.read_text())
+
+
+def _child(directory, words, out, err, patch, arguments):
+    import torch
+    torch.set_num_threads(1)
+    os.chdir(directory)
+    for path, stream in ((out, 1), (err, 2)):
+        os.dup2(os.open(path, os.O_CREAT | os.O_TRUNC | os.O_WRONLY), stream)
+    if patch:
+        patch(*arguments)
+    sys.argv = ["train.py", *words]
+    runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+
+
+def project(directory, algorithm, model, **values):
+    """Write config.yml and its data into `directory`: 10 rows to train on, 4 to evaluate."""
+    directory.mkdir(exist_ok=True)
+    rows = helpers.pair_rows if algorithm == "dpo" else helpers.sft_rows
+    data = {"data": helpers.write_jsonl(directory / "data.jsonl", rows(10)),
+            "eval_data": helpers.write_jsonl(directory / "eval.jsonl", rows(4, 50))}
+    helpers.write_config(directory / "config.yml", **{"algorithm": algorithm, "model": model, **data, "output": "run", **BASE, **values})
+    return directory
+
+
+# ---- patches: what goes wrong in the child
+
+def before(owner, name, action, when=lambda *arguments: True):
+    """Do `action()` before a call of `owner.name` whose arguments satisfy `when`."""
+    original = getattr(owner, name)
+
+    def patched(*arguments, **options):
+        if when(*arguments):
+            action()
+        return original(*arguments, **options)
+    setattr(owner, name, patched)
+
+
+def send(number):
+    return lambda: os.kill(os.getpid(), number)
+
+
+def kill_after_save(step):
+    from engine.loop import Engine
+    save = Engine.save
+
+    def patched(engine, index):
+        save(engine, index)
+        if index == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+    Engine.save = patched
+
+
+def kill_at_call(name, count):
+    """SIGKILL instead of the `count`-th call of engine.checkpoint's os.`name`."""
+    calls = []
+
+    def due(*_):
+        calls.append(name)
+        return len(calls) == count
+    before(os, name, send(signal.SIGKILL), due)
+
+
+def signal_in_update(number, step, times=1):
+    from engine.loop import Engine
+    before(Engine, "clip_gradients", lambda: [send(number)() for _ in range(times)], lambda engine: engine.step.index == step)
+
+
+def signal_in_reference_pass(number):
+    from engine.loop import Engine
+    before(Engine, "frozen_logps", send(number))
+
+
+def signal_while_loading(number):
+    from engine import model
+    before(model, "build_policy", send(number))
+
+
+def full_disk(step):
+    """From the save of `step` on, no file may grow beyond 20,000 bytes: the weights do not fit."""
+    import resource
+
+    from engine.loop import Engine
+    limit = (20_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1])
+    before(Engine, "save", lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit), lambda engine, index: index == step)
+
+
+def full_disk_for_metrics(step):
+    from engine.loop import Engine
+
+    def fill():
+        os.rename("run/metrics.jsonl", "metrics.before")
+        os.symlink("/dev/full", "run/metrics.jsonl")
+    before(Engine, "clip_gradients", fill, lambda engine: engine.step.index == step)
+
+
+def infinite_loss(step):
+    from engine.loop import Step
+    log = Step.log
+
+    def patched(self, losses, metrics, split="train"):
+        log(self, losses * float("nan") if (self.index, split) == (step, "train") else losses, metrics, split)
+    Step.log = patched

@@ -1,0 +1,9 @@
+"""Imported once by the server that forks the processes of robust_helpers: what they would all do again is done here."""
+import tempfile
+
+import helpers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+with tempfile.TemporaryDirectory() as directory:
+    AutoModelForCausalLM.from_pretrained(helpers.tiny_model(directory))    # builds tables that transformers caches
+    AutoTokenizer.from_pretrained(directory)

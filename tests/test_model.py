@@ -1,0 +1,273 @@
+"""The policy against the plain model: attention by segments, log-probs in chunks, recomputation, and what load_lm refuses."""
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+from helpers import byte_tokenizer, config_of, random_lm, tiny_model
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    DistilBertConfig,
+    Gemma2Config,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+    T5Config,
+)
+
+from data.errors import UserError
+from data.pack import Example, Response, collate
+from engine import model
+from engine.config import Common
+from engine.model import ChunkedLogps, Policy, build_policy, check_policy, load_lm
+
+ARCHITECTURES = {
+    "qwen2": config_of(Qwen2Config),
+    "qwen2-tied": config_of(Qwen2Config, tie_word_embeddings=True),
+    "qwen3": config_of(Qwen3Config),
+    "llama": config_of(LlamaConfig),
+    "mistral-window": config_of(MistralConfig, sliding_window=5),     # smaller than the prompts and the responses
+}
+
+
+def examples(responses, count=3, seed=0):
+    """Examples of varying lengths, a quarter of whose response tokens are not trained."""
+    draw = random.Random(seed)
+
+    def tokens(least, most):
+        return np.array([draw.randrange(256) for _ in range(draw.randint(least, most))], np.int32)
+    made = []
+    for i in range(count):
+        parts = [tokens(1, 12) for _ in range(responses)]
+        made.append(Example(tokens(1, 14), [Response(part, np.array([draw.random() < 0.75 for _ in part])) for part in parts],
+                            f"here:{i}"))
+    return made
+
+
+def plain_logps(lm, made):
+    """Log-probs of the trained tokens from the LM's own forward, one prompt + response at a time, full logits."""
+    values = []
+    for example in made:
+        for response in example.responses:
+            ids = [*example.prompt.tolist(), *response.tokens.tolist()]
+            logps = torch.log_softmax(lm(torch.tensor([ids]), use_cache=False).logits[0], -1)
+            for i, trained in enumerate(response.trained, len(example.prompt)):
+                if trained:
+                    values.append(logps[i - 1, ids[i]])
+    return torch.stack(values)
+
+
+def gradients(lm, values):
+    """Gradients of all parameters of a sum with uneven weights, so that no two errors cancel."""
+    lm.zero_grad()
+    (values * torch.linspace(-1, 2, len(values))).sum().backward()
+    return {name: parameter.grad.clone() for name, parameter in lm.named_parameters()}
+
+
+def assert_same_gradients(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    errors = {name: float((ours[name] - theirs[name]).norm() / theirs[name].norm()) for name in ours}
+    assert {name: error for name, error in errors.items() if not error < 5e-6} == {}
+
+
+@pytest.mark.parametrize("responses", [1, 2, 8])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_flat_shared_rows_equal_separate_rows(name, responses):
+    """Values and the gradients of all parameters: shared, unshared and dense rows against the model's own forward."""
+    made, config = examples(responses), ARCHITECTURES[name]
+    plain = random_lm(config, attn_implementation="eager")
+    expected = plain_logps(plain, made)
+    expected_gradients = gradients(plain, expected)
+    for implementation, share_prompt in [("segments", True), ("segments", False), ("dense", True), ("dense", False)]:
+        lm = random_lm(config, attn_implementation=implementation)
+        values = Policy(lm, share_prompt=share_prompt)(collate(made, share_prompt))
+        torch.testing.assert_close(values, expected, rtol=1e-5, atol=1e-5)
+        assert_same_gradients(gradients(lm, values), expected_gradients)
+
+
+def test_the_window_matters():
+    """Else the Mistral rows above would prove nothing."""
+    made = examples(2)
+    windowed, full = (plain_logps(random_lm(config_of(MistralConfig, sliding_window=window)), made) for window in (5, None))
+    assert (windowed - full).abs().max() > 0.01
+
+
+def test_responses_and_examples_do_not_see_each_other():
+    """Bit for bit: other text in a neighbour of the same length changes nothing."""
+    made, other = examples(3), examples(3)
+    other[0].responses[1].tokens = (other[0].responses[1].tokens + 1) % 256
+    other[2].prompt = (other[2].prompt + 1) % 256
+    policy = Policy(random_lm(config_of(), attn_implementation="segments"))
+    batch = collate(made)
+    before, after = (policy(collate(item)).split(batch.lengths) for item in (made, other))
+    assert [torch.equal(x, y) for x, y in zip(before, after)] == [True, False, True, True, True, True, False, False, False]
+
+
+def test_every_pass_is_the_same_to_the_bit():
+    made, lm = examples(8), random_lm(config_of(), attn_implementation="segments")
+    policy = Policy(lm)
+    first, second = ((values := policy(collate(made))).detach(), *gradients(lm, values).values()), None
+    second = ((values := policy(collate(made))).detach(), *gradients(lm, values).values())
+    assert all(torch.equal(x, y) for x, y in zip(first, second))
+
+
+def test_the_filler_has_no_log_probs_and_zero_gradients():
+    lm = random_lm(config_of(), attn_implementation="segments")
+    values = Policy(lm)(collate([]))
+    assert values.shape == (0,)
+    values.sum().backward()
+    assert all(parameter.grad is not None and not parameter.grad.any() for parameter in lm.parameters())
+
+
+# ---- the LM head in chunks ----
+
+def head_inputs(rows=11, trained_head=True):
+    """hidden (rows, 8), weight (50, 8), target (rows,)"""
+    torch.manual_seed(0)
+    return torch.randn(rows, 8, requires_grad=True), torch.randn(50, 8, requires_grad=trained_head), torch.randint(50, (rows,))
+
+
+@pytest.mark.parametrize("rows", [1, 4, 11, 100])      # of 11: one at a time, not a divisor, all at once
+@pytest.mark.parametrize("trained_head", [True, False])
+def test_chunked_log_probs_equal_full_logits(monkeypatch, rows, trained_head):
+    monkeypatch.setattr(model, "LOGITS_PER_CHUNK", rows * 50 + 49)
+    hidden, weight, target = head_inputs(trained_head=trained_head)
+    slopes = torch.randn(11)
+    inputs = [hidden, weight][:1 + trained_head]
+
+    def full():
+        return torch.log_softmax(hidden @ weight.T, -1)[range(11), target]
+
+    def chunked():
+        return ChunkedLogps.apply(hidden, weight, target, torch.float32)
+
+    torch.testing.assert_close(chunked(), full(), rtol=1e-6, atol=1e-6)
+    ours, again, theirs = (torch.autograd.grad((slopes * form()).sum(), inputs) for form in (chunked, chunked, full))
+    for x, y, z in zip(ours, again, theirs):
+        assert torch.equal(x, y)
+        torch.testing.assert_close(x, z, rtol=1e-5, atol=1e-6)
+
+
+def test_chunked_log_probs_of_nothing():
+    hidden, weight, target = head_inputs(rows=0)
+    logps = ChunkedLogps.apply(hidden, weight, target, torch.float32)
+    logps.sum().backward()
+    assert logps.shape == (0,) and hidden.grad.shape == (0, 8) and not weight.grad.any()
+
+
+def test_chunked_log_probs_of_bf16_products():
+    """The logits are rounded to bf16, the normaliser and the gradient of the head are fp32."""
+    hidden, weight, target = head_inputs()
+    logps = ChunkedLogps.apply(hidden, weight, target, torch.bfloat16)
+    full = torch.log_softmax(hidden @ weight.T, -1)[range(11), target]
+    assert logps.dtype == torch.float32
+    torch.testing.assert_close(logps, full, rtol=0, atol=0.05)
+    for x, y in zip(torch.autograd.grad(logps.sum(), (hidden, weight)), torch.autograd.grad(full.sum(), (hidden, weight))):
+        assert x.dtype == torch.float32
+        torch.testing.assert_close(x, y, rtol=0, atol=0.1)
+
+
+# ---- loading and checking ----
+
+def options(path, **values):
+    return Common(algorithm="sft", model=path, data="", max_length=256, **values)
+
+
+def test_gradient_checkpointing_changes_nothing_but_memory(tmp_path):
+    path, made = tiny_model(tmp_path), examples(2)
+    results, calls = [], []
+    for recompute in (False, True):
+        policy = build_policy(options(path, gradient_checkpointing=recompute), byte_tokenizer())
+        policy.lm.base_model.layers[0].mlp.register_forward_pre_hook(lambda *_, recompute=recompute: calls.append(recompute))
+        values = policy(collate(made))
+        results.append((values, *gradients(policy.lm, values).values()))
+    assert calls == [False, True, True]                            # the layer runs again in the backward pass
+    assert all(torch.equal(x, y) for x, y in zip(*results))
+
+
+def test_dropout_is_off(tmp_path):
+    path = tiny_model(tmp_path, attention_dropout=0.5)
+    for recompute in (False, True):
+        policy = build_policy(options(path, gradient_checkpointing=recompute), byte_tokenizer())
+        batch = collate(examples(2))
+        assert torch.equal(policy(batch), policy(batch))
+        torch.testing.assert_close(policy(batch), plain_logps(AutoModelForCausalLM.from_pretrained(path).eval(), batch.examples))
+
+
+def test_check_policy_accepts_an_ordinary_model():
+    notices = []
+    policy = Policy(random_lm(config_of(), attn_implementation="segments"))
+    check_policy(policy, examples(2), "auto", notices.append)
+    assert policy.share_prompt and notices == [] and policy.lm.config._attn_implementation == "segments"
+
+
+@pytest.mark.parametrize("mode, shared", [("auto", False), ("false", False), ("true", None)])
+def test_check_policy_falls_back_where_sharing_is_wrong(mode, shared):
+    """A stand-in for such a model: its log-probs are wrong wherever a prompt has two responses."""
+    policy, notices = Policy(random_lm(config_of(), attn_implementation="segments")), []
+    policy.register_forward_hook(lambda _, inputs, output: output + any(len(lengths) > 1 for _, lengths in inputs[0].segments))
+    if shared is None:
+        with pytest.raises(UserError, match="differ from the model's own by 1"):
+            check_policy(policy, examples(2), mode, notices.append)
+    else:
+        check_policy(policy, examples(2), mode, notices.append)
+        assert policy.share_prompt is shared and len(notices) == (mode == "auto")
+
+
+def test_check_policy_refuses_what_flat_rows_cannot_compute():
+    for final, attention in ((0.5, None), (None, 0.1)):      # Gemma 2 limits the size of its logits and of its attention scores
+        lm = random_lm(config_of(Gemma2Config, query_pre_attn_scalar=8, final_logit_softcapping=final, attn_logit_softcapping=attention),
+                       attn_implementation="segments")
+        for mode in ("auto", "true", "false"):
+            with pytest.raises(UserError, match="differ from the model's own") as caught:
+                check_policy(Policy(lm), examples(2), mode, lambda text: None)
+            assert "\n" not in str(caught.value)
+
+
+def test_load_lm_names_what_is_not_a_causal_lm(tmp_path):
+    def directory(name, **files):
+        (tmp_path / name).mkdir()
+        for file, content in files.items():
+            (tmp_path / name / f"{file}.json").write_text(json.dumps(content))
+        return str(tmp_path / name)
+
+    adapter = directory("adapter", adapter_config={"peft_type": "LORA"})
+    quantization = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
+    quantized = directory("quantized", config=config_of().to_dict() | quantization)
+    (tmp_path / "file").write_text("")
+    cut = tiny_model(tmp_path / "cut")
+    (tmp_path / "cut" / "model.safetensors").write_bytes((tmp_path / "cut" / "model.safetensors").read_bytes()[:1000])
+    cases = [
+        (str(tmp_path / "missing"), "is not a directory with a model"),
+        ("./missing", "is not a directory with a model"),
+        (str(tmp_path / "file"), "is not a directory with a model"),
+        (directory("empty"), "cannot be loaded"),
+        (adapter, "holds a LoRA adapter"),
+        (quantized, "is quantized"),
+        (directory("t5", config=T5Config().to_dict()), "is a t5, not a causal language model"),
+        (directory("distilbert", config=DistilBertConfig().to_dict()), "is a distilbert, not a causal language model"),
+        (directory("weightless", config=config_of().to_dict()), "cannot be loaded"),
+        (cut, "cannot be loaded"),
+    ]
+    for path, expected in cases:
+        with pytest.raises(UserError) as caught:
+            load_lm(path)
+        text = str(caught.value)
+        assert expected in text and path in text and "; fix: " in text and "\n" not in text
+
+
+def test_an_encoder_is_refused(tmp_path):
+    """BERT can be loaded as a causal LM, but its attention looks ahead."""
+    AutoModelForCausalLM.from_config(config_of(BertConfig, is_decoder=False)).save_pretrained(tmp_path)
+    with pytest.raises(UserError) as caught:
+        check_policy(Policy(load_lm(str(tmp_path)).eval()), examples(2), "auto", lambda text: None)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path):
+    path = tiny_model(tmp_path, vocab_size=200, eos_token_id=1, pad_token_id=0)
+    with pytest.raises(UserError, match="259 tokens but the embedding only 200 rows"):
+        build_policy(options(path), byte_tokenizer())

@@ -1,0 +1,65 @@
+"""Tests of the tests: in a copy of the project with one mistake, every exactness test named here must fail."""
+import json
+import os
+import shutil
+import subprocess
+import sys
+from xml.etree import ElementTree
+
+import pytest
+from helpers import ROOT
+
+# Imports the libraries once and forks for each copy: pytest's own process may already have the project itself imported.
+RUNNER = """
+import json, os, sys
+import pytest, torch, torch.distributed.fsdp, torch.optim, transformers.generation.utils
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2ForCausalLM
+for folder, tests in json.loads(sys.argv[1]).items():
+    if os.fork() == 0:
+        os.chdir(folder)
+        sys.path[0] = folder
+        pytest.main(["-q", "-p", "no:cacheprovider", "--tb=line", "--junitxml=result.xml", *tests])
+        os._exit(0)
+    os.wait()
+"""
+
+SFT, DPO, CDPO = (f"test_engine_exact.py::test_updates_equal_a_plain_loop[{name}]" for name in ("sft", "dpo", "cdpo"))
+EVALUATION = "test_engine_exact.py::test_evaluation_is_the_mean_over_all_held_out_rows"
+SHIFT = "data/pack.py", "source.append(predictors[response.trained])", "source.append(predictors[response.trained] + 1)"
+MUTATIONS = {    # name: (file, text, what it becomes, the tests that must fail)
+    "source shifted by one": (
+        *SHIFT, [SFT, DPO, EVALUATION, "test_pack.py::test_pairs_share_their_prompt", "test_pack.py::test_source_and_target_by_content[2-True]",
+                 "test_model.py::test_flat_shared_rows_equal_separate_rows[qwen2-2]"]),
+    "source shifted by one, without the model's check": (
+        *SHIFT[:2], SHIFT[2] + "; import engine.model; engine.model.check_policy = lambda *_: None", [SFT, DPO, EVALUATION]),
+    "chosen and rejected swapped": (
+        "algorithms/dpo.py", ".view(-1, 2).unbind(1)", ".view(-1, 2).flip(1).unbind(1)", [DPO, CDPO, EVALUATION]),
+    "the last stop token dropped from conversations": (
+        "data/tokenise.py", "return rendered[:end + len(self.end_of_turn)]", "return rendered[:end]", [SFT, DPO, CDPO, EVALUATION]),
+    "the last stop token dropped from plain text": (
+        "data/tokenise.py", "ids.append(self.eos)", "pass", [SFT, EVALUATION]),
+}
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """mutation -> pytest's report (junit xml) of its copy"""
+    folders = {}
+    for mutation, (path, old, new, _) in MUTATIONS.items():
+        folder = folders[mutation] = tmp_path_factory.mktemp("copy")
+        for name in ("algorithms", "data", "engine", "tests"):
+            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(ROOT / "train.py", folder)
+        source = (folder / path).read_text()
+        assert source.count(old) == 1, f"{path} holds {old!r} {source.count(old)} times"
+        (folder / path).write_text(source.replace(old, new))
+    jobs = {str(folder): [f"tests/{killer}" for killer in MUTATIONS[mutation][3]] for mutation, folder in folders.items()}
+    subprocess.run([sys.executable, "-c", RUNNER, json.dumps(jobs)], env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=200,
+                   capture_output=True, check=True)
+    return {mutation: ElementTree.parse(folder / "result.xml").getroot() for mutation, folder in folders.items()}
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS)
+def test_every_named_test_kills_the_mutation(results, mutation):
+    killers = {killer.partition("::")[2] for killer in MUTATIONS[mutation][3]}
+    assert {case.get("name") for case in results[mutation].iter("testcase") if case.find("failure") is not None} == killers
