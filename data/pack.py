@@ -126,7 +126,8 @@ def pack(sizes: list[int], micro_batch_tokens: int, world: int = 1) -> list[list
     Returns, per rank, the same number of lists of positions in `sizes` (some may be empty). Largest first into the emptiest
     bin, with the fewest bins that keep within `micro_batch_tokens`; an example larger than that has a bin of its own."""
     largest_first = sorted(range(len(sizes)), key=lambda i: (-sizes[i], i))
-    rounds = max(1, math.ceil(sum(sizes) / (micro_batch_tokens * world)))
+    needed = sum(min(size, micro_batch_tokens) for size in sizes)
+    rounds = max(1, math.ceil(needed / (micro_batch_tokens * world)))
     while True:
         bins, loads = [[] for _ in range(rounds * world)], [0] * (rounds * world)
         for i in largest_first:

@@ -256,7 +256,7 @@ class Engine:
         """Step-0 invariant: where the reference is the start model, policy and reference agree, per token and on average."""
         batch = self.policy.collate([min(map(self.train_set.__getitem__, self.indices(1)), key=Example.size)])
         difference = (self.policy(batch) - reference(batch)).abs().max()
-        if difference > (1e-4 if self.policy.precision == "fp32" else 5e-2):
+        if not difference <= (1e-4 if self.policy.precision == "fp32" else 5e-2):       # a NaN stops too
             raise RunError(f"policy and reference differ by {difference:.2g} per token before the first update, though both are "
                            f"{self.config.model}; fix: use a model whose forward is deterministic")
 

@@ -50,7 +50,8 @@ def project(directory, algorithm, model, **values):
     rows = helpers.pair_rows if algorithm == "dpo" else helpers.sft_rows
     data = {"data": helpers.write_jsonl(directory / "data.jsonl", rows(10)),
             "eval_data": helpers.write_jsonl(directory / "eval.jsonl", rows(4, 50))}
-    helpers.write_config(directory / "config.yml", **{"algorithm": algorithm, "model": model, **data, "output": "run", **BASE, **values})
+    values = {"algorithm": algorithm, "model": model, **data, "output": "run", **BASE, **values}
+    helpers.write_config(directory / "config.yml", **values)
     return directory
 
 

@@ -134,7 +134,8 @@ def test_yaml(content, says, refused, tmp_path):
     ("{}/reward-model", r"is a qwen2 \(Qwen2ForSequenceClassification\), not a causal language model"),
     ("{}/encoder", r"is a bert \(BertForMaskedLM\), not a causal language model"), ("{}/quantized", "is quantized"),
     ("{}/unknown-type", "unknown-type"),
-    ("{}/adapter", "holds a LoRA adapter"), ("{}/small-embedding", "the tokenizer has 259 tokens but the embedding only 100 rows"),
+    ("{}/adapter", "holds a LoRA adapter"),
+    ("{}/small-embedding", "the tokenizer has 259 tokens but the embedding only 100 rows"),
     ("{}/no-template", r"a conversation in sft.jsonl:1, but the tokenizer has no chat template"),
     ("{}/rewrites", "rewrites earlier turns of the conversation in sft.jsonl:2"),
     ("{}/refuses", "chat template cannot render one question and its answer .no roles here"),
@@ -209,7 +210,8 @@ def test_missing_data(refused, tmp_path):
 def test_reference(models, tmp_path):
     """The only mistake that is found when the run's directory is already there."""
     child.project(tmp_path, "dpo", models / "good", max_steps=1)
-    for reference, says in (("nowhere", "nowhere is neither"), (models / "small-embedding", "only 100 rows"), (models / "no-head", "lacks 1")):
+    for reference, says in (("nowhere", "nowhere is neither"), (models / "small-embedding", "only 100 rows"),
+                            (models / "no-head", "lacks 1")):
         result = child.train(tmp_path, f"reference={reference}", f"output={says}")
         error = result.err.splitlines()[-1]
         assert result.code == 2 and error.startswith("error: ") and says in error and "Traceback" not in result.err

@@ -4,7 +4,17 @@ import math
 
 import pytest
 import torch
-from helpers import assert_same_weights, final_weights, metrics, pair_rows, sft_rows, tiny_model, train_here, write_config, write_jsonl
+from helpers import (
+    assert_same_weights,
+    final_weights,
+    metrics,
+    pair_rows,
+    sft_rows,
+    tiny_model,
+    train_here,
+    write_config,
+    write_jsonl,
+)
 from transformers import AutoModelForCausalLM
 
 from data.errors import RunError
@@ -19,9 +29,8 @@ START, END = [257], [258]       # <|im_start|>, <|im_end|>
 def files(tmp_path_factory):
     """Paths by name: the start model and, for both algorithms, ten training rows and five held-out ones."""
     folder = tmp_path_factory.mktemp("files")
-    return {"model": tiny_model(folder / "model"),
-            "sft": write_jsonl(folder / "sft.jsonl", sft_rows(10)), "sft-eval": write_jsonl(folder / "sft-eval.jsonl", sft_rows(5, 10)),
-            "dpo": write_jsonl(folder / "dpo.jsonl", pair_rows(10)), "dpo-eval": write_jsonl(folder / "dpo-eval.jsonl", pair_rows(5, 10))}
+    rows = {"sft": sft_rows(10), "sft-eval": sft_rows(5, 10), "dpo": pair_rows(10), "dpo-eval": pair_rows(5, 10)}
+    return {"model": tiny_model(folder / "model"), **{name: write_jsonl(folder / f"{name}.jsonl", rows[name]) for name in rows}}
 
 
 @pytest.fixture

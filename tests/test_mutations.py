@@ -28,14 +28,16 @@ EVALUATION = "test_engine_exact.py::test_evaluation_is_the_mean_over_all_held_ou
 SHIFT = "data/pack.py", "source.append(predictors[response.trained])", "source.append(predictors[response.trained] + 1)"
 MUTATIONS = {    # name: (file, text, what it becomes, the tests that must fail)
     "source shifted by one": (
-        *SHIFT, [SFT, DPO, EVALUATION, "test_pack.py::test_pairs_share_their_prompt", "test_pack.py::test_source_and_target_by_content[2-True]",
+        *SHIFT, [SFT, DPO, EVALUATION, "test_pack.py::test_pairs_share_their_prompt",
+                 "test_pack.py::test_source_and_target_by_content[2-True]",
                  "test_model.py::test_flat_shared_rows_equal_separate_rows[qwen2-2]"]),
     "source shifted by one, without the model's check": (
         *SHIFT[:2], SHIFT[2] + "; import engine.model; engine.model.check_policy = lambda *_: None", [SFT, DPO, EVALUATION]),
     "chosen and rejected swapped": (
         "algorithms/dpo.py", ".view(-1, 2).unbind(1)", ".view(-1, 2).flip(1).unbind(1)", [DPO, CDPO, EVALUATION]),
     "the last stop token dropped from conversations": (
-        "data/tokenise.py", "return rendered[:end + len(self.end_of_turn)]", "return rendered[:end]", [SFT, DPO, CDPO, EVALUATION]),
+        "data/tokenise.py", "return rendered[:end + len(self.end_of_turn)]", "return rendered[:end]",
+        [SFT, DPO, CDPO, EVALUATION]),
     "the last stop token dropped from plain text": (
         "data/tokenise.py", "ids.append(self.eos)", "pass", [SFT, EVALUATION]),
 }

@@ -16,6 +16,7 @@ from helpers import final_weights, sft_rows, tiny_model, write_jsonl
 from safetensors.torch import load_file, save_file
 
 from engine import checkpoint
+from engine.logs import Run
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
@@ -97,7 +98,8 @@ def save(run, step):
     checkpoint.clean(run, keep=2)
 
 
-SYSTEM_CALLS = {"open", "close", "write", "flush", "__exit__", "mkdir", "chmod", "fsync", "rename", "unlink", "rmdir", "serialize_file"}
+SYSTEM_CALLS = {"open", "close", "write", "flush", "__exit__", "mkdir", "chmod", "fsync", "rename", "unlink", "rmdir",
+                "serialize_file"}
 
 
 def test_killed_before_every_call_of_a_save(tmp_path):
@@ -166,7 +168,8 @@ def flip(path):
 def test_every_damaged_file_is_named(uninterrupted, tmp_path):
     newest = checkpoint.checkpoints(uninterrupted["sft"])[-1]
     names = sorted(os.listdir(newest))
-    assert {"model.safetensors", "optimizer.safetensors", "trainer.json", "config.json", "tokenizer.json", "manifest.json"} <= set(names)
+    assert {"model.safetensors", "optimizer.safetensors", "trainer.json", "config.json", "tokenizer.json",
+            "manifest.json"} <= set(names)
     for name in names:
         for damage in (truncate, flip, os.remove, lambda path: path.write_bytes(b"")):
             shutil.copytree(newest, tmp_path / "step", dirs_exist_ok=True)
@@ -211,8 +214,9 @@ def test_damaged_checkpoints_do_not_push_out_whole_ones(tmp_path):
         sealed(f"{tmp_path}/checkpoints/step-{step:06d}", step)
     for step in (8, 9):
         truncate(tmp_path / "checkpoints" / f"step-{step:06d}" / "model.safetensors")
+    (tmp_path / "run.json").write_text('{"data": {}}')
     start = checkpoint.newest(tmp_path, lambda text: None)
-    checkpoint.clean(tmp_path, after=checkpoint.step_of(start))
+    Run(str(tmp_path)).begin("", {}, checkpoint.load_trainer(start)["step"])
     for step in (4, 5):
         save(tmp_path, step)
     assert [checkpoint.step_of(path) for path in checkpoint.checkpoints(tmp_path)] == [4, 5]

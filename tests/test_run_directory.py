@@ -55,7 +55,8 @@ def test_files(runs):
 
 def test_metrics(runs):
     rows = lines(runs / "dpo" / "metrics.jsonl")
-    assert [f"{row['step']} {row['split']}" for row in rows] == ["0 eval", "1 train", "2 train", "2 eval", "3 train", "4 train", "4 eval"]
+    kinds = [f"{row['step']} {row['split']}" for row in rows]
+    assert kinds == ["0 eval", "1 train", "2 train", "2 eval", "3 train", "4 train", "4 eval"]
     for row in rows:
         assert set(row) == (TRAIN_KEYS if row["split"] == "train" else {"step", "split", "loss"}) | DPO_KEYS
         assert all(math.isfinite(value) for key, value in row.items() if key != "split")
@@ -70,8 +71,10 @@ def test_run_json(runs):
     assert set(run) == {"command", "started", "versions", "machine", "world_size", "data", "resumed_from_step"}
     assert run["versions"]["torch"] == torch.__version__ and run["resumed_from_step"] == 0 and run["world_size"] == 1
     data = run["data"]["train"]
-    assert data["sha256"] == hashlib.sha256((runs / "dpo.jsonl").read_bytes()).hexdigest() and data["source"] == str(runs / "dpo.jsonl")
-    assert (data["read"], data["used"]) == (10, 8) and data["dropped"] == {"longer than max_length": 1, "chosen equals rejected": 1}
+    assert data["sha256"] == hashlib.sha256((runs / "dpo.jsonl").read_bytes()).hexdigest()
+    assert data["source"] == str(runs / "dpo.jsonl")
+    assert (data["read"], data["used"]) == (10, 8)
+    assert data["dropped"] == {"longer than max_length": 1, "chosen equals rejected": 1}
     assert data["first_dropped"]["longer than max_length"] == f"{runs}/dpo.jsonl:4"
     assert run["data"]["eval"]["used"] == 4 and json.loads((runs / "sft" / "run.json").read_text())["data"]["eval"] is None
 
@@ -104,18 +107,22 @@ def test_final_loads_anywhere(runs):
 
 def test_samples_and_events(runs):
     samples = lines(runs / "dpo" / "samples.jsonl")
-    assert [sample["step"] for sample in samples] == [4] * 4 and all(set(sample) == {"step", "prompt", "completion"} for sample in samples)
+    assert [sample["step"] for sample in samples] == [4] * 4
+    assert all(set(sample) == {"step", "prompt", "completion"} for sample in samples)
     assert samples[0]["prompt"].endswith("<|im_start|>assistant\n")
     events = (runs / "dpo" / "events.log").read_text().splitlines()
     assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d \S", line) for line in events)
-    assert any(line.endswith(f"run {runs / 'dpo'}") for line in events) and any("held-out rows at step 2" in line for line in events)
+    assert any(line.endswith(f"run {runs / 'dpo'}") for line in events)
+    assert any("held-out rows at step 2" in line for line in events)
 
 
 def test_rows_of_updates_done_again_are_cut(tmp_path):
-    """A kill may come after rows were written whose checkpoint was not, and in the middle of a line; a power failure leaves zeros."""
+    """A kill may come after rows were written whose checkpoint was not, and in the middle of a line; a power failure
+    leaves zeros."""
     run = Run(str(tmp_path))
     for name in ("metrics.jsonl", "samples.jsonl"):
-        (tmp_path / name).write_text("".join(json.dumps({"step": step}) + "\n" for step in (0, 1, 2, 2, 3, 4)) + '\0\0\0\n{"step": 2, "spl')
+        whole = "".join(json.dumps({"step": step}) + "\n" for step in (0, 1, 2, 2, 3, 4))
+        (tmp_path / name).write_text(whole + '\0\0\0\n{"step": 2, "spl')
     data = {"train": {"source": "d", "sha256": "0"}, "eval": None}
     (tmp_path / "run.json").write_text(json.dumps({"data": data}))
     run.begin("lr: 1\n", data, 2)
