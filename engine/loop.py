@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 
-from data.errors import RunError
+from data.errors import RunError, UserError
 from data.pack import Example, order, pack
 from data.tokenise import stop_ids
 from engine import checkpoint
@@ -81,6 +81,8 @@ class Engine:
         self.first = checkpoint.load_trainer(start)["step"] if start else 0
         per_epoch = math.ceil(len(train_set) / config.batch_size)
         self.steps_per_epoch, self.total = per_epoch, config.max_steps or math.ceil(config.epochs * per_epoch)
+        if self.first > self.total:
+            raise UserError(f"max_steps: the run is at step {self.first} already, after the {self.total} asked for; fix: raise max_steps")
         self.eval_every = config.eval_every or max(1, self.total // 10)
         decayed, plain = [], []
         for parameter in policy.parameters():
@@ -137,9 +139,9 @@ class Engine:
             lr = self.learning_rate(index)
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
-            before = self.fingerprint() if index == 1 else None
+            before = self.some_weights() if index == 1 else None
             yield self.step
-            if before is not None and self.grad_norm > 0 and self.fingerprint() == before:
+            if before and self.grad_norm > 0 and not self.moved(before):
                 raise RunError(f"no weight moved in the first update (gradient norm {self.grad_norm:.3g}, lr {lr:g}); fix: raise lr")
             tokens = sum(example.size(self.policy.share_prompt) for example in self.step.examples)
             tokens_seen += tokens
@@ -267,8 +269,14 @@ class Engine:
         if self.world > 1:
             self.policy.set_requires_gradient_sync(last)
 
-    def fingerprint(self) -> list[float]:
-        return [float(checkpoint.whole(parameter.sum(dtype=torch.float64))) for parameter in self.policy.parameters()]
+    def some_weights(self) -> list:
+        """Copies of the first values of every parameter (of this rank's shards)."""
+        local = (p.to_local() if isinstance(p, DTensor) else p for p in self.policy.parameters())
+        return [parameter.detach().flatten()[:4096].clone() for parameter in local]
+
+    def moved(self, before: list) -> bool:
+        changed = any(not torch.equal(old, new) for old, new in zip(before, self.some_weights()))
+        return sum_over_ranks([float(changed)], self.policy.device)[0] > 0
 
     def record_evaluation(self, step: Step) -> None:
         if not step.totals["eval"]:

@@ -20,7 +20,7 @@ from transformers.utils import logging
 from data.errors import UserError
 from data.pack import Batch, Example, collate
 
-LOGITS_PER_CHUNK = 2 ** 25    # logits that exist at once: 128 MiB in fp32, whatever the length of the batch
+LOGITS_PER_CHUNK = 2 ** 24    # logits that exist at once: 64 MiB in fp32, whatever the length of the batch
 
 
 def segments_attention(module, query, key, value, attention_mask, scaling=None, segments=None, sliding_window=None, **_):
@@ -29,6 +29,7 @@ def segments_attention(module, query, key, value, attention_mask, scaling=None, 
 
     query (1, heads, T, head_dim); key, value (1, kv_heads, T, head_dim); segments as in `Batch.segments`.
     Returns (1, T, heads, head_dim), as transformers' attention functions do."""
+    query, key = query.to(value.dtype), key.to(value.dtype)      # under bf16 autocast the rotary embedding leaves them in fp32
     units = [length for prompt, responses in segments for length in (prompt + sum(responses[:1]), *responses[1:])]
     # `split` once instead of slicing per unit: the backward of every slice would fill a zero gradient of the whole row
     queries, keys, values = (iter(x.split(units, dim=2)) for x in (query, key, value))
@@ -67,6 +68,7 @@ def visible(segments, sliding_window=None, device=None):
 
 
 def dense_attention(module, query, key, value, attention_mask, scaling=None, segments=None, sliding_window=None, **_):
+    query, key = query.to(value.dtype), key.to(value.dtype)
     mask = visible(segments, sliding_window, query.device)
     return F.scaled_dot_product_attention(query, key, value, mask, scale=scaling, enable_gqa=True).transpose(1, 2), None
 
@@ -230,8 +232,8 @@ def check_policy(policy: Policy, examples, mode: str, notice) -> None:
         for example in examples:
             for response in example.responses:
                 ids = torch.tensor([[*example.prompt, *response.tokens]], device=policy.device)
-                logps = lm(ids, use_cache=False).logits[0].float().log_softmax(-1)
-                predicted = logps[len(example.prompt) - 1:-1].gather(1, ids[0, len(example.prompt):, None])[:, 0]
+                logits = lm(ids, use_cache=False, logits_to_keep=len(response.tokens) + 1).logits[0, :-1]
+                predicted = logits.float().log_softmax(-1).gather(1, ids[0, len(example.prompt):, None])[:, 0]
                 plain.append(predicted[torch.from_numpy(response.trained).to(policy.device)])
     plain, tolerance = torch.cat(plain), 1e-3 if policy.precision == "fp32" else 0.25
     for share in {"auto": (True, False), "true": (True,), "false": (False,)}[mode]:
