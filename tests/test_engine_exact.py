@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 from data.errors import RunError
 from engine.loop import Engine, Step
 
-PLAIN = dict(shuffle="false", schedule="constant", warmup=0, weight_decay=0, batch_size=4, lr=1e-3, max_length=256,
+PLAIN = dict(share_prompt="true", shuffle="false", schedule="constant", warmup=0, weight_decay=0, batch_size=4, lr=1e-3, max_length=256,
              save_every="null")
 START, END = [257], [258]       # <|im_start|>, <|im_end|>
 

@@ -88,6 +88,20 @@ def test_flat_shared_rows_equal_separate_rows(name, responses):
         assert_same_gradients(gradients(lm, values), expected_gradients)
 
 
+@pytest.mark.parametrize("responses", [1, 2])
+def test_bf16_autocast_follows_fp32(responses):
+    """Shared rows under autocast, where rotary embeddings mix dtypes: values and gradients within bf16's rounding."""
+    made, results = examples(responses), {}
+    for precision in ("fp32", "bf16"):
+        lm = random_lm(config_of(), attn_implementation="segments")
+        values = Policy(lm, precision)(collate(made))
+        assert values.dtype == torch.float32
+        results[precision] = values.detach(), torch.cat([grad.flatten() for grad in gradients(lm, values).values()])
+    (values, grads), (exact_values, exact_grads) = results["bf16"], results["fp32"]
+    assert 0 < (values - exact_values).abs().mean() < 0.05
+    assert torch.cosine_similarity(grads, exact_grads, dim=0) > 0.99
+
+
 def test_the_window_matters():
     """Else the Mistral rows above would prove nothing."""
     made = examples(2)
