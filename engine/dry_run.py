@@ -8,7 +8,7 @@ from data.dataset import load_datasets
 from data.errors import UserError
 from data.pack import order, pack
 from engine.config import describe
-from engine.model import LOGITS_PER_CHUNK, load_tokenizer
+from engine.model import LOGITS_AT_ONCE, load_tokenizer
 
 
 def dry_run(run_config, kind: str, world: int = 1) -> None:
@@ -79,7 +79,8 @@ def forecast(common, config, train_set: list, tokens: int) -> list[str]:
     # the MLP's gate, up, activation and product
     per_layer = 4 * (10 * hidden + 4 * inner) if not common.gradient_checkpointing else 4 * hidden
     activations = tokens * (settings.num_hidden_layers * per_layer + 4 * 4 * hidden)
-    logits = 2 * 4 * min(LOGITS_PER_CHUNK, tokens * vocabulary) + 4 * hidden * vocabulary      # one chunk twice, the head's gradient
+    at_once = LOGITS_AT_ONCE["cuda" if torch.cuda.is_available() else "cpu"]
+    logits = 2 * 4 * min(at_once, tokens * vocabulary) + 4 * hidden * vocabulary      # a slice twice, the head's gradient
     table = 4 * sum(example.num_trained for example in train_set) if hasattr(config, "reference") else 0
     rows = {
         f"weights, fp32 ({parameters / 1e6:.0f}M parameters)": 4 * parameters,
@@ -87,7 +88,7 @@ def forecast(common, config, train_set: list, tokens: int) -> list[str]:
         "optimizer (AdamW: two moments, fp32)": 8 * parameters,
         "reference (its log-probs only; no second model)": table,
         f"one micro-batch of {tokens} tokens": activations,
-        "a chunk of logits and the head's gradient": logits,
+        "a slice of the logits and the head's gradient": logits,
     }
     rows["together"] = sum(rows.values())
     return [f"{name:<52} {size / 1e9:7.2f} GB" for name, size in rows.items()]

@@ -310,7 +310,7 @@ def test_round_trip_is_exact():
     words = ["no", "null", "1:30", "010", "a: b", "#x", "x #y", " padded ", "'", '"', "@x", "*a", "&a", "!t", "- a", "é漢😀",
              "[a]", "{a}", "?",
              "%a", "`", "|", ">", "a,b", "\\n", "true", "1e-5", "---", "=", "<<", "x" * 500, "a " * 200 + "b"]
-    for trial in range(100):
+    for _ in range(100):
         name = generator.choice(words)
         words_given = [f"lr={generator.uniform(1e-9, 1e-3)!r}", f"model={name}", f"data={name}x", f"warmup={generator.random()}",
                        f"beta={generator.random() * 10 ** generator.randint(-300, 300)!r}",

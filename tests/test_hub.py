@@ -36,22 +36,32 @@ def transcript(i, reply):
 
 @pytest.mark.parametrize("algorithm", ["dpo", "sft"])
 def test_real_configuration_from_the_hub_cache(tmp_path, algorithm):
-    rows = [{"chosen": transcript(i, f"It is {2 * i}."), "rejected": transcript(i, "No idea!")} for i in range(70)]
+    rows = [{"chosen": transcript(i, f"It is {2 * i}."), "rejected": transcript(i, "No idea!")} for i in range(71)]
     hub_model(tmp_path, "Qwen/Qwen2.5-0.5B-Instruct", max_position_embeddings=2048)
     hub_dataset(tmp_path, "Anthropic/hh-rlhf", {"train": rows, "test": rows[:4]})
-    done = run_train([f"example/qwen2.5-{algorithm}.yml", f"output={tmp_path / 'run'}", "lr=1e-3"],
-                     HF_HOME=str(tmp_path), HF_HUB_OFFLINE="1")
+    run = tmp_path / "run"
+    done = run_train([f"example/qwen2.5-{algorithm}.yml", f"output={run}"], HF_HOME=str(tmp_path), HF_HUB_OFFLINE="1")
+    assert done.returncode == 0, done.stderr
+    report = json.loads((run / "run.json").read_text())["data"]
+    assert (report["train"]["source"], report["train"]["used"], report["eval"]["used"]) == ("Anthropic/hh-rlhf", 70, 1)
+    assert [row["step"] for row in metrics(run)] == [1, 2]                       # 70 rows, 64 per update
+    assert metrics(run, "eval")[-1]["step"] == 2 and len((run / "samples.jsonl").read_text().splitlines()) == 1
+
+
+def test_test_split_as_evaluation_data(tmp_path):
+    rows = [{"chosen": transcript(i, f"It is {2 * i}."), "rejected": transcript(i, "No idea!")} for i in range(9)]
+    hub_dataset(tmp_path, "Anthropic/hh-rlhf", {"train": rows[:5], "test": rows[5:]})
+    done = run_train(["example/qwen2.5-dpo.yml", f"model={tiny_model(tmp_path / 'model')}", "max_length=256", f"output={tmp_path / 'run'}",
+                      "eval_fraction=0", "eval_data=Anthropic/hh-rlhf:test"], HF_HOME=str(tmp_path), HF_HUB_OFFLINE="1")
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "run" / "run.json").read_text())["data"]
-    assert (report["train"]["source"], report["train"]["used"]) == ("Anthropic/hh-rlhf", 70)
-    assert (report["eval"]["source"], report["eval"]["used"]) == ("Anthropic/hh-rlhf:test", 4)
-    assert [row["step"] for row in metrics(tmp_path / "run")] == [1, 2]          # 70 rows, 64 per update
-    assert metrics(tmp_path / "run", "eval")[-1]["step"] == 2
+    assert (report["eval"]["source"], report["train"]["used"], report["eval"]["used"]) == ("Anthropic/hh-rlhf:test", 5, 4)
 
 
 def test_name_that_is_nowhere(tmp_path):
     hub_model(tmp_path, "Qwen/Qwen2.5-0.5B-Instruct")
     done = run_train(["example/qwen2.5-dpo.yml", f"output={tmp_path / 'run'}"], HF_HOME=str(tmp_path), HF_HUB_OFFLINE="1")
     assert done.returncode == 2 and done.stderr.strip().splitlines()[-1].startswith("error: 'Anthropic/hh-rlhf' is neither")
-    done = run_train(["example/qwen2.5-dpo.yml", f"output={tmp_path / 'run'}", "model=Qwen/none"], HF_HOME=str(tmp_path), HF_HUB_OFFLINE="1")
+    done = run_train(["example/qwen2.5-dpo.yml", f"output={tmp_path / 'run'}", "model=Qwen/none"],
+                     HF_HOME=str(tmp_path), HF_HUB_OFFLINE="1")
     assert done.returncode == 2 and "Qwen/none" in done.stderr and "Traceback" not in done.stderr

@@ -144,10 +144,10 @@ def head_inputs(rows=11, trained_head=True):
     return torch.randn(rows, 8, requires_grad=True), torch.randn(50, 8, requires_grad=trained_head), torch.randint(50, (rows,))
 
 
-@pytest.mark.parametrize("rows", [1, 4, 11, 100])      # of 11: one at a time, not a divisor, all at once
+@pytest.mark.parametrize("width", [1, 7, 50, 100])      # of a vocabulary of 50: one at a time, not a divisor, all at once
 @pytest.mark.parametrize("trained_head", [True, False])
-def test_chunked_log_probs_equal_full_logits(monkeypatch, rows, trained_head):
-    monkeypatch.setattr(model, "LOGITS_PER_CHUNK", rows * 50 + 49)
+def test_chunked_log_probs_equal_full_logits(monkeypatch, width, trained_head):
+    monkeypatch.setitem(model.LOGITS_AT_ONCE, "cpu", width * 11 + 10)
     hidden, weight, target = head_inputs(trained_head=trained_head)
     slopes = torch.randn(11)
     inputs = [hidden, weight][:1 + trained_head]

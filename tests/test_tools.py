@@ -1,0 +1,58 @@
+"""What stands around training: --dry-run, --help, chat.py."""
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+from helpers import ROOT, config_of, pair_rows, run_train, tiny_model, write_config, write_jsonl
+
+
+def test_dry_run_shows_everything_and_writes_nothing(tmp_path):
+    rows = pair_rows(9) + [{"prompt": "p", "chosen": "same", "rejected": "same"}]
+    config = write_config(tmp_path / "c.yml", algorithm="dpo", model=tiny_model(tmp_path / "model"), max_length=256, batch_size=4, epochs=2,
+                          data=write_jsonl(tmp_path / "pairs.jsonl", rows))
+    done = run_train([config, "--dry-run", f"output={tmp_path / 'run'}", "lr=2e-5"])
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "run").exists()
+    shown = " ".join(done.stdout.split())
+    for text in ["lr = 2e-05 (command line)", f"batch_size = 4 ({config}:", "beta = 0.1 (default)",
+                 "10 rows read, 9 examples used", "dropped 1: chosen equals rejected", "median",
+                 "[[it is 0 <|im_end|>]]", "[[no no no no no 0<|im_end|>]]",
+                 "9 examples / batch_size 4 = 3 updates per epoch, 6 updates in all", "optimizer (AdamW", "reference", "together"]:
+        assert text in shown, text
+
+
+def test_dry_run_counts_memory_by_parameters(tmp_path):
+    """Against Qwen2's parameters counted by hand: embedding, untied head, and per layer q k v (with biases) o, the MLP and two norms."""
+    from engine.dry_run import forecast
+    config_of(hidden_size=1024, intermediate_size=4096, num_attention_heads=8, head_dim=128).save_pretrained(tmp_path)
+    attention = 1024 * 1024 + 1024 + 2 * (1024 * 256 + 256) + 1024 * 1024
+    parameters = 2 * 259 * 1024 + 2 * (attention + 3 * 1024 * 4096 + 2 * 1024) + 1024
+    lines = forecast(SimpleNamespace(model=str(tmp_path), gradient_checkpointing=False), None, [], tokens=100)
+    weights, gradients, optimizer, reference, *_, together = (float(line.split()[-2]) for line in lines)
+    assert abs(weights - 4e-9 * parameters) < 0.006 and gradients == weights and abs(optimizer - 8e-9 * parameters) < 0.006
+    assert reference == 0 and 4 * weights < together < 4 * weights + 0.1
+
+
+def test_help_names_every_key():
+    done = run_train(["--help"])
+    assert done.returncode == 0 and all(f"{key}:" in done.stdout for key in ("micro_batch_tokens", "beta", "train_on", "resume"))
+
+
+def chat(*arguments, text):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, "chat.py", *arguments], cwd=ROOT, input=text, env=environment, capture_output=True, text=True)
+
+
+def test_chat_through_a_pipe_gives_the_right_answer():
+    """The embedded base is right on 99 % of held-out problems when decoded greedily; two turns, the second one a new conversation."""
+    questions = ["Tom has 23 pens and buys 8 more. How many now?", "", "小明有23个苹果，又买8个，一共几个？", ""]
+    done = chat("example/tiny/model", "--temperature", "0", text="\n".join(questions))
+    assert done.returncode == 0, done.stderr
+    first, second = done.stdout.splitlines()
+    assert first.endswith("<answer>31</answer>") and second.endswith("<answer>31</answer>")      # and nothing after the stop token
+
+
+def test_chat_with_what_is_not_a_model(tmp_path):
+    done = chat(str(tmp_path), text="hello\n")
+    assert done.returncode == 2 and done.stderr.strip().startswith("error: ") and "Traceback" not in done.stderr
