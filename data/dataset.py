@@ -121,11 +121,12 @@ def split_off(dataset, fraction, seed):
                         "fix: lower eval_fraction or give eval_data")
     chosen = set(np.random.default_rng(seed).permutation(len(dataset.examples))[:count].tolist())
 
-    def part(examples):
-        return Dataset(examples, dataset.report | {"used": len(examples)} | _lengths(examples))
+    def part(examples, **report):
+        return Dataset(examples, dataset.report | {"used": len(examples)} | _lengths(examples) | report)
 
     return (part([example for i, example in enumerate(dataset.examples) if i not in chosen]),
-            part([example for i, example in enumerate(dataset.examples) if i in chosen]))
+            part([example for i, example in enumerate(dataset.examples) if i in chosen],      # what was dropped is told of once
+                 dropped={}, first_dropped={}, cut_rows=0, stop_inside=0))
 
 
 def _is_local(source, base):

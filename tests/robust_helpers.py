@@ -36,6 +36,7 @@ def _child(directory, words, out, err, patch, arguments):
     import torch
     torch.set_num_threads(1)
     os.chdir(directory)
+    signal.signal(signal.SIGINT, signal.default_int_handler)      # a shell that runs pytest in the background has it ignored
     for path, stream in ((out, 1), (err, 2)):
         os.dup2(os.open(path, os.O_CREAT | os.O_TRUNC | os.O_WRONLY), stream)
     if patch:

@@ -15,7 +15,7 @@ def test_dry_run_shows_everything_and_writes_nothing(tmp_path):
     assert done.returncode == 0, done.stderr
     assert not (tmp_path / "run").exists()
     shown = " ".join(done.stdout.split())
-    for text in ["lr = 2e-05 (command line)", f"batch_size = 4 ({config}:", "beta = 0.1 (default)",
+    for text in ["lr = 2.0e-05 (command line)", f"batch_size = 4 ({config}:", "beta = 0.1 (default)",
                  "10 rows read, 9 examples used", "dropped 1: chosen equals rejected", "median",
                  "[[it is 0 <|im_end|>]]", "[[no no no no no 0<|im_end|>]]",
                  "9 examples / batch_size 4 = 3 updates per epoch, 6 updates in all", "optimizer (AdamW", "reference", "together"]:
