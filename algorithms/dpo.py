@@ -13,7 +13,7 @@ Divided:  by the pairs of the whole update, over all micro-batches and ranks.
 Metrics:  loss                                log 2 = 0.6931 at step 0, where policy = reference
           rewards/chosen, rewards/rejected    implicit rewards; 0 at step 0
           rewards/margins                     chosen - rejected; 0 at step 0
-          rewards/accuracies                  share of pairs with margin > 0; 0 at step 0, because a tie is not a win
+          rewards/accuracies                  share of pairs with margin > 0; a tie is not a win: 0 at step 0, but for rounding
           logps/chosen, logps/rejected        summed log-probs under the policy
 Differs:  AdamW with a linear schedule where the paper's code uses RMSprop; label smoothing is cDPO's, which the paper lacks.
 Run:      python train.py example/tiny-dpo.yml

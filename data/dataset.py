@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from data.errors import UserError
-from data.files import SUFFIXES, find_file, read_rows
+from data.files import SUFFIXES, find_file, read_rows, sha256
 from data.formats import parse
 from data.hub import HUB_NAME, hub_rows
 from data.pack import Example
@@ -72,7 +72,7 @@ def build_dataset(source, kind, tokenizer, max_length, train_on="assistant", tru
     if empty > 0.01 * read:
         raise UserError(f"{empty} of {read} rows of {source} have an empty response (first: {first_dropped['empty response']}); "
                         "fix: delete these rows or correct how the file was made")
-    report = {"source": str(source), "sha256": _sha256(path) if path else None, "read": read, "used": len(examples),
+    report = {"source": str(source), "sha256": sha256(path) if path else None, "read": read, "used": len(examples),
               "dropped": dict(dropped), "first_dropped": first_dropped, "cut_rows": cut_rows,
               "stop_inside": _stop_inside(examples, stop_ids(tokenizer)) if train_on == "assistant" else None}
     return Dataset(examples, report | _lengths(examples))
@@ -156,11 +156,3 @@ def _lengths(examples):
     lengths = {"prompt_length": prompts, "response_length": responses, "total": np.add(prompts, longest)}
     return {name: {"50": int(p50), "90": int(p90), "99": int(p99), "max": int(top)}
             for name, values in lengths.items() for p50, p90, p99, top in [np.percentile(values, [50, 90, 99, 100])]}
-
-
-def _sha256(path):
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

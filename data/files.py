@@ -5,6 +5,7 @@ A reader of our own because every error must name the file and the line: `where`
 import csv
 import difflib
 import gzip
+import hashlib
 import itertools
 import json
 import sys
@@ -263,3 +264,12 @@ def _kind(value):
     if value is None:
         return "null"
     return {list: "a list", str: "a string", bool: "true or false"}.get(type(value), "a number")
+
+
+def sha256(path):
+    """Hex digest of a file's bytes."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -4,7 +4,6 @@ Files are written to a temporary directory beside their place, synced, sealed by
 written last) and renamed. A reader trusts only a directory whose manifest holds. Weights and optimizer state are safetensors,
 the rest is JSON: loading never unpickles.
 """
-import hashlib
 import json
 import math
 import os
@@ -16,21 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from data.errors import RunError
+from data.files import sha256
 from engine.model import distributed
 
 MANIFEST = "manifest.json"
-
-
-def sha256(path: str) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
-
-
-def _digest(file) -> str:                               # Python 3.10
-    digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()
 
 
 def sync(path: str) -> None:
