@@ -121,8 +121,8 @@ def save_model(lm, tokenizer, state: dict, directory: str) -> None:
 
 
 def model_state(policy) -> dict:
-    """The LM's weights as saved: gathered on rank 0, in training precision."""
-    return {name: value for name, parameter in policy.lm.state_dict().items() if (value := whole(parameter)) is not None}
+    """The LM's weights as saved: whole on every rank (gathering is a collective call), in training precision."""
+    return {name: whole(parameter) for name, parameter in policy.lm.state_dict().items()}
 
 
 def save_checkpoint(directory: str, policy, tokenizer, optimizer, trainer: dict) -> None:

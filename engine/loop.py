@@ -76,7 +76,7 @@ class Engine:
 
     def __init__(self, config, policy, tokenizer, train_set: list, eval_set: list, run: Run, progress: str, start: str | None = None):
         self.config, self.policy, self.tokenizer, self.run, self.progress = config, policy, tokenizer, run, progress
-        self.train_set, self.eval_set, self.start = train_set, eval_set, start
+        self.train_set, self.eval_set = train_set, eval_set
         self.rank, self.world = distributed()
         self.first = checkpoint.load_trainer(start)["step"] if start else 0
         per_epoch = math.ceil(len(train_set) / config.batch_size)
@@ -303,7 +303,7 @@ class Engine:
 
     def save(self, index: int) -> None:
         directory = self.run.path("checkpoints", f"step-{index:06d}")
-        checkpoint.save_checkpoint(directory, self.policy, self.tokenizer, self.optimizer, {"step": index, "seed": self.config.seed})
+        checkpoint.save_checkpoint(directory, self.policy, self.tokenizer, self.optimizer, {"step": index})
         if self.rank == 0:
             checkpoint.clean(self.run.directory, keep=self.config.keep)
 
