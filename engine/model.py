@@ -87,50 +87,65 @@ class ChunkedLogps(torch.autograd.Function):
     `dtype` is that of the matrix products; everything else is fp32."""
 
     @staticmethod
-    def slices(weight, rows: int):
-        """The vocabulary in slices of at most LOGITS_AT_ONCE logits for so many rows."""
-        width = max(1, LOGITS_AT_ONCE[weight.device.type] // max(1, rows))
-        return [slice(start, start + width) for start in range(0, len(weight), width)]
-
-    @staticmethod
-    def inside(target, vocabulary: slice):
-        """Which rows' target lies in this slice, and where in it."""
-        rows = ((target >= vocabulary.start) & (target < vocabulary.stop)).nonzero()[:, 0]
-        return rows, target[rows] - vocabulary.start
+    def slices(hidden, weight, target):
+        """Yield, per slice of the vocabulary: the slice, its rows of the head, its logits (N, slice), and each row's target in
+        it: column (N, 1) and hit (N, 1), whether the target lies in this slice. The logits share one buffer of at most
+        LOGITS_AT_ONCE numbers."""
+        width = max(1, LOGITS_AT_ONCE[weight.device.type] // max(1, len(target)))
+        buffer = hidden.new_empty(len(target), min(width, len(weight)))
+        for start in range(0, len(weight), width):
+            head = weight[start:start + width].to(hidden.dtype)
+            offset = target[:, None] - start
+            column = offset.clamp(0, len(head) - 1)
+            logits = torch.mm(hidden, head.T, out=buffer[:, :len(head)]).float()
+            yield slice(start, start + len(head)), head, logits, column, column == offset
 
     @staticmethod
     def forward(ctx, hidden, weight, target, dtype):
         hidden = hidden.to(dtype)                                                        # (N, D)
-        maximum = torch.full(target.shape, -torch.inf, device=hidden.device)             # (N,)
-        total, chosen = torch.zeros_like(maximum), torch.zeros_like(maximum)             # (N,)
-        for vocabulary in ChunkedLogps.slices(weight, len(target)):
-            logits = (hidden @ weight[vocabulary].to(dtype).T).float()                   # (N, slice)
-            rows, columns = ChunkedLogps.inside(target, vocabulary)
-            chosen[rows] = logits[rows, columns]
-            higher = torch.maximum(maximum, logits.amax(1))
-            total = total * (maximum - higher).exp() + logits.sub_(higher[:, None]).exp_().sum(1)
+        maximum = torch.full((len(target), 1), -torch.inf, device=hidden.device)         # (N, 1)
+        total, chosen = torch.zeros_like(maximum), torch.zeros_like(maximum)             # (N, 1)
+        for _, _, logits, column, hit in ChunkedLogps.slices(hidden, weight, target):
+            chosen = torch.where(hit, logits.gather(1, column), chosen)
+            higher = torch.maximum(maximum, logits.amax(1, keepdim=True))
+            total = total * (maximum - higher).exp() + logits.sub_(higher).exp_().sum(1, keepdim=True)
             maximum = higher
         normalizer = maximum + total.log()
         ctx.save_for_backward(hidden, weight, target, normalizer)
-        return chosen - normalizer
+        return (chosen - normalizer)[:, 0]
 
     @staticmethod
     def backward(ctx, grad_logps):
         hidden, weight, target, normalizer = ctx.saved_tensors
-        dtype = hidden.dtype
+        slope = -grad_logps[:, None]                                                     # (N, 1)
+        scaled = (hidden * slope).to(hidden.dtype)         # scales (N, D) numbers here instead of (N, V) in the loop
         grad_hidden = torch.zeros(hidden.shape, device=hidden.device)
         grad_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
-        for vocabulary in ChunkedLogps.slices(weight, len(target)):
-            head = weight[vocabulary].to(dtype)
-            # d logp / d logits = onehot(target) - softmax, in place
-            grad_logits = (hidden @ head.T).float().sub_(normalizer[:, None]).exp_().mul_(-grad_logps[:, None])
-            rows, columns = ChunkedLogps.inside(target, vocabulary)
-            grad_logits[rows, columns] += grad_logps[rows]
-            grad_logits = grad_logits.to(dtype)
-            grad_hidden += grad_logits @ head
+        for vocabulary, head, logits, column, hit in ChunkedLogps.slices(hidden, weight, target):
+            error = logits.sub_(normalizer).exp_()         # softmax - onehot(target) = -d logp / d logits, in place
+            error = error.scatter_(1, column, error.gather(1, column) - hit.float()).to(hidden.dtype)
+            grad_hidden += error @ head
             if grad_weight is not None:
-                grad_weight[vocabulary] = grad_logits.T @ hidden
-        return grad_hidden, grad_weight, None, None
+                grad_weight[vocabulary] = error.T @ scaled
+        return grad_hidden * slope, grad_weight, None, None
+
+
+class TiedEmbedding(torch.autograd.Function):
+    """(weight[tokens], weight), for a weight that is embedding and head at once: the gradients of both uses are joined in place.
+    Autograd alone would fill a second gradient of the vocabulary's size with zeros and add it."""
+
+    @staticmethod
+    def forward(ctx, weight, tokens, padding_idx):
+        ctx.save_for_backward(tokens)
+        ctx.padding_idx = padding_idx
+        return weight.index_select(0, tokens), weight.view_as(weight)                    # (T, D), (V, D)
+
+    @staticmethod
+    def backward(ctx, grad_embedded, grad_head):
+        tokens, = ctx.saved_tensors
+        if ctx.padding_idx is not None:                    # as nn.Embedding does: this row learns nothing as an input
+            grad_embedded = grad_embedded.masked_fill((tokens == ctx.padding_idx)[:, None], 0.0)
+        return grad_head.index_add_(0, tokens, grad_embedded), None, None
 
 
 class Policy(nn.Module):
@@ -154,12 +169,17 @@ class Policy(nn.Module):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
     def forward(self, batch: Batch):
+        embedding, head = self.lm.get_input_embeddings(), self.lm.get_output_embeddings().weight
+        inputs = {"input_ids": batch.tokens[None]}
+        if embedding.weight is head and type(embedding) is nn.Embedding:      # Gemma 3's scales what it looks up
+            embedded, head = TiedEmbedding.apply(head, batch.tokens, embedding.padding_idx)
+            inputs = {"inputs_embeds": embedded[None]}
         with self.autocast():
-            hidden = self.lm.base_model(input_ids=batch.tokens[None], position_ids=batch.positions[None], use_cache=False,
+            hidden = self.lm.base_model(**inputs, position_ids=batch.positions[None], use_cache=False,
                                         segments=batch.segments).last_hidden_state[0]          # (T, D)
         hidden = hidden.index_select(0, batch.source)          # (N, D); `hidden[source]` has a non-deterministic backward
         dtype = torch.bfloat16 if self.precision == "bf16" else hidden.dtype
-        return ChunkedLogps.apply(hidden, self.lm.get_output_embeddings().weight, batch.target, dtype)
+        return ChunkedLogps.apply(hidden, head, batch.target, dtype)
 
     @contextlib.contextmanager
     def generating(self):

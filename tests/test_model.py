@@ -26,7 +26,7 @@ from engine.model import ChunkedLogps, Policy, build_policy, check_policy, load_
 
 ARCHITECTURES = {
     "qwen2": config_of(Qwen2Config),
-    "qwen2-tied": config_of(Qwen2Config, tie_word_embeddings=True),
+    "qwen2-tied": config_of(Qwen2Config, tie_word_embeddings=True, pad_token_id=7),     # a token that occurs in the texts
     "qwen3": config_of(Qwen3Config),
     "llama": config_of(LlamaConfig),
     "mistral-window": config_of(MistralConfig, sliding_window=5),     # smaller than the prompts and the responses
