@@ -112,7 +112,7 @@ class ChunkedLogps(torch.autograd.Function):
             maximum = higher
         normalizer = maximum + total.log()
         ctx.save_for_backward(hidden, weight, target, normalizer)
-        return (chosen - normalizer)[:, 0]
+        return chosen[:, 0] - normalizer[:, 0]
 
     @staticmethod
     def backward(ctx, grad_logps):
