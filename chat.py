@@ -4,7 +4,6 @@ MODEL is a run (its final model, else its newest whole checkpoint), a model dire
 empty line starts a new conversation. Without a chat template every line is completed as plain text.
 """
 import argparse
-import os
 import sys
 
 import torch
@@ -13,15 +12,7 @@ from transformers.utils import logging
 
 from data.errors import UserError
 from data.tokenise import Tokeniser, stop_ids
-from engine.checkpoint import broken, newest
-
-
-def model_path(name: str) -> str:
-    """The directory with the weights of a run; anything else as it is."""
-    final = os.path.join(name, "final")
-    if broken(final) is None:
-        return final
-    return newest(name, lambda text: print(text, file=sys.stderr)) or name
+from engine.checkpoint import model_path
 
 
 def main() -> None:
@@ -33,7 +24,7 @@ def main() -> None:
     args = parser.parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    path = model_path(args.model)
+    path = model_path(args.model, lambda text: print(text, file=sys.stderr))
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
         model = AutoModelForCausalLM.from_pretrained(path, dtype="auto", device_map=None).eval()

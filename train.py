@@ -17,7 +17,7 @@ def main(argv: list[str]) -> None:
         return print(help_text())
     # these imports take seconds, so they wait until the configuration is known to be good
     from data.dataset import load_datasets
-    from engine import checkpoint, logs, model
+    from engine import checkpoint, load, logs, model, ranks
     from engine.loop import Engine, Stopped
 
     common, config = run_config.common, run_config.config
@@ -25,16 +25,19 @@ def main(argv: list[str]) -> None:
     if "dry-run" in run_config.flags:
         from engine.dry_run import dry_run
         return dry_run(run_config, algorithm.DATA)
-    model.start_processes(common.deterministic)
-    rank, world = model.distributed()
+    ranks.start_processes(common.deterministic)
+    rank, world = ranks.distributed()
     try:
         config_yaml = as_yaml(replace(common, resume="auto"), config)      # how this process was started is not the run's business
-        directory, start = model.from_main(logs.choose_directory, common.output, run_config.stem, common.resume, config_yaml)
+        directory, start = ranks.from_main(logs.choose_directory, common.output, run_config.stem, common.resume, config_yaml)
         run = logs.Run(directory, main=rank == 0)
-        tokenizer = model.load_tokenizer(common.model)
+        common = replace(common, model=ranks.from_main(checkpoint.model_path, common.model, run.notice))
+        tokenizer = load.load_tokenizer(common.model)
         train_set, eval_set, report = load_datasets(common, config, algorithm.DATA, tokenizer, run.notice)
         policy = model.build_policy(common, tokenizer, start)
         model.check_policy(policy, train_set, common.share_prompt, run.notice)
+        if algorithm.MODEL == "reward":
+            policy = model.build_reward_model(policy, start or common.model, common.seed)
         step = checkpoint.load_trainer(start)["step"] if start else 0
         run.begin(config_yaml, report, step)
         run.notice(f"run {directory}" + (f", resumed from {start}" if start else ""))
@@ -42,14 +45,14 @@ def main(argv: list[str]) -> None:
             model.shard(policy)
         engine = Engine(common, policy, tokenizer, train_set, eval_set, run, algorithm.PROGRESS, start)
         algorithm.train(engine, config)
-        run.summary()
+        run.summary(chat=algorithm.MODEL == "policy")
     except Stopped as stop:
         # resume=never would start another run, resume=PATH an older part of this one
         words = argv if common.resume == "auto" else [*argv, f"resume={directory}"]
         run.notice(f"{stop}; continue with: python train.py {shlex.join(words)}")
         sys.exit(stop.exit_code)
     finally:
-        model.stop_processes()
+        ranks.stop_processes()
 
 
 if __name__ == "__main__":

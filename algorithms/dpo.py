@@ -1,6 +1,7 @@
 """DPO: Direct Preference Optimization - a classification loss on pairs that needs no reward model and no sampling.
 
-Paper:    Rafailov et al. 2023, arXiv 2305.18290; the loss is eq. 7. Label smoothing is cDPO (Mitchell 2023).
+Paper:    Rafailov et al. 2023, arXiv 2305.18290; the loss is eq. 7. Label smoothing is cDPO (Mitchell 2023); the likelihood
+          term is RPO's, Pang et al. 2024, arXiv 2404.19733, eq. 1.
 Formula:  L = -log sigmoid( beta * [ log pi(y_w|x) / pi_ref(y_w|x)  -  log pi(y_l|x) / pi_ref(y_l|x) ] )
 Symbols:  log pi(y_w|x)      policy_chosen_logps       sum over the tokens of the chosen response, stop token included
           log pi(y_l|x)      policy_rejected_logps     the same of the rejected response
@@ -9,12 +10,15 @@ Symbols:  log pi(y_w|x)      policy_chosen_logps       sum over the tokens of th
 Trains:   the policy, every weight. The reference is frozen; its log-probs are computed once, before the first update,
           so that no second model is in memory while training.
 Data:     {"prompt": ..., "chosen": ..., "rejected": ...}, strings or messages; HH-RLHF transcripts as they are
-Divided:  by the pairs of the whole update, over all micro-batches and ranks.
-Metrics:  loss                                log 2 = 0.6931 at step 0, where policy = reference
+Divided:  by the pairs of the whole update, over all micro-batches and ranks; with rpo_alpha, the likelihood of the chosen
+          responses by their tokens in the whole update.
+Metrics:  loss                                log 2 = 0.6931 at step 0, where policy = reference (+ rpo_alpha * nll_loss)
+          nll_loss                            token mean of -log pi(y_w|x)
           rewards/chosen, rewards/rejected    implicit rewards; 0 at step 0
           rewards/margins                     chosen - rejected; 0 at step 0
           rewards/accuracies                  share of pairs with margin > 0; a tie is not a win: 0 at step 0, but for rounding
-          logps/chosen, logps/rejected        summed log-probs under the policy
+          logps/chosen, logps/rejected        summed log-probs under the policy. Both usually fall: the loss only widens their
+                                              distance. rpo_alpha > 0 keeps the chosen ones up
 Differs:  AdamW with a linear schedule where the paper's code uses RMSprop; label smoothing is cDPO's, which the paper lacks.
 Run:      python train.py example/tiny-dpo.yml
 """
@@ -23,6 +27,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 
 DATA = "pairs"                     # every row holds a prompt, a chosen and a rejected response
+MODEL = "policy"                   # what is trained
 PROGRESS = "rewards/accuracies"    # the number shown beside the loss
 
 
@@ -30,7 +35,9 @@ PROGRESS = "rewards/accuracies"    # the number shown beside the loss
 class Config:
     beta: float = 0.1              # leash to the reference: larger stays closer (0.01 to 0.5)
     label_smoothing: float = 0.0   # share of pairs assumed to be labelled the wrong way round (cDPO); 0 is plain DPO
+    rpo_alpha: float = 0.0         # weight of the chosen responses' negative log-likelihood
     reference: str | None = None   # model directory or hub name; none: the start model
+    reference_free: bool = False   # no reference: its log-probs count as 0
 
 
 def dpo_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps,
@@ -54,22 +61,26 @@ def dpo_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps,
 
 def train(engine, config):
     policy, optimizer = engine.policy, engine.optimizer
-    reference = engine.reference(config.reference)
-
-    def pair_logps(model, batch):
-        """Summed log-probs of the chosen and the rejected responses, which alternate in the batch: (B,), (B,)."""
-        return batch.sum(model(batch)).view(-1, 2).unbind(1)
+    reference = None if config.reference_free else engine.reference(config.reference)
 
     def forward(batch):
-        return dpo_loss(*pair_logps(policy, batch), *pair_logps(reference, batch), config.beta, config.label_smoothing)
+        logps = policy(batch)                                                              # (N,)
+        reference_logps = reference(batch) if reference else 0 * logps.detach()            # (N,)
+        policy_chosen_logps, policy_rejected_logps = batch.pairs(batch.sum(logps))         # (B,), (B,)
+        losses, metrics = dpo_loss(policy_chosen_logps, policy_rejected_logps, *batch.pairs(batch.sum(reference_logps)),
+                                   config.beta, config.label_smoothing)
+        nll = -batch.chosen(logps)                                                         # (tokens of the chosen responses,)
+        return losses, nll, metrics | {"nll_loss": nll}
 
     for step in engine.steps():                                    # one optimizer update
         for batch in step:                                         # one micro-batch
-            losses, metrics = forward(batch)
-            (losses.sum() / step.num_examples).backward()          # mean over the pairs of the whole update
-            step.log(losses, metrics)
+            losses, nll, metrics = forward(batch)
+            # mean over the pairs, and over the chosen tokens, of the whole update
+            (losses.sum() / step.num_examples + config.rpo_alpha * nll.sum() / step.num_chosen_tokens).backward()
+            step.log((losses, config.rpo_alpha * nll), metrics)
         engine.clip_gradients()                                    # stops on a non-finite loss or norm, before the update
         optimizer.step()
         optimizer.zero_grad()
         for batch in engine.eval_batches(step):                    # empty unless an evaluation is due
-            step.log(*forward(batch), split="eval")
+            losses, nll, metrics = forward(batch)
+            step.log((losses, config.rpo_alpha * nll), metrics, split="eval")

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 DATA = "responses"                 # every row holds a prompt and one response
+MODEL = "policy"                   # what is trained
 PROGRESS = "loss"                  # the number shown on the progress line
 
 

@@ -1,4 +1,4 @@
-"""A data file or hub dataset -> `Dataset`: token examples and a report of what was read, used and dropped, and why."""
+"""Data files and hub datasets -> `Dataset`: token examples and a report of what was read, used and dropped, and why."""
 import hashlib
 import itertools
 from collections import Counter
@@ -10,8 +10,9 @@ import numpy as np
 from data.errors import UserError
 from data.files import SUFFIXES, find_file, read_rows, sha256
 from data.formats import parse
-from data.hub import HUB_NAME, hub_rows
+from data.hub import HUB_NAME, SHORT_NAME, hub_rows
 from data.pack import Example
+from data.sources import rename, source_name
 from data.tokenise import Tokeniser, stop_ids
 
 CHUNK = 1000  # rows tokenised in one call
@@ -21,28 +22,34 @@ CHUNK = 1000  # rows tokenised in one call
 class Dataset:
     """Examples in the order of their rows. `report` keys:
 
-    source; sha256 (of a local file, else None); read (rows); used (examples); dropped {reason: rows};
-    first_dropped {reason: where}; cut_rows (raw texts cut into pieces); stop_inside (responses with a stop token before their
-    end, None with train_on="all"); prompt_length, response_length and total (prompt + longest response), in tokens of the
-    examples used: {"50", "90", "99" (percentiles), "max"}.
+    source; sha256 (of a local file, else None); shape (how the columns were understood); read (rows); used (examples);
+    dropped {reason: rows}; first_dropped {reason: where}; cut_rows (raw texts cut into pieces); stop_inside (responses with a
+    stop token before their end, None with train_on="all"); duplicates (repetitions of an earlier example); prompt_length,
+    response_length and total (prompt + longest response), in tokens of the examples used: {"50", "90", "99" (percentiles),
+    "max"}; of labelled examples also desirable and undesirable. Of several sources the sums of these, a list of sha256, and
+    `sources`: the report of each.
     """
     examples: list[Example]
     report: dict
 
 
-def build_dataset(source, kind, tokenizer, max_length, train_on="assistant", truncate="none", hh="messages", base=None):
+def build_dataset(source, kind, tokenizer, max_length, train_on="assistant", truncate="none", hh="messages", base=None,
+                  columns=None, seed=0):
     """Read, parse and tokenise `source`: a local file's path or a hub name such as "Anthropic/hh-rlhf:test".
 
-    `kind`: "responses" (sft) or "pairs". `max_length`, `train_on`, `truncate`: see `Tokeniser.encode`; `hh`: see `parse`
-    (without a chat template HH transcripts stay text). `base`: the YAML's folder, for the error about a missing file.
+    `kind`: "responses" (sft), "pairs", or "labelled" (kto): one response and extras["label"] per example; a pair gives two, the
+    chosen response (True) and then the rejected one (False). Pairs with a margin column have extras["margin"].
+    `max_length`, `train_on`, `truncate`: see `Tokeniser.encode`; `hh`: see `parse` (without a chat template HH transcripts stay
+    text). `base`: the YAML's folder, for the error about a missing file. `columns`: {our name: the file's name}; `seed`: of
+    what is left out where a prompt of shp or se has too many pairs.
     Raises UserError for anything wrong with the file or a row, when no row can be used, or when more than 1 % of the rows
     have an empty response.
     """
     path = find_file(source, base) if _is_local(source, base) else None
-    rows = read_rows(path) if path else hub_rows(str(source))
-    tokeniser = Tokeniser(tokenizer)
     hh = hh if tokenizer.chat_template else "text"
-    examples, read, cut_rows, dropped, first_dropped = [], 0, 0, Counter(), {}
+    rows = read_rows(path) if path else hub_rows(str(source), kind, hh == "messages", seed)
+    tokeniser = Tokeniser(tokenizer)
+    examples, read, cut_rows, dropped, first_dropped, shapes, first = [], 0, 0, Counter(), {}, Counter(), None
 
     def drop(reason, where):
         dropped[reason] += 1
@@ -52,16 +59,21 @@ def build_dataset(source, kind, tokenizer, max_length, train_on="assistant", tru
         read += len(chunk)
         texts = []
         for where, row in chunk:
-            text = parse(row, where, kind, hh)
+            text = row if isinstance(row, str) else parse(rename(row, columns, where) if columns else row, where, kind, hh)
             if isinstance(text, str):
                 drop(text, where)
-            else:
-                texts.append(text)
+                continue
+            shapes[text.shape] += 1
+            first = first or text
+            if kind == "pairs" and text.extras.keys() != first.extras.keys():
+                raise UserError(f"{where} has {'a' if text.extras else 'no'} margin, unlike {first.where}; "
+                                "fix: give every row of the file a margin, or none")
+            texts.append(text)
         for text, result in zip(texts, tokeniser.encode(texts, max_length, train_on, truncate)):
             if isinstance(result, str):
                 drop(result, text.where)
             else:
-                examples += result
+                examples += _with_extras(result, text, kind)
                 cut_rows += len(result) > 1
 
     if not examples:
@@ -72,65 +84,134 @@ def build_dataset(source, kind, tokenizer, max_length, train_on="assistant", tru
     if empty > 0.01 * read:
         raise UserError(f"{empty} of {read} rows of {source} have an empty response (first: {first_dropped['empty response']}); "
                         "fix: delete these rows or correct how the file was made")
-    report = {"source": str(source), "sha256": sha256(path) if path else None, "read": read, "used": len(examples),
+    report = {"source": str(source), "sha256": sha256(path) if path else None, "read": read,
+              "shape": ", ".join(f"{count:,} rows read as {shape}" for shape, count in shapes.most_common()),
               "dropped": dict(dropped), "first_dropped": first_dropped, "cut_rows": cut_rows,
-              "stop_inside": _stop_inside(examples, stop_ids(tokenizer)) if train_on == "assistant" else None}
-    return Dataset(examples, report | _lengths(examples))
+              "stop_inside": _stop_inside(examples, stop_ids(tokenizer)) if train_on == "assistant" else None,
+              "duplicates": _duplicates(examples)}
+    return Dataset(examples, report | _measures(examples))
 
 
 def load_datasets(config, algorithm_config, kind, tokenizer, notice):
     """The training and evaluation examples that a configuration names, and their reports: (list, list, {"train", "eval"}).
 
-    `notice(text)` is told once of everything dropped, cut or doubtful."""
-    def build(source):
-        return build_dataset(source, kind, tokenizer, config.max_length, getattr(algorithm_config, "train_on", "assistant"),
-                             config.truncate, config.hh)
+    `notice(text)` is told once how each source was understood and of everything dropped, cut or doubtful.
+    Raises UserError as `build_dataset` does, and when labelled training examples all have the same label."""
+    def build(data):
+        sources = [{"path": data}] if isinstance(data, str) else data
+        parts = [build_dataset(source_name(source), kind, tokenizer, config.max_length,
+                               getattr(algorithm_config, "train_on", "assistant"), config.truncate, config.hh,
+                               columns=source.get("columns"), seed=config.seed) for source in sources]
+        for part in parts:
+            _tell(part.report, notice)
+        dataset = parts[0] if isinstance(data, str) else combine(parts, [source.get("weight", 1.0) for source in sources], config.seed)
+        if count := dataset.report["duplicates"]:
+            notice(f"{dataset.report['source']}: {count} examples occur more than once, prompt and responses alike; they are kept")
+        return dataset
 
     train, evaluation = build(config.data), None
     if config.eval_data is not None:
         evaluation = build(config.eval_data)
     elif config.eval_fraction > 0:
         train, evaluation = split_off(train, config.eval_fraction, config.seed)
-    for dataset in filter(None, (train, evaluation)):
-        report = dataset.report
-        for reason, count in report["dropped"].items():
-            share = count / report["read"]
-            notice(f"{'warning: ' if share > 0.05 else ''}{report['source']}: {count} of {report['read']} rows dropped ({share:.1%}): "
-                   f"{reason} (first: {report['first_dropped'][reason]})")
-        if report["cut_rows"]:
-            notice(f"{report['source']}: {report['cut_rows']} texts cut into pieces of max_length tokens")
-        if report["stop_inside"]:
-            notice(f"warning: {report['source']}: {report['stop_inside']} responses hold a stop token before their end")
-    if evaluation is not None and (count := overlap(train, evaluation)):
-        notice(f"warning: {count} of {len(evaluation.examples)} evaluation rows are training rows too")
+    only = [name for name, other in (("desirable", "undesirable"), ("undesirable", "desirable")) if train.report.get(other) == 0]
+    if only:
+        raise UserError(f"only {only[0]} labels in {train.report['source']}; fix: add rows with the other label (true = desirable)")
+    if evaluation is not None and any(counts := overlap(train, evaluation)):
+        notice(f"warning: {counts[0]} of {len(evaluation.examples)} evaluation rows are training rows too; "
+               f"{counts[1]} have the prompt of one")
     reports = {"train": train.report, "eval": evaluation.report if evaluation else None}
     return train.examples, evaluation.examples if evaluation else [], reports
 
 
+def combine(parts, weights, seed):
+    """One Dataset of several, one after the other, each with its weight; a row's examples stay together."""
+    examples, reports = [], []
+    for i, (part, weight) in enumerate(zip(parts, weights)):
+        rows = [list(group) for _, group in itertools.groupby(part.examples, key=lambda example: example.where)]
+        chosen = _weighted(rows, weight, (seed, i))
+        examples += chosen
+        reports.append(part.report | {"weight": weight} | _measures(chosen))
+    first_dropped = {}
+    for report in reversed(reports):
+        first_dropped |= report["first_dropped"]
+    stop_inside = [report["stop_inside"] for report in reports]
+    return Dataset(examples, {
+        "source": " + ".join(report["source"] for report in reports), "sha256": [report["sha256"] for report in reports],
+        "read": sum(report["read"] for report in reports), "shape": "; ".join(report["shape"] for report in reports),
+        "dropped": dict(sum((Counter(report["dropped"]) for report in reports), Counter())), "first_dropped": first_dropped,
+        "cut_rows": sum(report["cut_rows"] for report in reports),
+        "stop_inside": None if None in stop_inside else sum(stop_inside),
+        "duplicates": _duplicates([example for part in parts for example in part.examples]), "sources": reports} | _measures(examples))
+
+
+def _weighted(groups, weight, seed):
+    """`groups` (lists of examples, one per row) `weight` times: the whole part of it in full, of the rest a random choice."""
+    count = round(weight % 1 * len(groups))
+    if weight < 1:
+        count = max(1, count)
+    chosen = sorted(np.random.default_rng(seed).permutation(len(groups))[:count].tolist())
+    return [example for group in groups * int(weight) + [groups[i] for i in chosen] for example in group]
+
+
 def overlap(train, evaluation):
-    """How many examples of the Dataset `evaluation` occur in the Dataset `train`, prompt and responses alike, token by token."""
-    seen = {_key(example) for example in train.examples}
-    return sum(_key(example) in seen for example in evaluation.examples)
+    """(rows, prompts): how many examples of the Dataset `evaluation` occur in the Dataset `train`, prompt and responses alike,
+    token by token; and how many have the prompt of a training example."""
+    rows, prompts = {_key(example) for example in train.examples}, {_prompt_key(example) for example in train.examples}
+    return (sum(_key(example) in rows for example in evaluation.examples),
+            sum(_prompt_key(example) in prompts for example in evaluation.examples))
 
 
 def split_off(dataset, fraction, seed):
-    """(train, evaluation): a random `fraction` of the examples, at least one, is for evaluation; both keep the file's order."""
-    count = max(1, round(fraction * len(dataset.examples)))
-    if count >= len(dataset.examples):
-        raise UserError(f"eval_fraction {fraction} of {len(dataset.examples)} examples leaves none to train on; "
+    """(train, evaluation): about a random `fraction` of the examples is for evaluation, at least one prompt; all examples with
+    the same prompt are on the same side. Both keep the order."""
+    total = len(dataset.examples)
+    groups = {}                                                                # prompt -> its examples' numbers
+    for i, example in enumerate(dataset.examples):
+        groups.setdefault(_prompt_key(example), []).append(i)
+    groups, wanted, chosen = list(groups.values()), max(1, round(fraction * total)), set()
+    for i in np.random.default_rng(seed).permutation(len(groups)).tolist():
+        if not chosen or len(chosen) + len(groups[i]) <= wanted:
+            chosen.update(groups[i])
+    if len(chosen) == total:
+        raise UserError(f"eval_fraction {fraction} of {total} examples leaves none to train on (different prompts: {len(groups)}); "
                         "fix: lower eval_fraction or give eval_data")
-    chosen = set(np.random.default_rng(seed).permutation(len(dataset.examples))[:count].tolist())
 
     def part(examples, **report):
-        return Dataset(examples, dataset.report | {"used": len(examples)} | _lengths(examples) | report)
+        return Dataset(examples, dataset.report | _measures(examples) | report)
 
     return (part([example for i, example in enumerate(dataset.examples) if i not in chosen]),
             part([example for i, example in enumerate(dataset.examples) if i in chosen],      # what was dropped is told of once
-                 dropped={}, first_dropped={}, cut_rows=0, stop_inside=0))
+                 dropped={}, first_dropped={}, cut_rows=0, stop_inside=0, duplicates=0))
+
+
+def _tell(report, notice):
+    source = report["source"]
+    notice(f"{source}: {report['shape']}")
+    for reason, count in report["dropped"].items():
+        share = count / report["read"]
+        notice(f"{'warning: ' if share > 0.05 else ''}{source}: {count} of {report['read']} rows dropped ({share:.1%}): "
+               f"{reason} (first: {report['first_dropped'][reason]})")
+    if report["cut_rows"]:
+        notice(f"{source}: {report['cut_rows']} texts cut into pieces of max_length tokens")
+    if report["stop_inside"]:
+        notice(f"warning: {source}: {report['stop_inside']} responses hold a stop token before their end")
+
+
+def _with_extras(examples, text, kind):
+    """A row's examples with its label or margin; as labelled responses a pair is two examples."""
+    if kind == "labelled" and len(text.responses) == 2:
+        return [Example(example.prompt, [response], example.where, {"label": label})
+                for example in examples for response, label in zip(example.responses, (True, False))]
+    for example in examples:
+        example.extras |= text.extras
+    return examples
 
 
 def _is_local(source, base):
     """A file, or clearly meant as one: not of a hub name's form, with a data file's suffix, or in a directory that is here."""
+    if SHORT_NAME.match(str(source)) and not str(source).lower().endswith(SUFFIXES) and not Path(source).exists():
+        return False
     return (not HUB_NAME.fullmatch(str(source)) or str(source).lower().endswith(SUFFIXES) or Path(source).exists()
             or Path(source).parent.is_dir() or (base is not None and (Path(base) / source).exists()))
 
@@ -143,16 +224,29 @@ def _key(example):
     return digest.digest()
 
 
+def _prompt_key(example):
+    """Raw text (and train_on: all) has but one token in the place of a prompt: there it is the whole example."""
+    return example.prompt.tobytes() if len(example.prompt) > 1 else _key(example)
+
+
+def _duplicates(examples):
+    return len(examples) - len({_key(example) for example in examples})
+
+
 def _stop_inside(examples, stops):
     """Responses with a stop token that a trained token follows: the model learns to write on after it."""
     return sum(any((response.trained[1:] & (response.tokens[:-1] == stop)).any() for stop in stops)
                for example in examples for response in example.responses)
 
 
-def _lengths(examples):
+def _measures(examples):
+    """The report's part that depends on the examples used only."""
+    labels = [example.extras["label"] for example in examples if "label" in example.extras]
+    counts = {"desirable": sum(labels), "undesirable": len(labels) - sum(labels)} if labels else {}
     prompts = [len(example.prompt) for example in examples]
     longest = [max(len(response.tokens) for response in example.responses) for example in examples]
     responses = [len(response.tokens) for example in examples for response in example.responses]
     lengths = {"prompt_length": prompts, "response_length": responses, "total": np.add(prompts, longest)}
-    return {name: {"50": int(p50), "90": int(p90), "99": int(p99), "max": int(top)}
-            for name, values in lengths.items() for p50, p90, p99, top in [np.percentile(values, [50, 90, 99, 100])]}
+    return {"used": len(examples)} | counts | {
+        name: {"50": int(p50), "90": int(p90), "99": int(p99), "max": int(top)}
+        for name, values in lengths.items() for p50, p90, p99, top in [np.percentile(values, [50, 90, 99, 100])]}

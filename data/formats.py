@@ -2,18 +2,34 @@
 
 Plain strings stay exactly as they are. A row that is well-formed but cannot be trained on is dropped: `parse` returns the reason,
 a short constant that the dataset counts. A row that is malformed is the file's mistake: `parse` raises UserError naming where.
+
+Which columns are read, where a row has more than it needs: the first of these that is there in full.
+    pairs       PAIRS below, from top to bottom
+    responses   WHOLE, REPLIES, then the chosen side of PAIRS, then text
+    labelled    with a label WHOLE or REPLIES, else PAIRS, of which both sides are trained
+`instruction`, `query` and every row with a `system` column are conversations, for the chat template; other strings are not.
 """
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 
 from data.errors import UserError
 from data.hub import hh_messages, is_transcript, split_hh
+from data.messages import read_history, read_messages, read_string
 
-ROLES = ("system", "user", "assistant", "tool")
-FROM = {"human": "user", "gpt": "assistant"} | {role: role for role in ROLES}  # ShareGPT's names
+WHOLE = ("messages", "conversations", "conversation")            # one column with the whole conversation
+REPLIES = (("prompt", "response"), ("prompt", "completion"), ("question", "answer"), ("instruction", "output"),
+           ("query", "response"), ("prompt", "extra_info.answer"))          # the last: verl's
+PAIRS = (("prompt", "chosen_response", "rejected_response"), ("prompt", "chosen", "rejected"),
+         ("conversations", "chosen", "rejected"), ("instruction", "chosen", "rejected"), ("question", "chosen", "rejected"),
+         ("query", "chosen", "rejected"), ("query", "response", "rejected_response"), ("question", "response_j", "response_k"),
+         ("messages", "rejected_response"), ("messages", "rejected_messages"), ("", "chosen", "rejected"))  # "": no prompt column
+LABELS = ("label", "kto_tag")
 SHAPES = {
-    "responses": "messages; conversations; prompt + response or completion; question + answer; text; or a pair's columns",
-    "pairs": "prompt + chosen + rejected (or chosen_response + rejected_response); conversations + chosen + rejected; "
-             "chosen + rejected as message lists or HH transcripts",
+    "responses": "messages; conversations; prompt + response or completion; question + answer; instruction + output; "
+                 "query + response; text; or a pair's columns",
+    "pairs": "prompt + chosen + rejected (or chosen_response + rejected_response); instruction, question or conversations + "
+             "chosen + rejected; messages + rejected_response; chosen + rejected as message lists or HH transcripts",
+    "labelled": "prompt + response or completion + label; messages + label; or a pair's columns",
 }
 
 
@@ -24,52 +40,134 @@ class Text:
     responses: list      # 1 for sft; chosen, rejected for a pair. Messages: the turns after the prompt, assistant first and last
     where: str           # "file:line"
     raw: bool = False    # plain running text: the prompt is "" and the only response is cut into pieces
+    shape: str = ""      # the columns that were read
+    extras: dict = field(default_factory=dict)      # label (bool), margin (float)
 
 
 def parse(row, where, kind, hh="messages"):
     """Row (dict) -> Text, or the reason (str) to drop it.
 
-    `kind`: "responses" (one response per row; of a pair, the chosen one) or "pairs" (chosen, rejected). `hh`: "messages" splits
-    HH transcripts into turns, "text" keeps them as they are. Raises UserError for malformed rows and unknown columns.
+    `kind`: "responses" (one response per row; of a pair, the chosen one), "pairs" (chosen, rejected) or "labelled" (one response
+    and extras["label"]; or a pair). `hh`: "messages" splits HH transcripts into turns, "text" keeps them as they are.
+    Raises UserError for malformed rows and unknown columns.
     """
+    found = row
+    if isinstance(row.get("extra_info"), dict):
+        row = row | {"extra_info.answer": row["extra_info"].get("answer")}
     columns = {name for name, value in row.items() if value is not None}  # Parquet and the hub fill absent columns with null
-    if kind == "responses":
-        if "messages" in columns:
-            return _conversation(row, "messages", where)
-        if "conversations" in columns and "chosen" not in columns:
-            return _conversation(row, "conversations", where)
-        if "prompt" in columns and columns & {"response", "completion"}:
-            return _prompted(row, "prompt", ["response" if "response" in columns else "completion"], where)
-        if {"question", "answer"} <= columns:
-            return _prompted(row, "question", ["answer"], where)
-        if "text" in columns:
-            text = _string(row["text"], "text", where)
-            return Text("", [text], where, raw=True) if text.strip() else "empty text"
-    sides = _pair_columns(columns, kind)
-    if not sides:
-        found = ", ".join(name if name in columns else f"{name} (null)" for name in row) or "none"
-        raise UserError(f"unknown columns in {where}: found {found}; fix: use one of these shapes: {SHAPES[kind]}")
-    if "prompt" in columns:
-        return _prompted(row, "prompt", sides, where)
-    if "conversations" in columns:
-        return _prompted(row, "conversations", sides, where)
-    if all(is_transcript(row[name]) for name in sides):
-        return _transcripts(row, sides, where, hh)
-    if all(isinstance(row[name], list) for name in sides):
-        return _replies([_messages(row[name], name, where) for name in sides], where)
-    raise UserError(f"no prompt in {where}: {' and '.join(sides)} are neither message lists nor HH transcripts; "
+    shape = _shape(columns, kind)
+    if shape is None:
+        names = ", ".join(name if name in columns else f"{name} (null)" for name in found) or "none"
+        raise UserError(f"unknown columns in {where}: found {names}; fix: use one of these shapes: {SHAPES[kind]}")
+    if row.get("tools") not in (None, "", "[]", []):
+        raise UserError(f"a 'tools' column, which is not read, in {where}; fix: write the tools as text into a system turn")
+    label = next((name for name in LABELS if name in columns and kind != "pairs" and _single(shape)), None)
+    desirable = _label(row[label], label, where) if label else None
+    text = _read(row, shape, where, hh)
+    if isinstance(text, Text):
+        text = _conversational(text, row, shape[0])
+        text.shape = " + ".join(filter(None, ["system" if "system" in columns else "", *shape, label]))
+        if label and kind == "responses" and not desirable:
+            return "undesirable"
+        if label and kind == "labelled":
+            text.extras["label"] = desirable
+        if kind == "pairs" and "margin" in columns:
+            text.extras["margin"] = _margin(row["margin"], where)
+    return text
+
+
+def _single(shape):
+    return len(shape) == 1 or shape in REPLIES
+
+
+def _shape(columns, kind):
+    """The columns to read, prompt first, or None."""
+    if kind == "responses" or kind == "labelled" and columns & set(LABELS):
+        pair = "chosen" in columns                     # then `conversations` is the pair's prompt
+        for shape in (*((name,) for name in WHOLE if not (pair and name == "conversations")), *REPLIES):
+            if set(shape) <= columns:
+                return shape
+    for shape in PAIRS:
+        shape = shape[:2] if kind == "responses" else shape
+        if set(shape) - {""} <= columns:
+            return shape
+    return ("text",) if kind == "responses" and "text" in columns else None
+
+
+def _label(value, name, where):
+    """bool, 0 or 1; in CSV, where all is text, the same as words."""
+    label = value
+    if isinstance(value, str) and where.rpartition(":")[0].lower().endswith((".csv", ".csv.gz")):
+        label = {"true": 1, "1": 1, "false": 0, "0": 0}.get(value.strip().lower())
+    if not isinstance(label, (int, float)) or label not in (0, 1):
+        raise UserError(f"the {name} is {_shown(value)}, neither true or false nor 0 or 1, in {where}; "
+                        "fix: write true for a desirable response, false for an undesirable one, or rename the column")
+    return bool(label)
+
+
+def _margin(value, where):
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)      # float(): in CSV all is text
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise UserError(f"the margin is {_shown(value)}, not a finite number, in {where}; fix: write a number such as 0.5")
+    return number
+
+
+def _shown(value):
+    text = repr(value)
+    return text if len(text) <= 40 else text[:37] + "..."
+
+
+def _read(row, shape, where, hh):
+    prompt, *replies = shape
+    if prompt == "text":
+        text = read_string(row["text"], "text", where)
+        return Text("", [text], where, raw=True) if text.strip() else "empty text"
+    if not replies:
+        return _conversation(row, prompt, where)
+    if prompt == "messages":
+        chosen, rejected = read_messages(row["messages"], "messages", where), row[replies[0]]
+        rejected = read_messages(_reply(rejected), replies[0], where)
+        return _replies([chosen, rejected if replies[0] == "rejected_messages" else chosen[:-1] + rejected], where)
+    if prompt:
+        return _prompted(row, prompt, replies, where, pair=shape not in REPLIES)
+    if all(is_transcript(row[name]) for name in replies):
+        return _transcripts(row, replies, where, hh)
+    if all(isinstance(row[name], list) for name in replies):
+        conversations = [read_messages(row[name], name, where) for name in replies]
+        return _replies(conversations, where)
+    raise UserError(f"no prompt in {where}: {' and '.join(replies)} are neither message lists nor HH transcripts; "
                     "fix: add a prompt column")
 
 
-def _pair_columns(columns, kind):
-    names = ["chosen_response", "rejected_response"] if "chosen_response" in columns else ["chosen", "rejected"]
-    names = names[:1] if kind == "responses" else names
-    return names if set(names) <= columns else []
+def _reply(value):
+    return [{"role": "assistant", "content": value}] if isinstance(value, str) else value
+
+
+def _conversational(text, row, prompt_name):
+    """The text with the row's `system` and `history` columns in front of its prompt; these, and the shapes that other projects
+    always send through the chat template, make plain strings a conversation."""
+    system, chat = row.get("system"), prompt_name in ("instruction", "query")
+    if text.raw or system is None and not chat:
+        return text
+    if isinstance(text.prompt, str):
+        text.prompt, text.responses = [{"role": "user", "content": text.prompt}], [_reply(reply) for reply in text.responses]
+    if chat:
+        text.prompt = read_history(row.get("history"), text.where) + text.prompt
+    if system is not None and read_string(system, "system", text.where):
+        turn = {"role": "system", "content": system}
+        if text.prompt[0]["role"] != "system":
+            text.prompt = [turn] + text.prompt
+        elif text.prompt[0] != turn:
+            raise UserError(f"a system column and another system turn in {text.where}; fix: keep one of them")
+    return text
 
 
 def _conversation(row, name, where):
     """A whole conversation: everything from the first assistant's turn on is the response."""
-    messages = _messages(row[name], name, where)
+    messages = read_messages(row[name], name, where)
     first = next((i for i, message in enumerate(messages) if message["role"] == "assistant"), None)
     if first is None or messages[-1]["role"] != "assistant":
         return "last turn is not the assistant's"
@@ -78,20 +176,24 @@ def _conversation(row, name, where):
     return _checked(Text(messages[:first], [messages[first:]], where))
 
 
-def _prompted(row, prompt_name, names, where):
-    """A prompt column and one or two response columns, each a string, a message or a message list."""
+def _prompted(row, prompt_name, names, where, pair):
+    """A prompt column and one or two response columns, each a string, a message or a message list. Of a pair's side only the
+    last turn is the response, as in a pair."""
     prompt, replies = row[prompt_name], [row[name] for name in names]
+    if prompt_name == "instruction" and row.get("input"):
+        prompt = read_string(prompt, "instruction", where) + "\n" + read_string(row["input"], "input", where)
     if isinstance(prompt, str) and all(isinstance(reply, str) for reply in replies):
-        prompt = _string(prompt, prompt_name, where)
-        return _checked(Text(prompt, [_string(reply, name, where) for reply, name in zip(replies, names)], where))
-    if isinstance(prompt, str):
-        prompt = [{"role": "user", "content": prompt}]
-    prompt = _messages(prompt, prompt_name, where)
+        prompt = read_string(prompt, prompt_name, where)
+        return _checked(Text(prompt, [read_string(reply, name, where) for reply, name in zip(replies, names)], where))
+    messages = read_messages([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt, prompt_name, where)
     conversations = []
     for reply, name in zip(replies, names):
-        reply = _messages([{"role": "assistant", "content": reply}] if isinstance(reply, str) else reply, name, where)
-        conversations.append(_without_prompt(prompt, reply))
-    if len(names) == 2:
+        reply = read_messages(_reply(reply), name, where)
+        if isinstance(prompt, str) and reply[0]["role"] != "assistant":      # the full conversation; the prompt repeats one turn of it
+            conversations.append(([], reply))
+        else:
+            conversations.append(_without_prompt(messages, reply))
+    if pair:
         return _replies([start + turns for start, turns in conversations], where)
     start, turns = conversations[0]
     while turns and turns[0]["role"] != "assistant":
@@ -123,7 +225,7 @@ def _replies(conversations, where):
 
 
 def _transcripts(row, names, where, hh):
-    split = split_hh(*(_string(row[name], name, where) for name in names))
+    split = split_hh(*(read_string(row[name], name, where) for name in names))
     if isinstance(split, str):
         return split
     prompt, replies = split
@@ -147,49 +249,3 @@ def _checked(text):
     if len(text.responses) == 2 and text.responses[0] == text.responses[1]:
         return "chosen equals rejected"
     return text
-
-
-def _messages(value, column, where):
-    """A message or a list of them, with role/content or from/value -> [{"role", "content": str}, ...], not empty."""
-    value = [value] if isinstance(value, dict) else value
-    if not isinstance(value, list):
-        raise UserError(f"{column!r} is neither text nor a list of messages in {where}; "
-                        f"fix: use [{{\"role\": ..., \"content\": ...}}, ...]")
-    if not value:
-        raise UserError(f"{column!r} is an empty list of messages in {where}; fix: add messages or delete the row")
-    return [_message(message, f"{column}[{i}]", where) for i, message in enumerate(value)]
-
-
-def _message(message, name, where):
-    if not isinstance(message, dict):
-        raise UserError(f"{name} is not a message in {where}; fix: use {{\"role\": ..., \"content\": ...}}")
-    for key in ("tool_calls", "function_call", "reasoning_content", "thinking"):
-        if message.get(key):
-            raise UserError(f"{name} has {key!r}, which is not read, in {where}; fix: write it as text into the content")
-    if message.get("role") is not None:
-        role, roles, content = message["role"], ROLES, message.get("content")
-        role = role if role in ROLES else None
-    else:
-        role, roles, content = message.get("from"), tuple(FROM), message.get("value")
-        role = FROM[role] if role in roles else None
-    if role is None:
-        raise UserError(f"unknown role {message.get('role', message.get('from'))!r} of {name} in {where}; "
-                        f"fix: use one of {', '.join(roles)}")
-    if isinstance(content, list):
-        if not all(isinstance(part, dict) and part.get("type") == "text" for part in content):
-            raise UserError(f"{name} has content parts other than text in {where}; "
-                            f"fix: use {{\"type\": \"text\", \"text\": ...}} parts only")
-        content = "".join(_string(part.get("text"), name, where) for part in content)
-    return {"role": role, "content": _string(content, name, where)}
-
-
-def _string(value, name, where):
-    if not isinstance(value, str):
-        kind = "null" if value is None else type(value).__name__
-        raise UserError(f"the content of {name} is {kind}, not text, in {where}; fix: write it as a string")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise UserError(f"{name} has half of a Unicode surrogate pair (\\udXXX) in {where}; "
-                        "fix: correct or delete that character") from None
-    return value

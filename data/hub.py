@@ -2,29 +2,35 @@
 import re
 
 from data.errors import UserError
+from data.scored import se_rows, shp_rows
 
+SHORT = {"hh": "Anthropic/hh-rlhf", "shp": "stanfordnlp/SHP", "se": "HuggingFaceH4/stack-exchange-preferences"}
+SHORT_NAME = re.compile(rf"^({'|'.join(SHORT)})(?=[/:]|$)")
 HUB_NAME = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:/(?P<subset>[\w./-]+?))?(?::(?P<split>[\w.\[\]%:+-]+))?")
 
 
-def hub_rows(name):
+def hub_rows(name, kind="pairs", chat=True, seed=0):
     """Yield (where, row) of a hub dataset: "owner/name", "owner/name:split" or "owner/name/subset:split" (default split: train).
 
-    The subset is a configuration of the dataset or, where there is none of that name, a directory in it (HH's "harmless-base").
+    hh, shp and se stand for "owner/name" of three well-known ones. The subset is a configuration of the dataset or, where there
+    is none of that name, a directory in it (HH's "harmless-base"). Rows of shp and se are converted for `kind`, their prompts
+    to messages or (`chat` false) text; see `data.scored`, which may yield a reason (str) to drop it instead of a row.
     `where` is "owner/name:split:123", counted from 1. Raises UserError when the dataset cannot be loaded or is empty.
     """
-    match = HUB_NAME.fullmatch(name)
+    match = HUB_NAME.fullmatch(SHORT_NAME.sub(lambda short: SHORT[short[0]], name, count=1))
     if not match:
         raise UserError(f"{name!r} is neither an existing file nor a hub dataset's name; "
                         "fix: write a file's path or owner/name:split")
     repo, subset, split = match["repo"], match["subset"], match["split"] or "train"
+    loaded = "train" if repo == SHORT["se"] and split == "test" else split      # its only split holds our test questions
     try:
         from datasets import load_dataset  # slow to import and not needed for local files
         try:
-            dataset = load_dataset(repo, subset, split=split) if subset else load_dataset(repo, split=split)
+            dataset = load_dataset(repo, subset, split=loaded) if subset else load_dataset(repo, split=loaded)
         except ValueError:
             if not subset:
                 raise
-            dataset = load_dataset(repo, data_dir=subset, split=split)
+            dataset = load_dataset(repo, data_dir=subset, split=loaded)
     except Exception as error:  # noqa: BLE001  offline, not found, gated, unknown split: no common type
         reason = (str(error).strip().splitlines() or [""])[0][:200]
         raise UserError(f"{name!r} is neither an existing file nor a dataset that the hub gives us "
@@ -33,8 +39,13 @@ def hub_rows(name):
     label = repo + (f"/{subset}" if subset else "") + f":{split}"
     if not len(dataset):
         raise UserError(f"the dataset is empty, no rows in {label}; fix: choose another split")
-    for number, row in enumerate(dataset, 1):
-        yield f"{label}:{number}", row
+    if repo == SHORT["shp"]:
+        yield from shp_rows(dataset, label, kind, chat, seed)
+    elif repo == SHORT["se"]:
+        yield from se_rows(dataset, label, kind, chat, seed, test=split == "test")
+    else:
+        for number, row in enumerate(dataset, 1):
+            yield f"{label}:{number}", row
 
 
 # ---- HH transcripts: "\n\nHuman: ...\n\nAssistant: ...\n\nHuman: ...\n\nAssistant: ..." ----

@@ -72,6 +72,14 @@ class Batch:
         """(N,) -> (S,): the mean over each response's trained tokens."""
         return self.sum(x) / torch.tensor(self.lengths, dtype=x.dtype, device=x.device)
 
+    def pairs(self, y):
+        """(S,) of a batch of pairs -> the chosen responses' (B,) and the rejected ones' (B,)."""
+        return y.view(-1, 2).unbind(1)
+
+    def chosen(self, x):
+        """(N,) of a batch of pairs -> the tokens of the chosen responses."""
+        return torch.cat(x.split(self.lengths)[::2]) if self.lengths else x
+
     def expand(self, y):
         """(S,) per response -> (N,) per trained token."""
         return y.repeat_interleave(torch.tensor(self.lengths, device=y.device), output_size=sum(self.lengths))

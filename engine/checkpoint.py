@@ -4,6 +4,7 @@ Files are written to a temporary directory beside their place, synced, sealed by
 written last) and renamed. A reader trusts only a directory whose manifest holds. Weights and optimizer state are safetensors,
 the rest is JSON: loading never unpickles.
 """
+import copy
 import json
 import math
 import os
@@ -13,10 +14,14 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import AutoModelForSequenceClassification
 
 from data.errors import RunError
 from data.files import sha256
-from engine.model import distributed
+from data.tokenise import stop_ids
+from engine import lora
+from engine.model import VALUE_HEAD
+from engine.ranks import distributed
 
 MANIFEST = "manifest.json"
 
@@ -98,6 +103,14 @@ def newest(run_directory: str, notice) -> str | None:
     return None
 
 
+def model_path(name: str, notice) -> str:
+    """The directory with the model of a run: its `final/`, else its newest whole checkpoint; any other name as it is."""
+    final = os.path.join(name, "final")
+    if broken(final) is None:
+        return final
+    return newest(name, notice) or name
+
+
 def clean(run_directory: str, keep: int | None = None, after: float = math.inf) -> None:
     """Remove what an interrupted save left behind; given `keep`, all but the newest checkpoints; given `after`, those of later
     steps: a run that goes on from an earlier one does them again, and `keep` must not count the broken ones among them."""
@@ -111,24 +124,66 @@ def clean(run_directory: str, keep: int | None = None, after: float = math.inf) 
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """A sharded tensor gathered from all ranks (a collective call), others as they are; on the CPU."""
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu()
-
-
-def save_model(lm, tokenizer, state: dict, directory: str) -> None:
-    lm.save_pretrained(directory, state_dict=state, max_shard_size="5GB")
-    tokenizer.save_pretrained(directory)
+    """A tensor on the CPU of rank 0; a sharded one is gathered from all ranks first (a collective call). None on the other
+    ranks: eight processes of one machine need not hold eight copies of a model."""
+    tensor = (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
+    return tensor.cpu() if distributed()[0] == 0 else None
 
 
 def model_state(policy) -> dict:
-    """The LM's weights as saved: whole on every rank (gathering is a collective call), in training precision."""
-    return {name: whole(parameter) for name, parameter in policy.lm.state_dict().items()}
+    """The policy's weights as saved: whole, on rank 0 (gathering them is a collective call), in training precision; of a policy
+    with an adapter the trained ones."""
+    if lora.settings(policy.lm):
+        return {name: whole(parameter) for name, parameter in policy.named_parameters() if parameter.requires_grad}
+    return {name: whole(parameter) for name, parameter in policy.state_dict().items()}
+
+
+def merged(lm, state: dict):
+    """The LM with its adapter merged into it, and its weights by the names of `model_state`."""
+    plain = lora.merged(lm, {name.removeprefix("lm."): tensor for name, tensor in state.items() if name.startswith("lm.")})
+    plain.generation_config = lm.generation_config
+    head = {name: tensor for name, tensor in state.items() if not name.startswith("lm.")}
+    return plain, {f"lm.{name}": tensor for name, tensor in plain.state_dict().items()} | head
+
+
+def save_model(lm, tokenizer, state: dict, directory: str) -> None:
+    """The LM as transformers saves it, or its adapter as peft does, a reward model's head beside it, and the tokenizer."""
+    weights = {name.removeprefix("lm."): tensor for name, tensor in state.items() if name.startswith("lm.")}
+    if lora.settings(lm):
+        lora.save(lm, weights, directory)
+    else:
+        lm.save_pretrained(directory, state_dict=weights, max_shard_size="5GB")
+    if "value_head.weight" in state:
+        save_file({"v_head.summary.weight": state["value_head.weight"]}, os.path.join(directory, VALUE_HEAD))
+    tokenizer.save_pretrained(directory)
+
+
+def save_classifier(lm, tokenizer, state: dict, directory: str) -> None:
+    """A reward model in the form that AutoModelForSequenceClassification(num_labels=1) loads, with the same scores.
+
+    That class reads the score at the last token that is not `pad_token_id`, so padding must not be a stop token."""
+    tokenizer = copy.deepcopy(tokenizer)
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id in stop_ids(tokenizer):
+        spare = sorted(set(tokenizer.get_added_vocab().values()) - set(stop_ids(tokenizer)) - {tokenizer.bos_token_id})
+        tokenizer.add_special_tokens({"pad_token": tokenizer.convert_ids_to_tokens(spare[0]) if spare else "<|pad|>"})
+    config = copy.deepcopy(lm.config)
+    config.num_labels, config.pad_token_id, config._attn_implementation = 1, tokenizer.pad_token_id, "sdpa"
+    text = config.get_text_config()
+    text.vocab_size = max(text.vocab_size, tokenizer.pad_token_id + 1)
+    with torch.device("meta"):
+        classifier = AutoModelForSequenceClassification.from_config(config)
+    weights = {name: state[f"lm.{name}"] for name in classifier.state_dict() if name != "score.weight"}
+    for name, tensor in weights.items():
+        if added := len(classifier.state_dict()[name]) - len(tensor):      # the embedding: a new pad token needs a row, of whatever
+            weights[name] = torch.cat([tensor, tensor.new_zeros(added, *tensor.shape[1:])])
+    classifier.save_pretrained(directory, state_dict=weights | {"score.weight": state["value_head.weight"]}, max_shard_size="5GB")
+    tokenizer.save_pretrained(directory)
 
 
 def save_checkpoint(directory: str, policy, tokenizer, optimizer, trainer: dict) -> None:
     """Model, tokenizer, optimizer state (by parameter name, so any world size can load it) and `trainer.json`."""
     weights = model_state(policy)
-    moments = {f"{name}:{key}": whole(value) for name, parameter in policy.lm.named_parameters()
+    moments = {f"{name}:{key}": whole(value) for name, parameter in policy.named_parameters()
                for key, value in optimizer.state.get(parameter, {}).items()}
 
     def write(temporary):
@@ -144,7 +199,7 @@ def save_checkpoint(directory: str, policy, tokenizer, optimizer, trainer: dict)
 def load_optimizer(directory: str, policy, optimizer) -> None:
     """Put the saved moments back beside the parameters, sharded as those are."""
     moments = load_file(os.path.join(directory, "optimizer.safetensors"))
-    for name, parameter in policy.lm.named_parameters():
+    for name, parameter in policy.named_parameters():
         state = {key: moments[f"{name}:{key}"] for key in ("step", "exp_avg", "exp_avg_sq") if f"{name}:{key}" in moments}
         for key in state.keys() - {"step"}:
             moved = state[key].to(parameter.device)

@@ -6,6 +6,7 @@ key=value, --key=value and --overrides key=value ... mean the same. --dry-run pr
 train; --debug shows an error's traceback. Values are read as text and cast here: YAML would make 5e-7 a string and `no` a bool.
 """
 import difflib
+import glob
 import importlib
 import inspect
 import math
@@ -15,12 +16,13 @@ import re
 import sys
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
-from types import NoneType
+from types import NoneType, UnionType
 from typing import Any, Literal, NamedTuple, get_args, get_type_hints
 
 import yaml
 
 from data.errors import UserError
+from data.sources import read_sources
 
 
 @dataclass
@@ -28,8 +30,8 @@ class Common:
     """The keys every algorithm shares. The comments are what `python train.py --help` prints."""
     algorithm: str                         # a file in algorithms/, such as sft or dpo
     model: str                             # start model: a directory or a name on the Hugging Face hub; its tokenizer is used
-    data: str                              # training data: a file, or a hub dataset as name or name:split
-    eval_data: str | None = None           # evaluation data, in the same forms as data
+    data: str | list                       # training data: a file, a hub dataset as name or name:split, or a list (data/sources.py)
+    eval_data: str | list | None = None    # evaluation data, in the same forms as data
     eval_fraction: float = 0.0             # share of data held out for evaluation; not together with eval_data
     output: str | None = None              # the run's directory; null = runs/<name of the YAML file>
     truncate: Literal["none", "prompt"] = "none"     # examples over max_length: none = drop, prompt = keep the prompt's end
@@ -49,6 +51,12 @@ class Common:
     max_grad_norm: float = 1.0             # gradients are scaled down to this norm
     precision: Literal["auto", "fp32", "bf16"] = "auto"        # of the arithmetic; auto = bf16 on CUDA, fp32 on CPU
     attn_implementation: Literal["segments", "dense"] = "segments"    # segments: memory linear in length; dense: a (T, T) mask
+    lora_r: int = 0                        # rank of LoRA's matrices, which are all that is trained (8 to 64); 0 = every weight is
+    lora_alpha: float | None = None        # their output is scaled by lora_alpha / lora_r; null = 2 * lora_r
+    lora_dropout: float = 0.0              # of their input while training; sft and dft only
+    lora_targets: str = "all-linear"       # layers with them: all linear ones but the head, or names such as q_proj,v_proj
+    load_in_4bit: bool = False             # QLoRA: the frozen weights in 4 bits, through bitsandbytes (CUDA)
+    merge: bool = False                    # true = final/ is a plain model with the adapter added; false = it is the adapter
     gradient_checkpointing: bool = False   # recompute layers in backward: less memory, slower
     deterministic: bool = False            # bit-identical reruns on CUDA too, slower
     eval_every: int | None = None          # updates between evaluations; null = ten times per run
@@ -73,17 +81,18 @@ FLAGS = {"--help": "help", "-h": "help", "--dry-run": "dry-run", "--debug": "deb
 BOOL = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 SECRET = re.compile(r"(token|secret|password|api_?key)(?![a-z])", re.IGNORECASE)    # not tokens, tokenizer
 RANGES = [    # what a number must be, its test, the keys; None passes
-    ("a number above 0", lambda x: x > 0, "lr max_grad_norm"),
+    ("a number above 0", lambda x: x > 0, "lr max_grad_norm lora_alpha"),
     ("a number of 0 or more", lambda x: x >= 0, "weight_decay warmup"),
     ("a share below 1 or a whole number of updates", lambda x: x < 1 or x == int(x), "warmup"),
-    ("a share from 0 to below 1", lambda x: 0 <= x < 1, "eval_fraction"),
+    ("a share from 0 to below 1", lambda x: 0 <= x < 1, "eval_fraction lora_dropout"),
+    ("a whole number of 0 or more", lambda x: x >= 0, "lora_r"),
     ("a whole number from 0 to 4294967295", lambda x: 0 <= x < 2**32, "seed"),
     ("1 or more", lambda x: x >= 1, "batch_size epochs max_steps eval_every save_every log_every sample_every"),
     ("2 or more", lambda x: x >= 2, "micro_batch_tokens max_length keep"),
 ]
 
 FOREIGN = {theirs: ours for ours, names in {    # our key: what other projects call it
-    "model": "model_name_or_path model_name model_path base_model tokenizer tokenizer_name_or_path",
+    "model": "model_name_or_path model_name model_path base_model adapter_name_or_path adapters tokenizer tokenizer_name_or_path",
     "data": "dataset_name dataset datasets dataset_path data_path data_files train_file train_data",
     "eval_data": "eval_dataset eval_file val_data", "eval_fraction": "val_size test_size val_set_size",
     "output": "exp_name output_dir run_name save_dir out_dir", "lr": "learning_rate", "reference": "ref_model reference_model",
@@ -95,6 +104,8 @@ FOREIGN = {theirs: ours for ours, names in {    # our key: what other projects c
     "warmup (below 1: a share of all updates; from 1: a number of updates)": "warmup_ratio warmup_steps num_warmup_steps",
     "precision": "bf16 fp16 dtype torch_dtype mixed_precision", "algorithm": "loss_type stage trainer",
     "log_every": "logging_steps", "save_every": "save_steps", "eval_every": "eval_steps", "keep": "save_total_limit",
+    "lora_r": "lora_rank use_lora use_peft", "lora_targets": "lora_target lora_target_modules target_modules",
+    "load_in_4bit": "quantization_bit quant_bits",
     "resume": "resume_from_checkpoint", "micro_batch_tokens": "per_device_eval_batch_size",
 }.items() for theirs in names.split()}
 
@@ -118,7 +129,7 @@ def load_config(argv: list[str]) -> Run:
         if key not in hints:
             raise unknown_key(key, where, name, hints)
         try:
-            values[key] = cast(text, hints[key])
+            values[key] = text if isinstance(text, list) else cast(text, hints[key])      # read_sources has cast a list
         except ValueError as error:
             raise UserError(f"{key} ({where}) is {show(text)}; fix: give {error}") from None
     for wanted, test, keys in RANGES:
@@ -135,6 +146,7 @@ def load_config(argv: list[str]) -> Run:
         check_output(common.output, sources["output"])
     if common.eval_data is not None and common.eval_fraction > 0:
         raise UserError(f"eval_fraction ({sources['eval_fraction']}) cannot be used with eval_data; fix: remove one of them")
+    check_lora(common, sources)
     stem = Path(path).resolve().parent.name if Path(path).name == "config.yaml" else Path(path).stem
     return Run(common, config, sources, flags, stem)
 
@@ -166,7 +178,8 @@ def parse_argv(argv: list[str]) -> tuple[str | None, dict[str, tuple[str, str]],
 
 
 def read_yaml(path: str) -> dict[str, tuple[str, str]]:
-    """A flat YAML mapping as {key: (text as written, "path:line")}. Nothing is constructed, so no YAML tag can run code."""
+    """A flat YAML mapping as {key: (text as written, or data's list of sources, "path:line")}. Nothing is constructed, so no YAML
+    tag can run code."""
     file = Path(path)
     if not file.is_file():
         others = {p.name: p for folder in (Path("example"), file.parent) for p in folder.glob("*.y*ml")}
@@ -193,11 +206,15 @@ def read_yaml(path: str) -> dict[str, tuple[str, str]]:
     found = {}
     for key_node, value_node in root.value:
         key, where = key_node.value, f"{path}:{key_node.start_mark.line + 1}"
-        if not isinstance(key_node, yaml.ScalarNode) or not isinstance(value_node, yaml.ScalarNode):
+        if key in ("data", "eval_data") and isinstance(value_node, yaml.SequenceNode):
+            text = read_sources(value_node, key, path)
+        elif not isinstance(key_node, yaml.ScalarNode) or not isinstance(value_node, yaml.ScalarNode):
             raise UserError(f"nested value of {show(str(key))} in {where}; fix: keys are flat, write one 'key: value' per line")
+        else:
+            text = "" if (value_node.value, value_node.style) == ("~", None) else value_node.value    # ~ is YAML's null
         if key in found:
             raise UserError(f"duplicate key {show(key)} in {where}, first in {found[key][1]}; fix: remove one")
-        found[key] = "" if (value_node.value, value_node.style) == ("~", None) else value_node.value, where    # ~ is YAML's null
+        found[key] = text, where
     return found
 
 
@@ -242,7 +259,7 @@ def cast(text: str, kind) -> Any:
     if NoneType in get_args(kind):
         if word in ("", "null", "none"):
             return None
-        kind = get_args(kind)[0]
+    kind = get_args(kind)[0] if isinstance(kind, UnionType) else kind      # of str | list a list is read elsewhere
     choices = BOOL if kind is bool else {str(choice).lower(): choice for choice in get_args(kind)}    # of a Literal
     if choices:
         if word in choices:
@@ -270,6 +287,19 @@ def check_output(output: str, where: str):
                         "names of at most 255 bytes, and not the home directory, the repository or a directory above it")
 
 
+def check_lora(common: Common, sources: dict[str, str]):
+    """Refuse keys of LoRA where nothing is LoRA: neither `lora_r` is given nor is the start model an adapter or a run with one."""
+    folders = (os.path.join(glob.escape(common.model), folder) for folder in ("", "final", "checkpoints/*"))
+    continued = any(glob.glob(os.path.join(folder, "adapter_config.json")) for folder in folders)
+    needing_r = ["lora_alpha", "lora_targets"] + ([] if continued else ["lora_dropout", "load_in_4bit", "merge"])
+    for key in needing_r if common.lora_r == 0 else []:
+        if getattr(common, key) != getattr(Common, key):
+            raise UserError(f"{key} ({sources[key]}) belongs to LoRA, which lora_r turns on; fix: add lora_r: 16, or remove {key}")
+    if common.lora_dropout > 0 and common.algorithm not in ("sft", "dft"):
+        raise UserError(f"lora_dropout ({sources['lora_dropout']}) acts in sft and dft only: {common.algorithm} compares log-probs, "
+                        "which dropout makes random; fix: remove it")
+
+
 def nearest(name: str, names) -> str | None:
     return next(iter(difflib.get_close_matches(name.lower(), list(names), 1)), None)
 
@@ -287,7 +317,8 @@ def as_yaml(common: Common, config) -> str:
 
 def describe(run: Run) -> list[str]:
     """Lines "key = value   (where it comes from)" for --dry-run."""
-    pairs = [line.split(": ", 1) for line in as_yaml(run.common, run.config).splitlines()]
+    pairs = [(key, yaml.safe_dump([value], default_flow_style=True, sort_keys=False, allow_unicode=True, width=math.inf).strip()[1:-1])
+             for key, value in (asdict(run.common) | asdict(run.config)).items()]
     return [f"{f'{key} = {value}':<40}   ({run.sources[key]})" for key, value in pairs]
 
 

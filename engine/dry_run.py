@@ -1,5 +1,6 @@
 """`--dry-run`: everything a run would do, printed before it does anything. Reads the data and the tokenizer, not the weights."""
 import math
+from dataclasses import replace
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -7,13 +8,18 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from data.dataset import load_datasets
 from data.errors import UserError
 from data.pack import order, pack
+from engine import lora
+from engine.checkpoint import model_path
 from engine.config import describe
-from engine.model import LOGITS_AT_ONCE, load_tokenizer
+from engine.load import base_of, is_adapter, load_tokenizer
+from engine.model import LOGITS_AT_ONCE
 
 
 def dry_run(run_config, kind: str, world: int = 1) -> None:
     """Print configuration, data audit, the first example, batch arithmetic and a memory forecast; UserError as training would."""
     common, config = run_config.common, run_config.config
+    common = replace(common, model=model_path(common.model, print))
+    lora.quantization(common, torch.device("cuda" if torch.cuda.is_available() else "cpu"), torch.bfloat16)
     section("configuration", describe(run_config))
     tokenizer = load_tokenizer(common.model)
     train_set, eval_set, reports = load_datasets(common, config, kind, tokenizer, notice=lambda text: print("  " + text))
@@ -66,13 +72,19 @@ def marked(example, tokenizer) -> list[str]:
 
 def forecast(common, config, train_set: list, tokens: int) -> list[str]:
     """Weights, gradients, optimizer, reference and the largest micro-batch, in GB, from the model's configuration alone."""
+    adapter, base = is_adapter(common.model), base_of(common.model)
     try:
-        settings = AutoConfig.from_pretrained(common.model)
+        settings = AutoConfig.from_pretrained(base)
         with torch.device("meta"):
             lm = AutoModelForCausalLM.from_config(settings)
     except (OSError, ValueError) as error:
         raise UserError(f"model: {common.model} cannot be read ({str(error).splitlines()[0]}); fix: check the name") from error
-    parameters = sum(parameter.numel() for parameter in lm.parameters())
+    matrices = sum(layer.weight.numel() for layer in lora.linear_layers(lm).values()) if common.load_in_4bit else 0
+    if adapter or common.lora_r:
+        lora.attach(lm, lora.saved_settings(common.model, common) if adapter else lora.new_settings(common, lm))
+    trained = sum(parameter.numel() for parameter in lm.parameters() if parameter.requires_grad)
+    frozen = sum(parameter.numel() for parameter in lm.parameters()) - trained
+    width = 2 if torch.cuda.is_available() and common.precision != "fp32" else 4      # bytes of a frozen weight that is not in 4 bits
     hidden, vocabulary = settings.hidden_size, settings.vocab_size
     inner = getattr(settings, "intermediate_size", 4 * hidden)
     # per token and layer, kept for the backward: two norms (input and output, fp32), q k v and rotated q k, attention output, and
@@ -80,15 +92,20 @@ def forecast(common, config, train_set: list, tokens: int) -> list[str]:
     per_layer = 4 * (10 * hidden + 4 * inner) if not common.gradient_checkpointing else 4 * hidden
     activations = tokens * (settings.num_hidden_layers * per_layer + 4 * 4 * hidden)
     at_once = LOGITS_AT_ONCE["cuda" if torch.cuda.is_available() else "cpu"]
-    logits = 2 * 4 * min(at_once, tokens * vocabulary) + 4 * hidden * vocabulary      # a slice twice, the head's gradient
+    logits = 2 * 4 * min(at_once, tokens * vocabulary) + (0 if frozen else 4 * hidden * vocabulary)      # a slice twice
     table = 4 * sum(example.num_trained for example in train_set) if hasattr(config, "reference") else 0
     rows = {
-        f"weights, fp32 ({parameters / 1e6:.0f}M parameters)": 4 * parameters,
-        "gradients, fp32": 4 * parameters,
-        "optimizer (AdamW: two moments, fp32)": 8 * parameters,
+        f"trained weights, fp32 ({millions(trained)} of {millions(trained + frozen)} parameters)": 4 * trained,
+        **({f"frozen weights{', 4-bit' if matrices else ''}": width * (frozen - matrices) + 0.52 * matrices} if frozen else {}),
+        "gradients, fp32": 4 * trained,
+        "optimizer (AdamW: two moments, fp32)": 8 * trained,
         "reference (its log-probs only; no second model)": table,
         f"one micro-batch of {tokens} tokens": activations,
-        "a slice of the logits and the head's gradient": logits,
+        "a slice of the logits" + ("" if frozen else " and the head's gradient"): logits,
     }
     rows["together"] = sum(rows.values())
-    return [f"{name:<52} {size / 1e9:7.2f} GB" for name, size in rows.items()]
+    return [f"{name:<60} {size / 1e9:7.2f} GB" for name, size in rows.items()]
+
+
+def millions(count: int) -> str:
+    return f"{count / 1e6:.{0 if count >= 1e7 else 2}f}M"

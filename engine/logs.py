@@ -18,7 +18,7 @@ from data.errors import RunError, UserError
 from engine import checkpoint
 
 # a run may be continued with other values of these; every other key changes the numbers
-FREE = {"output", "resume", "max_steps", "epochs", "eval_every", "save_every", "log_every", "sample_every", "keep"}
+FREE = {"output", "resume", "max_steps", "epochs", "eval_every", "save_every", "log_every", "sample_every", "keep", "merge"}
 
 
 def read_config(directory: str) -> dict | None:
@@ -169,7 +169,7 @@ class Run:
         else:
             print(line, file=sys.stderr, flush=True)
 
-    def summary(self) -> None:
+    def summary(self, chat: bool = True) -> None:
         """What the run changed on held-out rows (else on its own rows), where the model lies and how to talk to it."""
         if not self.main:
             return
@@ -177,9 +177,11 @@ class Run:
         split = "eval" if any(row["split"] == "eval" for row in rows) else "train"
         first, *_, last = [row for row in rows if row["split"] == split] * 2
         print(f"\n{'held-out rows' if split == 'eval' else 'training rows'}: step {first['step']} -> step {last['step']}")
-        for name in [name for name in first if name not in ("step", "split", "epoch", "lr", "grad_norm", "tokens_per_second")]:
+        hidden = ("step", "split", "epoch", "lr", "grad_norm", "tokens_per_second")
+        for name in [name for name in first if name in last and name not in hidden]:       # an update of kto may lack one class
             print(f"  {name:<20} {first[name]:9.4f} -> {last[name]:9.4f}")
-        print(f"model    {self.path('final')}\nchat     python chat.py {self.directory}\nmetrics  {self.path('metrics.jsonl')}")
+        print(f"model    {self.path('final')}\n" + (f"chat     python chat.py {self.directory}\n" if chat else "")
+              + f"metrics  {self.path('metrics.jsonl')}")
 
     def erase(self) -> None:
         """End the progress line on a terminal, so that what is printed next has a line of its own."""

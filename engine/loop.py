@@ -1,7 +1,8 @@
 """The engine an algorithm drives: it iterates updates and micro-batches and does everything between two of them.
 
 An algorithm calls `engine.steps()`, iterates each `Step`, and may touch `engine.policy`, `engine.optimizer`,
-`engine.reference(path)`, `engine.clip_gradients()`, `engine.eval_batches(step)` and `engine.mean(sum, count)`; nothing else.
+`engine.reference(path)`, `engine.clip_gradients()`, `engine.eval_batches(step)` and `engine.mean(sum, count)`; where its loss
+needs more of an update than its micro-batches, also `train_set`, `eval_set`, `updates()`, `batches(examples)` and `notice(text)`.
 """
 import math
 import os
@@ -9,15 +10,16 @@ import signal
 import time
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 
 from data.errors import RunError, UserError
 from data.pack import Example, order, pack
 from data.tokenise import stop_ids
-from engine import checkpoint
+from engine import checkpoint, lora
 from engine.logs import Run
-from engine.model import build_policy, distributed, sum_over_ranks
+from engine.model import RewardModel, build_policy
+from engine.ranks import distributed, from_main, sum_over_ranks
+from engine.reference import Reference, lacking, model_key, read_table, response_keys, write_table
 
 
 class Step:
@@ -30,6 +32,7 @@ class Step:
         self.num_examples = len(examples)
         self.num_responses = sum(len(example.responses) for example in examples)
         self.num_tokens = sum(example.num_trained for example in examples)
+        self.num_chosen_tokens = sum(int(example.responses[0].trained.sum()) for example in examples)      # of pairs
         self.micro_batches = engine.deal(examples) if examples else []
         self.totals = {"train": {}, "eval": {}}          # split -> metric -> [sum, count] on the device
         self.losses = []                                 # per micro-batch: its loss sum and its examples, to name bad rows
@@ -37,38 +40,33 @@ class Step:
     def __iter__(self):
         for i, examples in enumerate(self.micro_batches):
             self.engine.synchronize_gradients(i == len(self.micro_batches) - 1)
+            if self.engine.policy.dropouts:                    # as every random draw a function of its place in the run
+                torch.manual_seed(hash((self.engine.config.seed, self.index, self.engine.rank, i)) % 2 ** 31)
             yield self.engine.policy.collate(examples)
 
     def log(self, losses, metrics: dict, split: str = "train") -> None:
         """Add one micro-batch: `losses` and every metric are unreduced tensors (or one number); each is averaged over all its
-        entries in the update (or the evaluation)."""
+        entries in the update (or the evaluation). A tuple of tensors stands for the sum of their averages."""
         for name, values in {"loss": losses, **metrics}.items():
-            values = torch.as_tensor(values, device=self.engine.policy.device).detach()
-            total = self.totals[split].setdefault(name, [0.0, 0])
-            total[0] = total[0] + values.sum(dtype=torch.float64)
-            total[1] += values.numel()
+            for i, part in enumerate(values if isinstance(values, tuple) else (values,)):
+                part = torch.as_tensor(part, device=self.engine.policy.device).detach()
+                total = self.totals[split].setdefault(name, {}).setdefault(i, [0.0, 0])
+                total[0] = total[0] + part.sum(dtype=torch.float64)
+                total[1] += part.numel()
         if split == "train":
-            self.losses.append((losses.detach().sum(), self.micro_batches[len(self.losses) % len(self.micro_batches)]))
+            loss = sum(part.detach().sum() for part in (losses if isinstance(losses, tuple) else (losses,)))
+            self.losses.append((loss, self.micro_batches[len(self.losses) % len(self.micro_batches)]))
 
     def averages(self, split: str) -> dict:
-        """Metric -> mean over all ranks."""
+        """Metric -> mean over all ranks; without those that had no entry anywhere (such as rewards of a class not in the update)."""
         totals = self.totals[split]
-        sums = sum_over_ranks([float(number) for total in totals.values() for number in total], self.engine.policy.device)
-        return {name: sums[2 * i] / max(1, sums[2 * i + 1]) for i, name in enumerate(totals)}
-
-
-class Reference:
-    """A frozen model as a table: `reference(batch)` -> (N,) the log-probs of the batch's trained tokens.
-
-    Its log-probs never change, so they are computed once, before the optimizer has any state, and the model is let go:
-    training holds no second model, and later epochs pay nothing for the reference."""
-
-    def __init__(self, table: dict):
-        self.table = table                                                     # id(example) -> (N_example,) fp32, on the CPU
-
-    def __call__(self, batch):
-        rows = [self.table[id(example)] for example in batch.examples]
-        return torch.cat(rows).to(batch.source.device) if rows else torch.zeros(0, device=batch.source.device)
+        numbers = [float(number) for parts in totals.values() for total in parts.values() for number in total]
+        sums, averages = iter(sum_over_ranks(numbers, self.engine.policy.device)), {}
+        for name, parts in totals.items():
+            pairs = [(next(sums), next(sums)) for _ in parts]
+            if all(count for _, count in pairs):
+                averages[name] = sum(total / count for total, count in pairs)
+        return averages
 
 
 class Engine:
@@ -85,7 +83,7 @@ class Engine:
             raise UserError(f"max_steps: the run is at step {self.first} already, after the {self.total} asked for; fix: raise max_steps")
         self.eval_every = config.eval_every or max(1, self.total // 10)
         decayed, plain = [], []
-        for parameter in policy.parameters():
+        for parameter in filter(lambda parameter: parameter.requires_grad, policy.parameters()):
             (decayed if parameter.ndim > 1 else plain).append(parameter)      # norms and biases are not decayed
         groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
         # fused: one pass over the weights and no temporaries of their size
@@ -150,7 +148,7 @@ class Engine:
                 self.run.append("metrics.jsonl", {
                     "step": index, "split": "train", "epoch": round(index / self.steps_per_epoch, 4), **averages,
                     "grad_norm": self.grad_norm, "lr": lr, "tokens_per_second": round(tokens / (time.time() - started), 1)})
-                shown = {"loss": averages["loss"], self.progress: averages[self.progress]}
+                shown = {name: averages[name] for name in dict.fromkeys(["loss", self.progress]) if name in averages}
                 rate = f"{tokens_seen / (time.time() - since):.0f} tokens/s"
                 self.run.progress("step", index, self.total, rate, shown, since, self.first)
             self.record_evaluation(self.step)
@@ -164,25 +162,38 @@ class Engine:
         self.run.erase()
         self.save_final()
 
-    def reference(self, path: str | None) -> Reference:
-        """The frozen model at `path` (None: the start model) as a table of its log-probs for every example of this run."""
+    def updates(self) -> list[list]:
+        """The examples of every update of the run, in order."""
+        return [[self.train_set[i] for i in self.indices(index)] for index in range(1, self.total + 1)]
+
+    def reference(self, path: str | None = None, also: list = ()) -> Reference:
+        """The frozen model at `path` (None: the start model) as a table of its log-probs, for every example of this run and
+        for those in `also`. They never change, so they are computed once, before the optimizer has any state, and the model
+        is let go: training holds no second model, and later epochs, and later runs, pay nothing for the reference."""
         used = range(len(self.train_set))
         if self.total < self.steps_per_epoch:                 # less than an epoch: only the rows of these updates are needed
             used = sorted(i for index in range(1, self.total + 1) for i in self.indices(index))
-        examples = [self.train_set[i] for i in used] + self.eval_set
-        counts = [example.num_trained for example in examples]
+        examples = [self.train_set[i] for i in used] + self.eval_set + list(also)
+        path = path and from_main(checkpoint.model_path, path, self.notice)
         is_start_model = path is None or path == self.config.model
-        logps = self.stored_reference(sum(counts))
-        if logps is None:
-            model = self.policy
+        policy, bits = self.policy, " 4-bit" if self.config.load_in_4bit else ""
+        arithmetic = f"{policy.precision} {policy.device.type} {policy.lm.dtype}{bits}"
+        store = os.path.join(os.path.dirname(os.path.normpath(self.run.directory)), ".reference",
+                             from_main(model_key, path or self.config.model, arithmetic))
+        wanted = {key for example in examples for key in response_keys(example)}
+        table = from_main(read_table, store, wanted, self.notice)
+        if table:
+            self.notice(f"reference log-probs: {len(table)} of {len(wanted)} responses from {store}")
+        if missing := lacking(examples, table):
             if not is_start_model or self.first > 0:
-                model = build_policy(self.config, self.tokenizer, path or self.config.model)
-                model.share_prompt = self.policy.share_prompt
-            logps = self.frozen_logps(model, examples, counts)
+                policy = build_policy(self.config, self.tokenizer, path or self.config.model, frozen=True)
+                policy.share_prompt = self.policy.share_prompt
+            computed = self.frozen_logps(policy, missing)
+            new = {key: logps for key, logps in computed.items() if key not in table}      # what is stored stays as it is
             if self.rank == 0:
-                checkpoint.write_sealed(self.run.path("reference"),
-                                        lambda directory: save_file({"logps": logps}, os.path.join(directory, "logps.safetensors")))
-        reference = Reference({id(example): part for example, part in zip(examples, logps.split(counts))})
+                write_table(store, new)
+            table |= new
+        reference = Reference(table)
         if is_start_model and self.first == 0:
             self.check_reference(reference)
         return reference
@@ -203,28 +214,36 @@ class Engine:
             raise RunError(f"loss {loss:g}, gradient norm {self.grad_norm:g} in update {self.step.index}, before the weights were touched; "
                            f"rows: {shown}; last checkpoint: {last[-1] if last else 'none'}; fix: lower lr or look at these rows")
 
-    def eval_batches(self, step: Step):
-        """The micro-batches of the held-out rows if an evaluation is due at this step, without gradients; else nothing."""
-        if not self.eval_set or (step.index % self.eval_every and step.index != self.total):
-            return
-        with torch.no_grad():                      # holds for the caller's loop body too, which runs while this is suspended
-            for start in range(0, len(self.eval_set), self.config.batch_size):
-                for examples in self.deal(self.eval_set[start:start + self.config.batch_size]):
-                    yield self.policy.collate(examples)
+    def batches(self, examples: list):
+        """Micro-batches of any examples, which all ranks share among them."""
+        for start in range(0, len(examples), self.config.batch_size):
+            for members in self.deal(examples[start:start + self.config.batch_size]):
+                yield self.policy.collate(members)
+
+    def eval_batches(self, step: Step, examples: list | None = None):
+        """The micro-batches of the held-out rows (or of `examples`, which stand for them) if an evaluation is due at this step,
+        without gradients; else nothing."""
+        if self.eval_set and (step.index % self.eval_every == 0 or step.index == self.total):
+            with torch.no_grad():                  # holds for the caller's loop body too, which runs while this is suspended
+                yield from self.batches(self.eval_set if examples is None else examples)
 
     def mean(self, total: float, count: float) -> float:
         """total / count, each summed over all ranks first."""
         total, count = sum_over_ranks([float(total), float(count)], self.policy.device)
         return total / max(1.0, count)
 
+    def notice(self, text: str) -> None:
+        """Tell the user once, on the console and in events.log."""
+        self.run.notice(text)
+
     # ---- the reference's log-probs ----------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def frozen_logps(self, model, examples: list, counts: list[int]):
-        """(sum of counts,) fp32 log-probs of the trained tokens of all examples, in order; each rank computes its share."""
-        offsets = dict(zip(map(id, examples), torch.tensor([0, *counts]).cumsum(0).tolist()))
-        logps = torch.zeros(sum(counts), device=model.device)
-        since = time.time()
+    def frozen_logps(self, model, examples: list) -> dict:
+        """The log-probs of every response's trained tokens, by `response_key`, fp32 and on the CPU; each rank computes its share."""
+        ends = torch.tensor([0, *(example.num_trained for example in examples)]).cumsum(0).tolist()
+        offsets = dict(zip(map(id, examples), ends))
+        logps, since = torch.zeros(ends[-1], device=model.device), time.time()
         for start in range(0, len(examples), self.config.batch_size):
             block = examples[start:start + self.config.batch_size]
             for members in self.deal(block):
@@ -240,18 +259,9 @@ class Engine:
         self.run.erase()
         if self.world > 1:
             torch.distributed.all_reduce(logps)
-        return logps.cpu()
-
-    def stored_reference(self, count: int):
-        """The log-probs an earlier part of this run computed, if they are whole and cover the same tokens; else None."""
-        if self.first == 0:
-            return None
-        fault = checkpoint.broken(self.run.path("reference"))
-        logps = None if fault else load_file(self.run.path("reference", "logps.safetensors"))["logps"]
-        if fault or len(logps) != count:
-            self.run.notice(f"reference log-probs are computed again: {fault or 'the run now covers other rows'}")
-            return None
-        return logps
+        responses = [(key, int(response.trained.sum())) for example in examples
+                     for key, response in zip(response_keys(example), example.responses)]
+        return dict(zip((key for key, _ in responses), logps.cpu().split([length for _, length in responses])))
 
     @torch.no_grad()
     def check_reference(self, reference: Reference) -> None:
@@ -270,8 +280,8 @@ class Engine:
             self.policy.set_requires_gradient_sync(last)
 
     def some_weights(self) -> list:
-        """Copies of the first values of every parameter (of this rank's shards)."""
-        local = (p.to_local() if isinstance(p, DTensor) else p for p in self.policy.parameters())
+        """Copies of the first values of every trained parameter (of this rank's shards)."""
+        local = (p.to_local() if isinstance(p, DTensor) else p for p in self.policy.parameters() if p.requires_grad)
         return [parameter.detach().flatten()[:4096].clone() for parameter in local]
 
     def moved(self, before: list) -> bool:
@@ -283,7 +293,7 @@ class Engine:
             return
         averages = step.averages("eval")
         self.run.append("metrics.jsonl", {"step": step.index, "split": "eval", **averages})
-        shown = "  ".join(f"{name} {averages[name]:.4g}" for name in dict.fromkeys(["loss", self.progress]))
+        shown = "  ".join(f"{name} {averages[name]:.4g}" for name in dict.fromkeys(["loss", self.progress]) if name in averages)
         self.run.notice(f"held-out rows at step {step.index}: {shown}")
 
     @torch.no_grad()
@@ -308,12 +318,17 @@ class Engine:
             checkpoint.clean(self.run.directory, keep=self.config.keep)
 
     def save_final(self) -> None:
-        lm = self.policy.lm
+        """`final/`, loadable by name; of a reward model also `classifier/`, for AutoModelForSequenceClassification."""
+        lm, weights = self.policy.lm, checkpoint.model_state(self.policy)
         lm.generation_config.eos_token_id = stop_ids(self.tokenizer)
-        weights = checkpoint.model_state(self.policy)
-        if self.rank == 0:
-            checkpoint.write_sealed(self.run.path("final"),
-                                    lambda temporary: checkpoint.save_model(lm, self.tokenizer, weights, temporary))
+        if self.config.merge and self.rank == 0:
+            lm, weights = checkpoint.merged(lm, weights)
+        forms = {"final": checkpoint.save_model}
+        if isinstance(self.policy, RewardModel) and not lora.settings(lm):
+            forms = {"classifier": checkpoint.save_classifier, **forms}      # `final/` last: it marks the run as finished
+        for name, save in forms.items() if self.rank == 0 else ():
+            checkpoint.write_sealed(self.run.path(name),
+                                    lambda temporary, save=save: save(lm, self.tokenizer, weights, temporary))
 
     # ---- signals ----------------------------------------------------------------------------------------------------
 

@@ -5,22 +5,22 @@ Three parts, all used by every algorithm: `segments_attention` (a flat, prompt-s
 """
 import contextlib
 import ctypes
-import datetime
 import os
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.attention.bias import causal_lower_right
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import logging
+from transformers import AttentionInterface
 
 from data.errors import UserError
 from data.pack import Batch, Example, collate
+from engine import lora
+from engine.load import base_of, is_adapter, load_lm
 
+VALUE_HEAD = "value_head.safetensors"        # beside the trunk of a reward model: {"v_head.summary.weight": (1, D)}
 LOGITS_AT_ONCE = {"cpu": 2 ** 22, "cuda": 2 ** 27}    # 16 MiB fits a CPU's cache, 512 MiB fills a GPU; whatever the batch
 
 
@@ -74,7 +74,6 @@ def dense_attention(module, query, key, value, attention_mask, scaling=None, seg
     return F.scaled_dot_product_attention(query, key, value, mask, scale=scaling, enable_gqa=True).transpose(1, 2), None
 
 
-logging.disable_progress_bar()       # of loading and saving weights: our console is one progress line
 AttentionInterface.register("segments", segments_attention)
 AttentionInterface.register("dense", dense_attention)
 
@@ -156,7 +155,7 @@ class Policy(nn.Module):
 
     def __init__(self, lm, precision: str = "fp32", share_prompt: bool = True):
         super().__init__()
-        self.lm, self.precision, self.share_prompt = lm, precision, share_prompt
+        self.lm, self.precision, self.share_prompt, self.dropouts = lm, precision, share_prompt, lora.dropouts(lm)
 
     @property
     def device(self):
@@ -174,12 +173,18 @@ class Policy(nn.Module):
         if embedding.weight is head and type(embedding) is nn.Embedding:      # Gemma 3's scales what it looks up
             embedded, head = TiedEmbedding.apply(head, batch.tokens, embedding.padding_idx)
             inputs = {"inputs_embeds": embedded[None]}
-        with self.autocast():
-            hidden = self.lm.base_model(**inputs, position_ids=batch.positions[None], use_cache=False,
-                                        segments=batch.segments).last_hidden_state[0]          # (T, D)
-        hidden = hidden.index_select(0, batch.source)          # (N, D); `hidden[source]` has a non-deterministic backward
+        # `hidden[source]` has a non-deterministic backward
+        hidden = self.hidden(batch, **inputs).index_select(0, batch.source)                    # (N, D)
         dtype = torch.bfloat16 if self.precision == "bf16" else hidden.dtype
         return ChunkedLogps.apply(hidden, head, batch.target, dtype)
+
+    def hidden(self, batch: Batch, **inputs):
+        """The last hidden states (T, D) of a batch, whose tokens `inputs` gives in one of transformers' two forms."""
+        for dropout in self.dropouts:              # acts in training only; everything without a gradient sees the plain model
+            dropout.train(torch.is_grad_enabled())
+        with self.autocast():
+            return self.lm.base_model(**inputs, position_ids=batch.positions[None], use_cache=False,
+                                      segments=batch.segments).last_hidden_state[0]
 
     @contextlib.contextmanager
     def generating(self):
@@ -200,29 +205,28 @@ class Policy(nn.Module):
                 self.set_reshard_after_forward(True)
 
 
-def load_lm(path: str, dtype=torch.float32, attn_implementation: str = "segments"):
-    """A causal LM from a local directory or the hub; UserError for what is not one. `dtype` is fp32 for whatever is trained."""
-    local = os.path.isdir(path)
-    if local and os.path.exists(os.path.join(path, "adapter_config.json")):
-        raise UserError(f"{path} holds a LoRA adapter, not a model; fix: merge it into its base model and pass that")
-    if not local and (os.path.exists(path) or path.startswith((".", "/")) or path.count("/") > 1):
-        raise UserError(f"model: {path} is not a directory with a model; fix: pass a model directory or a hub name owner/name")
-    try:
-        config = AutoConfig.from_pretrained(path)
-        if getattr(config, "quantization_config", None):
-            raise UserError(f"model: {path} is quantized and cannot be trained; fix: pass the unquantized model")
-        kinds = config.architectures or ["CausalLM"]
-        if type(config) not in AutoModelForCausalLM._model_mapping or not any("CausalLM" in kind or "LMHead" in kind for kind in kinds):
-            raise UserError(f"model: {path} is a {config.model_type} ({kinds[0]}), not a causal language model; fix: pass a causal LM")
-        lm, info = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=attn_implementation,
-                                                        output_loading_info=True)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:      # the last two: sizes differ, a file is cut off
-        where = "cannot be loaded" if local else "is neither a local directory nor reachable on the hub"
-        raise UserError(f"model: {path} {where} ({first_line(error)}); fix: check the name or the files in it") from error
-    if missing := sorted(info["missing_keys"]):      # transformers would train them from random values
-        raise UserError(f"model: {path} lacks {len(missing)} weights of a {type(lm).__name__} ({missing[0]}, ...); "
-                        "fix: pass a complete causal LM")
-    return lm
+class RewardModel(Policy):
+    """A causal LM's trunk under a linear head without bias: `reward_model(batch)` -> (S,) fp32, a score per response.
+
+    The score is read at the response's last token, by position, so a pad token equal to eos cannot move it."""
+
+    def __init__(self, policy: Policy, head: torch.Tensor):
+        super().__init__(policy.lm, policy.precision, policy.share_prompt)
+        self.value_head = nn.Linear(head.shape[1], 1, bias=False, device=policy.device)
+        self.value_head.weight.data.copy_(head)
+
+    def forward(self, batch: Batch):
+        hidden = self.hidden(batch, input_ids=batch.tokens[None]).index_select(0, batch.last)      # (S, D)
+        return self.value_head(hidden.float())[:, 0]
+
+
+def build_reward_model(policy: Policy, path: str, seed: int) -> RewardModel:
+    """The head saved at `path`, else a fresh one from N(0, 1 / (D + 1)), on the trunk of `policy`."""
+    file = os.path.join(path, VALUE_HEAD)
+    if os.path.exists(file):
+        return RewardModel(policy, load_file(file)["v_head.summary.weight"])
+    size = policy.lm.config.get_text_config().hidden_size
+    return RewardModel(policy, torch.randn(1, size, generator=torch.Generator().manual_seed(seed)) / (size + 1) ** 0.5)
 
 
 def return_freed_memory() -> None:
@@ -231,8 +235,9 @@ def return_freed_memory() -> None:
         ctypes.CDLL("libc.so.6").mallopt(-3, 4 << 20)                   # M_MMAP_THRESHOLD: 4 MiB
 
 
-def build_policy(config, tokenizer, path: str | None = None) -> Policy:
-    """Load `config.model` (or `path`, a checkpoint of it) as a Policy on this process's device, in eval mode: dropout is 0."""
+def build_policy(config, tokenizer, path: str | None = None, frozen: bool = False) -> Policy:
+    """Load `config.model` (or `path`, a checkpoint of it) as a Policy on this process's device, in eval mode: dropout is 0. Where
+    it is an adapter, its base model with it; else, if LoRA is asked for, with a fresh one, which a `frozen` model does not need."""
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
     bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     if config.precision == "bf16" and device.type == "cuda" and not bf16:
@@ -240,7 +245,11 @@ def build_policy(config, tokenizer, path: str | None = None) -> Policy:
     precision = config.precision if config.precision != "auto" else "bf16" if bf16 else "fp32"
     if device.type == "cpu":
         return_freed_memory()
-    lm = load_lm(path or config.model, attn_implementation=config.attn_implementation).eval().to(device)
+    path, train_adapter = path or config.model, config.lora_r > 0 or is_adapter(config.model)
+    dtype = torch.bfloat16 if train_adapter and precision == "bf16" and device.type == "cuda" else torch.float32
+    quantized = lora.quantization(config, device, dtype)
+    lm = load_lm(base_of(path), dtype, config.attn_implementation, **quantized).eval()
+    lm = lm if quantized else lm.to(device)
     if len(tokenizer) > lm.get_input_embeddings().num_embeddings:
         raise UserError(f"model: the tokenizer has {len(tokenizer)} tokens but the embedding only "
                         f"{lm.get_input_embeddings().num_embeddings} rows; fix: use the tokenizer this model was saved with")
@@ -248,6 +257,10 @@ def build_policy(config, tokenizer, path: str | None = None) -> Policy:
     if context and config.max_length > context:
         raise UserError(f"max_length is {config.max_length}, but the model {config.model} knows only {context} positions; "
                         "fix: lower max_length")
+    if is_adapter(path):
+        lora.attach_saved(lm, path, config, check=not frozen)
+    elif config.lora_r and not frozen:
+        lora.attach(lm, lora.new_settings(config, lm), config.seed)
     if config.gradient_checkpointing:
         lm.gradient_checkpointing_enable({"use_reentrant": False})
         for module in lm.modules():      # transformers checkpoints in train mode only; everything else stays in eval, without dropout
@@ -260,7 +273,8 @@ def shard(policy: Policy):
     the algorithms divide by counts of the whole step."""
     layers = [module for module in policy.modules() if type(module).__name__ in (policy.lm._no_split_modules or ())]
     for module in (*layers, policy):
-        fully_shard(module)
+        # 4-bit weights are integers, which cannot be split like this: every rank keeps them whole
+        fully_shard(module, ignored_params={p for p in policy.parameters() if not p.is_floating_point()})
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)       # without it gloo fails: it has no PREMUL_SUM
     return policy
@@ -291,67 +305,3 @@ def check_policy(policy: Policy, examples, mode: str, notice) -> None:
             return
     raise UserError(f"model: log-probs of flat rows differ from the model's own by {difference.max():.2g} (recurrent layers, or "
                     "logits changed after the head); fix: use a model with ordinary attention layers")
-
-
-def load_tokenizer(path: str):
-    """The tokenizer beside a model; UserError for a name that is neither a directory nor on the hub."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"model: no tokenizer can be loaded from {path} ({first_line(error)}); "
-                        "fix: check the name, or save the tokenizer beside the model") from error
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"model: the tokenizer of {path} has no eos token, so no response could end; fix: set eos_token")
-    if not tokenizer("a").input_ids:      # transformers makes an empty one where tokenizer.json is missing
-        raise UserError(f"model: the tokenizer of {path} has no vocabulary; fix: save tokenizer.json beside the model")
-    return tokenizer
-
-
-def start_processes(deterministic: bool) -> None:
-    """Under torchrun, join the process group: nccl on CUDA, gloo on the CPU."""
-    if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-    if "LOCAL_RANK" in os.environ:
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=datetime.timedelta(minutes=30))
-
-
-def stop_processes() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
-def from_main(function, *arguments):
-    """`function(*arguments)`, called on rank 0 only, on every rank; so is the UserError it raises."""
-    if not dist.is_initialized():
-        return function(*arguments)
-    box = [None]
-    if dist.get_rank() == 0:
-        try:
-            box = [function(*arguments)]
-        except UserError as error:
-            box = [error]
-    dist.broadcast_object_list(box)
-    if isinstance(box[0], UserError):
-        raise box[0]
-    return box[0]
-
-
-def first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
-
-
-def distributed() -> tuple[int, int]:
-    """(rank, world size); (0, 1) without torchrun."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def sum_over_ranks(values: list[float], device) -> list[float]:
-    """Element-wise sum of a list of numbers over all ranks, in float64."""
-    if not dist.is_initialized():
-        return values
-    total = torch.tensor(values, dtype=torch.float64, device=device)
-    dist.all_reduce(total)
-    return total.tolist()

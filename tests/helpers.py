@@ -85,6 +85,19 @@ def sft_rows(count, first=0):
     return [forms[i % 3](i) for i in range(first, first + count)]
 
 
+def labelled_rows(count, first=0):
+    """Responses marked good or bad; of three rows two have the same prompt."""
+    rows = []
+    for i in range(count):
+        pair, = pair_rows(1, first + i // 3 * 2 + i % 3 // 2)
+        rows.append({"prompt": pair["prompt"], "completion": pair[("chosen", "rejected")[i % 2]], "label": i % 2 == 0})
+    return rows
+
+
+ALGORITHMS = {"sft": sft_rows, "dft": sft_rows, "kto": labelled_rows,      # name -> the rows it trains on
+              **dict.fromkeys(("dpo", "ipo", "orpo", "simpo", "cpo", "rm"), pair_rows)}
+
+
 def write_config(path, **values):
     path.write_text("".join(f"{key}: {value}\n" for key, value in values.items()))
     return str(path)
@@ -119,8 +132,15 @@ def final_weights(run):
     return load_file(Path(run) / "final" / "model.safetensors")
 
 
+def trained_weights(run):
+    """Those of final/, a reward model's head included."""
+    head = Path(run) / "final" / "value_head.safetensors"
+    return final_weights(run) | (load_file(head) if head.exists() else {})
+
+
 def assert_same_weights(ours, theirs, tolerance=0.0):
     """Of two dictionaries; without a tolerance bit for bit."""
     assert ours.keys() == theirs.keys()
     differences = {name: float((ours[name] - theirs[name]).abs().max()) for name in ours}
-    assert {name: difference for name, difference in differences.items() if not difference <= tolerance} == {}
+    wrong = {name: difference for name, difference in differences.items() if not difference <= tolerance}
+    assert not wrong, wrong

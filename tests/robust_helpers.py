@@ -48,7 +48,7 @@ def _child(directory, words, out, err, patch, arguments):
 def project(directory, algorithm, model, **values):
     """Write config.yml and its data into `directory`: 10 rows to train on, 4 to evaluate."""
     directory.mkdir(exist_ok=True)
-    rows = helpers.pair_rows if algorithm == "dpo" else helpers.sft_rows
+    rows = helpers.ALGORITHMS[algorithm]
     data = {"data": helpers.write_jsonl(directory / "data.jsonl", rows(10)),
             "eval_data": helpers.write_jsonl(directory / "eval.jsonl", rows(4, 50))}
     values = {"algorithm": algorithm, "model": model, **data, "output": "run", **BASE, **values}

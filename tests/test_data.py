@@ -268,8 +268,7 @@ def test_dropped_rows(kind, row, reason):
 
 
 @pytest.mark.parametrize("kind, row, parts", [
-    ("responses", {"instruction": "q", "output": "a", "x": None},
-     ["unknown columns", "found instruction, output, x (null)", "messages;"]),
+    ("responses", {"ask": "q", "output": "a", "x": None}, ["unknown columns", "found ask, output, x (null)", "messages;"]),
     ("responses", {"prompt": "q", "response": None}, ["unknown columns", "response (null)"]),
     ("responses", {}, ["unknown columns", "found none"]),
     ("pairs", {"prompt": "q", "response": "a"}, ["unknown columns", "prompt + chosen + rejected"]),
@@ -493,6 +492,7 @@ def test_report(write):
     assert len(report.pop("sha256")) == 64 and report == {
         "source": path, "read": 300, "used": 297, "dropped": {"empty response": 1, "longer than max_length": 2},
         "first_dropped": {"empty response": f"{path}:11", "longer than max_length": f"{path}:21"},
+        "shape": "299 rows read as prompt + response", "duplicates": 0,
         "cut_rows": 0, "stop_inside": 1, "prompt_length": {"50": 152, "90": 270, "99": 297, "max": 300},
         "response_length": {"50": 2, "90": 2, "99": 2, "max": 4},
         "total": {"50": 154, "90": 272, "99": 299, "max": 302}}
@@ -525,7 +525,7 @@ def test_overlap():
     train = Dataset([example([1, 2], [3], [4]), example([5], [6], [7])], {})
     evaluation = Dataset([example([1, 2], [3], [4]), example([1], [2, 3], [4]), example([1, 2], [4], [3]),
                           example([5], [6], [7])], {})
-    assert overlap(train, evaluation) == 2
+    assert overlap(train, evaluation) == (2, 3)        # the third has the first one's prompt, other responses
 
 
 def test_split_off():

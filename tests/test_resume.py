@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 import robust_helpers as child
 import torch
-from helpers import final_weights, sft_rows, tiny_model, write_jsonl
+from helpers import ALGORITHMS, final_weights, sft_rows, tiny_model, train_here, trained_weights, write_jsonl
 from safetensors.torch import load_file, save_file
 
 from engine import checkpoint
 from engine.logs import Run
+from engine.loop import Engine
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
@@ -49,7 +50,7 @@ def same_tensors(ours, theirs):
 
 
 def assert_same_run(ours, theirs):
-    assert same_tensors(final_weights(ours), final_weights(theirs))
+    assert same_tensors(trained_weights(ours), trained_weights(theirs))
     last = [checkpoint.checkpoints(run)[-1] for run in (ours, theirs)]
     assert os.path.basename(last[0]) == os.path.basename(last[1])
     assert same_tensors(*(load_file(f"{path}/optimizer.safetensors") for path in last))
@@ -71,8 +72,33 @@ def test_killed_and_continued(algorithm, step, model, uninterrupted, tmp_path):
     assert killed.code == -signal.SIGKILL and not (tmp_path / "run" / "final").exists()
     continued = child.train(tmp_path)
     assert continued.code == 0 and f"resumed from run/checkpoints/step-{step:06d}" in continued.err
-    assert "reference log-probs are computed" not in continued.err
+    assert ("28 of 28 responses from ./.reference/" in continued.err) == (algorithm == "dpo") and "rows/s" not in continued.err
     assert_same_run(tmp_path / "run", uninterrupted[algorithm])
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_stopped_and_continued(algorithm, model, tmp_path, monkeypatch):
+    """For every algorithm, in this process: six updates = three + a stop + three, bit for bit."""
+    def train(name, last=None):
+        folder = child.project(tmp_path / name, algorithm, model, output=tmp_path / name / "run", save_every=3)
+        with monkeypatch.context() as patch:
+            clip = Engine.clip_gradients
+
+            def stop(engine):
+                clip(engine)
+                engine.signal = signal.SIGTERM if engine.step.index == last else None
+            patch.setattr(Engine, "clip_gradients", stop)
+            try:
+                train_here(folder / "config.yml")
+            except SystemExit as stopped:
+                assert stopped.code == 143
+        return folder / "run"
+
+    part, whole = train("part", last=3), train("whole")
+    assert checkpoint.load_trainer(checkpoint.checkpoints(part)[-1])["step"] == 3 and not (part / "final").exists()
+    train("part")
+    assert json.loads((part / "run.json").read_text())["resumed_from_step"] == 3
+    assert_same_run(part, whole)
 
 
 @pytest.mark.parametrize("call, count", [("fsync", 1), ("fsync", 20), ("fsync", 21), ("rename", 1), ("rename", 2), ("rename", 3)])
@@ -80,7 +106,7 @@ def test_killed_while_saving(call, count, model, uninterrupted, tmp_path):
     """Whatever the call of a save at which the process dies, the same command goes on and ends the same."""
     child.project(tmp_path, "dpo", model)
     assert child.train(tmp_path, patch=child.kill_at_call, arguments=(call, count)).code == -signal.SIGKILL
-    assert leftovers(tmp_path / "run")
+    assert leftovers(tmp_path)                    # of the first calls in .reference/, where they are passed over
     assert child.train(tmp_path).code == 0
     assert not leftovers(tmp_path / "run")
     assert_same_run(tmp_path / "run", uninterrupted["dpo"])
@@ -255,9 +281,10 @@ def test_a_named_checkpoint_must_exist(path, says, model, tmp_path):
 
 def test_a_lost_reference_table_is_computed_again(model, uninterrupted, tmp_path):
     run = interrupted(tmp_path, model, "dpo")
-    flip(run / "reference" / "logps.safetensors")
+    part, = (tmp_path / ".reference").glob("*/part-*")
+    flip(part / "logps.safetensors")
     result = child.train(tmp_path)
-    assert result.code == 0 and "reference log-probs are computed again: run/reference/logps.safetensors is damaged" in result.err
+    assert result.code == 0 and "reference log-probs ignored: " in result.err and "logps.safetensors is damaged" in result.err
     assert_same_run(run, uninterrupted["dpo"])
 
 

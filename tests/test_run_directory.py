@@ -15,7 +15,7 @@ from engine.checkpoint import broken
 from engine.logs import Run
 
 TRAIN_KEYS = {"step", "split", "epoch", "loss", "grad_norm", "lr", "tokens_per_second"}
-DPO_KEYS = {f"rewards/{name}" for name in ("chosen", "rejected", "margins", "accuracies")} | {"logps/chosen", "logps/rejected"}
+DPO_KEYS = {f"rewards/{name}" for name in ("chosen", "rejected", "margins", "accuracies")} | {"logps/chosen", "logps/rejected", "nll_loss"}
 
 
 @pytest.fixture(scope="module")
@@ -42,9 +42,10 @@ def lines(path):
 
 def test_files(runs):
     names = {"checkpoints", "config.yaml", "events.log", "final", "metrics.jsonl", "run.json", "samples.jsonl"}
-    assert set(os.listdir(runs / "sft")) == names and set(os.listdir(runs / "dpo")) == names | {"reference"}
+    assert set(os.listdir(runs / "sft")) == set(os.listdir(runs / "dpo")) == names
+    part, = (runs / ".reference").glob("*/part-*")      # beside the runs, for the next one
     assert sorted(os.listdir(runs / "dpo" / "checkpoints")) == ["step-000002", "step-000004"]
-    for sealed in (runs / "dpo" / "final", *(runs / "dpo" / "checkpoints").iterdir()):
+    for sealed in (part, runs / "dpo" / "final", *(runs / "dpo" / "checkpoints").iterdir()):
         assert broken(str(sealed)) is None
     umask = os.umask(0)
     os.umask(umask)

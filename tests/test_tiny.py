@@ -58,7 +58,7 @@ def test_nothing_held_out_is_trained_on(large):
     trained |= {problem(prompt(row)) for name in ("pretrain", "base") for row in rows(large / f"{name}.jsonl")}
     for kind in KINDS:
         held_out = rows(TINY / f"eval-{kind}.jsonl")
-        assert len(held_out) == 200
+        assert len(held_out) == generate.EVAL[kind]
         assert not trained & {problem(prompt(row)) for row in held_out}, kind
 
 

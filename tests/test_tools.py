@@ -2,7 +2,6 @@
 import os
 import subprocess
 import sys
-from types import SimpleNamespace
 
 from helpers import ROOT, config_of, pair_rows, run_train, tiny_model, write_config, write_jsonl
 
@@ -24,11 +23,12 @@ def test_dry_run_shows_everything_and_writes_nothing(tmp_path):
 
 def test_dry_run_counts_memory_by_parameters(tmp_path):
     """Against Qwen2's parameters counted by hand: embedding, untied head, and per layer q k v (with biases) o, the MLP and two norms."""
+    from engine.config import Common
     from engine.dry_run import forecast
     config_of(hidden_size=1024, intermediate_size=4096, num_attention_heads=8, head_dim=128).save_pretrained(tmp_path)
     attention = 1024 * 1024 + 1024 + 2 * (1024 * 256 + 256) + 1024 * 1024
     parameters = 2 * 259 * 1024 + 2 * (attention + 3 * 1024 * 4096 + 2 * 1024) + 1024
-    lines = forecast(SimpleNamespace(model=str(tmp_path), gradient_checkpointing=False), None, [], tokens=100)
+    lines = forecast(Common(algorithm="sft", model=str(tmp_path), data=""), None, [], tokens=100)
     weights, gradients, optimizer, reference, *_, together = (float(line.split()[-2]) for line in lines)
     assert abs(weights - 4e-9 * parameters) < 0.006 and gradients == weights and abs(optimizer - 8e-9 * parameters) < 0.006
     assert reference == 0 and 4 * weights < together < 4 * weights + 0.1

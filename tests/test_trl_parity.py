@@ -1,13 +1,19 @@
-"""Loss, gradient norm, rewards and log-probs of sft and dpo equal TRL's over six updates. `benchmark/vs_trl.py` holds the same
-against the real tokenizer and real HH pairs; both sides run here through its functions."""
+"""Whole runs equal TRL's over several updates: loss, gradient norm, rewards and log-probs. sft and dpo go through `benchmark/vs_trl.py`,
+which holds the same against the real tokenizer and real HH pairs; the others train here on plain strings."""
+import importlib
 import importlib.util
+import math
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import byte_tokenizer, metrics, tiny_model, train_here, write_config, write_jsonl
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from benchmark import vs_trl
 
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="trl is not installed: pip install -r requirements-dev.txt")
 SHAPE = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 128,
          "vocab_size": 260}
 
@@ -23,7 +29,6 @@ def restore_process():
         signal.signal(number, handler)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="trl is not installed: pip install -r requirements-dev.txt")
 @pytest.mark.parametrize("algorithm", ["sft", "dpo"])
 def test_metrics_equal_trl(algorithm, tmp_path):
     job = {"algorithm": algorithm, "data": None, "tokenizer": None, "pairs": 24, "batch": 4, "lr": 1e-3, "shape": SHAPE,
@@ -34,5 +39,113 @@ def test_metrics_equal_trl(algorithm, tmp_path):
     ours, theirs = vs_trl.train_ours(job), vs_trl.train_trl(job)
     assert ours["ids"] == theirs["ids"]
     assert len(ours["metrics"]) == 6
-    wrong = [row for row in vs_trl.disagreements(ours, theirs, algorithm == "dpo") if row[-1] > 1]
+    wrong = [row for row in vs_trl.disagreements(job, ours, theirs) if row[-1] > 1]
     assert not wrong, wrong
+
+
+# ---- the other algorithms ----
+
+END = "<|im_end|>"
+REWARDS = ["rewards/chosen", "rewards/rejected", "rewards/margins"]
+PAIRS = [{"prompt": f"\n\nHuman: {'what ' * (i % 3 + 1)}{i}?\n\nAssistant:", "chosen": f" it is {i}" * (i % 4 + 1),
+          "rejected": " no" * (5 - i % 5) + f" {i}"} for i in range(20)]
+LABELLED = [{"prompt": row["prompt"], "completion": row["chosen" if i % 3 else "rejected"], "label": i % 3 > 0} for i, row in enumerate(PAIRS)]
+
+# name: (TRL's trainer, its options, ours, pairs or labelled rows, rows per update, the metrics with the same definition)
+TRAINERS = {
+    "ipo": ("trl.DPOTrainer", {"loss_type": "ipo"}, {}, PAIRS, 4, []),             # TRL's metrics are of sums
+    # two rows per update: TRL takes y' from the row before, ours from the row after
+    "kto": ("trl.KTOTrainer", {"desirable_weight": 1.5}, {"desirable_weight": 1.5}, LABELLED, 2, [*REWARDS, "kl", "logps/chosen", "logps/rejected"]),
+    "cpo": ("trl.experimental.cpo.CPOTrainer", {"label_smoothing": 0.1}, {"label_smoothing": 0.1}, PAIRS, 4,
+            [*REWARDS, "rewards/accuracies", "nll_loss", "logps/chosen", "logps/rejected"]),
+    "simpo": ("trl.experimental.cpo.CPOTrainer", {"loss_type": "simpo", "beta": 2.0, "simpo_gamma": 1.0, "cpo_alpha": 0.0}, {}, PAIRS, 4,
+              [*REWARDS, "rewards/accuracies", "logps/chosen", "logps/rejected"]),
+    "rm": ("trl.RewardTrainer", {"center_rewards_coefficient": 0.01}, {"center_rewards_coefficient": 0.01}, PAIRS, 4,
+           ["accuracy", "margin", "mean_reward"]),
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny_model(tmp_path_factory.mktemp("model"), initializer_range=0.05)
+
+
+def train_ours(folder, algorithm, model, rows, **options):
+    """-> the metrics of every update; several micro-batches in each."""
+    values = dict(algorithm=algorithm, model=model, data=write_jsonl(folder / "data.jsonl", rows), output=folder / "ours", lr=1e-3,
+                  schedule="constant", warmup=0, weight_decay=0, max_length=256, shuffle="false", epochs=1, save_every="null",
+                  micro_batch_tokens=150, precision="fp32", share_prompt="true")
+    train_here(write_config(folder / "ours.yml", **values | options))
+    return metrics(folder / "ours")
+
+
+def train_trl(folder, name, options, model, rows, batch):
+    """-> the metrics of every update of one of TRL's trainers."""
+    from datasets import Dataset
+    package, _, trainer_name = name.rpartition(".")
+    trainer_class, config_class = (getattr(importlib.import_module(package), trainer_name.replace("Trainer", kind)) for kind in ("Trainer", "Config"))
+    tokenizer = byte_tokenizer(chat_template=False)
+    arguments = config_class(
+        output_dir=str(folder / "trl"), learning_rate=1e-3, lr_scheduler_type="constant", warmup_steps=0, weight_decay=0.0, max_grad_norm=1.0,
+        num_train_epochs=1, seed=0, max_length=256, train_sampling_strategy="sequential", per_device_train_batch_size=batch,
+        gradient_checkpointing=False, bf16=False, use_cpu=True, dataloader_pin_memory=False, logging_steps=1, disable_tqdm=True,
+        save_strategy="no", eval_strategy="no", report_to="none", **options)
+    if trainer_name == "RewardTrainer":
+        policy = AutoModelForSequenceClassification.from_pretrained(model, num_labels=1, dtype=torch.float32)
+        policy.score.weight.data = start_head(policy.config.hidden_size)
+    else:
+        policy = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    ended = [{key: value + END if key in ("chosen", "rejected", "completion") else value for key, value in row.items()} for row in rows]
+    trainer = trainer_class(model=policy, args=arguments, train_dataset=Dataset.from_list(ended), processing_class=tokenizer)
+    trainer.train()
+    return [row for row in trainer.state.log_history if "loss" in row]
+
+
+def start_head(size):
+    """Our reward model's head before the first update, for seed 0."""
+    return torch.randn(1, size, generator=torch.Generator().manual_seed(0)) / math.sqrt(size + 1)
+
+
+def assert_equal_metrics(ours, theirs, names):
+    assert len(ours) == len(theirs) >= 3
+    for a, b in zip(ours, theirs):
+        for name in ["loss", "grad_norm", *names]:
+            if name in a or name in b:                         # an update may hold one class of labels only
+                assert a[name] == pytest.approx(b[name], rel=1e-4, abs=1e-5), (a["step"], name)
+
+
+@pytest.mark.parametrize("algorithm", TRAINERS)
+def test_a_run_equals_trl(algorithm, model, tmp_path):
+    trainer, theirs, ours, rows, batch, names = TRAINERS[algorithm]
+    assert_equal_metrics(train_ours(tmp_path, algorithm, model, rows, batch_size=batch, **ours),
+                         train_trl(tmp_path, trainer, theirs, model, rows, batch), names)
+
+
+def test_orpo_equals_trl(model, tmp_path):
+    """TRL's methods for the preference term in a loop of our own: the likelihood of its trainer includes the prompt's tokens."""
+    from trl.experimental.orpo import ORPOTrainer
+    stand_in = SimpleNamespace(beta=0.25, accelerator=SimpleNamespace(device="cpu"))
+    policy, tokenizer = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval(), byte_tokenizer()
+    optimizer, expected = torch.optim.AdamW(policy.parameters(), lr=1e-3, weight_decay=0.0), []
+    for start in range(0, len(PAIRS), 4):
+        sequences = []
+        for side in ("chosen", "rejected"):
+            for row in PAIRS[start:start + 4]:
+                prompt, response = tokenizer(row["prompt"]).input_ids, tokenizer(row[side] + END).input_ids
+                sequences.append((prompt + response, [-100] * len(prompt) + response))
+        length = max(len(ids) for ids, _ in sequences)
+        tokens = torch.tensor([ids + [256] * (length - len(ids)) for ids, _ in sequences])
+        labels = torch.tensor([labels + [-100] * (length - len(labels)) for _, labels in sequences])
+        logits = policy(tokens, attention_mask=(tokens != 256).long(), use_cache=False).logits
+        logps = ORPOTrainer.get_batch_logps(logits, labels, average_log_prob=True)
+        losses, _, _, ratio, odds = ORPOTrainer.odds_ratio_loss(stand_in, *logps.chunk(2))
+        likelihood = torch.nn.functional.cross_entropy(logits[:4, :-1].flatten(0, 1), labels[:4, 1:].flatten())
+        loss = likelihood - losses.mean()
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+        optimizer.step()
+        expected.append({name: value.item() for name, value in {
+            "loss": loss, "grad_norm": norm, "nll_loss": likelihood, "log_odds_ratio": ratio, "log_odds_chosen": odds}.items()})
+    ours = train_ours(tmp_path, "orpo", model, PAIRS, batch_size=4, beta=0.25)
+    assert_equal_metrics(ours, expected, ["nll_loss", "log_odds_ratio", "log_odds_chosen"])

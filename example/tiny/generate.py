@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 HERE = Path(__file__).resolve().parent
 SMALL = {"sft": 2000, "preference": 2000, "feedback": 2000, "prompts": 1000}  # rows of the committed training files
-EVAL_ROWS = 200                                                               # rows of each eval-<kind>.jsonl
+EVAL = {"sft": 200, "preference": 200, "feedback": 200, "prompts": 500}        # and of their eval- twins
 LARGE_ROWS = 83_200                                                           # 1300 updates of 64 rows
 
 NAMES = ["Tom", "Ann", "Ben", "Mia", "Leo", "Eva", "Sam", "Zoe", "Max", "Amy"]
@@ -139,7 +139,7 @@ def draw_answer(problem, rng, kinds):
     return rng.choices(list(kinds), list(kinds.values()))[0](problem, rng)
 
 
-BAD = {hasty: 0.35, mistaken: 0.25, free_text: 0.2, vague: 0.2}
+BAD = {mistaken: 0.5, hasty: 0.2, free_text: 0.15, vague: 0.15}  # half differ from a careful answer in nothing but the number
 BASE = {careful: 0.4, hasty: 0.25, free_text: 0.2, vague: 0.15}  # a capable but unaligned model: it can, but often does not
 
 
@@ -207,7 +207,7 @@ def write_small(folder, seed=0):
     for kind, row in SMALL_ROWS.items():
         rng = random.Random(f"{seed} {kind}")  # one stream per file: a longer file does not move the others
         write_rows(folder / f"{kind}.jsonl", [row(rng) for _ in range(SMALL[kind])])
-        write_rows(folder / f"eval-{kind}.jsonl", [row(rng, held_out=True) for _ in range(EVAL_ROWS)])
+        write_rows(folder / f"eval-{kind}.jsonl", [row(rng, held_out=True) for _ in range(EVAL[kind])])
 
 
 def write_large(folder, seed=0, rows=LARGE_ROWS):

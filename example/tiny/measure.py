@@ -1,6 +1,6 @@
 """How often is a model right and in format on the held-out problems?
 
-    python example/tiny/measure.py MODEL [--rows 200] [--seed 0]
+    python example/tiny/measure.py MODEL [--rows 500] [--seed 0]
 
 Prints accuracy (right and in format) and the format rate, once sampled at temperature 1 and once greedy.
 """
@@ -65,7 +65,7 @@ def main():
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
-    parser.add_argument("--rows", type=int, default=200)
+    parser.add_argument("--rows", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(args.model)

@@ -1,0 +1,74 @@
+"""CPO: Contrastive Preference Optimization - DPO without a reference, held by the likelihood of the chosen responses instead.
+
+Paper:    Xu et al. 2024, arXiv 2401.08417; the loss is eq. 5, cpo_alpha weighs its second term (1 in the paper).
+Formula:  L = -log sigmoid( beta * [ log pi(y_w|x) - log pi(y_l|x) ] )  +  cpo_alpha * NLL(y_w|x)
+Symbols:  log pi(y_w|x)      policy_chosen_logps       sum over the tokens of the chosen response, stop token included
+          log pi(y_l|x)      policy_rejected_logps     the same of the rejected response
+          NLL(y_w|x)         nll                       -log pi of every token of the chosen response
+Trains:   the policy, every weight. No other model.
+Data:     {"prompt": ..., "chosen": ..., "rejected": ...}, strings or messages; HH-RLHF transcripts as they are
+Divided:  the first term by the pairs of the whole update, the second by its chosen tokens, over all micro-batches and ranks.
+Metrics:  loss                                both terms
+          nll_loss                            token mean of -log pi(y_w|x)
+          rewards/chosen, rewards/rejected    beta * summed log-probs
+          rewards/margins                     chosen - rejected
+          rewards/accuracies                  share of pairs with margin > 0: also at step 0 not one half, long responses lose
+          logps/chosen, logps/rejected        summed log-probs under the policy
+Differs:  nothing in the loss; like the authors' code, sums in the first term and a token mean in the second.
+Run:      python train.py example/tiny-cpo.yml
+"""
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+
+DATA = "pairs"                     # every row holds a prompt, a chosen and a rejected response
+MODEL = "policy"                   # what is trained
+PROGRESS = "rewards/accuracies"    # the number shown beside the loss
+
+
+@dataclass
+class Config:
+    beta: float = 0.1              # steepness of the preference term
+    cpo_alpha: float = 1.0         # weight of the chosen responses' negative log-likelihood
+    label_smoothing: float = 0.0   # share of pairs assumed to be labelled the wrong way round
+
+
+def cpo_loss(policy_chosen_logps, policy_rejected_logps, beta=0.1, label_smoothing=0.0):
+    """Two (B,) summed log-probs -> (losses (B,), metrics); nothing is reduced. The likelihood term is added by `train`."""
+    chosen_rewards = beta * policy_chosen_logps                                         # (B,)
+    rejected_rewards = beta * policy_rejected_logps                                     # (B,)
+    margins = chosen_rewards - rejected_rewards                                         # (B,)
+    losses = (-(1 - label_smoothing) * F.logsigmoid(margins)                            # (B,) eq. 5, first term
+              - label_smoothing * F.logsigmoid(-margins))                               # the pair the other way round
+    metrics = {
+        "rewards/chosen": chosen_rewards,
+        "rewards/rejected": rejected_rewards,
+        "rewards/margins": margins,
+        "rewards/accuracies": margins > 0,
+        "logps/chosen": policy_chosen_logps,
+        "logps/rejected": policy_rejected_logps,
+    }
+    return losses, metrics
+
+
+def train(engine, config):
+    policy, optimizer = engine.policy, engine.optimizer
+
+    def forward(batch):
+        logps = policy(batch)                                                              # (N,)
+        losses, metrics = cpo_loss(*batch.pairs(batch.sum(logps)), config.beta, config.label_smoothing)
+        nll = -batch.chosen(logps)                                                         # (tokens of the chosen responses,)
+        return losses, nll, metrics | {"nll_loss": nll}
+
+    for step in engine.steps():                                    # one optimizer update
+        for batch in step:                                         # one micro-batch
+            losses, nll, metrics = forward(batch)
+            # mean over the pairs, and over the chosen tokens, of the whole update
+            (losses.sum() / step.num_examples + config.cpo_alpha * nll.sum() / step.num_chosen_tokens).backward()
+            step.log((losses, config.cpo_alpha * nll), metrics)
+        engine.clip_gradients()                                    # stops on a non-finite loss or norm, before the update
+        optimizer.step()
+        optimizer.zero_grad()
+        for batch in engine.eval_batches(step):                    # empty unless an evaluation is due
+            losses, nll, metrics = forward(batch)
+            step.log((losses, config.cpo_alpha * nll), metrics, split="eval")

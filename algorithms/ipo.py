@@ -1,0 +1,68 @@
+"""IPO: Identity Preference Optimization - DPO with a squared distance to a finite margin, which certain labels cannot blow up.
+
+Paper:    Azar et al. 2023, arXiv 2310.12036; the loss is eq. 17, with beta for the paper's tau.
+Formula:  L = ( log pi(y_w|x) / pi_ref(y_w|x)  -  log pi(y_l|x) / pi_ref(y_l|x)  -  1 / (2 beta) )^2
+Symbols:  log pi(y_w|x)      policy_chosen_logps       mean over the tokens of the chosen response, stop token included
+          log pi(y_l|x)      policy_rejected_logps     the same of the rejected response
+          log pi_ref(...)    reference_chosen_logps, reference_rejected_logps
+Trains:   the policy, every weight. The reference is frozen; its log-probs are computed once, before the first update,
+          so that no second model is in memory while training.
+Data:     {"prompt": ..., "chosen": ..., "rejected": ...}, strings or messages; HH-RLHF transcripts as they are
+Divided:  by the pairs of the whole update, over all micro-batches and ranks.
+Metrics:  loss                                1 / (2 beta)^2 = 25 at step 0 with beta 0.1, where policy = reference
+          rewards/chosen, rewards/rejected    beta * log-ratio, of means like the loss; 0 at step 0
+          rewards/margins                     chosen - rejected; 0 at step 0, and 0.5 is what the loss pulls it to
+          rewards/accuracies                  share of pairs with margin > 0; a tie is not a win: 0 at step 0, but for rounding
+          logps/chosen, logps/rejected        mean log-probs under the policy
+Differs:  the paper sums over tokens (average_log_prob: false); its authors advise means, so that the margin does not depend on
+          length. With means 1 / (2 beta) is in nats per token: beta 0.1 asks for 5 of them, so 0.1 to 1 is the useful range.
+Run:      python train.py example/tiny-ipo.yml
+"""
+from dataclasses import dataclass
+
+DATA = "pairs"                     # every row holds a prompt, a chosen and a rejected response
+MODEL = "policy"                   # what is trained
+PROGRESS = "rewards/accuracies"    # the number shown beside the loss
+
+
+@dataclass
+class Config:
+    beta: float = 0.1              # the margin aimed at is 1 / (2 beta): larger stays closer to the reference
+    average_log_prob: bool = True  # means over tokens; false: the paper's sums
+    reference: str | None = None   # model directory or hub name; none: the start model
+
+
+def ipo_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps, beta=0.1):
+    """Four (B,) mean (or summed) log-probs -> (losses (B,), metrics); nothing is reduced."""
+    chosen_logratios = policy_chosen_logps - reference_chosen_logps                     # (B,)
+    rejected_logratios = policy_rejected_logps - reference_rejected_logps               # (B,)
+    losses = (chosen_logratios - rejected_logratios - 1 / (2 * beta)) ** 2              # (B,) eq. 17
+    metrics = {
+        "rewards/chosen": beta * chosen_logratios,
+        "rewards/rejected": beta * rejected_logratios,
+        "rewards/margins": beta * (chosen_logratios - rejected_logratios),
+        "rewards/accuracies": chosen_logratios > rejected_logratios,
+        "logps/chosen": policy_chosen_logps,
+        "logps/rejected": policy_rejected_logps,
+    }
+    return losses, metrics
+
+
+def train(engine, config):
+    policy, optimizer = engine.policy, engine.optimizer
+    reference = engine.reference(config.reference)
+
+    def forward(batch):
+        per_response = batch.mean if config.average_log_prob else batch.sum                # (N,) -> (2 B,)
+        return ipo_loss(*batch.pairs(per_response(policy(batch))), *batch.pairs(per_response(reference(batch))), config.beta)
+
+    for step in engine.steps():                                    # one optimizer update
+        for batch in step:                                         # one micro-batch
+            losses, metrics = forward(batch)
+            (losses.sum() / step.num_examples).backward()          # mean over the pairs of the whole update
+            step.log(losses, metrics)
+        engine.clip_gradients()                                    # stops on a non-finite loss or norm, before the update
+        optimizer.step()
+        optimizer.zero_grad()
+        for batch in engine.eval_batches(step):                    # empty unless an evaluation is due
+            step.log(*forward(batch), split="eval")

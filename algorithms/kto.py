@@ -1,0 +1,115 @@
+"""KTO: Kahneman-Tversky Optimization - learns from single responses marked good or bad; no pairs are needed.
+
+Paper:    Ethayarajh et al. 2024, arXiv 2402.01306; the loss is eq. 7 and 8, z0 section 4.1.
+Formula:  L = w_D * ( 1 - sigmoid( beta * (r - z0) ) )  for a desirable response,  w_U * ( 1 - sigmoid( beta * (z0 - r) ) )  otherwise
+          r = log pi(y|x) / pi_ref(y|x),    z0 = max(0, mean of log pi(y'|x) / pi_ref(y'|x))
+Symbols:  log pi(y|x)        policy_logps        sum over the tokens of the response, stop token included
+          log pi_ref(y|x)    reference_logps
+          z0                 kl                  the point from which gains and losses are judged, without a gradient. y' is the
+                                                 response to another prompt of the same update
+          w_D, w_U           desirable_weight, undesirable_weight
+Trains:   the policy, every weight. The reference is frozen; its log-probs are computed once, before the first update,
+          so that no second model is in memory while training.
+Data:     {"prompt": ..., "response": ..., "label": true}; pairs give two rows, the chosen one true and the rejected one false
+Divided:  by the examples of the whole update, over all micro-batches and ranks; kl is a mean over the same.
+Metrics:  loss                                0.5 at step 0 with both weights 1, where policy = reference
+          kl                                  z0; 0 at step 0
+          rewards/chosen, rewards/rejected    beta * r of the desirable and of the undesirable responses; 0 at step 0
+          rewards/margins                     their difference
+          logps/chosen, logps/rejected        summed log-probs under the policy, of each
+Differs:  y' never comes from the same prompt (the paper's code takes the next example, which in unpacked pairs often does).
+Run:      python train.py example/tiny-kto.yml
+"""
+from dataclasses import dataclass
+
+import torch
+
+from data.errors import UserError
+from data.pack import Example
+
+DATA = "labelled"                  # every row holds a prompt, one response and whether it is desirable
+MODEL = "policy"                   # what is trained
+PROGRESS = "rewards/margins"       # the number shown beside the loss
+
+
+@dataclass
+class Config:
+    beta: float = 0.1              # leash to the reference: larger stays closer
+    desirable_weight: float = 1.0  # with n_D desirable and n_U undesirable rows, the paper advises weights for which
+    undesirable_weight: float = 1.0  # desirable_weight * n_D / (undesirable_weight * n_U) is between 1 and 4/3
+    reference: str | None = None   # model directory or hub name; none: the start model
+
+
+def kto_loss(policy_logps, reference_logps, labels, kl, beta=0.1, desirable_weight=1.0, undesirable_weight=1.0):
+    """(B,), (B,) summed log-probs, (B,) bool, () -> (losses (B,), metrics); nothing is reduced."""
+    logratios = policy_logps - reference_logps                                          # (B,) r of eq. 7
+    gains = torch.where(labels, logratios - kl, kl - logratios)                         # (B,)
+    weights = torch.where(labels, desirable_weight, undesirable_weight)                 # (B,) lambda_y
+    losses = weights * (1 - torch.sigmoid(beta * gains))                                # (B,) eq. 8
+    rewards = beta * logratios
+    metrics = {
+        "kl": kl,
+        "rewards/chosen": rewards[labels],
+        "rewards/rejected": rewards[~labels],
+        "rewards/margins": (rewards[labels], -rewards[~labels]),       # the sum of two means
+        "logps/chosen": policy_logps[labels],
+        "logps/rejected": policy_logps[~labels],
+    }
+    return losses, metrics
+
+
+def mismatched(examples: list) -> list:
+    """Every prompt of an update (or of the held-out rows) with the response of the next example that has another prompt."""
+    def other(i):
+        following = examples[i + 1:] + examples[:i]
+        return next((other for other in following if other.prompt.tobytes() != examples[i].prompt.tobytes()), None)
+
+    if examples and other(0) is None:
+        raise UserError(f"kto: all {len(examples)} rows of one update, or all held-out rows, have the prompt of {examples[0].where}, so "
+                        "no response to another prompt is there; fix: shuffle the rows, choose another batch_size, or hold out more")
+    return [Example(example.prompt, other(i).responses, example.where) for i, example in enumerate(examples)]
+
+
+def advise_weights(train_set, config) -> str:
+    """The counts of both labels and the weights that the paper's section 4.2 admits for them."""
+    desirable = sum(example.extras["label"] for example in train_set)
+    undesirable = len(train_set) - desirable
+    least = config.undesirable_weight * undesirable / desirable
+    inside = least <= config.desirable_weight <= 4 / 3 * least
+    return (f"{'' if inside else 'warning: '}{desirable} desirable and {undesirable} undesirable rows: with undesirable_weight "
+            f"{config.undesirable_weight:g}, desirable_weight is best between {least:.3g} and {4 / 3 * least:.3g}, "
+            f"and it is {config.desirable_weight:g}")
+
+
+def train(engine, config):
+    policy, optimizer = engine.policy, engine.optimizer
+    engine.notice(advise_weights(engine.train_set, config))
+    held_out = mismatched(engine.eval_set)
+    reference = engine.reference(config.reference, also=[*held_out, *(e for rows in engine.updates() for e in mismatched(rows))])
+
+    @torch.no_grad()
+    def estimate_kl(batches):
+        """z0 of a whole update, from the micro-batches of its mismatched examples."""
+        total, count = 0.0, 0
+        for batch in batches:
+            total += float((policy(batch) - reference(batch)).sum())
+            count += len(batch.examples)
+        return torch.tensor(max(0.0, engine.mean(total, count)), device=policy.device)     # the mean first, then the clamp
+
+    def forward(batch, kl):
+        labels = torch.tensor([e.extras["label"] for e in batch.examples], dtype=torch.bool, device=policy.device)      # (B,)
+        return kto_loss(batch.sum(policy(batch)), batch.sum(reference(batch)), labels, kl,
+                        config.beta, config.desirable_weight, config.undesirable_weight)
+
+    for step in engine.steps():                                    # one optimizer update
+        kl = estimate_kl(engine.batches(mismatched(step.examples)))          # first pass, without gradients
+        for batch in step:                                         # one micro-batch
+            losses, metrics = forward(batch, kl)
+            (losses.sum() / step.num_examples).backward()          # mean over the examples of the whole update
+            step.log(losses, metrics)
+        engine.clip_gradients()                                    # stops on a non-finite loss or norm, before the update
+        optimizer.step()
+        optimizer.zero_grad()
+        kl = estimate_kl(engine.eval_batches(step, held_out))
+        for batch in engine.eval_batches(step):                    # empty unless an evaluation is due
+            step.log(*forward(batch, kl), split="eval")

@@ -1,0 +1,85 @@
+"""ORPO: Odds Ratio Preference Optimization - fine-tuning and preference in one stage, from a base model, without a reference.
+
+Paper:    Hong et al. 2024, arXiv 2403.07691; the loss is eq. 6 and 7, with beta for the paper's lambda.
+Formula:  L = NLL(y_w|x)  -  beta * log sigmoid( log [ odds(y_w|x) / odds(y_l|x) ] ),    odds(y|x) = P / (1 - P)
+Symbols:  P(y_w|x)         exp(policy_chosen_logps)      the geometric mean of the tokens' probabilities, stop token included
+          P(y_l|x)         exp(policy_rejected_logps)    the same of the rejected response
+          NLL(y_w|x)       nll                           -log pi of every token of the chosen response
+Trains:   the policy, every weight. No other model.
+Data:     {"prompt": ..., "chosen": ..., "rejected": ...}, strings or messages; HH-RLHF transcripts as they are
+Divided:  the likelihood by the chosen tokens of the whole update, the odds-ratio term by its pairs, over all micro-batches and
+          ranks.
+Metrics:  loss                                both terms
+          nll_loss                            token mean of -log pi(y_w|x): most of the loss
+          log_odds_chosen                     log of the odds ratio
+          log_odds_ratio                      its log-sigmoid; -0.6931 where both responses are equally likely
+          rewards/chosen, rewards/rejected    beta * mean log-probs
+          rewards/margins                     chosen - rejected
+          rewards/accuracies                  share of pairs with margin > 0
+          logps/chosen, logps/rejected        mean log-probs under the policy
+Differs:  the likelihood is of the response, as in the paper's eq. 2; the authors' code (and TRL) add the prompt's tokens by default.
+          1 - P is computed as log1mexp in fp32 with P below 1 - 1e-7, so that a certain response gives no infinity.
+Run:      python train.py example/tiny-orpo.yml
+"""
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+DATA = "pairs"                     # every row holds a prompt, a chosen and a rejected response
+MODEL = "policy"                   # what is trained
+PROGRESS = "rewards/accuracies"    # the number shown beside the loss
+
+
+@dataclass
+class Config:
+    beta: float = 0.1              # weight of the odds-ratio term, the paper's lambda (0.1 to 0.25)
+
+
+def log_odds(logps):
+    """log( P / (1 - P) ) for P = exp(logps), in fp32 and finite for every logps <= 0; the same shape."""
+    logps = logps.float().clamp(max=-1e-7)
+    # log(1 - exp(x)): expm1 keeps the digits near 0, log1p those far below
+    log1mexp = torch.where(logps > -0.6931472, torch.log(-torch.expm1(logps)), torch.log1p(-torch.exp(logps)))
+    return logps - log1mexp
+
+
+def orpo_loss(policy_chosen_logps, policy_rejected_logps, beta=0.1):
+    """Two (B,) mean log-probs -> (losses (B,), metrics); nothing is reduced. The likelihood term is added by `train`."""
+    log_odds_chosen = log_odds(policy_chosen_logps) - log_odds(policy_rejected_logps)   # (B,) eq. 4
+    log_odds_ratio = F.logsigmoid(log_odds_chosen)                                      # (B,)
+    losses = -beta * log_odds_ratio                                                     # (B,) eq. 7, times lambda as in eq. 6
+    metrics = {
+        "log_odds_chosen": log_odds_chosen,
+        "log_odds_ratio": log_odds_ratio,
+        "rewards/chosen": beta * policy_chosen_logps,
+        "rewards/rejected": beta * policy_rejected_logps,
+        "rewards/margins": beta * (policy_chosen_logps - policy_rejected_logps),
+        "rewards/accuracies": policy_chosen_logps > policy_rejected_logps,
+        "logps/chosen": policy_chosen_logps,
+        "logps/rejected": policy_rejected_logps,
+    }
+    return losses, metrics
+
+
+def train(engine, config):
+    policy, optimizer = engine.policy, engine.optimizer
+
+    def forward(batch):
+        logps = policy(batch)                                                              # (N,)
+        losses, metrics = orpo_loss(*batch.pairs(batch.mean(logps)), config.beta)
+        nll = -batch.chosen(logps)                                                         # (tokens of the chosen responses,)
+        return losses, nll, metrics | {"nll_loss": nll}
+
+    for step in engine.steps():                                    # one optimizer update
+        for batch in step:                                         # one micro-batch
+            losses, nll, metrics = forward(batch)
+            # mean over the pairs, and over the chosen tokens, of the whole update
+            (losses.sum() / step.num_examples + nll.sum() / step.num_chosen_tokens).backward()
+            step.log((losses, nll), metrics)
+        engine.clip_gradients()                                    # stops on a non-finite loss or norm, before the update
+        optimizer.step()
+        optimizer.zero_grad()
+        for batch in engine.eval_batches(step):                    # empty unless an evaluation is due
+            losses, nll, metrics = forward(batch)
+            step.log((losses, nll), metrics, split="eval")

@@ -1,0 +1,67 @@
+"""RM: a reward model - scores a response with one number, so that of two responses the preferred one scores higher.
+
+Paper:    Ouyang et al. 2022 (InstructGPT), arXiv 2203.02155, eq. 1 (Bradley-Terry). The margin is Llama 2's, arXiv 2307.09288,
+          eq. 2; centering is arXiv 2312.09244.
+Formula:  L = -log sigmoid( r(x,y_w) - r(x,y_l) - m )  +  lambda * ( r(x,y_w) + r(x,y_l) )^2
+Symbols:  r(x,y_w)      chosen_rewards       a linear head without bias on the last hidden state of the response
+          r(x,y_l)      rejected_rewards     the same of the rejected response
+          m             margins              0, or the row's `margin`
+          lambda        center_rewards_coefficient
+Trains:   the trunk, every weight, and the head.
+Data:     {"prompt": ..., "chosen": ..., "rejected": ...}, strings or messages, perhaps with "margin": 0.5; HH-RLHF transcripts
+Divided:  by the pairs of the whole update, over all micro-batches and ranks.
+Metrics:  loss                                near log 2 = 0.6931 at step 0: the head starts small and random
+          accuracy                            share of pairs with r(x,y_w) > r(x,y_l); a tie is not a win; near 0.5 at step 0
+          margin                              r(x,y_w) - r(x,y_l)
+          mean_reward                         of all responses
+          rewards/chosen, rewards/rejected    r(x,y_w), r(x,y_l)
+Differs:  every pair counts the same, where InstructGPT weighs all pairs of a prompt as one.
+Run:      python train.py example/tiny-rm.yml
+"""
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+DATA = "pairs"                     # every row holds a prompt, a chosen and a rejected response
+MODEL = "reward"                   # what is trained
+PROGRESS = "accuracy"              # the number shown beside the loss
+
+
+@dataclass
+class Config:
+    center_rewards_coefficient: float = 0.0    # pulls the mean of both rewards to 0 (0.01); 0 leaves it free
+
+
+def rm_loss(chosen_rewards, rejected_rewards, margins=None, center_rewards_coefficient=0.0):
+    """Two or three (B,) -> (losses (B,), metrics); nothing is reduced."""
+    difference = chosen_rewards - rejected_rewards                                      # (B,)
+    losses = -F.logsigmoid(difference if margins is None else difference - margins)     # (B,)
+    losses = losses + center_rewards_coefficient * (chosen_rewards + rejected_rewards) ** 2
+    metrics = {
+        "accuracy": difference > 0,
+        "margin": difference,
+        "mean_reward": torch.cat([chosen_rewards, rejected_rewards]),
+        "rewards/chosen": chosen_rewards,
+        "rewards/rejected": rejected_rewards,
+    }
+    return losses, metrics
+
+
+def train(engine, config):
+    reward_model, optimizer = engine.policy, engine.optimizer
+
+    def forward(batch):
+        margins = torch.tensor([e.extras.get("margin", 0.0) for e in batch.examples], device=reward_model.device)       # (B,)
+        return rm_loss(*batch.pairs(reward_model(batch)), margins, config.center_rewards_coefficient)
+
+    for step in engine.steps():                                    # one optimizer update
+        for batch in step:                                         # one micro-batch
+            losses, metrics = forward(batch)
+            (losses.sum() / step.num_examples).backward()          # mean over the pairs of the whole update
+            step.log(losses, metrics)
+        engine.clip_gradients()                                    # stops on a non-finite loss or norm, before the update
+        optimizer.step()
+        optimizer.zero_grad()
+        for batch in engine.eval_batches(step):                    # empty unless an evaluation is due
+            step.log(*forward(batch), split="eval")

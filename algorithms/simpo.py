@@ -1,0 +1,76 @@
+"""SimPO: Simple Preference Optimization - the length-averaged likelihood is the reward, a margin takes the reference's place.
+
+Paper:    Meng et al. 2024, arXiv 2405.14734; the loss is eq. 6. cpo_alpha > 0 is CPO-SimPO.
+Formula:  L = -log sigmoid( beta / |y_w| * log pi(y_w|x)  -  beta / |y_l| * log pi(y_l|x)  -  gamma )
+Symbols:  log pi(y_w|x) / |y_w|      policy_chosen_logps       mean over the tokens of the chosen response, stop token included
+          log pi(y_l|x) / |y_l|      policy_rejected_logps     the same of the rejected response
+          gamma                      simpo_gamma               the margin by which the chosen response has to win
+Trains:   the policy, every weight. No other model.
+Data:     {"prompt": ..., "chosen": ..., "rejected": ...}, strings or messages; HH-RLHF transcripts as they are
+Divided:  by the pairs of the whole update, over all micro-batches and ranks; with cpo_alpha, the likelihood of the chosen
+          responses by their tokens in the whole update.
+Metrics:  loss                                1.3133 where both means are equal, with beta 2 and simpo_gamma 1
+          nll_loss                            token mean of -log pi(y_w|x)
+          rewards/chosen, rewards/rejected    beta * mean log-probs
+          rewards/margins                     chosen - rejected, without simpo_gamma
+          rewards/accuracies                  share of pairs with margin > 0
+          logps/chosen, logps/rejected        mean log-probs under the policy
+Differs:  label smoothing and cpo_alpha are later additions; both are off. The paper tunes gamma as a share of beta (0.3 to 0.6).
+Run:      python train.py example/tiny-simpo.yml
+"""
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+
+DATA = "pairs"                     # every row holds a prompt, a chosen and a rejected response
+MODEL = "policy"                   # what is trained
+PROGRESS = "rewards/accuracies"    # the number shown beside the loss
+
+
+@dataclass
+class Config:
+    beta: float = 2.0              # scale of the mean log-probs (2 to 10)
+    simpo_gamma: float = 1.0       # margin, in the unit of the rewards: 0.3 to 0.6 of beta
+    cpo_alpha: float = 0.0         # weight of the chosen responses' negative log-likelihood; 0 is plain SimPO
+    label_smoothing: float = 0.0   # share of pairs assumed to be labelled the wrong way round
+
+
+def simpo_loss(policy_chosen_logps, policy_rejected_logps, beta=2.0, simpo_gamma=1.0, label_smoothing=0.0):
+    """Two (B,) mean log-probs -> (losses (B,), metrics); nothing is reduced. The likelihood term is added by `train`."""
+    chosen_rewards = beta * policy_chosen_logps                                         # (B,) eq. 4
+    rejected_rewards = beta * policy_rejected_logps                                     # (B,)
+    margins = chosen_rewards - rejected_rewards                                         # (B,)
+    losses = (-(1 - label_smoothing) * F.logsigmoid(margins - simpo_gamma)              # (B,) eq. 6
+              - label_smoothing * F.logsigmoid(simpo_gamma - margins))                  # the pair the other way round
+    metrics = {
+        "rewards/chosen": chosen_rewards,
+        "rewards/rejected": rejected_rewards,
+        "rewards/margins": margins,
+        "rewards/accuracies": margins > 0,
+        "logps/chosen": policy_chosen_logps,
+        "logps/rejected": policy_rejected_logps,
+    }
+    return losses, metrics
+
+
+def train(engine, config):
+    policy, optimizer = engine.policy, engine.optimizer
+
+    def forward(batch):
+        logps = policy(batch)                                                              # (N,)
+        losses, metrics = simpo_loss(*batch.pairs(batch.mean(logps)), config.beta, config.simpo_gamma, config.label_smoothing)
+        nll = -batch.chosen(logps)                                                         # (tokens of the chosen responses,)
+        return losses, nll, metrics | {"nll_loss": nll}
+
+    for step in engine.steps():                                    # one optimizer update
+        for batch in step:                                         # one micro-batch
+            losses, nll, metrics = forward(batch)
+            # mean over the pairs, and over the chosen tokens, of the whole update
+            (losses.sum() / step.num_examples + config.cpo_alpha * nll.sum() / step.num_chosen_tokens).backward()
+            step.log((losses, config.cpo_alpha * nll), metrics)
+        engine.clip_gradients()                                    # stops on a non-finite loss or norm, before the update
+        optimizer.step()
+        optimizer.zero_grad()
+        for batch in engine.eval_batches(step):                    # empty unless an evaluation is due
+            losses, nll, metrics = forward(batch)
+            step.log((losses, config.cpo_alpha * nll), metrics, split="eval")

@@ -1,0 +1,54 @@
+"""The processes of a run: one, or one per device under `torchrun`."""
+import datetime
+import os
+
+import torch
+import torch.distributed as dist
+
+from data.errors import UserError
+
+
+def start_processes(deterministic: bool) -> None:
+    """Under torchrun, join the process group: nccl on CUDA, gloo on the CPU."""
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    if "LOCAL_RANK" in os.environ:
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=datetime.timedelta(minutes=30))
+
+
+def stop_processes() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def from_main(function, *arguments):
+    """`function(*arguments)`, called on rank 0 only, on every rank; so is the UserError it raises."""
+    if not dist.is_initialized():
+        return function(*arguments)
+    box = [None]
+    if dist.get_rank() == 0:
+        try:
+            box = [function(*arguments)]
+        except UserError as error:
+            box = [error]
+    dist.broadcast_object_list(box)
+    if isinstance(box[0], UserError):
+        raise box[0]
+    return box[0]
+
+
+def distributed() -> tuple[int, int]:
+    """(rank, world size); (0, 1) without torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def sum_over_ranks(values: list[float], device) -> list[float]:
+    """Element-wise sum of a list of numbers over all ranks, in float64."""
+    if not dist.is_initialized():
+        return values
+    total = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return total.tolist()

@@ -1,0 +1,127 @@
+"""What is KTO's own: responses to other prompts, one class in an update, labels, counts and weights."""
+import numpy as np
+import pytest
+from helpers import labelled_rows, metrics, pair_rows, tiny_model, train_here, write_config, write_jsonl
+
+from algorithms.kto import mismatched
+from data.errors import UserError
+from data.pack import Example, Response
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def train(model, tmp_path):
+    """train(rows, key=value, ...) -> the run's directory."""
+    def train(rows, **values):
+        options = dict(algorithm="kto", model=model, data=write_jsonl(tmp_path / "data.jsonl", rows), output=tmp_path / "run", batch_size=4,
+                       epochs=1, lr=1e-3, max_length=256, save_every="null") | values
+        train_here(write_config(tmp_path / "run.yml", **options))
+        return options["output"]
+    return train
+
+
+def examples(prompts):
+    """One example per prompt, whose response is its number."""
+    return [Example(np.array(prompt, np.int32), [Response.all_trained([100 + i])], f"row {i}", {"label": i % 2 == 0})
+            for i, prompt in enumerate(prompts)]
+
+
+def pairing(prompts):
+    """For every example the number of the one that lent its response."""
+    rows = examples(prompts)
+    others = mismatched(rows)
+    assert [other.prompt.tolist() for other in others] == [list(prompt) for prompt in prompts]
+    return [int(other.responses[0].tokens[0]) - 100 for other in others]
+
+
+A, B, C, D = (1,), (2, 2), (3, 1), (1, 3)
+
+
+@pytest.mark.parametrize("prompts, expected", [
+    ([A, B, C], [1, 2, 0]),
+    ([A, A, B, B, C, C], [2, 2, 4, 4, 0, 0]),              # unpacked pairs, in the order of the file
+    ([A, B, B, B], [1, 0, 0, 0]),
+    ([B, B, B, A, D], [3, 3, 3, 4, 0]),
+    ([A, B], [1, 0]),
+])
+def test_responses_come_from_the_next_other_prompt(prompts, expected):
+    assert pairing(prompts) == expected
+    assert all(prompts[i] != prompts[j] for i, j in enumerate(expected))
+
+
+def test_one_prompt_alone_is_refused():
+    assert mismatched([]) == []
+    for prompts in ([A], [A, A, A]):
+        with pytest.raises(UserError, match="of one update.* have the prompt of row 0.*; fix: "):
+            mismatched(examples(prompts))
+
+
+def test_an_update_with_one_prompt_is_refused_before_training(train, tmp_path, capsys):
+    rows = [{"prompt": prompt, "response": f"{i}", "label": i % 2 == 0} for i, prompt in enumerate(["a", "b", "c", "c", "d", "e"])]
+    with pytest.raises(UserError, match=r"kto: all 2 rows of one update.* have the prompt of .*data\.jsonl:3"):
+        train(rows, batch_size=2, shuffle="false")
+    assert metrics(tmp_path / "run") == [] and "reference log-probs" not in capsys.readouterr().err
+
+
+def test_pairs_are_two_rows(train, capsys):
+    run = train(pair_rows(10))
+    printed = capsys.readouterr().err
+    assert "10 desirable and 10 undesirable rows" in printed and len(metrics(run)) == 5
+    first = metrics(run)[0]
+    assert first["loss"] == pytest.approx(0.5) and first["kl"] == 0 and first["rewards/chosen"] == 0
+
+
+def test_chosen_is_the_desirable_one(train, tmp_path):
+    """Pairs, and the same responses written out in two rows each: the same run."""
+    unpacked = [{"prompt": row["prompt"], "completion": row[side], "label": side == "chosen"}
+                for row in pair_rows(6) for side in ("chosen", "rejected")]
+    pairs, rows = (metrics(train(rows, output=tmp_path / name)) for name, rows in (("pairs", pair_rows(6)), ("rows", unpacked)))
+    assert pairs == rows and len(rows) == 3
+
+
+@pytest.mark.parametrize("desirable, weights, expected", [
+    (5, {}, "5 desirable and 5 undesirable rows: with undesirable_weight 1, desirable_weight is best between 1 and 1.33, and it is 1"),
+    (2, {},
+     "warning: 2 desirable and 8 undesirable rows: with undesirable_weight 1, desirable_weight is best between 4 and 5.33, and it is 1"),
+    (2, {"undesirable_weight": 0.25},
+     "2 desirable and 8 undesirable rows: with undesirable_weight 0.25, desirable_weight is best between 1 and 1.33, and it is 1"),
+    (8, {"desirable_weight": 0.3},
+     "8 desirable and 2 undesirable rows: with undesirable_weight 1, desirable_weight is best between 0.25 and 0.333, and it is 0.3"),
+])
+def test_counts_and_weights_are_printed(train, capsys, desirable, weights, expected):
+    rows = [{"prompt": f"{i}?", "response": f"{i}", "label": i < desirable} for i in range(10)]
+    train(rows, max_steps=1, **weights)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines.count(expected) == 1, lines
+
+
+def test_updates_of_one_class(train):
+    """The other class's metrics are left out of that update's row; the losses go on."""
+    rows = [{"prompt": f"{i}?", "response": f"{i}", "label": i < 4} for i in range(8)]
+    first, last = metrics(train(rows, shuffle="false"))
+    assert {"rewards/chosen", "logps/chosen"} <= first.keys() and "rewards/rejected" not in first and "rewards/margins" not in first
+    assert {"rewards/rejected", "logps/rejected"} <= last.keys() and "rewards/chosen" not in last and "rewards/margins" not in last
+    assert first["loss"] == pytest.approx(0.5) and 0 < last["loss"] < 1
+
+
+@pytest.mark.parametrize("label", [True, False])
+def test_one_class_only_is_refused(train, label):
+    with pytest.raises(UserError, match="label"):
+        train([row | {"label": label} for row in labelled_rows(8)])
+
+
+@pytest.mark.parametrize("label", ["yes", 2, 0.5, None, "true"])
+def test_labels_that_are_not_boolean_are_refused(train, label):
+    rows = labelled_rows(8)
+    rows[4]["label"] = label
+    with pytest.raises(UserError, match=r"data\.jsonl:5"):
+        train(rows)
+
+
+def test_labels_may_be_numbers(train):
+    rows = [row | {"label": int(row["label"])} for row in labelled_rows(8)]
+    assert len(metrics(train(rows))) == 2
