@@ -28,10 +28,11 @@ def main(argv: list[str]) -> None:
     ranks.start_processes(common.deterministic)
     rank, world = ranks.distributed()
     try:
+        # a run as start model is its final/ or newest checkpoint of now: a resumed run must start from the same one
+        common = replace(common, model=ranks.from_main(checkpoint.model_path, common.model, lambda text: print(text, file=sys.stderr)))
         config_yaml = as_yaml(replace(common, resume="auto"), config)      # how this process was started is not the run's business
         directory, start = ranks.from_main(logs.choose_directory, common.output, run_config.stem, common.resume, config_yaml)
         run = logs.Run(directory, main=rank == 0)
-        common = replace(common, model=ranks.from_main(checkpoint.model_path, common.model, run.notice))
         tokenizer = load.load_tokenizer(common.model)
         train_set, eval_set, report = load_datasets(common, config, algorithm.DATA, tokenizer, run.notice)
         policy = model.build_policy(common, tokenizer, start)

@@ -5,7 +5,7 @@ Formula:  L = -log sigmoid( beta * [ log pi(y_w|x) - log pi(y_l|x) ] )  +  cpo_a
 Symbols:  log pi(y_w|x)      policy_chosen_logps       sum over the tokens of the chosen response, stop token included
           log pi(y_l|x)      policy_rejected_logps     the same of the rejected response
           NLL(y_w|x)         nll                       -log pi of every token of the chosen response
-Trains:   the policy, every weight. No other model.
+Trains:   the policy: every weight, or with lora_r an adapter. No other model.
 Data:     {"prompt": ..., "chosen": ..., "rejected": ...}, strings or messages; HH-RLHF transcripts as they are
 Divided:  the first term by the pairs of the whole update, the second by its chosen tokens, over all micro-batches and ranks.
 Metrics:  loss                                both terms

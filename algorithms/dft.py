@@ -4,7 +4,7 @@ Paper:    Wu et al. 2025, arXiv 2508.05629; the loss is eq. 8 and 9.
 Formula:  L = -(1/N) sum over trained tokens t of  sg[ pi(y_t | x, y_<t) ] * log pi(y_t | x, y_<t),    sg: no gradient
 Symbols:  log pi(y_t | ...)   logps        one per trained token
           N                   num_tokens   trained tokens of the whole update
-Trains:   the policy, every weight. No other model.
+Trains:   the policy: every weight, or with lora_r an adapter. No other model.
 Data:     {"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]}: every assistant turn,
           {"prompt": ..., "response": ...}, {"question": ..., "answer": ...}, raw {"text": ...}; pairs give their chosen side
 Divided:  by the trained tokens of the whole update, over all micro-batches and ranks; not by the sum of the weights.

@@ -7,8 +7,8 @@ Symbols:  log pi(y_w|x)      policy_chosen_logps       sum over the tokens of th
           log pi(y_l|x)      policy_rejected_logps     the same of the rejected response
           log pi_ref(...)    reference_chosen_logps, reference_rejected_logps
           beta * [log-ratio] chosen_rewards, rejected_rewards: the implicit rewards of eq. 5, up to a constant of x
-Trains:   the policy, every weight. The reference is frozen; its log-probs are computed once, before the first update,
-          so that no second model is in memory while training.
+Trains:   the policy: every weight, or with lora_r an adapter. The reference is frozen; its log-probs are computed once, before
+          the first update, so that no second model is in memory while training.
 Data:     {"prompt": ..., "chosen": ..., "rejected": ...}, strings or messages; HH-RLHF transcripts as they are
 Divided:  by the pairs of the whole update, over all micro-batches and ranks; with rpo_alpha, the likelihood of the chosen
           responses by their tokens in the whole update.
@@ -37,7 +37,7 @@ class Config:
     label_smoothing: float = 0.0   # share of pairs assumed to be labelled the wrong way round (cDPO); 0 is plain DPO
     rpo_alpha: float = 0.0         # weight of the chosen responses' negative log-likelihood
     reference: str | None = None   # model directory or hub name; none: the start model
-    reference_free: bool = False   # no reference: its log-probs count as 0
+    reference_free: bool = False   # no reference, whatever `reference` says: its log-probs count as 0
 
 
 def dpo_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps,

@@ -5,8 +5,8 @@ Formula:  L = ( log pi(y_w|x) / pi_ref(y_w|x)  -  log pi(y_l|x) / pi_ref(y_l|x) 
 Symbols:  log pi(y_w|x)      policy_chosen_logps       mean over the tokens of the chosen response, stop token included
           log pi(y_l|x)      policy_rejected_logps     the same of the rejected response
           log pi_ref(...)    reference_chosen_logps, reference_rejected_logps
-Trains:   the policy, every weight. The reference is frozen; its log-probs are computed once, before the first update,
-          so that no second model is in memory while training.
+Trains:   the policy: every weight, or with lora_r an adapter. The reference is frozen; its log-probs are computed once, before
+          the first update, so that no second model is in memory while training.
 Data:     {"prompt": ..., "chosen": ..., "rejected": ...}, strings or messages; HH-RLHF transcripts as they are
 Divided:  by the pairs of the whole update, over all micro-batches and ranks.
 Metrics:  loss                                1 / (2 beta)^2 = 25 at step 0 with beta 0.1, where policy = reference

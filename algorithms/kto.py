@@ -8,8 +8,8 @@ Symbols:  log pi(y|x)        policy_logps        sum over the tokens of the resp
           z0                 kl                  the point from which gains and losses are judged, without a gradient. y' is the
                                                  response to another prompt of the same update
           w_D, w_U           desirable_weight, undesirable_weight
-Trains:   the policy, every weight. The reference is frozen; its log-probs are computed once, before the first update,
-          so that no second model is in memory while training.
+Trains:   the policy: every weight, or with lora_r an adapter. The reference is frozen; its log-probs are computed once, before
+          the first update, so that no second model is in memory while training.
 Data:     {"prompt": ..., "response": ..., "label": true}; pairs give two rows, the chosen one true and the rejected one false
 Divided:  by the examples of the whole update, over all micro-batches and ranks; kl is a mean over the same.
 Metrics:  loss                                0.5 at step 0 with both weights 1, where policy = reference
@@ -17,7 +17,7 @@ Metrics:  loss                                0.5 at step 0 with both weights 1,
           rewards/chosen, rewards/rejected    beta * r of the desirable and of the undesirable responses; 0 at step 0
           rewards/margins                     their difference
           logps/chosen, logps/rejected        summed log-probs under the policy, of each
-Differs:  y' never comes from the same prompt (the paper's code takes the next example, which in unpacked pairs often does).
+Differs:  y' never comes from the same prompt (the paper's code takes a neighbour's, which in unpacked pairs often is the same).
 Run:      python train.py example/tiny-kto.yml
 """
 from dataclasses import dataclass
@@ -58,16 +58,19 @@ def kto_loss(policy_logps, reference_logps, labels, kl, beta=0.1, desirable_weig
     return losses, metrics
 
 
-def mismatched(examples: list) -> list:
-    """Every prompt of an update (or of the held-out rows) with the response of the next example that has another prompt."""
+def mismatched(examples: list, max_length: int) -> list:
+    """Every prompt of an update (or of the held-out rows) with the response of the example before it that has another prompt. Where
+    the two together exceed max_length, the prompt loses its beginning: both lengths were checked in other company."""
     def other(i):
-        following = examples[i + 1:] + examples[:i]
-        return next((other for other in following if other.prompt.tobytes() != examples[i].prompt.tobytes()), None)
+        before = (examples[i - k] for k in range(1, len(examples)))            # the first one's is the last one
+        return next((other for other in before if other.prompt.tobytes() != examples[i].prompt.tobytes()), None)
 
     if examples and other(0) is None:
         raise UserError(f"kto: all {len(examples)} rows of one update, or all held-out rows, have the prompt of {examples[0].where}, so "
                         "no response to another prompt is there; fix: shuffle the rows, choose another batch_size, or hold out more")
-    return [Example(example.prompt, other(i).responses, example.where) for i, example in enumerate(examples)]
+    responses = [other(i).responses for i in range(len(examples))]
+    return [Example(example.prompt[-(max_length - len(response.tokens)):], [response], example.where)
+            for example, (response,) in zip(examples, responses)]
 
 
 def advise_weights(train_set, config) -> str:
@@ -83,9 +86,10 @@ def advise_weights(train_set, config) -> str:
 
 def train(engine, config):
     policy, optimizer = engine.policy, engine.optimizer
+    max_length = engine.config.max_length
     engine.notice(advise_weights(engine.train_set, config))
-    held_out = mismatched(engine.eval_set)
-    reference = engine.reference(config.reference, also=[*held_out, *(e for rows in engine.updates() for e in mismatched(rows))])
+    held_out = mismatched(engine.eval_set, max_length)
+    reference = engine.reference(config.reference, [*held_out, *(e for rows in engine.updates() for e in mismatched(rows, max_length))])
 
     @torch.no_grad()
     def estimate_kl(batches):
@@ -102,7 +106,7 @@ def train(engine, config):
                         config.beta, config.desirable_weight, config.undesirable_weight)
 
     for step in engine.steps():                                    # one optimizer update
-        kl = estimate_kl(engine.batches(mismatched(step.examples)))          # first pass, without gradients
+        kl = estimate_kl(engine.batches(mismatched(step.examples, max_length)))         # first pass, without gradients
         for batch in step:                                         # one micro-batch
             losses, metrics = forward(batch, kl)
             (losses.sum() / step.num_examples).backward()          # mean over the examples of the whole update

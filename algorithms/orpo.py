@@ -5,7 +5,7 @@ Formula:  L = NLL(y_w|x)  -  beta * log sigmoid( log [ odds(y_w|x) / odds(y_l|x)
 Symbols:  P(y_w|x)         exp(policy_chosen_logps)      the geometric mean of the tokens' probabilities, stop token included
           P(y_l|x)         exp(policy_rejected_logps)    the same of the rejected response
           NLL(y_w|x)       nll                           -log pi of every token of the chosen response
-Trains:   the policy, every weight. No other model.
+Trains:   the policy: every weight, or with lora_r an adapter. No other model.
 Data:     {"prompt": ..., "chosen": ..., "rejected": ...}, strings or messages; HH-RLHF transcripts as they are
 Divided:  the likelihood by the chosen tokens of the whole update, the odds-ratio term by its pairs, over all micro-batches and
           ranks.

@@ -7,7 +7,7 @@ Symbols:  r(x,y_w)      chosen_rewards       a linear head without bias on the l
           r(x,y_l)      rejected_rewards     the same of the rejected response
           m             margins              0, or the row's `margin`
           lambda        center_rewards_coefficient
-Trains:   the trunk, every weight, and the head.
+Trains:   the trunk (every weight, or with lora_r an adapter) and the head.
 Data:     {"prompt": ..., "chosen": ..., "rejected": ...}, strings or messages, perhaps with "margin": 0.5; HH-RLHF transcripts
 Divided:  by the pairs of the whole update, over all micro-batches and ranks.
 Metrics:  loss                                near log 2 = 0.6931 at step 0: the head starts small and random

@@ -4,7 +4,7 @@ Paper:    no single one; Ouyang et al. 2022 (InstructGPT), arXiv 2203.02155, sec
 Formula:  L = -(1/N) sum over trained tokens t of  log pi(y_t | x, y_<t)
 Symbols:  log pi(y_t | ...)   logps        one per trained token
           N                   num_tokens   trained tokens of the whole update
-Trains:   the policy, every weight. No other model.
+Trains:   the policy: every weight, or with lora_r an adapter. No other model.
 Data:     {"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]}: every assistant turn,
           {"prompt": ..., "response": ...}, {"question": ..., "answer": ...}, raw {"text": ...}; pairs give their chosen side
 Divided:  by the trained tokens of the whole update, over all micro-batches and ranks (a mean of means would weigh the tokens

@@ -5,7 +5,7 @@ Formula:  L = -log sigmoid( beta / |y_w| * log pi(y_w|x)  -  beta / |y_l| * log 
 Symbols:  log pi(y_w|x) / |y_w|      policy_chosen_logps       mean over the tokens of the chosen response, stop token included
           log pi(y_l|x) / |y_l|      policy_rejected_logps     the same of the rejected response
           gamma                      simpo_gamma               the margin by which the chosen response has to win
-Trains:   the policy, every weight. No other model.
+Trains:   the policy: every weight, or with lora_r an adapter. No other model.
 Data:     {"prompt": ..., "chosen": ..., "rejected": ...}, strings or messages; HH-RLHF transcripts as they are
 Divided:  by the pairs of the whole update, over all micro-batches and ranks; with cpo_alpha, the likelihood of the chosen
           responses by their tokens in the whole update.

@@ -4,7 +4,7 @@
 
 Runs `train.py example/tiny-<algorithm>.yml` for every row below and seed, `--jobs` at a time with one thread each, and prints
 means over the seeds with 95 % intervals (Student's t). Finished runs are kept in runs/tiny-table/, so that an interrupted table
-goes on where it stopped. Columns:
+goes on where it stopped: delete that directory after any change. Columns:
 
     accuracy    right and in format on the 500 held-out problems, sampled at temperature 1, and greedy; format: the share in format, sampled
     pairs       share of the held-out pairs whose chosen answer gained more log-prob over the start model than the rejected one
@@ -14,6 +14,7 @@ import argparse
 import concurrent.futures
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -54,6 +55,7 @@ def run(row: str, seed: int) -> dict:
     numbers, model = {}, BASE
     if ROWS[row]:
         algorithm, overrides = ROWS[row]
+        shutil.rmtree(folder, ignore_errors=True)                # trained, but interrupted while it was measured
         start, model = time.time(), folder / "final"
         command = ["train.py", f"example/tiny-{algorithm}.yml", f"output={folder.relative_to(ROOT)}", f"seed={seed}", *overrides]
         done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -111,6 +113,9 @@ def measure_model(path: str, seed: int) -> dict:
     answers = [Example(torch.tensor(tokeniser.prompt_ids(prompt), dtype=torch.int32).numpy(),
                        [Response.all_trained(tokenizer(text, add_special_tokens=False).input_ids + [tokenizer.eos_token_id])], "")
                for prompt, text in zip(prompts, sampled)]
+    if path == BASE:
+        return {"sampled": share(measure.is_right, sampled), "greedy": share(measure.is_right, greedy),
+                "format": share(lambda text, _: measure.is_in_format(text), sampled)}
     chosen, rejected = gains(build_dataset(ROOT / "example/tiny/eval-preference.jsonl", "pairs", tokenizer, 512).examples).view(-1, 2).T
     return {"sampled": share(measure.is_right, sampled), "greedy": share(measure.is_right, greedy),
             "format": share(lambda text, _: measure.is_in_format(text), sampled),
@@ -132,6 +137,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
     args = parser.parse_intermixed_args()
+    if len(args.seeds) not in T95:
+        parser.error(f"--seeds takes 1 to {max(T95)} seeds")
     if unknown := set(args.rows) - set(ROWS):
         parser.error(f"no such row: {', '.join(unknown)}")
     rows = args.rows or list(ROWS)

@@ -138,15 +138,8 @@ def prepare(job: dict) -> None:
             theirs.append(single if algorithm == "sft" else {"prompt": prompt} | {side: text + END for side, text in responses.items()})
     if len(ours) < job["pairs"]:
         sys.exit(f"error: {job['data']} has {len(ours)} usable pairs, not {job['pairs']}; fix: lower --pairs")
-    for name, lines in (("ours", ours), ("trl", in_trl_order(job, theirs))):
+    for name, lines in (("ours", ours), ("trl", theirs)):
         Path(job[f"{name}_rows"]).write_text("".join(json.dumps(line) + "\n" for line in lines))
-
-
-def in_trl_order(job: dict, rows: list) -> list:
-    """Our rows in TRL's order, or back. For kto those of an update go backwards, which changes nothing else: to TRL the mismatched
-    response is that of the row before, to us that of the row after."""
-    size = job["batch"] if job["algorithm"] == "kto" else 1
-    return [row for start in range(0, len(rows), size) for row in reversed(rows[start:start + size])]
 
 
 # ---- the two sides, each timed from "weights in memory" to "last update done" ----
@@ -222,7 +215,7 @@ def train_trl(job: dict) -> dict:
     trainer.train()
     return measured(started) | {
         "metrics": [row for row in trainer.state.log_history if "loss" in row],
-        "ids": in_trl_order(job, [ids(row, text) for row, text in zip(trainer.train_dataset, rows, strict=True)])}
+        "ids": [ids(row, text) for row, text in zip(trainer.train_dataset, rows, strict=True)]}
 
 
 def measured(started: float) -> dict:

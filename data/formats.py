@@ -62,7 +62,12 @@ def parse(row, where, kind, hh="messages"):
     if row.get("tools") not in (None, "", "[]", []):
         raise UserError(f"a 'tools' column, which is not read, in {where}; fix: write the tools as text into a system turn")
     label = next((name for name in LABELS if name in columns and kind != "pairs" and _single(shape)), None)
-    desirable = _label(row[label], label, where) if label else None
+    try:
+        desirable = _label(row[label], label, where) if label else None
+    except UserError:
+        if kind == "labelled":
+            raise
+        label = None                       # some other label, which sft has no use for
     text = _read(row, shape, where, hh)
     if isinstance(text, Text):
         text = _conversational(text, row, shape[0])
@@ -77,7 +82,7 @@ def parse(row, where, kind, hh="messages"):
 
 
 def _single(shape):
-    return len(shape) == 1 or shape in REPLIES
+    return shape[0] in WHOLE and len(shape) == 1 or shape in REPLIES
 
 
 def _shape(columns, kind):

@@ -8,6 +8,7 @@ import copy
 import json
 import math
 import os
+import secrets
 import shutil
 
 import torch
@@ -38,7 +39,7 @@ def write_sealed(directory: str, write) -> None:
     """Call `write(temporary directory)`, seal what it wrote and move it to `directory` in one rename. RunError when the disk
     refuses; what stood at `directory` before stays until its replacement is complete."""
     directory = os.path.normpath(directory)
-    temporary = f"{directory}.tmp-{os.getpid()}"
+    temporary = f"{directory}.tmp-{secrets.token_hex(4)}"       # not the process's number: containers share disks, and number 1
     try:
         os.makedirs(temporary)
         write(temporary)
@@ -54,10 +55,10 @@ def write_sealed(directory: str, write) -> None:
             os.fsync(file.fileno())
         sync(temporary)
         if os.path.isdir(directory):
-            os.rename(directory, f"{directory}.tmp-old-{os.getpid()}")
+            os.rename(directory, f"{temporary}-old")
         os.rename(temporary, directory)
         sync(os.path.dirname(directory) or ".")
-        shutil.rmtree(f"{directory}.tmp-old-{os.getpid()}", ignore_errors=True)
+        shutil.rmtree(f"{temporary}-old", ignore_errors=True)
     except (OSError, RuntimeError, SafetensorError) as error:     # a full disk is any of the three, depending on the writer
         shutil.rmtree(temporary, ignore_errors=True)
         raise RunError(f"cannot write {directory} ({str(error).splitlines()[0]}); earlier checkpoints are untouched; "
@@ -156,6 +157,14 @@ def save_model(lm, tokenizer, state: dict, directory: str) -> None:
     if "value_head.weight" in state:
         save_file({"v_head.summary.weight": state["value_head.weight"]}, os.path.join(directory, VALUE_HEAD))
     tokenizer.save_pretrained(directory)
+
+
+def why_no_classifier(lm) -> str | None:
+    """The reason why `save_classifier` cannot save a reward model on this LM; None if it can."""
+    if lora.settings(lm):
+        return "with LoRA it takes merge: true"
+    known = type(lm.config) in AutoModelForSequenceClassification._model_mapping
+    return None if known else f"transformers has no sequence classifier for {lm.config.model_type}"
 
 
 def save_classifier(lm, tokenizer, state: dict, directory: str) -> None:

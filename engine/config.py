@@ -39,7 +39,7 @@ class Common:
     seed: int = 0                          # of data order, sampling and initialisation
     shuffle: bool = True                   # false = the order of the file
     batch_size: int = 32                   # examples per update, over all devices (online: prompts per rollout)
-    micro_batch_tokens: int = 8192         # tokens per forward on one device: memory and speed, never the result
+    micro_batch_tokens: int = 8192         # tokens per forward on one device: memory and speed, not the result
     max_length: int = 1024                 # tokens, a prompt and one response together
     share_prompt: Literal["auto", "true", "false"] = "auto"    # compute a prompt once for all its responses
     epochs: int = 1                        # passes over data
@@ -81,10 +81,12 @@ FLAGS = {"--help": "help", "-h": "help", "--dry-run": "dry-run", "--debug": "deb
 BOOL = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 SECRET = re.compile(r"(token|secret|password|api_?key)(?![a-z])", re.IGNORECASE)    # not tokens, tokenizer
 RANGES = [    # what a number must be, its test, the keys; None passes
-    ("a number above 0", lambda x: x > 0, "lr max_grad_norm lora_alpha"),
-    ("a number of 0 or more", lambda x: x >= 0, "weight_decay warmup"),
+    ("a number above 0", lambda x: x > 0, "lr max_grad_norm lora_alpha beta desirable_weight "
+     "undesirable_weight"),
+    ("a number of 0 or more", lambda x: x >= 0, "weight_decay warmup rpo_alpha cpo_alpha simpo_gamma center_rewards_coefficient"),
     ("a share below 1 or a whole number of updates", lambda x: x < 1 or x == int(x), "warmup"),
     ("a share from 0 to below 1", lambda x: 0 <= x < 1, "eval_fraction lora_dropout"),
+    ("a share from 0 to 0.5", lambda x: 0 <= x <= 0.5, "label_smoothing"),
     ("a whole number of 0 or more", lambda x: x >= 0, "lora_r"),
     ("a whole number from 0 to 4294967295", lambda x: 0 <= x < 2**32, "seed"),
     ("1 or more", lambda x: x >= 1, "batch_size epochs max_steps eval_every save_every log_every sample_every"),

@@ -15,11 +15,11 @@ from torch.distributed.tensor import DTensor
 from data.errors import RunError, UserError
 from data.pack import Example, order, pack
 from data.tokenise import stop_ids
-from engine import checkpoint, lora
+from engine import checkpoint
 from engine.logs import Run
 from engine.model import RewardModel, build_policy
 from engine.ranks import distributed, from_main, sum_over_ranks
-from engine.reference import Reference, lacking, model_key, read_table, response_keys, write_table
+from engine.reference import Reference, add_to_table, lacking, model_key, packed, read_table, response_keys, unpacked
 
 
 class Step:
@@ -174,6 +174,7 @@ class Engine:
         if self.total < self.steps_per_epoch:                 # less than an epoch: only the rows of these updates are needed
             used = sorted(i for index in range(1, self.total + 1) for i in self.indices(index))
         examples = [self.train_set[i] for i in used] + self.eval_set + list(also)
+        path = None if path == "cache" else path              # TRL's and the papers' codes ask for what always happens here
         path = path and from_main(checkpoint.model_path, path, self.notice)
         is_start_model = path is None or path == self.config.model
         policy, bits = self.policy, " 4-bit" if self.config.load_in_4bit else ""
@@ -181,18 +182,14 @@ class Engine:
         store = os.path.join(os.path.dirname(os.path.normpath(self.run.directory)), ".reference",
                              from_main(model_key, path or self.config.model, arithmetic))
         wanted = {key for example in examples for key in response_keys(example)}
-        table = from_main(read_table, store, wanted, self.notice)
+        table = unpacked(*from_main(packed, read_table, store, wanted, self.notice))
         if table:
             self.notice(f"reference log-probs: {len(table)} of {len(wanted)} responses from {store}")
         if missing := lacking(examples, table):
             if not is_start_model or self.first > 0:
                 policy = build_policy(self.config, self.tokenizer, path or self.config.model, frozen=True)
                 policy.share_prompt = self.policy.share_prompt
-            computed = self.frozen_logps(policy, missing)
-            new = {key: logps for key, logps in computed.items() if key not in table}      # what is stored stays as it is
-            if self.rank == 0:
-                write_table(store, new)
-            table |= new
+            table = unpacked(*from_main(packed, add_to_table, store, self.frozen_logps(policy, missing), wanted))
         reference = Reference(table)
         if is_start_model and self.first == 0:
             self.check_reference(reference)
@@ -324,8 +321,11 @@ class Engine:
         if self.config.merge and self.rank == 0:
             lm, weights = checkpoint.merged(lm, weights)
         forms = {"final": checkpoint.save_model}
-        if isinstance(self.policy, RewardModel) and not lora.settings(lm):
-            forms = {"classifier": checkpoint.save_classifier, **forms}      # `final/` last: it marks the run as finished
+        if isinstance(self.policy, RewardModel):
+            if reason := checkpoint.why_no_classifier(lm):
+                self.notice(f"classifier/ is not written: {reason}")
+            else:
+                forms = {"classifier": checkpoint.save_classifier, **forms}      # `final/` last: it marks the run as finished
         for name, save in forms.items() if self.rank == 0 else ():
             checkpoint.write_sealed(self.run.path(name),
                                     lambda temporary, save=save: save(lm, self.tokenizer, weights, temporary))

@@ -1,7 +1,7 @@
 """The policy: a Hugging Face causal LM that returns log-probs of the trained tokens and never builds the full logits.
 
 Three parts, all used by every algorithm: `segments_attention` (a flat, prompt-shared row without a (T, T) mask),
-`chunked_logps` (the LM head in chunks) and `Policy` (their composition; `policy(batch) -> (N,)`).
+`ChunkedLogps` (the LM head in chunks) and `Policy` (their composition; `policy(batch) -> (N,)`).
 """
 import contextlib
 import ctypes
@@ -195,11 +195,16 @@ class Policy(nn.Module):
             self.unshard()
         implementation = self.lm.config._attn_implementation
         self.lm.set_attn_implementation("sdpa" if self.lm._supports_sdpa else "eager")       # eager: Gemma 2
+        training = [module for module in self.lm.modules() if module.training]       # dropout of LoRA, and checkpointed layers,
+        for module in training:                                                       # which ignore the cache
+            module.training = False
         try:
             with torch.no_grad(), self.autocast():
                 yield self.lm
         finally:
             self.lm.set_attn_implementation(implementation)
+            for module in training:
+                module.training = True
             if sharded:
                 self.reshard()
                 self.set_reshard_after_forward(True)

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers.utils import cached_file
 
-from data.errors import UserError
+from data.errors import RunError, UserError
 from data.files import sha256
 from engine import checkpoint
 from engine.load import base_of, first_line, is_adapter
@@ -53,39 +53,61 @@ def lacking(examples: list, table: dict) -> list:
 
 
 def model_key(path: str, arithmetic: str) -> str:
-    """A digest of a model's files (those of an adapter's base too) and of how its log-probs are computed."""
-    try:
-        directory = path if os.path.isdir(path) else os.path.dirname(cached_file(path, "config.json"))
-    except OSError as error:
-        raise UserError(f"reference: {path} is neither a local directory nor reachable on the hub ({first_line(error)}); "
-                        "fix: check the name") from error
+    """A digest of a model and of how its log-probs are computed: of the files in a local directory (an adapter's base too), of a
+    hub model's name and commit."""
     digest = hashlib.sha256(arithmetic.encode())
-    for file in sorted(glob.glob(os.path.join(directory, "*.safetensors")) + glob.glob(os.path.join(directory, "*.bin"))
-                       + glob.glob(os.path.join(directory, "*config.json"))):
-        digest.update(f"{os.path.basename(file)} {sha256(file)}\n".encode())
-    if is_adapter(directory):
-        digest.update(model_key(base_of(directory), arithmetic).encode())
+    if os.path.isdir(path):
+        for file in sorted(file for ending in ("*.safetensors", "*.bin", "*config.json") for file in glob.glob(os.path.join(path, ending))):
+            digest.update(f"{os.path.basename(file)} {sha256(file)}\n".encode())
+        if is_adapter(path):
+            digest.update(model_key(base_of(path), arithmetic).encode())
+    else:
+        try:
+            snapshot = os.path.dirname(cached_file(path, "config.json"))       # .../snapshots/<commit>
+        except OSError as error:
+            raise UserError(f"reference: {path} is neither a local directory nor reachable on the hub ({first_line(error)}); "
+                            "fix: check the name") from error
+        digest.update(f"{path} {os.path.basename(snapshot)}".encode())
     return digest.hexdigest()[:16]
 
 
 def read_table(store: str, wanted: set, notice) -> dict:
-    """The log-probs of the `wanted` responses that the whole parts in `store` hold; a damaged part is passed over with a notice."""
+    """The log-probs of the `wanted` responses that the whole parts in `store` hold, the oldest part first, since a run may have
+    started with them; a damaged part is passed over with a notice."""
     table = {}
-    for part in sorted(glob.glob(os.path.join(store, "part-*"))):
-        if ".tmp-" in part:                                        # another run is writing it
-            continue
+    parts = [part for part in glob.glob(os.path.join(store, "part-*")) if ".tmp-" not in part]      # those are being written
+    for part in sorted(parts, key=lambda part: (os.path.getmtime(part), part)):
         if fault := checkpoint.broken(part):
             notice(f"reference log-probs ignored: {fault}")
             continue
         stored = load_file(os.path.join(part, "logps.safetensors"))
         keys = [bytes(key) for key in stored["keys"].numpy()]
-        table |= {key: logps for key, logps in zip(keys, stored["logps"].split(stored["lengths"].tolist())) if key in wanted}
+        found = zip(keys, stored["logps"].split(stored["lengths"].tolist()))
+        table = {key: logps for key, logps in found if key in wanted} | table
     return table
 
 
-def write_table(store: str, table: dict) -> None:
-    """Add a part to `store`, named by its content, so that two runs that write the same one do not disturb each other."""
-    tensors = {"keys": torch.tensor([list(key) for key in table], dtype=torch.uint8),
-               "lengths": torch.tensor([len(logps) for logps in table.values()]), "logps": torch.cat(list(table.values()))}
-    part = os.path.join(store, "part-" + hashlib.sha256(b"".join(table)).hexdigest()[:16])
-    checkpoint.write_sealed(part, lambda directory: save_file(tensors, os.path.join(directory, "logps.safetensors")))
+def add_to_table(store: str, computed: dict, wanted: set) -> dict:
+    """Add what `store` still lacks of `computed` as a part of its own; -> what it then holds of the `wanted` responses. Another run
+    may have stored the same in the meantime: then both go on with that."""
+    table = read_table(store, wanted, notice=lambda text: None)                # which has been told already
+    if new := {key: logps for key, logps in computed.items() if key not in table}:
+        tensors = {"keys": torch.tensor([list(key) for key in new], dtype=torch.uint8),
+                   "lengths": torch.tensor([len(logps) for logps in new.values()]), "logps": torch.cat(list(new.values()))}
+        part = os.path.join(store, "part-" + hashlib.sha256(b"".join(new)).hexdigest()[:16])
+        try:
+            checkpoint.write_sealed(part, lambda directory: save_file(tensors, os.path.join(directory, "logps.safetensors")))
+        except RunError:
+            if checkpoint.broken(part):                            # else another run was a moment faster
+                raise
+    return table | new
+
+
+def packed(function, *arguments) -> tuple:
+    """The table that `function` returns as three objects, cheap to send to other ranks; `unpacked` is its inverse."""
+    table = function(*arguments)
+    return b"".join(table), [len(logps) for logps in table.values()], torch.cat([*table.values(), torch.zeros(0)])
+
+
+def unpacked(keys: bytes, lengths: list[int], logps: torch.Tensor) -> dict:
+    return dict(zip((keys[i:i + 16] for i in range(0, len(keys), 16)), logps.split(lengths) if lengths else ()))

@@ -59,9 +59,14 @@ def test_labelled_rows(row, prompt, response, label):
 
 @pytest.mark.parametrize("label", [2, -1, 0.5, "true", "1", "yes", [], {}, math.nan])
 def test_labels_that_are_none(label):
-    for kind in "labelled", "responses":
-        message = refused(parse, {"prompt": "q", "completion": "a", "label": label}, "x.jsonl:7", kind)
-        assert "x.jsonl:7" in message and "0 or 1" in message and repr(label) in message
+    row = {"prompt": "q", "completion": "a", "label": label}
+    message = refused(parse, row, "x.jsonl:7", "labelled")
+    assert "x.jsonl:7" in message and "0 or 1" in message and repr(label) in message
+    assert parse(row, "x.jsonl:7", "responses").responses == ["a"]            # a label of something else
+
+
+def test_text_has_no_use_for_labels():
+    assert parse({"text": "A film.", "label": 0}, "x.jsonl:1", "responses").responses == ["A film."]
 
 
 def test_a_row_without_label():

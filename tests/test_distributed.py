@@ -24,6 +24,7 @@ from helpers import (
     write_jsonl,
 )
 
+
 def join(rank, port):
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
 
@@ -68,9 +69,9 @@ def both(config):
     one, two = ({algorithm: config(f"{algorithm}-{count}", algorithm) for algorithm in ALGORITHMS} for count in (1, 2))
     for path in one.values():
         train_here(path)
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "tests/all_algorithms.py",
-                           *map(str, two.values())], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=200,
-                          capture_output=True, text=True)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run([*torchrun, "tests/all_algorithms.py", *map(str, two.values())], cwd=ROOT, timeout=200, capture_output=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True)
     assert done.returncode == 0, done.stderr[-5000:]
     return {algorithm: [path.with_suffix("") / "run" for path in (one[algorithm], two[algorithm])] for algorithm in ALGORITHMS}
 

@@ -168,9 +168,9 @@ def kto_loss_of(beta=0.1, desirable=1.0, undesirable=1.0):
 
         kl, terms, seen = 0.0, [], {True: [], False: []}
         for i, row in enumerate(rows):
-            j = i + 1
+            j = i - 1
             while rows[j % len(rows)]["prompt"] == row["prompt"]:
-                j += 1
+                j -= 1
             kl += log_ratio(row["prompt"], rows[j % len(rows)]["completion"])[0].item() / len(rows)
         kl = max(kl, 0.0)
         for row in rows:
@@ -348,7 +348,8 @@ def test_dpo_starts_at_log_two(run):
 @pytest.mark.parametrize("error", [3e-4, -3e-4])
 def test_a_wrong_reference_stops_the_run(run, tmp_path, monkeypatch, error):
     original = Engine.frozen_logps
-    monkeypatch.setattr(Engine, "frozen_logps", lambda *arguments: original(*arguments) + error)
+    monkeypatch.setattr(Engine, "frozen_logps",
+                        lambda *arguments: {key: logps + error for key, logps in original(*arguments).items()})
     with pytest.raises(RunError, match="policy and reference differ"):
         run("wrong", "dpo", max_steps=1)
     assert metrics(tmp_path / "wrong") == []

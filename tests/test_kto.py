@@ -33,7 +33,7 @@ def examples(prompts):
 def pairing(prompts):
     """For every example the number of the one that lent its response."""
     rows = examples(prompts)
-    others = mismatched(rows)
+    others = mismatched(rows, 64)
     assert [other.prompt.tolist() for other in others] == [list(prompt) for prompt in prompts]
     return [int(other.responses[0].tokens[0]) - 100 for other in others]
 
@@ -42,22 +42,22 @@ A, B, C, D = (1,), (2, 2), (3, 1), (1, 3)
 
 
 @pytest.mark.parametrize("prompts, expected", [
-    ([A, B, C], [1, 2, 0]),
-    ([A, A, B, B, C, C], [2, 2, 4, 4, 0, 0]),              # unpacked pairs, in the order of the file
-    ([A, B, B, B], [1, 0, 0, 0]),
-    ([B, B, B, A, D], [3, 3, 3, 4, 0]),
+    ([A, B, C], [2, 0, 1]),
+    ([A, A, B, B, C, C], [5, 5, 1, 1, 3, 3]),              # unpacked pairs, in the order of the file
+    ([A, B, B, B], [3, 0, 0, 0]),
+    ([B, B, B, A, D], [4, 4, 4, 2, 3]),
     ([A, B], [1, 0]),
 ])
-def test_responses_come_from_the_next_other_prompt(prompts, expected):
+def test_responses_come_from_the_other_prompt_before(prompts, expected):
     assert pairing(prompts) == expected
     assert all(prompts[i] != prompts[j] for i, j in enumerate(expected))
 
 
 def test_one_prompt_alone_is_refused():
-    assert mismatched([]) == []
+    assert mismatched([], 64) == []
     for prompts in ([A], [A, A, A]):
         with pytest.raises(UserError, match="of one update.* have the prompt of row 0.*; fix: "):
-            mismatched(examples(prompts))
+            mismatched(examples(prompts), 64)
 
 
 def test_an_update_with_one_prompt_is_refused_before_training(train, tmp_path, capsys):

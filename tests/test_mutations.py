@@ -23,23 +23,48 @@ for folder, tests in json.loads(sys.argv[1]).items():
     os.wait()
 """
 
-SFT, DPO, CDPO = (f"test_engine_exact.py::test_updates_equal_a_plain_loop[{name}]" for name in ("sft", "dpo", "cdpo"))
-EVALUATION = "test_engine_exact.py::test_evaluation_is_the_mean_over_all_held_out_rows"
+
+
+def exact(*names):
+    """The six updates of these algorithms against the plain loop."""
+    return [f"test_engine_exact.py::test_updates_equal_a_plain_loop[{name}]" for name in names]
+
+
+def held_out(*names):
+    return [f"test_engine_exact.py::test_evaluation_is_the_mean_over_all_held_out_rows[{name}]" for name in names]
+
+
+PAIRS = "dpo", "ipo", "orpo", "simpo", "cpo"             # algorithms that take log-probs of pairs; rm takes scores
+TOKENS = "sft", "dft", "kto", *PAIRS
 SHIFT = "data/pack.py", "source.append(predictors[response.trained])", "source.append(predictors[response.trained] + 1)"
+UNCHECKED = "; import engine.model; engine.model.check_policy = lambda *_: None"
 MUTATIONS = {    # name: (file, text, what it becomes, the tests that must fail)
     "source shifted by one": (
-        *SHIFT, [SFT, DPO, EVALUATION, "test_pack.py::test_pairs_share_their_prompt",
+        *SHIFT, [*exact("sft", "dpo"), "test_pack.py::test_pairs_share_their_prompt",
                  "test_pack.py::test_source_and_target_by_content[2-True]",
                  "test_model.py::test_flat_shared_rows_equal_separate_rows[qwen2-2]"]),
-    "source shifted by one, without the model's check": (
-        *SHIFT[:2], SHIFT[2] + "; import engine.model; engine.model.check_policy = lambda *_: None", [SFT, DPO, EVALUATION]),
+    "source shifted by one, without the model's check": (*SHIFT[:2], SHIFT[2] + UNCHECKED, [*exact(*TOKENS), *held_out("sft", "dpo")]),
+    "the reward read one token early": (
+        "data/pack.py", "last.append(start + length - 1)", "last.append(start + length - 2)",
+        [*exact("rm"), *held_out("rm"), "test_rm.py::test_scores_equal_a_plain_forward[pad]"]),
     "chosen and rejected swapped": (
-        "algorithms/dpo.py", ".view(-1, 2).unbind(1)", ".view(-1, 2).flip(1).unbind(1)", [DPO, CDPO, EVALUATION]),
+        "data/pack.py", "return y.view(-1, 2).unbind(1)", "return y.view(-1, 2).flip(1).unbind(1)",
+        [*exact(*PAIRS, "cdpo", "rm"), *held_out(*PAIRS, "rm")]),
+    "the likelihood of the rejected responses": (
+        "data/pack.py", "x.split(self.lengths)[::2]", "x.split(self.lengths)[1::2]", exact("orpo", "cpo", "rpo", "cpo-simpo")),
+    "labels flipped": (
+        "data/formats.py", "    return bool(label)", "    return not label", [*exact("kto", "kto-weights"), *held_out("kto")]),
+    "labels of pairs flipped": (
+        "data/dataset.py", "zip(example.responses, (True, False))", "zip(example.responses, (False, True))",
+        ["test_kto.py::test_chosen_is_the_desirable_one"]),
+    "a response to the same prompt for the KL": (
+        "algorithms/kto.py", "other.prompt.tobytes() != examples[i].prompt.tobytes()", "True",
+        [*exact("kto"), "test_kto.py::test_one_prompt_alone_is_refused"]),
     "the last stop token dropped from conversations": (
         "data/tokenise.py", "return rendered[:end + len(self.end_of_turn)]", "return rendered[:end]",
-        [SFT, DPO, CDPO, EVALUATION]),
+        [*exact(*TOKENS, "cdpo", "rm"), *held_out("sft", "dpo", "kto", "rm")]),
     "the last stop token dropped from plain text": (
-        "data/tokenise.py", "ids.append(self.eos)", "pass", [SFT, EVALUATION]),
+        "data/tokenise.py", "ids.append(self.eos)", "pass", [*exact("sft", "dft"), *held_out("sft", "dft")]),
 }
 
 

@@ -49,13 +49,14 @@ END = "<|im_end|>"
 REWARDS = ["rewards/chosen", "rewards/rejected", "rewards/margins"]
 PAIRS = [{"prompt": f"\n\nHuman: {'what ' * (i % 3 + 1)}{i}?\n\nAssistant:", "chosen": f" it is {i}" * (i % 4 + 1),
           "rejected": " no" * (5 - i % 5) + f" {i}"} for i in range(20)]
-LABELLED = [{"prompt": row["prompt"], "completion": row["chosen" if i % 3 else "rejected"], "label": i % 3 > 0} for i, row in enumerate(PAIRS)]
+LABELLED = [{"prompt": row["prompt"], "completion": row["chosen" if i % 3 else "rejected"], "label": i % 3 > 0}
+            for i, row in enumerate(PAIRS)]
 
 # name: (TRL's trainer, its options, ours, pairs or labelled rows, rows per update, the metrics with the same definition)
 TRAINERS = {
     "ipo": ("trl.DPOTrainer", {"loss_type": "ipo"}, {}, PAIRS, 4, []),             # TRL's metrics are of sums
-    # two rows per update: TRL takes y' from the row before, ours from the row after
-    "kto": ("trl.KTOTrainer", {"desirable_weight": 1.5}, {"desirable_weight": 1.5}, LABELLED, 2, [*REWARDS, "kl", "logps/chosen", "logps/rejected"]),
+    "kto": ("trl.KTOTrainer", {"desirable_weight": 1.5}, {"desirable_weight": 1.5}, LABELLED, 4,
+            [*REWARDS, "kl", "logps/chosen", "logps/rejected"]),
     "cpo": ("trl.experimental.cpo.CPOTrainer", {"label_smoothing": 0.1}, {"label_smoothing": 0.1}, PAIRS, 4,
             [*REWARDS, "rewards/accuracies", "nll_loss", "logps/chosen", "logps/rejected"]),
     "simpo": ("trl.experimental.cpo.CPOTrainer", {"loss_type": "simpo", "beta": 2.0, "simpo_gamma": 1.0, "cpo_alpha": 0.0}, {}, PAIRS, 4,
@@ -83,11 +84,12 @@ def train_trl(folder, name, options, model, rows, batch):
     """-> the metrics of every update of one of TRL's trainers."""
     from datasets import Dataset
     package, _, trainer_name = name.rpartition(".")
-    trainer_class, config_class = (getattr(importlib.import_module(package), trainer_name.replace("Trainer", kind)) for kind in ("Trainer", "Config"))
+    trl_module = importlib.import_module(package)
+    trainer_class, config_class = getattr(trl_module, trainer_name), getattr(trl_module, trainer_name.replace("Trainer", "Config"))
     tokenizer = byte_tokenizer(chat_template=False)
     arguments = config_class(
-        output_dir=str(folder / "trl"), learning_rate=1e-3, lr_scheduler_type="constant", warmup_steps=0, weight_decay=0.0, max_grad_norm=1.0,
-        num_train_epochs=1, seed=0, max_length=256, train_sampling_strategy="sequential", per_device_train_batch_size=batch,
+        output_dir=str(folder / "trl"), learning_rate=1e-3, lr_scheduler_type="constant", warmup_steps=0, weight_decay=0.0, seed=0,
+        max_grad_norm=1.0, num_train_epochs=1, max_length=256, train_sampling_strategy="sequential", per_device_train_batch_size=batch,
         gradient_checkpointing=False, bf16=False, use_cpu=True, dataloader_pin_memory=False, logging_steps=1, disable_tqdm=True,
         save_strategy="no", eval_strategy="no", report_to="none", **options)
     if trainer_name == "RewardTrainer":
