@@ -122,13 +122,15 @@ def measure_model(path: str, seed: int) -> dict:
             "pairs": float((chosen > rejected).float().mean()), "KL": float(gains(answers).mean())}
 
 
-def cell(numbers: list, unit: float, digits: int) -> str:
-    """Mean and half the 95 % interval."""
+def cell(name: str, numbers: list) -> str:
+    """Mean and half the 95 % interval; of seconds, which depend on what else the machine does, the mean alone."""
     if not numbers:
         return "-"
-    numbers = [number * unit for number in numbers]
+    numbers = [number * COLUMNS[name] for number in numbers]
+    if name == "seconds":
+        return f"{statistics.mean(numbers):.0f}"
     spread = statistics.stdev(numbers) / len(numbers) ** 0.5 * T95[len(numbers)] if len(numbers) > 1 else 0.0
-    return f"{statistics.mean(numbers):.{digits}f} ± {spread:.{digits}f}"
+    return f"{statistics.mean(numbers):.1f} ± {spread:.1f}"
 
 
 def main() -> None:
@@ -145,10 +147,9 @@ def main() -> None:
     with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
         results = {row: [pool.submit(run, row, seed) for seed in args.seeds] for row in rows}
         results = {row: [future.result() for future in futures] for row, futures in results.items()}
-    print(f"| | {' | '.join(['seconds', 'sampled %', 'greedy %', 'format %', 'pairs %', 'KL'])} |\n|---|" + "---|" * len(COLUMNS))
+    print(f"| | {' | '.join(name + ' %' * (unit == 100) for name, unit in COLUMNS.items())} |\n|---|" + "---:|" * len(COLUMNS))
     for row, numbers in results.items():
-        cells = [cell([n[name] for n in numbers if name in n], unit, 0 if name == "seconds" else 1) for name, unit in COLUMNS.items()]
-        print(f"| {row} | {' | '.join(cells)} |")
+        print(f"| {row} | {' | '.join(cell(name, [n[name] for n in numbers if name in n]) for name in COLUMNS)} |")
 
 
 if __name__ == "__main__":
