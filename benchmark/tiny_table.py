@@ -48,7 +48,7 @@ T95 = {1: 0.0, 2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}                   # Stud
 def run(row: str, seed: int) -> dict:
     """Train and measure one row with one seed; the numbers of an earlier call are read again."""
     folder = FOLDER / f"{row.replace(', ', '-').replace(' ', '')}-{seed}"
-    stored = folder.with_suffix(".json")
+    stored = FOLDER / f"{folder.name}.json"
     if stored.exists():
         return json.loads(stored.read_text())
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
