@@ -9,7 +9,7 @@ import numpy as np
 
 from data.errors import UserError
 from data.files import SUFFIXES, find_file, read_rows, sha256
-from data.formats import parse
+from data.formats import parse, read_template
 from data.hub import HUB_NAME, SHORT_NAME, hub_rows
 from data.pack import Example
 from data.sources import rename, source_name
@@ -25,8 +25,8 @@ class Dataset:
     source; sha256 (of a local file, else None); shape (how the columns were understood); read (rows); used (examples);
     dropped {reason: rows}; first_dropped {reason: where}; cut_rows (raw texts cut into pieces); stop_inside (responses with a
     stop token before their end, None with train_on="all"); duplicates (repetitions of an earlier example); prompt_length,
-    response_length and total (prompt + longest response), in tokens of the examples used: {"50", "90", "99" (percentiles),
-    "max"}; of labelled examples also desirable and undesirable. Of several sources the sums of these, a list of sha256, and
+    response_length (0 of prompts) and total (prompt + longest response), in tokens of the examples used: {"50", "90", "99"
+    (percentiles), "max"}; of labelled examples also desirable and undesirable. Of several sources the sums of these, a list of sha256, and
     `sources`: the report of each.
     """
     examples: list[Example]
@@ -34,11 +34,13 @@ class Dataset:
 
 
 def build_dataset(source, kind, tokenizer, max_length, train_on="assistant", truncate="none", hh="messages", base=None,
-                  columns=None, seed=0):
+                  columns=None, seed=0, template=None):
     """Read, parse and tokenise `source`: a local file's path or a hub name such as "Anthropic/hh-rlhf:test".
 
     `kind`: "responses" (sft), "pairs", or "labelled" (kto): one response and extras["label"] per example; a pair gives two, the
-    chosen response (True) and then the rejected one (False). Pairs with a margin column have extras["margin"].
+    chosen response (True) and then the rejected one (False). Pairs with a margin column have extras["margin"]. Or "prompts":
+    no responses, extras["prompt"] (the prompt as text or messages) and extras["columns"] (the row's columns by name), and
+    `max_length` is the prompt's; `template`: see `parse`.
     `max_length`, `train_on`, `truncate`: see `Tokeniser.encode`; `hh`: see `parse` (without a chat template HH transcripts stay
     text). `base`: the YAML's folder, for the error about a missing file. `columns`: {our name: the file's name}; `seed`: of
     what is left out where a prompt of shp or se has too many pairs.
@@ -46,8 +48,8 @@ def build_dataset(source, kind, tokenizer, max_length, train_on="assistant", tru
     have an empty response.
     """
     path = find_file(source, base) if _is_local(source, base) else None
-    hh = hh if tokenizer.chat_template else "text"
-    rows = read_rows(path) if path else hub_rows(str(source), kind, hh == "messages", seed)
+    hh = hh if tokenizer.chat_template or template else "text"
+    rows = read_rows(path) if path else hub_rows(str(source), "responses" if kind == "prompts" else kind, hh == "messages", seed)
     tokeniser = Tokeniser(tokenizer)
     examples, read, cut_rows, dropped, first_dropped, shapes, first = [], 0, 0, Counter(), {}, Counter(), None
 
@@ -59,7 +61,7 @@ def build_dataset(source, kind, tokenizer, max_length, train_on="assistant", tru
         read += len(chunk)
         texts = []
         for where, row in chunk:
-            text = row if isinstance(row, str) else parse(rename(row, columns, where) if columns else row, where, kind, hh)
+            text = row if isinstance(row, str) else parse(rename(row, columns, where) if columns else row, where, kind, hh, template)
             if isinstance(text, str):
                 drop(text, where)
                 continue
@@ -94,19 +96,24 @@ def build_dataset(source, kind, tokenizer, max_length, train_on="assistant", tru
 
 def load_datasets(config, algorithm_config, kind, tokenizer, notice):
     """The training and evaluation examples that a configuration names, and their reports: (list, list, {"train", "eval"}).
+    Prompts are put into the algorithm's `prompt_template`, if it has one.
 
     `notice(text)` is told once how each source was understood and of everything dropped, cut or doubtful.
     Raises UserError as `build_dataset` does, and when labelled training examples all have the same label."""
+    name = getattr(algorithm_config, "prompt_template", None)
+    template = read_template(name) if name else None
+
     def build(data):
         sources = [{"path": data}] if isinstance(data, str) else data
         parts = [build_dataset(source_name(source), kind, tokenizer, config.max_length,
                                getattr(algorithm_config, "train_on", "assistant"), config.truncate, config.hh,
-                               columns=source.get("columns"), seed=config.seed) for source in sources]
+                               columns=source.get("columns"), seed=config.seed, template=template) for source in sources]
         for part in parts:
             _tell(part.report, notice)
         dataset = parts[0] if isinstance(data, str) else combine(parts, [source.get("weight", 1.0) for source in sources], config.seed)
         if count := dataset.report["duplicates"]:
-            notice(f"{dataset.report['source']}: {count} examples occur more than once, prompt and responses alike; they are kept")
+            notice(f"{dataset.report['source']}: {count} examples occur more than once"
+                   f"{'' if kind == 'prompts' else ', prompt and responses alike'}; they are kept")
         return dataset
 
     train, evaluation = build(config.data), None
@@ -244,8 +251,8 @@ def _measures(examples):
     labels = [example.extras["label"] for example in examples if "label" in example.extras]
     counts = {"desirable": sum(labels), "undesirable": len(labels) - sum(labels)} if labels else {}
     prompts = [len(example.prompt) for example in examples]
-    longest = [max(len(response.tokens) for response in example.responses) for example in examples]
-    responses = [len(response.tokens) for example in examples for response in example.responses]
+    longest = [max((len(response.tokens) for response in example.responses), default=0) for example in examples]
+    responses = [len(response.tokens) for example in examples for response in example.responses] or [0]      # prompts have none
     lengths = {"prompt_length": prompts, "response_length": responses, "total": np.add(prompts, longest)}
     return {"used": len(examples)} | counts | {
         name: {"50": int(p50), "90": int(p90), "99": int(p99), "max": int(top)}

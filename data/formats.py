@@ -7,10 +7,13 @@ Which columns are read, where a row has more than it needs: the first of these t
     pairs       PAIRS below, from top to bottom
     responses   WHOLE, REPLIES, then the chosen side of PAIRS, then text
     labelled    with a label WHOLE or REPLIES, else PAIRS, of which both sides are trained
+    prompts     PROMPTS; whole conversations without the assistant's last turns
 `instruction`, `query` and every row with a `system` column are conversations, for the chat template; other strings are not.
 """
+import difflib
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from data.errors import UserError
 from data.hub import hh_messages, is_transcript, split_hh
@@ -23,13 +26,16 @@ PAIRS = (("prompt", "chosen_response", "rejected_response"), ("prompt", "chosen"
          ("conversations", "chosen", "rejected"), ("instruction", "chosen", "rejected"), ("question", "chosen", "rejected"),
          ("query", "chosen", "rejected"), ("query", "response", "rejected_response"), ("question", "response_j", "response_k"),
          ("messages", "rejected_response"), ("messages", "rejected_messages"), ("", "chosen", "rejected"))  # "": no prompt column
+PROMPTS = (*WHOLE, "prompt", "question", "instruction", "query", "chosen")
 LABELS = ("label", "kto_tag")
+TEMPLATES = Path(__file__).parent / "prompts"
 SHAPES = {
     "responses": "messages; conversations; prompt + response or completion; question + answer; instruction + output; "
                  "query + response; text; or a pair's columns",
     "pairs": "prompt + chosen + rejected (or chosen_response + rejected_response); instruction, question or conversations + "
              "chosen + rejected; messages + rejected_response; chosen + rejected as message lists or HH transcripts",
     "labelled": "prompt + response or completion + label; messages + label; or a pair's columns",
+    "prompts": "prompt; messages; conversations; question; instruction; query; chosen as a message list or HH transcript",
 }
 
 
@@ -37,18 +43,36 @@ SHAPES = {
 class Text:
     """One row before tokenising; prompt and responses are all strings or all message lists [{"role", "content"}, ...]."""
     prompt: str | list
-    responses: list      # 1 for sft; chosen, rejected for a pair. Messages: the turns after the prompt, assistant first and last
+    responses: list      # 1 for sft; chosen, rejected for a pair; none for prompts. Messages: the turns after the prompt, assistant
+                         # first and last
     where: str           # "file:line"
     raw: bool = False    # plain running text: the prompt is "" and the only response is cut into pieces
     shape: str = ""      # the columns that were read
-    extras: dict = field(default_factory=dict)      # label (bool), margin (float)
+    extras: dict = field(default_factory=dict)      # label (bool), margin (float); of prompts: prompt, columns
 
 
-def parse(row, where, kind, hh="messages"):
+def read_template(name):
+    """The text of a prompt template: a name in data/prompts/, such as r1_zero, or a file. Raises UserError, also without {question}."""
+    known = {path.stem: path for path in sorted(TEMPLATES.glob("*.prompt"))}
+    path = known.get(name, Path(name))
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        near = difflib.get_close_matches(name, known, n=1)
+        raise UserError(f"prompt_template {name!r} is neither one of {', '.join(known)} nor a UTF-8 file ({type(error).__name__}); "
+                        f"fix: give {near[0] if near else 'a name or the path of a file'}") from None
+    if "{question}" not in text:
+        raise UserError(f"no {{question}} in {path}, the prompt_template; fix: write {{question}} where the row's question belongs")
+    return text
+
+
+def parse(row, where, kind, hh="messages", template=None):
     """Row (dict) -> Text, or the reason (str) to drop it.
 
     `kind`: "responses" (one response per row; of a pair, the chosen one), "pairs" (chosen, rejected) or "labelled" (one response
-    and extras["label"]; or a pair). `hh`: "messages" splits HH transcripts into turns, "text" keeps them as they are.
+    and extras["label"]; or a pair) or "prompts" (no response; extras["prompt"] and extras["columns"], the row's columns by name,
+    with ground_truth of verl's rows among them). `hh`: "messages" splits HH transcripts into turns, "text" keeps them as they are.
+    `template`: of prompts, a text in which the row's question takes the place of {question}.
     Raises UserError for malformed rows and unknown columns.
     """
     found = row
@@ -61,6 +85,9 @@ def parse(row, where, kind, hh="messages"):
         raise UserError(f"unknown columns in {where}: found {names}; fix: use one of these shapes: {SHAPES[kind]}")
     if row.get("tools") not in (None, "", "[]", []):
         raise UserError(f"a 'tools' column, which is not read, in {where}; fix: write the tools as text into a system turn")
+    if kind == "prompts":
+        text = _prompt_only(row, shape[0], where, hh)
+        return text if isinstance(text, str) else _with_columns(_conversational(text, row, shape[0]), found, shape[0], template)
     label = next((name for name in LABELS if name in columns and kind != "pairs" and _single(shape)), None)
     try:
         desirable = _label(row[label], label, where) if label else None
@@ -87,6 +114,8 @@ def _single(shape):
 
 def _shape(columns, kind):
     """The columns to read, prompt first, or None."""
+    if kind == "prompts":
+        return next(((name,) for name in PROMPTS if name in columns), None)
     if kind == "responses" or kind == "labelled" and columns & set(LABELS):
         pair = "chosen" in columns                     # then `conversations` is the pair's prompt
         for shape in (*((name,) for name in WHOLE if not (pair and name == "conversations")), *REPLIES):
@@ -184,9 +213,7 @@ def _conversation(row, name, where):
 def _prompted(row, prompt_name, names, where, pair):
     """A prompt column and one or two response columns, each a string, a message or a message list. Of a pair's side only the
     last turn is the response, as in a pair."""
-    prompt, replies = row[prompt_name], [row[name] for name in names]
-    if prompt_name == "instruction" and row.get("input"):
-        prompt = read_string(prompt, "instruction", where) + "\n" + read_string(row["input"], "input", where)
+    prompt, replies = _with_input(row, prompt_name, where), [row[name] for name in names]
     if isinstance(prompt, str) and all(isinstance(reply, str) for reply in replies):
         prompt = read_string(prompt, prompt_name, where)
         return _checked(Text(prompt, [read_string(reply, name, where) for reply, name in zip(replies, names)], where))
@@ -206,6 +233,13 @@ def _prompted(row, prompt_name, names, where, pair):
     if not turns or turns[-1]["role"] != "assistant":
         return "last turn is not the assistant's"
     return _checked(Text(start, [turns], where))
+
+
+def _with_input(row, name, where):
+    """The prompt's column; an instruction with its input below it."""
+    if name != "instruction" or not row.get("input"):
+        return row[name]
+    return read_string(row[name], name, where) + "\n" + read_string(row["input"], "input", where)
 
 
 def _without_prompt(prompt, reply):
@@ -240,6 +274,47 @@ def _transcripts(row, names, where, hh):
     if hh == "text":
         return _checked(Text(prompt, replies, where))
     return _checked(Text(messages, [[{"role": "assistant", "content": reply.strip()}] for reply in replies], where))
+
+
+def _prompt_only(row, name, where, hh):
+    """The prompt in column `name` as a Text without responses, or the reason to drop the row."""
+    value = _with_input(row, name, where)
+    if name == "chosen":
+        if is_transcript(value):
+            text = _transcripts(row, [name], where, hh)
+            return text if isinstance(text, str) else Text(text.prompt, [], where)
+        if not isinstance(value, list):
+            raise UserError(f"no prompt in {where}: chosen is neither a message list nor an HH transcript; fix: add a prompt column")
+    reply = next((column for column in ("chosen", "completion", "response") if isinstance(row.get(column), (list, dict))), None)
+    if isinstance(value, str) and reply and name not in WHOLE:     # a conversation all the same, as for the other kinds
+        turns = read_messages(row[reply], reply, where)
+        value = turns if turns[0]["role"] != "assistant" else [{"role": "user", "content": value}]
+    if isinstance(value, str) and name not in WHOLE:
+        return _checked(Text(read_string(value, name, where), [], where))
+    turns = read_messages(value, name, where)
+    while turns and turns[-1]["role"] == "assistant":
+        turns.pop()
+    return _checked(Text(turns, [], where)) if turns else "first turn is the assistant's"
+
+
+def _with_columns(text, row, name, template):
+    """The prompt, in the template's place for it if there is one, and the row's columns for the reward."""
+    text.shape = " + ".join(filter(None, ["system" if row.get("system") is not None else "", name]))
+    if template:
+        question = text.prompt
+        if not isinstance(question, str):
+            turns = [turn for turn in text.prompt if turn["role"] != "system"]
+            if [turn["role"] for turn in turns] != ["user"]:
+                raise UserError(f"more than one user turn in {text.where}, but prompt_template has room for one question; "
+                                "fix: remove prompt_template or such rows")
+            text.shape += ", without its system turn" if len(turns) < len(text.prompt) else ""
+            question = turns[0]["content"]
+        text.prompt = template.replace("{question}", question)
+        text.shape += ", put into prompt_template"
+    verl = row.get("reward_model")
+    truth = {"ground_truth": verl["ground_truth"]} if isinstance(verl, dict) and "ground_truth" in verl else {}
+    text.extras = {"prompt": text.prompt, "columns": truth | row}
+    return text
 
 
 def _checked(text):

@@ -4,7 +4,9 @@ import re
 from data.errors import UserError
 from data.scored import se_rows, shp_rows
 
-SHORT = {"hh": "Anthropic/hh-rlhf", "shp": "stanfordnlp/SHP", "se": "HuggingFaceH4/stack-exchange-preferences"}
+SHORT = {"hh": "Anthropic/hh-rlhf", "shp": "stanfordnlp/SHP", "se": "HuggingFaceH4/stack-exchange-preferences",
+         "gsm8k": "openai/gsm8k"}
+SUBSET = {"openai/gsm8k": "main"}      # the one that is meant where none is named: the hub wants one
 SHORT_NAME = re.compile(rf"^({'|'.join(SHORT)})(?=[/:]|$)")
 HUB_NAME = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:/(?P<subset>[\w./-]+?))?(?::(?P<split>[\w.\[\]%:+-]+))?")
 
@@ -12,7 +14,7 @@ HUB_NAME = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:/(?P<subset>[\w./-]+?))?(?::
 def hub_rows(name, kind="pairs", chat=True, seed=0):
     """Yield (where, row) of a hub dataset: "owner/name", "owner/name:split" or "owner/name/subset:split" (default split: train).
 
-    hh, shp and se stand for "owner/name" of three well-known ones. The subset is a configuration of the dataset or, where there
+    hh, shp, se and gsm8k stand for "owner/name" of well-known ones. The subset is a configuration of the dataset or, where there
     is none of that name, a directory in it (HH's "harmless-base"). Rows of shp and se are converted for `kind`, their prompts
     to messages or (`chat` false) text; see `data.scored`, which may yield a reason (str) to drop it instead of a row.
     `where` is "owner/name:split:123", counted from 1. Raises UserError when the dataset cannot be loaded or is empty.
@@ -21,7 +23,8 @@ def hub_rows(name, kind="pairs", chat=True, seed=0):
     if not match:
         raise UserError(f"{name!r} is neither an existing file nor a hub dataset's name; "
                         "fix: write a file's path or owner/name:split")
-    repo, subset, split = match["repo"], match["subset"], match["split"] or "train"
+    repo, split = match["repo"], match["split"] or "train"
+    subset = match["subset"] or SUBSET.get(repo)
     loaded = "train" if repo == SHORT["se"] and split == "test" else split      # its only split holds our test questions
     try:
         from datasets import load_dataset  # slow to import and not needed for local files

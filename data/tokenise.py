@@ -183,7 +183,7 @@ def _lead(tokenizer):
 def _example(prompt, responses, where, max_length, train_on, truncate):
     if not len(prompt):
         return "empty prompt"
-    room = max_length - max(len(response.tokens) for response in responses)
+    room = max_length - max((len(response.tokens) for response in responses), default=0)
     if len(prompt) > room:
         if truncate != "prompt" or room < 1:
             return "longer than max_length"

@@ -6,6 +6,7 @@ Three parts, all used by every algorithm: `segments_attention` (a flat, prompt-s
 import contextlib
 import ctypes
 import os
+import types
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.attention.bias import causal_lower_right
+from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 
 from data.errors import UserError
@@ -147,6 +149,18 @@ class TiedEmbedding(torch.autograd.Function):
         return grad_head.index_add_(0, tokens, grad_embedded), None, None
 
 
+def gated_mlp(self, x):
+    """The forward of a gated MLP, down(act(gate(x)) * up(x)), that keeps two of the four wide activations: the other two cost no
+    matrix product to compute again. A third of a layer's activations less."""
+    def down(gate, up):
+        return self.down_proj(self.act_fn(gate) * up)
+
+    gate, up = self.gate_proj(x), self.up_proj(x)
+    if not torch.is_grad_enabled():
+        return down(gate, up)
+    return checkpoint(down, gate, up, use_reentrant=False, preserve_rng_state=bool(lora.dropouts(self.down_proj)))
+
+
 class Policy(nn.Module):
     """A causal LM as the algorithms see it: `policy(batch)` -> (N,) fp32 log-probs of the batch's trained tokens, in order.
 
@@ -237,7 +251,7 @@ def build_reward_model(policy: Policy, path: str, seed: int) -> RewardModel:
 def return_freed_memory() -> None:
     """Make glibc give freed activations back at once: kept in its heap they raise the peak of CPU training by a tenth."""
     with contextlib.suppress(OSError, AttributeError):                  # another C library does as it likes
-        ctypes.CDLL("libc.so.6").mallopt(-3, 4 << 20)                   # M_MMAP_THRESHOLD: 4 MiB
+        ctypes.CDLL("libc.so.6").mallopt(-3, 2 << 20)                   # M_MMAP_THRESHOLD: 2 MiB
 
 
 def build_policy(config, tokenizer, path: str | None = None, frozen: bool = False) -> Policy:
@@ -266,6 +280,9 @@ def build_policy(config, tokenizer, path: str | None = None, frozen: bool = Fals
         lora.attach_saved(lm, path, config, check=not frozen)
     elif config.lora_r and not frozen:
         lora.attach(lm, lora.new_settings(config, lm), config.seed)
+    for module in lm.modules():
+        if {"gate_proj", "up_proj", "down_proj"} <= dict(module.named_children()).keys() and hasattr(module, "act_fn"):
+            module.forward = types.MethodType(gated_mlp, module)
     if config.gradient_checkpointing:
         lm.gradient_checkpointing_enable({"use_reentrant": False})
         for module in lm.modules():      # transformers checkpoints in train mode only; everything else stays in eval, without dropout

@@ -1,0 +1,339 @@
+"""Rewards of online algorithms: the verifiers gsm8k and r1_zero, and functions from the user's own file.
+
+Every reward is `def reward(prompts, completions, **columns) -> list[float | None]`: prompts are strings or message lists,
+completions strings, columns the rows' other columns as lists (missing values are None). One entry per completion; None skips it.
+
+What a model writes is hostile input. It is never evaluated; every search below takes time linear in its length; and what is read as
+a number is short before any arithmetic begins.
+"""
+import difflib
+import importlib.util
+import inspect
+import math
+import re
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+from data.errors import RunError, UserError
+
+GOLD = ("answer", "ground_truth", "solution")      # columns with the gold answer; the first one that a row has
+DIGITS = 40                                        # longer numbers are no answers
+ANSWER = 100                                       # characters; the same
+LAST = re.compile(r"(?:(?<![\w)])-\$?)?(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|(?<![\w.])\.[0-9]+")
+NUMBER = re.compile(r"[+-]?(?:[0-9]+(?:,[0-9]{3})*(?:\.[0-9]*)?|\.[0-9]+)")
+FRACTION = re.compile(r"([+-]?[0-9]+)/([0-9]+)")
+UNITS = re.compile(r"(?<![a-z])(?:degree|mm|cm|km|kg|kmh|mph|meter|mile|second|minute|hour|day|week|month|year|foot|feet|inch|yard"
+                   r"|percent|apple)(?:es|s)?(?![a-z])")
+
+
+# ---- the two verifiers ----
+
+def gsm8k(prompts, completions, **columns):
+    """1.0 where the last number of the completion is the gold answer's, else 0.0."""
+    return [float(any(_same_last_number(completion, gold) for gold in golds))
+            for completion, golds in zip(completions, _all_golds(columns, len(completions)))]
+
+
+def _same_last_number(completion, gold):
+    numbers = [_last_number(text) for text in (completion, gold)]
+    return None not in numbers and numbers[0] == numbers[1]
+
+
+def _last_number(text):
+    found = None
+    for match in LAST.finditer(text):
+        found = match
+    text = found[0].replace(",", "").replace("$", "") if found else ""
+    return Fraction(text) if 0 < len(text) <= DIGITS else None
+
+
+def r1_zero(prompts, completions, **columns):
+    """1.0 where format and answer are right, else 0.0: `... </think> <answer> 18 </answer>`. A right format alone earns nothing."""
+    return [r1_zero_details(completion, golds)["reward"]
+            for completion, golds in zip(completions, _all_golds(columns, len(completions)))]
+
+
+def r1_zero_details(completion, gold):
+    """{"format": bool, "answer": bool, "reward": float} of one completion; `gold`: text, a number, or a list of which any will do.
+
+    format: `</think>`, white space, `<answer>`, and somewhere `</answer>`; the prompt has opened <think>. answer: what follows the
+    last `<answer>`, or its last \\boxed{}, is the gold number: 1,000 = 1000.00, $18 = 18% = x = 18 = 18 minutes = 18, 0.5 = 1/2; but
+    no other words, and 36/2 is not 18. An answer that is no number must be the gold text. False without the format.
+    """
+    text = re.sub(r"</think>\s+<answer>", "</think> <answer>", completion)
+    if "</think> <answer>" not in text or "</answer>" not in text:
+        return {"format": False, "answer": False, "reward": 0.0}
+    answer = text.rpartition("<answer>")[2].replace("</answer>", "")
+    if "\\boxed" in answer:
+        answer = _last_boxed(answer)
+    right = answer is not None and any(_same_answer(answer, text) for text in gold_texts(gold))
+    return {"format": True, "answer": right, "reward": float(right)}
+
+
+def _last_boxed(text):
+    """What is inside the last \\boxed{...}, or None if its braces do not close."""
+    inside = text.rpartition("\\boxed")[2]
+    depth = 0
+    for i, character in enumerate(inside[:ANSWER + 2]):
+        depth += (character == "{") - (character == "}")
+        if not depth:
+            return inside[1:i] if i else None
+    return None
+
+
+def _same_answer(answer, gold):
+    answer, gold = _plain(answer), _plain(gold)
+    left, right = _value(answer), _value(gold)
+    if left is None or right is None:
+        return answer == gold != ""
+    if "/" in answer and "/" in gold:
+        return answer == gold
+    if "/" in answer or "/" in gold:                 # an integer must be written as one
+        return left == right and left.denominator > 1
+    return left == right
+
+
+def _plain(text):
+    """An answer without what may stand around its number; "" if it is too long to be one."""
+    text = text.strip()
+    if len(text) > ANSWER:
+        return ""
+    if match := re.fullmatch(r"\\(?:text|fbox)\{([^{}]*)\}", text):
+        text = match[1]
+    text = re.sub(r"\\text\{[^{}]*\}|\\?[$%]", "", text)
+    text = re.sub(r"\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}", r"\1/\2", text)
+    text = "".join(UNITS.sub("", text).lower().split())
+    name, _, value = text.partition("=")
+    if value and "=" not in value and len(name) <= 2:
+        text = value
+    if text[:1] in ("(", "[") and text[-1] in (")", "]"):
+        text = text[1:-1]
+    return text.removesuffix(".")
+
+
+def _value(text):
+    """The Fraction that a plain answer is, or None."""
+    if NUMBER.fullmatch(text):
+        return Fraction(text.replace(",", ""))
+    match = FRACTION.fullmatch(text)
+    return Fraction(int(match[1]), int(match[2])) if match and int(match[2]) else None
+
+
+# ---- gold answers ----
+
+def gold_texts(gold):
+    """A gold answer, or a list of them, as texts: what follows #### where it is there, else all of it."""
+    texts = map(str, gold if isinstance(gold, list) else [] if gold is None else [gold])
+    return [(re.search(r"####\s*(.*)", text) or ["", text])[1].strip() for text in texts]
+
+
+def golds_of(row):
+    """The gold answers (list of str) of a row, {column: value}; [] if it has none."""
+    return gold_texts(next((row[name] for name in GOLD if row.get(name) is not None), None))
+
+
+def _all_golds(columns, count):
+    golds = [golds_of({name: columns[name][i] for name in GOLD if name in columns}) for i in range(count)]
+    if not all(golds):
+        raise _no_gold(columns, f"row {golds.index([])} of a batch")
+    return golds
+
+
+def _no_gold(columns, where):
+    return UserError(f"no gold answer in {where}, columns found: {', '.join(columns) or 'none'}; "
+                     f"fix: give every row a column {', '.join(GOLD[:-1])} or {GOLD[-1]}, or use another reward")
+
+
+def check_gold(rewards, examples):
+    """Feed the gold answers of `examples` (of kind "prompts"), wrapped in each verifier's format, through it: UserError that lists
+    the rows which do not score 1. A reward that no answer can earn would only look like a model that does not learn."""
+    for reward in rewards:
+        wrap = WRAPPED.get(reward.function)
+        failed = []
+        for example in examples if wrap else []:
+            columns = example.extras["columns"]
+            golds = golds_of(columns)
+            if not golds:
+                raise _no_gold(columns, example.where)
+            if not all(reward.function([None], [wrap.format(gold)], answer=[gold]) == [1.0] for gold in golds):
+                failed.append(f"{example.where} ({_shown(', '.join(golds))})")
+        if failed:
+            raise UserError(f"{reward.name} cannot verify the gold answers of {len(failed)} of {len(examples)} rows, in "
+                            f"{', '.join(failed[:5])}{', ...' if len(failed) > 5 else ''}; fix: correct or remove these rows")
+
+
+# ---- which rewards ----
+
+@dataclass(frozen=True)
+class Reward:
+    name: str
+    weight: float
+    function: Callable | None      # None: the model in `path` scores
+    path: str | None = None        # a reward model's directory
+
+
+BUILT_IN = {"gsm8k": gsm8k, "r1_zero": r1_zero}
+WRAPPED = {gsm8k: "#### {}", r1_zero: " So that is it. </think> <answer> {} </answer>"}
+
+
+def load_reward(spec, weights=None, where="reward"):
+    """The rewards named in `spec`, separated by commas: gsm8k, r1_zero, path.py:function, or a reward model's directory.
+
+    `weights`: as many numbers, separated by commas; None = all 1. `where`: the key, for errors. Raises UserError; a Python file
+    is run to load it.
+    """
+    parts = [part.strip() for part in spec.split(",")]
+    try:
+        numbers = [float(number) for number in weights.split(",")] if weights else [1.0] * len(parts)
+    except ValueError:
+        numbers = [math.nan]
+    if len(numbers) != len(parts) or not all(map(math.isfinite, numbers)):
+        raise UserError(f"reward_weights is {weights!r} for {len(parts)} rewards; "
+                        "fix: give one number for each, separated by commas, such as 1,0.5")
+    rewards = [_reward(part, weight, where) for part, weight in zip(parts, numbers)]
+    names = [reward.name for reward in rewards]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise UserError(f"two rewards named {twice!r} in {where}; fix: rename one of them or name it once")
+    return rewards
+
+
+def _reward(part, weight, where):
+    if part in BUILT_IN:
+        return Reward(part, weight, BUILT_IN[part])
+    path, colon, name = part.rpartition(":")
+    if colon and path.endswith(".py"):
+        return Reward(name, weight, _function(Path(path), name, where))
+    if part and Path(part).is_dir():
+        return Reward(Path(part).resolve().name, weight, None, part)
+    near = difflib.get_close_matches(part, BUILT_IN, n=1)
+    raise UserError(f"{part!r} in {where} is neither {', '.join(BUILT_IN)}, a Python function nor a directory; fix: write "
+                    f"{near[0] if near else f'{part}:function' if part.endswith('.py') else 'path.py:function or the path of an rm run'}")
+
+
+def _function(path, name, where):
+    if not path.is_file():
+        raise UserError(f"{path} in {where} does not exist; fix: correct the path of the reward's file")
+    spec = importlib.util.spec_from_file_location(f"reward {path.resolve()}", path)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)      # dataclasses look their module up
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # noqa: BLE001  the user's code
+        raise UserError(f"{path} in {where} cannot be loaded ({_failure(error)}); fix: correct that file") from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        known = [key for key, value in vars(module).items() if inspect.isfunction(value)]
+        near = difflib.get_close_matches(name, known, n=1) or known
+        raise UserError(f"no function {name!r} in {path}, named in {where}; fix: {f'write {near[0]}' if near else 'define it there'}")
+    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in inspect.signature(function).parameters.values()):
+        raise UserError(f"{name} in {path} does not take the data's columns; fix: def {name}(prompts, completions, **columns)")
+    return function
+
+
+# ---- calling them ----
+
+def score(reward, prompts, completions, columns, timeout=60.0):
+    """One finite float, or None, per completion. `columns`: {name: list}; `timeout`: seconds for the call, kept on the main thread of
+    Unix only. Raises RunError, which names the reward, a prompt and its completion, if the function fails or returns
+    something else."""
+    columns = {name: values for name, values in columns.items() if name not in ("prompts", "completions")}
+    sample, failure, fix = 0, None, "correct the function"
+    try:
+        with _time_limit(timeout):
+            values = _call(reward, prompts, completions, columns)
+    except UserError:
+        raise
+    except _TimedOut:
+        failure, fix = f"took longer than {timeout:g} s for {len(completions)} completions", "make it faster"
+    except (Exception, SystemExit) as error:  # noqa: BLE001  the user's code
+        sample, failure = _culprit(reward, prompts, completions, columns, timeout), f"raised {_failure(error)}"
+    else:
+        if len(values) != len(completions):
+            failure = f"returned {len(values)} values for {len(completions)} completions"
+        else:
+            values = [_number(value) for value in values]
+            sample = next((i for i, value in enumerate(values) if value is not None and not isinstance(value, float)), None)
+            if sample is None:
+                return values
+            failure = f"returned {values[sample]}"
+        fix = "return one finite number, or None, per completion"
+    prompt = prompts[sample]
+    prompt = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+    raise RunError(f"reward {reward.name} {failure}, prompt {_shown(prompt)}, completion {_shown(completions[sample])}; fix: {fix}")
+
+
+def _call(reward, prompts, completions, columns):
+    values = reward.function(prompts=list(prompts), completions=list(completions), **columns)
+    if values is None or isinstance(values, (str, dict)):
+        raise TypeError(f"the function returned {type(values).__name__}, not a list")
+    return list(values)
+
+
+def _number(value):
+    """The value as a finite float, None, or (str) what is wrong with it."""
+    if value is None:
+        return None
+    try:
+        number = math.nan if isinstance(value, (str, bytes)) else float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        number = math.nan
+    return number if math.isfinite(number) else _shown(value)
+
+
+def _culprit(reward, prompts, completions, columns, timeout):
+    """Number of the first sample that fails on its own; 0 if none does."""
+    try:
+        with _time_limit(timeout):
+            for i in range(len(completions)):
+                try:
+                    _call(reward, prompts[i:i + 1], completions[i:i + 1], {name: values[i:i + 1] for name, values in columns.items()})
+                except (Exception, SystemExit):  # noqa: BLE001
+                    return i
+    except _TimedOut:
+        pass
+    return 0
+
+
+class _TimedOut(BaseException):
+    """Not an Exception: the function's own `except Exception` must not stop it."""
+
+
+@contextmanager
+def _time_limit(seconds):
+    """Raise _TimedOut after `seconds`, again every second until the block ends; an outer timer goes on afterwards."""
+    if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number, frame):
+        raise _TimedOut
+
+    started = time.monotonic()
+    handler = signal.signal(signal.SIGALRM, stop)
+    left, interval = signal.getitimer(signal.ITIMER_REAL)
+    signal.setitimer(signal.ITIMER_REAL, min(seconds, left or seconds), 1.0)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, signal.SIG_DFL if handler is None else handler)
+        if left:
+            signal.setitimer(signal.ITIMER_REAL, max(left - (time.monotonic() - started), 1e-6), interval)
+
+
+def _failure(error):
+    text = " ".join(str(error)[:400].split())
+    return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__
+
+
+def _shown(value):
+    """On one line, shortened; of text without control characters, which would reach the terminal."""
+    if isinstance(value, str):
+        return repr(value if len(value) <= 60 else value[:57] + "...")
+    return " ".join(repr(value)[:400].split())[:60]
