@@ -19,6 +19,7 @@ def main(argv: list[str]) -> None:
     from data.dataset import load_datasets
     from engine import checkpoint, load, logs, model, ranks
     from engine.loop import Engine, Stopped
+    from engine.online import OnlineEngine
 
     common, config = run_config.common, run_config.config
     algorithm = importlib.import_module(f"algorithms.{common.algorithm}")
@@ -44,7 +45,7 @@ def main(argv: list[str]) -> None:
         run.notice(f"run {directory}" + (f", resumed from {start}" if start else ""))
         if world > 1:
             model.shard(policy)
-        engine = Engine(common, policy, tokenizer, train_set, eval_set, run, algorithm.PROGRESS, start)
+        engine = (OnlineEngine if algorithm.DATA == "prompts" else Engine)(common, policy, tokenizer, train_set, eval_set, run, algorithm.PROGRESS, start)
         algorithm.train(engine, config)
         run.summary(chat=algorithm.MODEL == "policy")
     except Stopped as stop:

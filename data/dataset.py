@@ -102,10 +102,16 @@ def load_datasets(config, algorithm_config, kind, tokenizer, notice):
     Raises UserError as `build_dataset` does, and when labelled training examples all have the same label."""
     name = getattr(algorithm_config, "prompt_template", None)
     template = read_template(name) if name else None
+    max_length = config.max_length
+    if kind == "prompts":
+        max_length -= algorithm_config.max_completion_length
+        if max_length < 1:
+            raise UserError(f"max_completion_length is {algorithm_config.max_completion_length}, which leaves no room for a prompt in "
+                            f"max_length {config.max_length}; fix: raise max_length")
 
     def build(data):
         sources = [{"path": data}] if isinstance(data, str) else data
-        parts = [build_dataset(source_name(source), kind, tokenizer, config.max_length,
+        parts = [build_dataset(source_name(source), kind, tokenizer, max_length,
                                getattr(algorithm_config, "train_on", "assistant"), config.truncate, config.hh,
                                columns=source.get("columns"), seed=config.seed, template=template) for source in sources]
         for part in parts:

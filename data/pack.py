@@ -47,6 +47,20 @@ class Example:
         copies = 1 if share_prompt else len(self.responses)
         return copies * len(self.prompt) + sum(len(response.tokens) for response in self.responses)
 
+    def part(self, which: list[int]):
+        """This example with only the responses `which`, and their share of the tensors in `extras`."""
+        ends = np.cumsum([0] + [len(response.tokens) for response in self.responses])
+
+        def share(value):
+            if not torch.is_tensor(value):
+                return value
+            if len(value) == len(self.responses):          # a number per response, else one per token
+                return value[which]
+            return torch.cat([value[ends[i]:ends[i + 1]] for i in which])
+
+        return Example(self.prompt, [self.responses[i] for i in which], self.where,
+                       {name: share(value) for name, value in self.extras.items()})
+
     @property
     def num_trained(self) -> int:
         return sum(int(response.trained.sum()) for response in self.responses)
@@ -71,6 +85,11 @@ class Batch:
     def mean(self, x):
         """(N,) -> (S,): the mean over each response's trained tokens."""
         return self.sum(x) / torch.tensor(self.lengths, dtype=x.dtype, device=x.device)
+
+    def extra(self, name):
+        """What `extras[name]` of its examples hold: (S,) where it is a number per response, (N,) where it is one per trained token."""
+        parts = [example.extras[name] for example in self.examples]
+        return torch.cat(parts).to(self.tokens.device) if parts else torch.zeros(0, device=self.tokens.device)
 
     def pairs(self, y):
         """(S,) of a batch of pairs -> the chosen responses' (B,) and the rejected ones' (B,)."""

@@ -25,6 +25,7 @@ from engine.model import VALUE_HEAD
 from engine.ranks import distributed
 
 MANIFEST = "manifest.json"
+ROLLOUT = "rollout.safetensors"              # of a checkpoint between two updates of the same rollout
 
 
 def sync(path: str) -> None:
@@ -189,8 +190,9 @@ def save_classifier(lm, tokenizer, state: dict, directory: str) -> None:
     tokenizer.save_pretrained(directory)
 
 
-def save_checkpoint(directory: str, policy, tokenizer, optimizer, trainer: dict) -> None:
-    """Model, tokenizer, optimizer state (by parameter name, so any world size can load it) and `trainer.json`."""
+def save_checkpoint(directory: str, policy, tokenizer, optimizer, trainer: dict, stored: dict) -> None:
+    """Model, tokenizer, optimizer state (by parameter name, so any world size can load it), `trainer.json` and, if there are any, the
+    tensors `stored` of a rollout."""
     weights = model_state(policy)
     moments = {f"{name}:{key}": whole(value) for name, parameter in policy.named_parameters()
                for key, value in optimizer.state.get(parameter, {}).items()}
@@ -198,6 +200,8 @@ def save_checkpoint(directory: str, policy, tokenizer, optimizer, trainer: dict)
     def write(temporary):
         save_model(policy.lm, tokenizer, weights, temporary)
         save_file(moments, os.path.join(temporary, "optimizer.safetensors"))
+        if stored:
+            save_file(stored, os.path.join(temporary, ROLLOUT))
         with open(os.path.join(temporary, "trainer.json"), "w") as file:
             json.dump(trainer, file)
 

@@ -81,15 +81,19 @@ FLAGS = {"--help": "help", "-h": "help", "--dry-run": "dry-run", "--debug": "deb
 BOOL = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 SECRET = re.compile(r"(token|secret|password|api_?key)(?![a-z])", re.IGNORECASE)    # not tokens, tokenizer
 RANGES = [    # what a number must be, its test, the keys; None passes
-    ("a number above 0", lambda x: x > 0, "lr max_grad_norm lora_alpha beta desirable_weight "
-     "undesirable_weight"),
-    ("a number of 0 or more", lambda x: x >= 0, "weight_decay warmup rpo_alpha cpo_alpha simpo_gamma center_rewards_coefficient"),
+    ("a number above 0", lambda x: x > 0, "lr max_grad_norm lora_alpha beta desirable_weight undesirable_weight temperature epsilon "
+     "epsilon_high cliprange cliprange_value"),
+    ("a number of 0 or more", lambda x: x >= 0, "weight_decay warmup rpo_alpha cpo_alpha simpo_gamma center_rewards_coefficient kl_coef "
+     "vf_coef"),
+    ("a number above 0, up to 1", lambda x: 0 < x <= 1, "top_p gamma"),
+    ("a number from 0 to 1", lambda x: 0 <= x <= 1, "lam"),
     ("a share below 1 or a whole number of updates", lambda x: x < 1 or x == int(x), "warmup"),
     ("a share from 0 to below 1", lambda x: 0 <= x < 1, "eval_fraction lora_dropout"),
     ("a share from 0 to 0.5", lambda x: 0 <= x <= 0.5, "label_smoothing"),
-    ("a whole number of 0 or more", lambda x: x >= 0, "lora_r"),
+    ("a whole number of 0 or more", lambda x: x >= 0, "lora_r top_k max_resample_times soft_overlong_cache"),
     ("a whole number from 0 to 4294967295", lambda x: 0 <= x < 2**32, "seed"),
-    ("1 or more", lambda x: x >= 1, "batch_size epochs max_steps eval_every save_every log_every sample_every"),
+    ("1 or more", lambda x: x >= 1, "batch_size epochs max_steps eval_every save_every log_every sample_every num_iterations "
+     "num_mini_batches num_ppo_epochs num_sample_generations rollout_batch_size max_completion_length"),
     ("2 or more", lambda x: x >= 2, "micro_batch_tokens max_length keep"),
 ]
 
@@ -136,7 +140,8 @@ def load_config(argv: list[str]) -> Run:
             raise UserError(f"{key} ({where}) is {show(text)}; fix: give {error}") from None
     for wanted, test, keys in RANGES:
         for key in keys.split():
-            if values.get(key) is not None and not test(values[key]):
+            allowed = (name, key, values.get(key)) == ("grpo", "beta", 0)        # no reference; the others divide by it or learn nothing
+            if values.get(key) is not None and not allowed and not test(values[key]):
                 raise UserError(f"{key} ({given[key][1]}) is {values[key]}; fix: give {wanted}")
     for field in all_fields:
         if field.name not in values and field.default is MISSING and field.default_factory is MISSING:
@@ -328,5 +333,6 @@ def help_text() -> str:
     """The usage, and every key with its type, default and comment as they stand in the source."""
     text, algorithms = __doc__, {f"keys of {name}": config_of(name) for name in algorithm_names()}
     for title, cls in {"common keys": Common, **algorithms}.items():
-        text += "\n".join(["", f"{title}:", *re.findall(r"^    (?:\w+: | +#).*", inspect.getsource(cls), re.MULTILINE), ""])
+        source = "".join(inspect.getsource(part) for part in reversed(cls.__mro__[:-1]))
+        text += "\n".join(["", f"{title}:", *re.findall(r"^    (?:\w+: | +#).*", source, re.MULTILINE), ""])
     return text

@@ -88,8 +88,8 @@ def forecast(common, config, train_set: list, tokens: int) -> list[str]:
     hidden, vocabulary = settings.hidden_size, settings.vocab_size
     inner = getattr(settings, "intermediate_size", 4 * hidden)
     # per token and layer, kept for the backward: two norms (input and output, fp32), q k v and rotated q k, attention output, and
-    # the MLP's gate, up, activation and product
-    per_layer = 4 * (10 * hidden + 4 * inner) if not common.gradient_checkpointing else 4 * hidden
+    # the MLP's gate and up
+    per_layer = 4 * (10 * hidden + 2 * inner) if not common.gradient_checkpointing else 4 * hidden
     activations = tokens * (settings.num_hidden_layers * per_layer + 4 * 4 * hidden)
     at_once = LOGITS_AT_ONCE["cuda" if torch.cuda.is_available() else "cpu"]
     logits = 2 * 4 * min(at_once, tokens * vocabulary) + (0 if frozen else 4 * hidden * vocabulary)      # a slice twice

@@ -47,15 +47,18 @@ class Step:
     def log(self, losses, metrics: dict, split: str = "train") -> None:
         """Add one micro-batch: `losses` and every metric are unreduced tensors (or one number); each is averaged over all its
         entries in the update (or the evaluation). A tuple of tensors stands for the sum of their averages."""
-        for name, values in {"loss": losses, **metrics}.items():
+        self.add({"loss": losses, **metrics}, split)
+        if split == "train":
+            loss = sum(part.detach().sum() for part in (losses if isinstance(losses, tuple) else (losses,)))
+            self.losses.append((loss, self.micro_batches[len(self.losses) % len(self.micro_batches)]))
+
+    def add(self, metrics: dict, split: str = "train") -> None:
+        for name, values in metrics.items():
             for i, part in enumerate(values if isinstance(values, tuple) else (values,)):
                 part = torch.as_tensor(part, device=self.engine.policy.device).detach()
                 total = self.totals[split].setdefault(name, {}).setdefault(i, [0.0, 0])
                 total[0] = total[0] + part.sum(dtype=torch.float64)
                 total[1] += part.numel()
-        if split == "train":
-            loss = sum(part.detach().sum() for part in (losses if isinstance(losses, tuple) else (losses,)))
-            self.losses.append((loss, self.micro_batches[len(self.losses) % len(self.micro_batches)]))
 
     def averages(self, split: str) -> dict:
         """Metric -> mean over all ranks; without those that had no entry anywhere (such as rewards of a class not in the update)."""
@@ -76,12 +79,9 @@ class Engine:
         self.config, self.policy, self.tokenizer, self.run, self.progress = config, policy, tokenizer, run, progress
         self.train_set, self.eval_set = train_set, eval_set
         self.rank, self.world = distributed()
-        self.first = checkpoint.load_trainer(start)["step"] if start else 0
-        per_epoch = math.ceil(len(train_set) / config.batch_size)
-        self.steps_per_epoch, self.total = per_epoch, config.max_steps or math.ceil(config.epochs * per_epoch)
-        if self.first > self.total:
-            raise UserError(f"max_steps: the run is at step {self.first} already, after the {self.total} asked for; fix: raise max_steps")
-        self.eval_every = config.eval_every or max(1, self.total // 10)
+        self.start, self.first = start, checkpoint.load_trainer(start)["step"] if start else 0
+        self.draws_per_epoch = math.ceil(len(train_set) / config.batch_size)      # how often batch_size rows are drawn in an epoch
+        self.plan_updates(1)
         decayed, plain = [], []
         for parameter in filter(lambda parameter: parameter.requires_grad, policy.parameters()):
             (decayed if parameter.ndim > 1 else plain).append(parameter)      # norms and biases are not decayed
@@ -91,10 +91,19 @@ class Engine:
         if start:
             checkpoint.load_optimizer(start, policy, self.optimizer)
         self.step, self.grad_norm, self.signal = None, None, None
+        self.since, self.tokens_seen = time.time(), 0
         self.plan, self.planned_epoch = None, None            # the rows of every update of one epoch
         self.catch_signals()
 
     # ---- plan -------------------------------------------------------------------------------------------------------
+
+    def plan_updates(self, per_draw: int) -> None:
+        """How many updates the run has, where each draw of `batch_size` rows is used for `per_draw` of them."""
+        config = self.config
+        self.per_draw, self.total = per_draw, config.max_steps or math.ceil(config.epochs * self.draws_per_epoch * per_draw)
+        if self.first > self.total:
+            raise UserError(f"max_steps: the run is at step {self.first} already, after the {self.total} asked for; fix: raise max_steps")
+        self.eval_every = config.eval_every or max(1, self.total // 10)
 
     def deal(self, examples: list) -> list[list]:
         """This rank's micro-batches of these examples; every rank gets the same number of them."""
@@ -103,8 +112,8 @@ class Engine:
         return [[examples[i] for i in members] for members in mine]
 
     def indices(self, index: int) -> list[int]:
-        """The rows of update `index` (1-based): a function of the seed and nothing else."""
-        epoch, position = divmod(index - 1, self.steps_per_epoch)
+        """The rows of draw `index` (1-based): a function of the seed and nothing else."""
+        epoch, position = divmod(index - 1, self.draws_per_epoch)
         if epoch != self.planned_epoch:
             config = self.config
             self.plan = order(len(self.train_set), config.batch_size, config.seed, epoch, config.shuffle)
@@ -124,43 +133,47 @@ class Engine:
     # ---- what algorithms call ---------------------------------------------------------------------------------------
 
     def steps(self):
-        """Iterate the updates of the run, from the one after the checkpoint. Between two of them: learning rate, logging,
-        samples, checkpoints, signals; after the last one the final model."""
-        since, tokens_seen = time.time(), 0
+        """Iterate the updates of the run, from the one after the checkpoint; after the last one the final model is written."""
+        self.since = time.time()
         if self.first == 0 and self.eval_set:
             self.step = Step(self, 0, [])
             yield self.step
             self.record_evaluation(self.step)
         for index in range(self.first + 1, self.total + 1):
-            started = time.time()
-            self.step = Step(self, index, [self.train_set[i] for i in self.indices(index)])
-            lr = self.learning_rate(index)
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
-            before = self.some_weights() if index == 1 else None
-            yield self.step
-            if before and self.grad_norm > 0 and not self.moved(before):
-                raise RunError(f"no weight moved in the first update (gradient norm {self.grad_norm:.3g}, lr {lr:g}); fix: raise lr")
-            tokens = sum(example.size(self.policy.share_prompt) for example in self.step.examples)
-            tokens_seen += tokens
-            if index % self.config.log_every == 0 or index in (1, self.total):
-                averages = self.step.averages("train")
-                self.run.append("metrics.jsonl", {
-                    "step": index, "split": "train", "epoch": round(index / self.steps_per_epoch, 4), **averages,
-                    "grad_norm": self.grad_norm, "lr": lr, "tokens_per_second": round(tokens / (time.time() - started), 1)})
-                shown = {name: averages[name] for name in dict.fromkeys(["loss", self.progress]) if name in averages}
-                rate = f"{tokens_seen / (time.time() - since):.0f} tokens/s"
-                self.run.progress("step", index, self.total, rate, shown, since, self.first)
-            self.record_evaluation(self.step)
-            if self.config.sample_every and (index % self.config.sample_every == 0 or index == self.total):
-                self.write_samples(index)
-            stop = self.stop_requested()
-            if (self.config.save_every and index % self.config.save_every == 0) or (stop and index < self.total):
-                self.save(index)
-            if stop and index < self.total:
-                raise Stopped(stop)
+            yield from self.update(index, [self.train_set[i] for i in self.indices(index)])
         self.run.erase()
         self.save_final()
+
+    def update(self, index: int, examples: list, more: dict | None = None):
+        """Yield the Step of one update, and do what lies between two of them: learning rate, logging (with `more` metrics), samples,
+        checkpoints, signals."""
+        started = time.time()
+        self.step = Step(self, index, examples)
+        lr = self.learning_rate(index)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        before = self.some_weights() if index == 1 else None
+        yield self.step
+        if before and self.grad_norm > 0 and not self.moved(before):
+            raise RunError(f"no weight moved in the first update (gradient norm {self.grad_norm:.3g}, lr {lr:g}); fix: raise lr")
+        tokens = sum(example.size(self.policy.share_prompt) for example in examples)
+        self.tokens_seen += tokens
+        if index % self.config.log_every == 0 or index in (1, self.total):
+            averages = self.step.averages("train") | (more or {})
+            self.run.append("metrics.jsonl", {
+                "step": index, "split": "train", "epoch": round(index / self.draws_per_epoch / self.per_draw, 4), **averages,
+                "grad_norm": self.grad_norm, "lr": lr, "tokens_per_second": round(tokens / (time.time() - started), 1)})
+            shown = {name: averages[name] for name in dict.fromkeys(["loss", self.progress]) if name in averages}
+            rate = f"{self.tokens_seen / (time.time() - self.since):.0f} tokens/s"
+            self.run.progress("step", index, self.total, rate, shown, self.since, self.first)
+        self.record_evaluation(self.step)
+        if self.config.sample_every and (index % self.config.sample_every == 0 or index == self.total):
+            self.write_samples(index)
+        stop = self.stop_requested()
+        if (self.config.save_every and index % self.config.save_every == 0) or (stop and index < self.total):
+            self.save(index)
+        if stop and index < self.total:
+            raise Stopped(stop)
 
     def updates(self) -> list[list]:
         """The examples of every update of the run, in order."""
@@ -171,7 +184,7 @@ class Engine:
         for those in `also`. They never change, so they are computed once, before the optimizer has any state, and the model
         is let go: training holds no second model, and later epochs, and later runs, pay nothing for the reference."""
         used = range(len(self.train_set))
-        if self.total < self.steps_per_epoch:                 # less than an epoch: only the rows of these updates are needed
+        if self.total < self.draws_per_epoch:                 # less than an epoch: only the rows of these updates are needed
             used = sorted(i for index in range(1, self.total + 1) for i in self.indices(index))
         examples = [self.train_set[i] for i in used] + self.eval_set + list(also)
         path = None if path == "cache" else path              # TRL's and the papers' codes ask for what always happens here
@@ -236,29 +249,36 @@ class Engine:
     # ---- the reference's log-probs ----------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def frozen_logps(self, model, examples: list) -> dict:
-        """The log-probs of every response's trained tokens, by `response_key`, fp32 and on the CPU; each rank computes its share."""
-        ends = torch.tensor([0, *(example.num_trained for example in examples)]).cumsum(0).tolist()
+    def collect(self, function, examples: list, size, label: str | None = None) -> list:
+        """`function(batch)`, a number for each of the batch's responses or tokens, for all `examples`: per example a tensor of
+        `size(example)` numbers on the CPU. Each rank computes its share; `label` names the progress line."""
+        ends = torch.tensor([0, *map(size, examples)]).cumsum(0).tolist()
         offsets = dict(zip(map(id, examples), ends))
-        logps, since = torch.zeros(ends[-1], device=model.device), time.time()
+        numbers, since = torch.zeros(ends[-1], device=self.policy.device), time.time()
         for start in range(0, len(examples), self.config.batch_size):
             block = examples[start:start + self.config.batch_size]
             for members in self.deal(block):
-                values = model(model.collate(members))
-                for example, part in zip(members, values.split([example.num_trained for example in members])):
-                    logps[offsets[id(example)]:offsets[id(example)] + len(part)] = part
+                values = function(self.policy.collate(members))
+                for example, part in zip(members, values.split([size(example) for example in members])):
+                    numbers[offsets[id(example)]:offsets[id(example)] + len(part)] = part
             done = start + len(block)
-            if done == len(examples) or self.run.terminal or start // self.config.batch_size % 100 == 99:
+            if label and (done == len(examples) or self.run.terminal or start // self.config.batch_size % 100 == 99):
                 rate = f"{done / (time.time() - since):.1f} rows/s"
-                self.run.progress("reference log-probs", done, len(examples), rate, {}, since)
-            if stop := self.stop_requested():
+                self.run.progress(label, done, len(examples), rate, {}, since)
+            if label and (stop := self.stop_requested()):
                 raise Stopped(stop)
         self.run.erase()
         if self.world > 1:
-            torch.distributed.all_reduce(logps)
-        responses = [(key, int(response.trained.sum())) for example in examples
-                     for key, response in zip(response_keys(example), example.responses)]
-        return dict(zip((key for key, _ in responses), logps.cpu().split([length for _, length in responses])))
+            torch.distributed.all_reduce(numbers)
+        return list(numbers.cpu().split([size(example) for example in examples])) if examples else []
+
+    def frozen_logps(self, model, examples: list) -> dict:
+        """The log-probs of every response's trained tokens, by `response_key`, fp32 and on the CPU."""
+        table = {}
+        for example, logps in zip(examples, self.collect(model, examples, lambda example: example.num_trained, "reference log-probs")):
+            lengths = [int(response.trained.sum()) for response in example.responses]
+            table.update(zip(response_keys(example), logps.split(lengths)))
+        return table
 
     @torch.no_grad()
     def check_reference(self, reference: Reference) -> None:
@@ -310,9 +330,13 @@ class Engine:
 
     def save(self, index: int) -> None:
         directory = self.run.path("checkpoints", f"step-{index:06d}")
-        checkpoint.save_checkpoint(directory, self.policy, self.tokenizer, self.optimizer, {"step": index})
+        checkpoint.save_checkpoint(directory, self.policy, self.tokenizer, self.optimizer, {"step": index}, self.stored(index))
         if self.rank == 0:
             checkpoint.clean(self.run.directory, keep=self.config.keep)
+
+    def stored(self, index: int) -> dict:
+        """Tensors that a checkpoint after update `index` must hold beside weights and optimizer."""
+        return {}
 
     def save_final(self) -> None:
         """`final/`, loadable by name; of a reward model also `classifier/`, for AutoModelForSequenceClassification."""

@@ -3,6 +3,7 @@
 They are put into the LM itself, so a `Policy` works on it unchanged. The matrices are fp32; the frozen weights need not be:
 they may be bf16, or 4-bit (QLoRA).
 """
+import contextlib
 import copy
 import importlib.util
 import os
@@ -114,6 +115,19 @@ def attach_saved(lm, path: str, config, check: bool) -> None:
             if asked[key] != found[key]:
                 raise UserError(f"{key}: the adapter {path} has {found[key]}, not {asked[key]}; fix: remove the lora_ keys, "
                                 "or start from its base model")
+
+
+@contextlib.contextmanager
+def disabled(lm):
+    """The LM without its adapter."""
+    layers = [module for module in lm.modules() if isinstance(module, library().tuners.tuners_utils.BaseTunerLayer)]
+    for layer in layers:
+        layer._disable_adapters = True           # enable_adapters() would switch requires_grad off, too
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
 
 
 def dropouts(lm) -> list[nn.Module]:

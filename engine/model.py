@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 
 from data.errors import UserError
-from data.pack import Batch, Example, collate
+from data.pack import Batch, Example, Response, collate
 from engine import lora
 from engine.load import base_of, is_adapter, load_lm
 
@@ -162,7 +162,8 @@ def gated_mlp(self, x):
 
 
 class Policy(nn.Module):
-    """A causal LM as the algorithms see it: `policy(batch)` -> (N,) fp32 log-probs of the batch's trained tokens, in order.
+    """A causal LM as the algorithms see it: `policy(batch)` -> (N,) fp32 log-probs of the batch's trained tokens, in order; where
+    they were sampled at a temperature, `policy(batch, temperature)`.
 
     `precision` is that of the matrix products: weights stay as loaded (fp32 when trained) and run under bf16 autocast.
     Under `torchrun` this module, not the LM inside, is the FSDP root: its forward gathers embedding, norm and head."""
@@ -181,7 +182,7 @@ class Policy(nn.Module):
     def autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
-    def forward(self, batch: Batch):
+    def forward(self, batch: Batch, temperature: float = 1.0):
         embedding, head = self.lm.get_input_embeddings(), self.lm.get_output_embeddings().weight
         inputs = {"input_ids": batch.tokens[None]}
         if embedding.weight is head and type(embedding) is nn.Embedding:      # Gemma 3's scales what it looks up
@@ -190,7 +191,7 @@ class Policy(nn.Module):
         # `hidden[source]` has a non-deterministic backward
         hidden = self.hidden(batch, **inputs).index_select(0, batch.source)                    # (N, D)
         dtype = torch.bfloat16 if self.precision == "bf16" else hidden.dtype
-        return ChunkedLogps.apply(hidden, head, batch.target, dtype)
+        return ChunkedLogps.apply(hidden if temperature == 1 else hidden / temperature, head, batch.target, dtype)
 
     def hidden(self, batch: Batch, **inputs):
         """The last hidden states (T, D) of a batch, whose tokens `inputs` gives in one of transformers' two forms."""
@@ -201,14 +202,15 @@ class Policy(nn.Module):
                                       segments=batch.segments).last_hidden_state[0]
 
     @contextlib.contextmanager
-    def generating(self):
-        """The LM itself, in the state `generate` needs: ordinary attention with a KV cache, every sharded weight gathered."""
+    def generating(self, attention: str | None = None):
+        """The LM itself, in the state that generation needs: ordinary attention with a KV cache (or the registered `attention`), no
+        gradients, every sharded weight gathered."""
         sharded = hasattr(self, "unshard")
         if sharded:      # the LM's own forward does not pass through this root, so its weights are gathered by hand
             self.set_reshard_after_forward(False)
             self.unshard()
         implementation = self.lm.config._attn_implementation
-        self.lm.set_attn_implementation("sdpa" if self.lm._supports_sdpa else "eager")       # eager: Gemma 2
+        self.lm.set_attn_implementation(attention or ("sdpa" if self.lm._supports_sdpa else "eager"))       # eager: Gemma 2
         training = [module for module in self.lm.modules() if module.training]       # dropout of LoRA, and checkpointed layers,
         for module in training:                                                       # which ignore the cache
             module.training = False
@@ -302,13 +304,19 @@ def shard(policy: Policy):
     return policy
 
 
+def probe(prompt: Example) -> Example:
+    """A prompt without responses as an example with two: its own tokens, forwards and backwards."""
+    tokens = prompt.prompt[-16:]
+    return Example(prompt.prompt, [Response.all_trained(tokens), Response.all_trained(tokens[::-1])], prompt.where)
+
+
 @torch.no_grad()
 def check_policy(policy: Policy, examples, mode: str, notice) -> None:
     """Compare the shortest examples' log-probs with the plain forward of the LM, one response at a time, before anything is
     trained. `share_prompt: auto` falls back to one prompt copy per response where only that agrees.
 
     Raises UserError where neither does: recurrent layers, or an LM that changes its logits after the head."""
-    examples = sorted(examples, key=Example.size)[:2]
+    examples = [example if example.responses else probe(example) for example in sorted(examples, key=Example.size)[:2]]
     with policy.generating() as lm:
         plain = []
         for example in examples:

@@ -1,0 +1,101 @@
+"""GRPO: Group Relative Policy Optimization - sample a group of answers to each prompt; those above the group's mean become likelier.
+
+Paper:    Shao et al. 2024 (DeepSeekMath), arXiv 2402.03300, eq. 3 and 4; the advantage is section 4.1.2.
+Formula:  L = mean over o_i of 1/|o_i| sum_t ( -min( rho A_i, clip(rho, 1 - eps, 1 + eps_high) A_i ) + beta k3 )
+          rho = pi(o_t) / pi_old(o_t),    A_i = (r_i - mean(r)) / std(r),    k3 = pi_ref / pi - log(pi_ref / pi) - 1
+Symbols:  log pi(o_t)       logps              of each token of a completion, at the sampling temperature
+          log pi_old(o_t)   old_logps          the same under the policy that sampled it; in the first pass rho is exactly 1
+          log pi_ref(o_t)   reference_logps
+          r, A              rewards, advantages    one per completion; all its tokens have the same
+          eps, eps_high     epsilon, epsilon_high
+Trains:   the policy: every weight, or with lora_r an adapter. The reference is frozen, and only there if beta > 0.
+Data:     {"prompt": ..., "answer": ...}: a prompt and whatever columns the reward reads
+Divided:  each completion by its tokens, their sum by the completions of the whole update, over all micro-batches and ranks.
+Metrics:  loss                       0 in the first update from a rollout with beta 0: advantages of a group sum to 0 and every ratio is 1.
+                                     Its gradient is not 0. What to watch is reward
+          reward, reward_std         mean over all completions; mean over the groups of their standard deviation
+          frac_reward_zero_std       share of groups whose rewards are all alike: they teach nothing. Above 0.5 most of the sampling is
+                                     wasted: the prompts are too easy or too hard (dapo draws others in their place)
+          kl                         k3, mean over tokens; 0 at step 0
+          entropy                    -log pi of the sampled tokens, mean: an estimate of the entropy at the sampling temperature
+          clip_ratio/low_mean, clip_ratio/high_mean, clip_ratio/region_mean    share of tokens clipped below, above, either; 0 in a first pass
+          completions/mean_length, completions/clipped_ratio, ...              tokens; share cut at max_completion_length
+          sampling/sampling_logp_difference/mean    between the sampler's log-probs and those of the training forward; rounding only
+Differs:  num_iterations and the reference are as in the paper; the reference is never replaced by the policy (its outer loop).
+Run:      python train.py example/tiny-grpo.yml
+"""
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from engine.rollout import Sampling
+
+DATA = "prompts"                   # every row holds a prompt and what its reward needs
+MODEL = "policy"                   # what is trained
+PROGRESS = "reward"                # the number shown beside the loss
+
+
+@dataclass
+class Config(Sampling):
+    num_generations: int = 8       # completions per prompt: the group
+    num_iterations: int = 1        # passes over each rollout
+    num_mini_batches: int = 1      # updates per pass
+    epsilon: float = 0.2           # a ratio below 1 - epsilon earns nothing more; a large one, such as 1000, switches clipping off
+    epsilon_high: float = 0.2      # the same above 1 + epsilon_high
+    beta: float = 0.04             # weight of the KL to the reference; 0 needs no reference
+    baseline: bool = True          # false: the advantage is the reward itself, without the group's mean
+    scale_rewards: Literal["group", "batch", "none"] = "group"    # advantages in standard deviations of the group, of all, or as they are
+    mask_truncated_completions: bool = False    # completions cut at max_completion_length are judged but not trained
+    reference: str | None = None   # model directory or hub name; none: the start model
+
+
+def group_advantages(rewards, scale_rewards="group", baseline=True):
+    """Per prompt (G,) rewards -> per prompt (G,) advantages. NaN marks a completion without a reward; it counts nowhere."""
+    everywhere = torch.cat(rewards)
+    advantages = []
+    for group in rewards:
+        judged = {"group": group, "batch": everywhere, "none": group}[scale_rewards]
+        judged = judged[~judged.isnan()]
+        std = judged.std() if len(judged) > 1 else torch.tensor(0.0)
+        centered = group - group.nanmean() if baseline else group
+        advantages.append(centered if scale_rewards == "none" else centered / (std + 1e-4))
+    return advantages
+
+
+def grpo_loss(logps, old_logps, advantages, reference_logps=None, epsilon=0.2, epsilon_high=0.2, beta=0.04):
+    """Three or four (N,) -> (losses (N,), metrics); nothing is reduced."""
+    ratios = (logps - old_logps).exp()                                                  # (N,) rho
+    clipped = ratios.clamp(1 - epsilon, 1 + epsilon_high)
+    losses = -torch.min(ratios * advantages, clipped * advantages)                      # (N,) eq. 3
+    low, high = (ratios < 1 - epsilon) & (advantages < 0), (ratios > 1 + epsilon_high) & (advantages > 0)
+    metrics = {"entropy": -logps, "clip_ratio/low_mean": low, "clip_ratio/high_mean": high, "clip_ratio/region_mean": low | high}
+    if reference_logps is not None:
+        log_ratios = reference_logps - logps
+        kl = log_ratios.exp() - log_ratios - 1                                          # (N,) eq. 4
+        losses = losses + beta * kl
+        metrics["kl"] = kl
+    return losses, metrics
+
+
+def train(engine, config):
+    policy, optimizer = engine.policy, engine.optimizer
+    reference = engine.frozen(config.reference) if config.beta > 0 else None
+
+    for rollout in engine.rollouts(config, config.num_generations, config.num_iterations, config.num_mini_batches):     # 1 sample
+        engine.score(rollout)                                                                                           # 2 reward
+        rollout["advantages"] = group_advantages(rollout["rewards"], config.scale_rewards, config.baseline)             # 3 advantage
+        if reference:
+            rollout["reference_logps"] = engine.logps(reference, rollout)
+        for step in engine.steps(rollout, rollout["truncated"] if config.mask_truncated_completions else None):
+            for batch in step:                                     # 4 loss, one micro-batch
+                logps = policy(batch, config.temperature)
+                reference_logps = batch.extra("reference_logps") if reference else None
+                losses, metrics = grpo_loss(logps, engine.old_logps(batch, logps), batch.expand(batch.extra("advantages")),
+                                            reference_logps, config.epsilon, config.epsilon_high, config.beta)
+                losses = batch.mean(losses)                        # (S,) mean over the tokens of each completion ...
+                (losses.sum() / step.num_responses).backward()     # ... and over the completions of the whole update
+                step.log(losses, metrics)
+            engine.clip_gradients()                                # 5 update; stops on a non-finite loss or norm before it
+            optimizer.step()
+            optimizer.zero_grad()

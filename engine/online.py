@@ -1,0 +1,288 @@
+"""The engine of online algorithms: rollouts, their rewards, and the updates made from each of them.
+
+An algorithm iterates `engine.rollouts(...)` and for each rollout calls `engine.score(rollout)`, sets `rollout["advantages"]` and
+iterates `engine.steps(rollout)`; it may call `engine.frozen(path)`, `engine.logps(model, rollout)`, `engine.old_logps(batch, logps)`.
+A checkpoint in the middle of a rollout holds it: a resumed run goes on with the same completions.
+"""
+import math
+import os
+import time
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+
+from data.errors import RunError, UserError
+from data.pack import Example, Response
+from data.rewards import check_gold, load_reward, score
+from engine import checkpoint, lora
+from engine.load import is_adapter, load_tokenizer
+from engine.loop import Engine
+from engine.model import VALUE_HEAD, build_policy, build_reward_model, shard
+from engine.ranks import from_main
+from engine.rollout import Rollout, sample, with_completions
+
+EVALUATION, TRAINING, REPLACEMENT = range(3)      # so that the random draws of these never coincide
+
+
+class OnlineEngine(Engine):
+    """`config.batch_size` prompts per rollout; an update is one mini-batch of it, and `max_steps` counts updates."""
+
+    def rollouts(self, config, num_generations: int = 1, epochs: int = 1, mini_batches: int = 1):
+        """Iterate the rollouts of the run: completions of the next `batch_size` prompts, `num_generations` of each. Each is used for
+        `epochs` passes over its prompts in `mini_batches` parts. Before, between and after them the held-out prompts are sampled and
+        scored when that is due."""
+        if mini_batches > self.config.batch_size:
+            raise UserError(f"num_mini_batches is {mini_batches}, more than the {self.config.batch_size} prompts of a rollout; "
+                            "fix: raise batch_size")
+        self.sampling, self.num_generations, self.mini_batches = config, num_generations, mini_batches
+        self.rewards = load_reward(config.reward, config.reward_weights)
+        self.reward_models = {reward.name: self.load_reward_model(reward) for reward in self.rewards if reward.path}
+        self.plan_updates(epochs * mini_batches)
+        if self.first == 0:
+            from_main(check_gold, self.rewards, self.train_set + self.eval_set)
+        self.since, evaluated = time.time(), self.first // self.eval_every
+        if self.first == 0:
+            self.evaluate(0)
+        for number in range(self.first // self.per_draw, math.ceil(self.total / self.per_draw)):
+            done = max(self.first, number * self.per_draw)                       # updates made
+            rollout = self.restore(number) if done > number * self.per_draw else self.sample_rollout(number)
+            yield rollout
+            done = min(self.total, (number + 1) * self.per_draw)
+            if done // self.eval_every > evaluated or done == self.total:
+                evaluated = done // self.eval_every
+                self.evaluate(done)
+        self.run.erase()
+        self.save_final()
+
+    def steps(self, rollout: Rollout, skip: list | None = None):
+        """Iterate the updates made from a rollout. Completions without a reward, and those that `skip` marks (per prompt a bool (G,)),
+        are not trained. Where a rollout is used more than once, the log-probs before its first update are stored."""
+        if "old_logps" not in rollout and self.per_draw > 1:
+            rollout["old_logps"] = self.logps(self.policy, rollout)
+        self.rollout, examples = rollout, self.trained(rollout, skip)
+        for k in range(self.per_draw):
+            index = rollout.number * self.per_draw + k + 1
+            if not self.first < index <= self.total:
+                continue
+            epoch, part = divmod(k, self.mini_batches)
+            order = np.random.default_rng((self.config.seed, rollout.number, epoch)).permutation(len(examples))
+            mine = np.array_split(order, self.mini_batches)[part] if self.mini_batches > 1 else np.arange(len(examples))
+            self.differences = []
+            yield from self.update(index, self.divided([examples[i] for i in mine]), rollout.metrics)
+
+    def trained(self, rollout: Rollout, skip: list | None) -> list[Example]:
+        """The rollout's examples, without the responses that have no reward or are skipped."""
+        examples = []
+        for i, example in enumerate(rollout.examples):
+            out = example.extras["rewards"].isnan() | (skip[i] if skip else False)
+            keep = (~out).nonzero()[:, 0].tolist()
+            examples += [example if len(keep) == len(out) else example.part(keep)] if keep else []
+        if not examples:
+            raise RunError(f"no completion of rollout {rollout.number + 1} can be trained: all are without a reward or truncated; "
+                           "fix: look at the reward, or raise max_completion_length")
+        return examples
+
+    def divided(self, examples: list[Example]) -> list[Example]:
+        """The same responses in examples of at most `micro_batch_tokens`: advantages are known, so a group need not stay together."""
+        parts = []
+        for example in examples:
+            which, size = [], 0
+            for i, response in enumerate(example.responses):
+                cost = len(response.tokens) + (0 if self.policy.share_prompt and which else len(example.prompt))
+                if which and size + cost > self.config.micro_batch_tokens:
+                    parts.append(example.part(which))
+                    which, size, cost = [], 0, len(response.tokens) + len(example.prompt)
+                which, size = [*which, i], size + cost
+            parts.append(example.part(which))
+        return parts
+
+    # ---- 1 sample ---------------------------------------------------------------------------------------------------
+
+    def sample_rollout(self, number: int) -> Rollout:
+        """Completions for the prompts of the `number`-th draw (0-based)."""
+        rows = self.indices(number + 1)
+        return Rollout(number, self.complete(rows, self.train_set, (TRAINING, number), self.num_generations, f"rollout {number + 1}"))
+
+    def complete(self, rows: list[int], prompts: list[Example], key: tuple, copies: int, label: str) -> list[Example]:
+        """The examples `prompts[i] for i in rows` with `copies` sampled responses each. Each rank samples its share of the prompts;
+        then all have all."""
+        since, mine = time.time(), rows[self.rank::self.world]
+
+        def report(done, total):
+            if self.run.terminal:
+                self.run.progress(f"{label}: completions", done, total, f"{done / (time.time() - since):.1f}/s", {}, since)
+
+        found = sample(self.policy, self.tokenizer, [prompts[i].prompt for i in mine], [(self.config.seed, *key, i) for i in mine],
+                       copies, self.sampling, report)
+        if self.world > 1:
+            parts = [None] * self.world
+            torch.distributed.all_gather_object(parts, found)
+            found = [parts[position % self.world][position // self.world] for position in range(len(rows))]
+        return [with_completions(prompts[i], completions) for i, completions in zip(rows, found)]
+
+    def resample(self, rollout: Rollout, which: list[int], attempt: int) -> None:
+        """Put other prompts, drawn by (seed, rollout, attempt), with new and scored completions in the place of `which` of the rollout's."""
+        rng = np.random.default_rng((self.config.seed, REPLACEMENT, rollout.number, attempt))
+        rows = rng.choice(len(self.train_set), size=len(which), replace=len(which) > len(self.train_set)).tolist()
+        fresh = Rollout(rollout.number, self.complete(rows, self.train_set, (REPLACEMENT, rollout.number, attempt), self.num_generations,
+                                                      f"rollout {rollout.number + 1}, attempt {attempt + 1}"))
+        self.judge(fresh)
+        for i, example in zip(which, fresh.examples):
+            rollout.examples[i] = example
+        rollout.metrics = self.reward_metrics(rollout)
+
+    # ---- 2 reward ---------------------------------------------------------------------------------------------------
+
+    def score(self, rollout: Rollout) -> None:
+        """Set rollout["rewards"] (G,) per prompt: the weighted sum of all rewards; NaN where none of them judges a completion."""
+        if not rollout.restored:
+            self.judge(rollout)
+        rollout.metrics = self.reward_metrics(rollout)
+
+    def judge(self, rollout: Rollout) -> None:
+        examples = rollout.examples
+        prompts = [example.extras["prompt"] for example in examples for _ in example.responses]
+        texts = [self.text(response) for example in examples for response in example.responses]
+        names = dict.fromkeys(name for example in examples for name in example.extras["columns"])
+        columns = {name: [example.extras["columns"].get(name) for example in examples for _ in example.responses] for name in names}
+        total, judged = torch.zeros(len(texts)), torch.zeros(len(texts), dtype=torch.bool)
+        sizes = [len(example.responses) for example in examples]
+        for reward in self.rewards:
+            if reward.path:
+                values = torch.cat(self.collect(self.reward_models[reward.name], examples, lambda example: len(example.responses)))
+            else:
+                values = torch.tensor([math.nan if value is None else value for value in from_main(score, reward, prompts, texts, columns)],
+                                      dtype=torch.float32)
+            rollout[f"rewards/{reward.name}"] = values.split(sizes)
+            judged |= ~values.isnan()
+            total += reward.weight * values.nan_to_num()
+        rollout["rewards"] = total.where(judged, torch.nan).split(sizes)
+
+    def text(self, response: Response) -> str:
+        return self.tokenizer.decode(response.tokens, skip_special_tokens=True)
+
+    def load_reward_model(self, reward):
+        """The run of `rm` that a reward names, as a frozen RewardModel; it must have been trained with the policy's tokenizer."""
+        path = from_main(checkpoint.model_path, reward.path, self.notice)
+        if not os.path.exists(os.path.join(path, VALUE_HEAD)):
+            raise UserError(f"reward: {reward.path} is not the run of a reward model ({VALUE_HEAD} is missing in {path}); "
+                            "fix: pass a run of algorithm: rm")
+        if load_tokenizer(path).get_vocab() != self.tokenizer.get_vocab():
+            raise UserError(f"reward: the reward model {reward.path} has another tokenizer than the model; "
+                            "fix: train it from a model with the same tokenizer")
+        return build_reward_model(build_policy(self.config, self.tokenizer, path, frozen=True), path, self.config.seed).requires_grad_(False)
+
+    def reward_metrics(self, rollout: Rollout) -> dict:
+        """What TRL logs of a rollout, under its names; completions without a reward are left out and counted."""
+        groups = [rewards[~rewards.isnan()] for rewards in rollout["rewards"]]
+        lengths, truncated, rewards = torch.cat(rollout.lengths), torch.cat(rollout["truncated"]), torch.cat(groups)
+        ended = lengths[~truncated]
+        metrics = {"reward": rewards.mean(), "reward_std": torch.stack([self.spread(group) for group in groups]).mean()}
+        for reward in self.rewards if len(self.rewards) > 1 else ():
+            values = torch.cat(rollout[f"rewards/{reward.name}"])
+            metrics[f"rewards/{reward.name}/mean"] = values.nanmean()
+        metrics |= {
+            "frac_reward_zero_std": sum(float(self.spread(group) == 0) for group in groups) / len(groups),
+            "completions/mean_length": lengths.mean(), "completions/min_length": lengths.min(), "completions/max_length": lengths.max(),
+            "completions/clipped_ratio": truncated.float().mean(),
+            **({"completions/mean_terminated_length": ended.mean()} if len(ended) else {}),
+            **({"completions/without_reward": float(len(lengths) - len(rewards))} if len(rewards) < len(lengths) else {})}
+        return {name: float(value) for name, value in metrics.items()}
+
+    @staticmethod
+    def spread(rewards):
+        return rewards.std() if len(rewards) > 1 else torch.tensor(0.0)
+
+    # ---- 4 loss -----------------------------------------------------------------------------------------------------
+
+    def frozen(self, path: str | None = None):
+        """The reference, frozen: the model at `path`, else the start model; under a fresh adapter that is the policy without it."""
+        path = path and from_main(checkpoint.model_path, path, self.notice)
+        if path in (None, self.config.model) and lora.settings(self.policy.lm) and not is_adapter(self.config.model):
+            return WithoutAdapter(self.policy)
+        model = build_policy(self.config, self.tokenizer, path or self.config.model, frozen=True).requires_grad_(False)
+        model.share_prompt = self.policy.share_prompt
+        return shard(model) if self.world > 1 else model
+
+    def logps(self, model, rollout: Rollout) -> list:
+        """Per prompt: the log-probs of its completions' tokens under `model`, at the sampling temperature."""
+        return self.collect(lambda batch: model(batch, self.sampling.temperature), rollout.examples, lambda example: example.num_trained)
+
+    def old_logps(self, batch, logps):
+        """(N,) log-probs of the batch's tokens under the policy that sampled them: the stored ones, else (in the only update made from
+        the rollout) `logps` itself, without its gradient. In the first update of a rollout they must be the sampler's."""
+        old_logps = batch.extra("old_logps") if self.per_draw > 1 else logps.detach()
+        if (self.step.index - 1) % self.per_draw == 0:
+            difference = (old_logps - batch.extra("sampler_logps")).abs()
+            self.differences.append(difference.sum(dtype=torch.float64))
+            self.step.add({"sampling/sampling_logp_difference/mean": difference})
+        return old_logps
+
+    def clip_gradients(self) -> None:
+        super().clip_gradients()
+        if self.differences:
+            difference = self.mean(sum(self.differences), self.step.num_tokens / self.world)
+            if not difference <= (1e-4 if self.policy.precision == "fp32" else 5e-2):
+                raise RunError(f"the training forward and the sampler differ by {difference:.2g} in log-prob per token of rollout "
+                               f"{self.rollout.number + 1}; fix: use a model with ordinary attention layers, or precision: fp32")
+
+    # ---- evaluation, samples, checkpoints -----------------------------------------------------------------------------
+
+    def evaluate(self, index: int) -> None:
+        """One completion of every held-out prompt, always with the same random numbers, and its rewards."""
+        if not self.eval_set:
+            return
+        rollout = Rollout(index, self.complete(range(len(self.eval_set)), self.eval_set, (EVALUATION,), 1, "held-out prompts"))
+        self.judge(rollout)
+        metrics = {name: value for name, value in self.reward_metrics(rollout).items() if "std" not in name}
+        self.run.append("metrics.jsonl", {"step": index, "split": "eval", **metrics})
+        self.run.notice(f"held-out prompts at step {index}: " + "  ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+
+    def write_samples(self, index: int, count: int = 4) -> None:
+        """The first completion of the rollout's first prompts, with its reward."""
+        for example in self.rollout.examples[:count]:
+            self.run.append("samples.jsonl", {
+                "step": index, "prompt": self.tokenizer.decode(example.prompt), "completion": self.tokenizer.decode(example.responses[0].tokens),
+                "reward": float(example.extras["rewards"][0])})
+
+    def stored(self, index: int) -> dict:
+        """The rollout, if more updates will be made from it: tokens, and all numbers known of responses and tokens."""
+        if index % self.per_draw == 0:
+            return {}
+        examples = self.rollout.examples
+        rows = {id(example.extras["columns"]): i for i, example in enumerate(self.train_set)}
+        tensors = {
+            "rows": torch.tensor([rows[id(example.extras["columns"])] for example in examples]),
+            "groups": torch.tensor([len(example.responses) for example in examples]),
+            "lengths": torch.tensor([len(response.tokens) for example in examples for response in example.responses]),
+            "tokens": torch.from_numpy(np.concatenate([response.tokens for example in examples for response in example.responses]))}
+        names = [name for name, value in examples[0].extras.items() if torch.is_tensor(value)]
+        return tensors | {f"extras/{name}": torch.cat(self.rollout[name]) for name in names}
+
+    def restore(self, number: int) -> Rollout:
+        """The rollout that the checkpoint holds."""
+        tensors = load_file(os.path.join(self.start, checkpoint.ROLLOUT))
+        responses = [Response.all_trained(tokens.numpy()) for tokens in tensors["tokens"].split(tensors["lengths"].tolist())]
+        examples, done = [], 0
+        for row, size in zip(tensors["rows"].tolist(), tensors["groups"].tolist()):
+            prompt = self.train_set[row]
+            examples.append(Example(prompt.prompt, responses[done:done + size], prompt.where, dict(prompt.extras)))
+            done += size
+        rollout = Rollout(number, examples, restored=True)
+        for name, values in tensors.items():
+            if name.startswith("extras/"):
+                per_response = len(values) == len(responses)
+                rollout[name[7:]] = values.split([len(e.responses) if per_response else e.num_trained for e in examples])
+        return rollout
+
+
+class WithoutAdapter:
+    """The policy's base model, as its reference."""
+
+    def __init__(self, policy):
+        self.policy = policy
+
+    def __call__(self, batch, temperature: float = 1.0):
+        with lora.disabled(self.policy.lm):
+            return self.policy(batch, temperature)
