@@ -17,7 +17,7 @@ def main(argv: list[str]) -> None:
         return print(help_text())
     # these imports take seconds, so they wait until the configuration is known to be good
     from data.dataset import load_datasets
-    from engine import checkpoint, load, logs, model, ranks
+    from engine import checkpoint, load, logs, model, ranks, value
     from engine.loop import Engine, Stopped
     from engine.online import OnlineEngine
 
@@ -40,14 +40,17 @@ def main(argv: list[str]) -> None:
         model.check_policy(policy, train_set, common.share_prompt, run.notice)
         if algorithm.MODEL == "reward":
             policy = model.build_reward_model(policy, start or common.model, common.seed)
+        if algorithm.MODEL == "actor_critic":
+            policy = value.build_actor_critic(policy, common, config, tokenizer, start, run.notice)
         step = checkpoint.load_trainer(start)["step"] if start else 0
         run.begin(config_yaml, report, step)
         run.notice(f"run {directory}" + (f", resumed from {start}" if start else ""))
         if world > 1:
             model.shard(policy)
-        engine = (OnlineEngine if algorithm.DATA == "prompts" else Engine)(common, policy, tokenizer, train_set, eval_set, run, algorithm.PROGRESS, start)
+        kind = OnlineEngine if algorithm.DATA == "prompts" else Engine
+        engine = kind(common, policy, tokenizer, train_set, eval_set, run, algorithm.PROGRESS, start)
         algorithm.train(engine, config)
-        run.summary(chat=algorithm.MODEL == "policy")
+        run.summary(chat=algorithm.MODEL != "reward")
     except Stopped as stop:
         # resume=never would start another run, resume=PATH an older part of this one
         words = argv if common.resume == "auto" else [*argv, f"resume={directory}"]

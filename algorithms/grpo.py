@@ -18,9 +18,9 @@ Metrics:  loss                       0 in the first update from a rollout with b
                                      wasted: the prompts are too easy or too hard (dapo draws others in their place)
           kl                         k3, mean over tokens; 0 at step 0
           entropy                    -log pi of the sampled tokens, mean: an estimate of the entropy at the sampling temperature
-          clip_ratio/low_mean, clip_ratio/high_mean, clip_ratio/region_mean    share of tokens clipped below, above, either; 0 in a first pass
-          completions/mean_length, completions/clipped_ratio, ...              tokens; share cut at max_completion_length
-          sampling/sampling_logp_difference/mean    between the sampler's log-probs and those of the training forward; rounding only
+          clip_ratio/low_mean, /high_mean, /region_mean    share of tokens clipped below, above, either; 0 in a first pass
+          completions/mean_length, /clipped_ratio, ...     tokens; share cut at max_completion_length
+          sampling/sampling_logp_difference/mean           between the sampler's log-probs and those of the training forward: rounding
 Differs:  num_iterations and the reference are as in the paper; the reference is never replaced by the policy (its outer loop).
 Run:      python train.py example/tiny-grpo.yml
 """

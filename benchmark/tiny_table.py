@@ -1,6 +1,6 @@
 """What every algorithm does to the embedded model: the README's table, from one command.
 
-    python benchmark/tiny_table.py [--seeds 0 1 2] [--jobs 2] [ROW ...]
+    python benchmark/tiny_table.py [--ablations] [--seeds 0 1 2] [--jobs 2] [ROW ...]
 
 Runs `train.py example/tiny-<algorithm>.yml` for every row below and seed, `--jobs` at a time with one thread each, and prints
 means over the seeds with 95 % intervals (Student's t). Finished runs are kept in runs/tiny-table/, so that an interrupted table
@@ -9,6 +9,7 @@ goes on where it stopped: delete that directory after any change. Columns:
     accuracy    right and in format on the 500 held-out problems, sampled at temperature 1, and greedy; format: the share in format, sampled
     pairs       share of the held-out pairs whose chosen answer gained more log-prob over the start model than the rejected one
     KL          to the start model, in nats per answer, over the sampled answers
+    reward      of online runs: what they maximise, on the held-out problems; with the verifier that is the sampled accuracy
 """
 import argparse
 import concurrent.futures
@@ -18,7 +19,9 @@ import shutil
 import statistics
 import subprocess
 import sys
+import threading
 import time
+from collections import defaultdict
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -40,21 +43,46 @@ ROWS = {    # name -> the YAML's algorithm and what differs from it
     "simpo": ("simpo", []),
     "cpo": ("cpo", []),
     "rm": ("rm", []),
+    **{name: (name, []) for name in ("grpo", "dapo", "dr_grpo", "gspo", "cispo", "rloo", "reinforce_pp", "ppo")},
+    "ppo, reward model": ("ppo", ["reward={rm}"]),
 }
-COLUMNS = {"seconds": 1, "sampled": 100, "greedy": 100, "format": 100, "pairs": 100, "KL": 1}       # and the factor to its unit
+SLOW = ["lr=1e-4", "max_steps=16"]                       # so that the differences show before all of them are at the top
+ABLATIONS = {    # of grpo: what studies of it on GSM8K switch on and off
+    "grpo, slow": ("grpo", SLOW),
+    "no baseline": ("grpo", [*SLOW, "baseline=false", "scale_rewards=none"]),
+    "std off": ("grpo", [*SLOW, "scale_rewards=none"]),
+    "std off, over a constant": ("dr_grpo", SLOW),
+    "4 updates per rollout": ("grpo", [*SLOW, "max_steps=64", "num_iterations=4"]),
+    "4 updates, no clipping": ("grpo", [*SLOW, "max_steps=64", "num_iterations=4", "epsilon=1000", "epsilon_high=1000"]),
+}
+ALL = ROWS | ABLATIONS
+LOCKS = defaultdict(threading.Lock)                      # of a row and seed: two rows may need the same reward model
+COLUMNS = {"seconds": 1, "sampled": 100, "greedy": 100, "format": 100, "pairs": 100, "KL": 1, "reward": 1}    # and the factor to its unit
 T95 = {1: 0.0, 2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}                   # Student's t by the number of seeds
+
+
+def folder_of(row: str, seed: int) -> Path:
+    return FOLDER / f"{row.replace(', ', '-').replace(' ', '')}-{seed}"
 
 
 def run(row: str, seed: int) -> dict:
     """Train and measure one row with one seed; the numbers of an earlier call are read again."""
-    folder = FOLDER / f"{row.replace(', ', '-').replace(' ', '')}-{seed}"
+    with LOCKS[row, seed]:
+        return train_and_measure(row, seed)
+
+
+def train_and_measure(row: str, seed: int) -> dict:
+    folder = folder_of(row, seed)
     stored = FOLDER / f"{folder.name}.json"
     if stored.exists():
         return json.loads(stored.read_text())
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     numbers, model = {}, BASE
-    if ROWS[row]:
-        algorithm, overrides = ROWS[row]
+    if ALL[row]:
+        algorithm, overrides = ALL[row]
+        if "reward={rm}" in overrides:
+            run("rm", seed)
+            overrides = [f"reward={folder_of('rm', seed).relative_to(ROOT)}"]
         shutil.rmtree(folder, ignore_errors=True)                # trained, but interrupted while it was measured
         start, model = time.time(), folder / "final"
         command = ["train.py", f"example/tiny-{algorithm}.yml", f"output={folder.relative_to(ROOT)}", f"seed={seed}", *overrides]
@@ -62,6 +90,9 @@ def run(row: str, seed: int) -> dict:
         if done.returncode:
             sys.exit(f"{done.stderr}\nerror: {row} failed, see above")
         numbers = {"seconds": time.time() - start}
+        evaluations = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines() if '"split": "eval"' in line]
+        if "reward" in evaluations[-1]:
+            numbers["reward"] = evaluations[-1]["reward"]
     measured = subprocess.run([sys.executable, __file__, "--measure", str(model), str(seed)], cwd=ROOT, env=environment,
                               capture_output=True, text=True, check=True)
     numbers |= json.loads(measured.stdout.splitlines()[-1])
@@ -135,15 +166,16 @@ def cell(name: str, numbers: list) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("rows", nargs="*", metavar="ROW", help=f"of: {'; '.join(ROWS)} (default: all)")
+    parser.add_argument("rows", nargs="*", metavar="ROW", help=f"of: {'; '.join(ALL)} (default: all but the ablations)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--ablations", action="store_true", help="the rows of the ablations of grpo")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
     args = parser.parse_intermixed_args()
     if len(args.seeds) not in T95:
         parser.error(f"--seeds takes 1 to {max(T95)} seeds")
-    if unknown := set(args.rows) - set(ROWS):
+    if unknown := set(args.rows) - set(ALL):
         parser.error(f"no such row: {', '.join(unknown)}")
-    rows = args.rows or list(ROWS)
+    rows = args.rows or list(ABLATIONS if args.ablations else ROWS)
     with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
         results = {row: [pool.submit(run, row, seed) for seed in args.seeds] for row in rows}
         results = {row: [future.result() for future in futures] for row, futures in results.items()}

@@ -387,7 +387,12 @@ def agree(job: dict, ours: dict, theirs: dict, name: str, show: bool) -> bool:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--child"]:
+    sys.modules["vs_trl"] = sys.modules["__main__"]                  # whose CHILDREN the next import adds to
+    import vs_trl_grpo
+    if sys.argv[1:2] == ["grpo"]:                                    # two phases and other columns
+        sys.argv.pop(1)
+        vs_trl_grpo.main()
+    elif sys.argv[1:2] == ["--child"]:
         print(json.dumps(CHILDREN[sys.argv[2]](json.loads(sys.argv[3]))))
     else:
         main()

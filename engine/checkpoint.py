@@ -26,6 +26,7 @@ from engine.ranks import distributed
 
 MANIFEST = "manifest.json"
 ROLLOUT = "rollout.safetensors"              # of a checkpoint between two updates of the same rollout
+CRITIC = "critic.safetensors"                # of a checkpoint of a policy with a critic: its trained weights
 
 
 def sync(path: str) -> None:
@@ -199,6 +200,8 @@ def save_checkpoint(directory: str, policy, tokenizer, optimizer, trainer: dict,
 
     def write(temporary):
         save_model(policy.lm, tokenizer, weights, temporary)
+        if critic := {name: tensor for name, tensor in weights.items() if name.startswith("critic_")}:
+            save_file(critic, os.path.join(temporary, CRITIC))
         save_file(moments, os.path.join(temporary, "optimizer.safetensors"))
         if stored:
             save_file(stored, os.path.join(temporary, ROLLOUT))

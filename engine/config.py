@@ -90,10 +90,10 @@ RANGES = [    # what a number must be, its test, the keys; None passes
     ("a share below 1 or a whole number of updates", lambda x: x < 1 or x == int(x), "warmup"),
     ("a share from 0 to below 1", lambda x: 0 <= x < 1, "eval_fraction lora_dropout"),
     ("a share from 0 to 0.5", lambda x: 0 <= x <= 0.5, "label_smoothing"),
-    ("a whole number of 0 or more", lambda x: x >= 0, "lora_r top_k max_resample_times soft_overlong_cache"),
+    ("a whole number of 0 or more", lambda x: x >= 0, "lora_r top_k max_resample_times soft_overlong_cache num_sample_generations"),
     ("a whole number from 0 to 4294967295", lambda x: 0 <= x < 2**32, "seed"),
     ("1 or more", lambda x: x >= 1, "batch_size epochs max_steps eval_every save_every log_every sample_every num_iterations "
-     "num_mini_batches num_ppo_epochs num_sample_generations rollout_batch_size max_completion_length"),
+     "num_mini_batches num_ppo_epochs rollout_batch_size max_completion_length"),
     ("2 or more", lambda x: x >= 2, "micro_batch_tokens max_length keep"),
 ]
 
@@ -114,6 +114,8 @@ FOREIGN = {theirs: ours for ours, names in {    # our key: what other projects c
     "load_in_4bit": "quantization_bit quant_bits",
     "resume": "resume_from_checkpoint", "micro_batch_tokens": "per_device_eval_batch_size",
 }.items() for theirs in names.split()}
+
+ALIASES = {"local_rollout_forward_batch_size": "rollout_batch_size"}      # TRL's names of keys that mean the same here
 
 
 def load_config(argv: list[str]) -> Run:
@@ -167,6 +169,7 @@ def parse_argv(argv: list[str]) -> tuple[str | None, dict[str, tuple[str, str]],
             flags.add(FLAGS[word])
         elif assignment:
             key = assignment[1].replace("-", "_")
+            key = ALIASES.get(key, key)
             if key in overrides:
                 print(f"note: {key} is given more than once on the command line; the last one is used", file=sys.stderr)
             overrides[key] = assignment[2], "command line"
@@ -213,6 +216,7 @@ def read_yaml(path: str) -> dict[str, tuple[str, str]]:
     found = {}
     for key_node, value_node in root.value:
         key, where = key_node.value, f"{path}:{key_node.start_mark.line + 1}"
+        key = ALIASES.get(key, key) if isinstance(key_node, yaml.ScalarNode) else key
         if key in ("data", "eval_data") and isinstance(value_node, yaml.SequenceNode):
             text = read_sources(value_node, key, path)
         elif not isinstance(key_node, yaml.ScalarNode) or not isinstance(value_node, yaml.ScalarNode):

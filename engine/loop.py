@@ -20,56 +20,7 @@ from engine.logs import Run
 from engine.model import RewardModel, build_policy
 from engine.ranks import distributed, from_main, sum_over_ranks
 from engine.reference import Reference, add_to_table, lacking, model_key, packed, read_table, response_keys, unpacked
-
-
-class Step:
-    """One optimizer update: an iterable (more than once) of this rank's micro-batches. Its counts are those of the whole
-    update, over all micro-batches and ranks, known before the first forward, so that `losses.sum() / step.num_…` is an exact
-    mean. Step 0 has no micro-batches: it is where the start model is evaluated."""
-
-    def __init__(self, engine, index: int, examples: list):
-        self.engine, self.index, self.examples = engine, index, examples
-        self.num_examples = len(examples)
-        self.num_responses = sum(len(example.responses) for example in examples)
-        self.num_tokens = sum(example.num_trained for example in examples)
-        self.num_chosen_tokens = sum(int(example.responses[0].trained.sum()) for example in examples)      # of pairs
-        self.micro_batches = engine.deal(examples) if examples else []
-        self.totals = {"train": {}, "eval": {}}          # split -> metric -> [sum, count] on the device
-        self.losses = []                                 # per micro-batch: its loss sum and its examples, to name bad rows
-
-    def __iter__(self):
-        for i, examples in enumerate(self.micro_batches):
-            self.engine.synchronize_gradients(i == len(self.micro_batches) - 1)
-            if self.engine.policy.dropouts:                    # as every random draw a function of its place in the run
-                torch.manual_seed(hash((self.engine.config.seed, self.index, self.engine.rank, i)) % 2 ** 31)
-            yield self.engine.policy.collate(examples)
-
-    def log(self, losses, metrics: dict, split: str = "train") -> None:
-        """Add one micro-batch: `losses` and every metric are unreduced tensors (or one number); each is averaged over all its
-        entries in the update (or the evaluation). A tuple of tensors stands for the sum of their averages."""
-        self.add({"loss": losses, **metrics}, split)
-        if split == "train":
-            loss = sum(part.detach().sum() for part in (losses if isinstance(losses, tuple) else (losses,)))
-            self.losses.append((loss, self.micro_batches[len(self.losses) % len(self.micro_batches)]))
-
-    def add(self, metrics: dict, split: str = "train") -> None:
-        for name, values in metrics.items():
-            for i, part in enumerate(values if isinstance(values, tuple) else (values,)):
-                part = torch.as_tensor(part, device=self.engine.policy.device).detach()
-                total = self.totals[split].setdefault(name, {}).setdefault(i, [0.0, 0])
-                total[0] = total[0] + part.sum(dtype=torch.float64)
-                total[1] += part.numel()
-
-    def averages(self, split: str) -> dict:
-        """Metric -> mean over all ranks; without those that had no entry anywhere (such as rewards of a class not in the update)."""
-        totals = self.totals[split]
-        numbers = [float(number) for parts in totals.values() for total in parts.values() for number in total]
-        sums, averages = iter(sum_over_ranks(numbers, self.engine.policy.device)), {}
-        for name, parts in totals.items():
-            pairs = [(next(sums), next(sums)) for _ in parts]
-            if all(count for _, count in pairs):
-                averages[name] = sum(total / count for total, count in pairs)
-        return averages
+from engine.step import Step
 
 
 class Engine:
@@ -103,7 +54,7 @@ class Engine:
         self.per_draw, self.total = per_draw, config.max_steps or math.ceil(config.epochs * self.draws_per_epoch * per_draw)
         if self.first > self.total:
             raise UserError(f"max_steps: the run is at step {self.first} already, after the {self.total} asked for; fix: raise max_steps")
-        self.eval_every = config.eval_every or max(1, self.total // 10)
+        self.eval_every, self.sample_every = config.eval_every or max(1, self.total // 10), config.sample_every
 
     def deal(self, examples: list) -> list[list]:
         """This rank's micro-batches of these examples; every rank gets the same number of them."""
@@ -167,7 +118,7 @@ class Engine:
             rate = f"{self.tokens_seen / (time.time() - self.since):.0f} tokens/s"
             self.run.progress("step", index, self.total, rate, shown, self.since, self.first)
         self.record_evaluation(self.step)
-        if self.config.sample_every and (index % self.config.sample_every == 0 or index == self.total):
+        if self.sample_every and (index % self.sample_every == 0 or index == self.total):
             self.write_samples(index)
         stop = self.stop_requested()
         if (self.config.save_every and index % self.config.save_every == 0) or (stop and index < self.total):

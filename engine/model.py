@@ -183,15 +183,21 @@ class Policy(nn.Module):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
     def forward(self, batch: Batch, temperature: float = 1.0):
+        return self.logps(*self.states(batch), batch.target, temperature)
+
+    def states(self, batch: Batch):
+        """The last hidden states (N, D) that predict the trained tokens, and the weight (V, D) of the head above them."""
         embedding, head = self.lm.get_input_embeddings(), self.lm.get_output_embeddings().weight
         inputs = {"input_ids": batch.tokens[None]}
         if embedding.weight is head and type(embedding) is nn.Embedding:      # Gemma 3's scales what it looks up
             embedded, head = TiedEmbedding.apply(head, batch.tokens, embedding.padding_idx)
             inputs = {"inputs_embeds": embedded[None]}
         # `hidden[source]` has a non-deterministic backward
-        hidden = self.hidden(batch, **inputs).index_select(0, batch.source)                    # (N, D)
-        dtype = torch.bfloat16 if self.precision == "bf16" else hidden.dtype
-        return ChunkedLogps.apply(hidden if temperature == 1 else hidden / temperature, head, batch.target, dtype)
+        return self.hidden(batch, **inputs).index_select(0, batch.source), head
+
+    def logps(self, states, head, target, temperature: float):
+        dtype = torch.bfloat16 if self.precision == "bf16" else states.dtype
+        return ChunkedLogps.apply(states if temperature == 1 else states / temperature, head, target, dtype)
 
     def hidden(self, batch: Batch, **inputs):
         """The last hidden states (T, D) of a batch, whose tokens `inputs` gives in one of transformers' two forms."""
@@ -295,7 +301,8 @@ def build_policy(config, tokenizer, path: str | None = None, frozen: bool = Fals
 def shard(policy: Policy):
     """FSDP2 over all ranks: one group per decoder layer and one for the rest. Gradients are summed, not averaged, over ranks:
     the algorithms divide by counts of the whole step."""
-    layers = [module for module in policy.modules() if type(module).__name__ in (policy.lm._no_split_modules or ())]
+    names = {name for module in policy.modules() for name in getattr(module, "_no_split_modules", None) or ()}      # of a critic's too
+    layers = [module for module in policy.modules() if type(module).__name__ in names]
     for module in (*layers, policy):
         # 4-bit weights are integers, which cannot be split like this: every rank keeps them whole
         fully_shard(module, ignored_params={p for p in policy.parameters() if not p.is_floating_point()})

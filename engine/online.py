@@ -16,11 +16,12 @@ from data.errors import RunError, UserError
 from data.pack import Example, Response
 from data.rewards import check_gold, load_reward, score
 from engine import checkpoint, lora
-from engine.load import is_adapter, load_tokenizer
+from engine.load import is_adapter
 from engine.loop import Engine
-from engine.model import VALUE_HEAD, build_policy, build_reward_model, shard
+from engine.model import build_policy, build_reward_model, shard
 from engine.ranks import from_main
 from engine.rollout import Rollout, sample, with_completions
+from engine.value import reward_model_path
 
 EVALUATION, TRAINING, REPLACEMENT = range(3)      # so that the random draws of these never coincide
 
@@ -28,9 +29,10 @@ EVALUATION, TRAINING, REPLACEMENT = range(3)      # so that the random draws of 
 class OnlineEngine(Engine):
     """`config.batch_size` prompts per rollout; an update is one mini-batch of it, and `max_steps` counts updates."""
 
-    def rollouts(self, config, num_generations: int = 1, epochs: int = 1, mini_batches: int = 1):
+    def rollouts(self, config, num_generations: int = 1, epochs: int = 1, mini_batches: int = 1, samples: int = 0):
         """Iterate the rollouts of the run: completions of the next `batch_size` prompts, `num_generations` of each. Each is used for
-        `epochs` passes over its prompts in `mini_batches` parts. Before, between and after them the held-out prompts are sampled and
+        `epochs` passes over its prompts in `mini_batches` parts. `samples`: how often samples.jsonl gets some of them in the run, where
+        sample_every does not say. Before, between and after them the held-out prompts are sampled and
         scored when that is due."""
         if mini_batches > self.config.batch_size:
             raise UserError(f"num_mini_batches is {mini_batches}, more than the {self.config.batch_size} prompts of a rollout; "
@@ -39,6 +41,8 @@ class OnlineEngine(Engine):
         self.rewards = load_reward(config.reward, config.reward_weights)
         self.reward_models = {reward.name: self.load_reward_model(reward) for reward in self.rewards if reward.path}
         self.plan_updates(epochs * mini_batches)
+        if samples and not self.config.sample_every:
+            self.sample_every = self.per_draw * math.ceil(self.total / self.per_draw / samples)
         if self.first == 0:
             from_main(check_gold, self.rewards, self.train_set + self.eval_set)
         self.since, evaluated = time.time(), self.first // self.eval_every
@@ -122,7 +126,7 @@ class OnlineEngine(Engine):
         return [with_completions(prompts[i], completions) for i, completions in zip(rows, found)]
 
     def resample(self, rollout: Rollout, which: list[int], attempt: int) -> None:
-        """Put other prompts, drawn by (seed, rollout, attempt), with new and scored completions in the place of `which` of the rollout's."""
+        """Replace the prompts `which` of the rollout by others, drawn by (seed, rollout, attempt), with new and scored completions."""
         rng = np.random.default_rng((self.config.seed, REPLACEMENT, rollout.number, attempt))
         rows = rng.choice(len(self.train_set), size=len(which), replace=len(which) > len(self.train_set)).tolist()
         fresh = Rollout(rollout.number, self.complete(rows, self.train_set, (REPLACEMENT, rollout.number, attempt), self.num_generations,
@@ -164,14 +168,9 @@ class OnlineEngine(Engine):
 
     def load_reward_model(self, reward):
         """The run of `rm` that a reward names, as a frozen RewardModel; it must have been trained with the policy's tokenizer."""
-        path = from_main(checkpoint.model_path, reward.path, self.notice)
-        if not os.path.exists(os.path.join(path, VALUE_HEAD)):
-            raise UserError(f"reward: {reward.path} is not the run of a reward model ({VALUE_HEAD} is missing in {path}); "
-                            "fix: pass a run of algorithm: rm")
-        if load_tokenizer(path).get_vocab() != self.tokenizer.get_vocab():
-            raise UserError(f"reward: the reward model {reward.path} has another tokenizer than the model; "
-                            "fix: train it from a model with the same tokenizer")
-        return build_reward_model(build_policy(self.config, self.tokenizer, path, frozen=True), path, self.config.seed).requires_grad_(False)
+        path = reward_model_path(reward.path, self.tokenizer, self.notice)
+        trunk = build_policy(self.config, self.tokenizer, path, frozen=True)
+        return build_reward_model(trunk, path, self.config.seed).requires_grad_(False)
 
     def reward_metrics(self, rollout: Rollout) -> dict:
         """What TRL logs of a rollout, under its names; completions without a reward are left out and counted."""
@@ -209,6 +208,14 @@ class OnlineEngine(Engine):
         """Per prompt: the log-probs of its completions' tokens under `model`, at the sampling temperature."""
         return self.collect(lambda batch: model(batch, self.sampling.temperature), rollout.examples, lambda example: example.num_trained)
 
+    def logps_and_values(self, rollout: Rollout) -> list[tuple]:
+        """Of all prompts the log-probs, and the values, of their completions' tokens under a policy with a critic, in one forward."""
+        def pairs(batch):
+            return torch.stack(self.policy(batch, self.sampling.temperature, values=True), 1).flatten()
+
+        found = self.collect(pairs, rollout.examples, lambda example: 2 * example.num_trained)
+        return list(zip(*(numbers.view(-1, 2).unbind(1) for numbers in found)))
+
     def old_logps(self, batch, logps):
         """(N,) log-probs of the batch's tokens under the policy that sampled them: the stored ones, else (in the only update made from
         the rollout) `logps` itself, without its gradient. In the first update of a rollout they must be the sampler's."""
@@ -243,8 +250,8 @@ class OnlineEngine(Engine):
         """The first completion of the rollout's first prompts, with its reward."""
         for example in self.rollout.examples[:count]:
             self.run.append("samples.jsonl", {
-                "step": index, "prompt": self.tokenizer.decode(example.prompt), "completion": self.tokenizer.decode(example.responses[0].tokens),
-                "reward": float(example.extras["rewards"][0])})
+                "step": index, "prompt": self.tokenizer.decode(example.prompt),
+                "completion": self.tokenizer.decode(example.responses[0].tokens), "reward": float(example.extras["rewards"][0])})
 
     def stored(self, index: int) -> dict:
         """The rollout, if more updates will be made from it: tokens, and all numbers known of responses and tokens."""

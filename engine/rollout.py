@@ -99,7 +99,9 @@ class Cache:
         """Add the keys and values of a forward: (1, heads, T, head_dim) of whole prompts, or (B, heads, 1, head_dim) of one step;
         -> those that a step's queries see."""
         if layer not in self.layers:
-            self.layers[layer] = [x.new_zeros(self.rows, x.shape[1], self.width, x.shape[3]) for x in (key, value)]
+            self.layers[layer] = [x.new_empty(self.rows, x.shape[1], self.width, x.shape[3]) for x in (key, value)]
+            for stored in self.layers[layer] if self.mask is not None else ():
+                stored[:, :, :self.column].zero_()         # the mask hides it, but 0 times NaN is NaN
         for stored, new in zip(self.layers[layer], (key, value)):
             if self.prompts:
                 parts = new[0].split([length for _, length in self.prompts], dim=1)
@@ -136,9 +138,10 @@ def rollout_attention(module, query, key, value, attention_mask, scaling=None, c
     key, value = cache.store(module.layer_idx, key, value)
     start = max(0, key.shape[2] - sliding_window) if sliding_window is not None else 0
     mask = None if cache.mask is None else cache.mask[..., start:key.shape[2]]
-    attended = F.scaled_dot_product_attention(query.to(value.dtype), key[:, :, start:], value[:, :, start:], mask, scale=scaling,
-                                              enable_gqa=True)
-    return attended.transpose(1, 2), None
+    # the query heads of a key's head are its queries: fewer and larger products than a copy of the key for each of them
+    grouped = query.to(value.dtype).view(len(query), key.shape[1], -1, query.shape[3])
+    attended = F.scaled_dot_product_attention(grouped, key[:, :, start:], value[:, :, start:], mask, scale=scaling)
+    return attended.reshape(len(query), 1, -1, query.shape[3]), None
 
 
 AttentionInterface.register("rollout", rollout_attention)
@@ -300,7 +303,8 @@ def decode(lm, prompts: list[np.ndarray], uniforms, sampling: Sampling, stops: S
     cache.prompts = []
     hidden = hidden.to(states.dtype)
     buffer = torch.empty(count * len(head)) if on_plain_cpu(lm) else None
-    tokens, logps, lengths, finished = np.zeros((count, longest), np.int32), np.zeros((count, longest), np.float32), [0] * count, [False] * count
+    tokens, logps = np.zeros((count, longest), np.int32), np.zeros((count, longest), np.float32)
+    lengths, finished = [0] * count, [False] * count
     active = list(range(count))                                    # which row each row of the batch is
     positions = torch.tensor([len(prompt) for prompt in prompts], device=device)
     for i in range(longest):
@@ -319,7 +323,8 @@ def decode(lm, prompts: list[np.ndarray], uniforms, sampling: Sampling, stops: S
             active = [active[place] for place in order]
             drawn, uniforms, positions = drawn[order], uniforms[order], positions[order]
         if i + 1 < longest:
-            hidden = lm.base_model(input_ids=drawn[:, None], position_ids=positions[:, None], use_cache=False, cache=cache).last_hidden_state[:, 0]
+            hidden = lm.base_model(input_ids=drawn[:, None], position_ids=positions[:, None], use_cache=False,
+                                   cache=cache).last_hidden_state[:, 0]
             cache.column += 1
             positions = positions + 1
     ended(count)

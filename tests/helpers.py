@@ -125,7 +125,7 @@ def run_train(arguments, processes=1, timeout=120, **environment):
 def metrics(run, split="train"):
     """The rows of a run's metrics.jsonl, without what depends on the clock."""
     rows = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key != "tokens_per_second"} for row in rows if row["split"] == split]
+    return [{key: value for key, value in row.items() if key not in ("tokens_per_second", "eps")} for row in rows if row["split"] == split]
 
 
 def final_weights(run):

@@ -1,0 +1,82 @@
+"""CISPO: Clipped IS-weight Policy Optimization - the ratio is a bounded weight of each token's log-prob, so no token loses its gradient.
+
+Paper:    MiniMax 2025 (MiniMax-M1), arXiv 2506.13585, eq. 4 and 5. The single bound is ScaleRL's, arXiv 2510.13786.
+Formula:  L = 1 / (sum_i |o_i|) * sum_i sum_t -sg( min(rho, eps_high) ) A_i log pi(o_t)
+          rho = pi(o_t) / pi_old(o_t),    A_i = (r_i - mean(r)) / std(r),    sg: without its gradient
+Symbols:  log pi(o_t)       logps              of each token of a completion, at the sampling temperature
+          log pi_old(o_t)   old_logps          the same under the policy that sampled it; in the first pass rho is exactly 1
+          r, A              rewards, advantages    one per completion; all its tokens have the same
+          eps_high          epsilon_high       the bound itself, not its distance from 1
+Trains:   the policy: every weight, or with lora_r an adapter. There is no reference.
+Data:     {"prompt": ..., "answer": ...}: a prompt and whatever columns the reward reads
+Divided:  by the tokens of the whole update, over all micro-batches and ranks.
+Metrics:  loss                       the weighted log-probs: no measure of progress. What to watch is reward
+          reward, reward_std         mean over all completions; mean over the groups of their standard deviation
+          frac_reward_zero_std       share of groups whose rewards are all alike: they teach nothing. Above 0.5 most of the sampling is
+                                     wasted: the prompts are too easy or too hard (dapo draws others in their place)
+          entropy                    -log pi of the sampled tokens, mean: an estimate of the entropy at the sampling temperature
+          cispo_clip_ratio           share of tokens whose ratio is above epsilon_high, with a positive advantage; 0 in a first pass
+          completions/mean_length, completions/clipped_ratio, ...              tokens; share cut at max_completion_length
+          sampling/sampling_logp_difference/mean    between the sampler's log-probs and those of the training forward; rounding only
+Differs:  the paper leaves its lower bound open, so there is none. The standard deviation is Bessel's, + 1e-4.
+Run:      python train.py example/tiny-cispo.yml
+"""
+from dataclasses import dataclass
+
+import torch
+
+from data.errors import UserError
+from engine.rollout import Sampling
+
+DATA = "prompts"                   # every row holds a prompt and what its reward needs
+MODEL = "policy"                   # what is trained
+PROGRESS = "reward"                # the number shown beside the loss
+
+
+@dataclass
+class Config(Sampling):
+    num_generations: int = 8       # completions per prompt: the group
+    num_iterations: int = 1        # passes over each rollout
+    num_mini_batches: int = 1      # updates per pass
+    epsilon_high: float = 5.0      # the largest weight of a token (4 to 8); other algorithms bound the ratio by 1 + epsilon_high
+
+    def __post_init__(self):
+        if self.epsilon_high < 1:
+            raise UserError(f"epsilon_high is {self.epsilon_high}, but cispo bounds the ratio, which starts at 1, by epsilon_high itself; "
+                            "fix: give 1 or more, such as 5.0")
+
+
+def group_advantages(rewards):
+    """Per prompt (G,) rewards -> per prompt (G,) advantages. NaN marks a completion without a reward; it counts nowhere."""
+    advantages = []
+    for group in rewards:
+        judged = group[~group.isnan()]
+        std = judged.std() if len(judged) > 1 else torch.tensor(0.0)
+        advantages.append((group - group.nanmean()) / (std + 1e-4))
+    return advantages
+
+
+def cispo_loss(logps, old_logps, advantages, epsilon_high=5.0):
+    """Three (N,) -> (losses (N,), metrics); nothing is reduced."""
+    ratios = (logps - old_logps).exp().detach()                                         # (N,) rho
+    losses = -ratios.clamp(max=epsilon_high) * advantages * logps                       # (N,) eq. 4 and 5
+    metrics = {"entropy": -logps, "cispo_clip_ratio": (ratios > epsilon_high) & (advantages > 0)}
+    return losses, metrics
+
+
+def train(engine, config):
+    policy, optimizer = engine.policy, engine.optimizer
+
+    for rollout in engine.rollouts(config, config.num_generations, config.num_iterations, config.num_mini_batches):     # 1 sample
+        engine.score(rollout)                                                                                           # 2 reward
+        rollout["advantages"] = group_advantages(rollout["rewards"])                                                    # 3 advantage
+        for step in engine.steps(rollout):
+            for batch in step:                                     # 4 loss, one micro-batch
+                logps = policy(batch, config.temperature)
+                losses, metrics = cispo_loss(logps, engine.old_logps(batch, logps), batch.expand(batch.extra("advantages")),
+                                             config.epsilon_high)
+                (losses.sum() / step.num_tokens).backward()        # mean over the tokens of the whole update
+                step.log(losses, metrics)
+            engine.clip_gradients()                                # 5 update; stops on a non-finite loss or norm before it
+            optimizer.step()
+            optimizer.zero_grad()

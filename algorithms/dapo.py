@@ -1,0 +1,107 @@
+"""DAPO: Decoupled Clip and Dynamic Sampling Policy Optimization - GRPO with four changes that keep long training alive.
+
+Paper:    Yu et al. 2025, arXiv 2503.14476: the objective is eq. 8, the advantage eq. 9; clip-higher 3.1, dynamic sampling 3.2,
+          token-level loss 3.3, overlong filtering and punishment 3.4 (eq. 13).
+Formula:  L = 1 / (sum_i |o_i|) * sum_i sum_t -min( rho A_i, clip(rho, 1 - eps, 1 + eps_high) A_i )
+          rho = pi(o_t) / pi_old(o_t),    A_i = (r_i - mean(r)) / std(r),    over groups with both right and wrong answers
+Symbols:  log pi(o_t)       logps              of each token of a completion, at the sampling temperature
+          log pi_old(o_t)   old_logps          the same under the policy that sampled it; in the first pass rho is exactly 1
+          r, A              rewards, advantages    one per completion; all its tokens have the same
+          eps, eps_high     epsilon, epsilon_high  the upper bound is wider: unlikely tokens may rise, which keeps the entropy up
+          L_max, L_cache    max_completion_length, soft_overlong_cache
+Trains:   the policy: every weight, or with lora_r an adapter. There is no reference: a long chain of thought may leave it far behind.
+Data:     {"prompt": ..., "answer": ...}: a prompt and whatever columns the reward reads
+Divided:  by the tokens of the whole update, over all micro-batches and ranks: long completions weigh as much as they are long.
+Metrics:  loss                       0 in the first update from a rollout only where lengths are alike: longer completions weigh more.
+                                     It says nothing. What to watch is reward
+          reward, reward_std         mean over all completions that are trained, so with dynamic sampling it stays near 0.5: the held-out
+                                     reward is the one to watch; mean over the groups of their standard deviation
+          frac_reward_zero_std       share of groups whose rewards are still all alike after max_resample_times attempts: they stay, with
+                                     advantage 0
+          rewards/soft_overlong/mean the mean punishment, 0 to -1; `reward` is without it
+          entropy                    -log pi of the sampled tokens, mean: an estimate of the entropy at the sampling temperature
+          clip_ratio/low_mean, clip_ratio/high_mean, clip_ratio/region_mean    share of tokens clipped below, above, either; 0 in a first pass
+          completions/mean_length, completions/clipped_ratio, ...              tokens; share cut at max_completion_length
+          sampling/sampling_logp_difference/mean    between the sampler's log-probs and those of the training forward; rounding only
+Differs:  a fixed number of attempts instead of sampling until the batch is full. Groups are judged before the punishment, as the paper's
+          accuracy 0 or 1 is. The standard deviation is Bessel's, + 1e-4.
+Run:      python train.py example/tiny-dapo.yml
+"""
+from dataclasses import dataclass
+
+import torch
+
+from engine.rollout import Sampling
+
+DATA = "prompts"                   # every row holds a prompt and what its reward needs
+MODEL = "policy"                   # what is trained
+PROGRESS = "reward"                # the number shown beside the loss
+
+
+@dataclass
+class Config(Sampling):
+    num_generations: int = 8       # completions per prompt: the group
+    num_iterations: int = 1        # passes over each rollout
+    num_mini_batches: int = 1      # updates per pass
+    epsilon: float = 0.2           # a ratio below 1 - epsilon earns nothing more
+    epsilon_high: float = 0.28     # the same above 1 + epsilon_high
+    dynamic_sample: bool = True    # groups whose rewards are all alike make way for groups of other prompts
+    max_resample_times: int = 3    # attempts at that per rollout
+    soft_overlong_cache: int = 0   # the last so many tokens of max_completion_length cost up to 1 of the reward; 0 = none of them do
+    mask_truncated_completions: bool = False    # overlong filtering: completions cut there are judged but not trained
+
+
+def group_advantages(rewards):
+    """Per prompt (G,) rewards -> per prompt (G,) advantages. NaN marks a completion without a reward; it counts nowhere."""
+    advantages = []
+    for group in rewards:
+        judged = group[~group.isnan()]
+        std = judged.std() if len(judged) > 1 else torch.tensor(0.0)
+        advantages.append((group - group.nanmean()) / (std + 1e-4))
+    return advantages
+
+
+def has_no_signal(rewards):
+    """(G,) -> bool: whether the rewards of a group are all alike."""
+    return len(rewards[~rewards.isnan()].unique()) < 2
+
+
+def soft_overlong(lengths, max_completion_length, cache):
+    """(G,) tokens -> (G,) punishments: 0 up to max_completion_length - cache, from there down to -1 at max_completion_length."""
+    return ((max_completion_length - cache - lengths) / cache).clamp(-1, 0)             # (G,) eq. 13
+
+
+def dapo_loss(logps, old_logps, advantages, epsilon=0.2, epsilon_high=0.28):
+    """Three (N,) -> (losses (N,), metrics); nothing is reduced."""
+    ratios = (logps - old_logps).exp()                                                  # (N,) rho
+    clipped = ratios.clamp(1 - epsilon, 1 + epsilon_high)
+    losses = -torch.min(ratios * advantages, clipped * advantages)                      # (N,) eq. 8
+    low, high = (ratios < 1 - epsilon) & (advantages < 0), (ratios > 1 + epsilon_high) & (advantages > 0)
+    metrics = {"entropy": -logps, "clip_ratio/low_mean": low, "clip_ratio/high_mean": high, "clip_ratio/region_mean": low | high}
+    return losses, metrics
+
+
+def train(engine, config):
+    policy, optimizer = engine.policy, engine.optimizer
+
+    for rollout in engine.rollouts(config, config.num_generations, config.num_iterations, config.num_mini_batches):     # 1 sample
+        engine.score(rollout)                                                                                           # 2 reward
+        for attempt in range(config.max_resample_times if config.dynamic_sample and not rollout.restored else 0):
+            if flat := [i for i, group in enumerate(rollout["rewards"]) if has_no_signal(group)]:
+                engine.resample(rollout, flat, attempt)            # other prompts in their place, sampled and scored
+        rewards = rollout["rewards"]
+        if config.soft_overlong_cache:
+            punishments = [soft_overlong(lengths, config.max_completion_length, config.soft_overlong_cache) for lengths in rollout.lengths]
+            rewards = [group + punishment for group, punishment in zip(rewards, punishments)]
+            rollout.metrics["rewards/soft_overlong/mean"] = float(torch.cat(punishments).mean())
+        rollout["advantages"] = group_advantages(rewards)                                                               # 3 advantage
+        for step in engine.steps(rollout, rollout["truncated"] if config.mask_truncated_completions else None):
+            for batch in step:                                     # 4 loss, one micro-batch
+                logps = policy(batch, config.temperature)
+                losses, metrics = dapo_loss(logps, engine.old_logps(batch, logps), batch.expand(batch.extra("advantages")),
+                                            config.epsilon, config.epsilon_high)
+                (losses.sum() / step.num_tokens).backward()        # mean over the tokens of the whole update
+                step.log(losses, metrics)
+            engine.clip_gradients()                                # 5 update; stops on a non-finite loss or norm before it
+            optimizer.step()
+            optimizer.zero_grad()

@@ -1,0 +1,77 @@
+"""Dr. GRPO: GRPO Done Right - without the two divisions that favour long wrong answers and prompts that are too easy or too hard.
+
+Paper:    Liu et al. 2025 (Understanding R1-Zero-Like Training), arXiv 2503.20783, section 3.2.
+Formula:  L = 1/G sum over o_i of 1/M sum_t -min( rho A_i, clip(rho, 1 - eps, 1 + eps_high) A_i )
+          rho = pi(o_t) / pi_old(o_t),    A_i = r_i - mean(r)
+Symbols:  log pi(o_t)       logps              of each token of a completion, at the sampling temperature
+          log pi_old(o_t)   old_logps          the same under the policy that sampled it; in the first pass rho is exactly 1
+          r, A              rewards, advantages    one per completion; all its tokens have the same
+          eps, eps_high     epsilon, epsilon_high
+          M                 max_completion_length  a constant: dividing by |o_i| would punish a long wrong answer less than a short one
+Trains:   the policy: every weight, or with lora_r an adapter. There is no reference.
+Data:     {"prompt": ..., "answer": ...}: a prompt and whatever columns the reward reads
+Divided:  the sum over all tokens by the completions of the whole update times max_completion_length, over all micro-batches and ranks.
+Metrics:  loss                       0 in the first update from a rollout only where lengths are alike: longer completions weigh more.
+                                     It says nothing. What to watch is reward
+          reward, reward_std         mean over all completions; mean over the groups of their standard deviation
+          frac_reward_zero_std       share of groups whose rewards are all alike: they teach nothing. Above 0.5 most of the sampling is
+                                     wasted: the prompts are too easy or too hard (dapo draws others in their place)
+          entropy                    -log pi of the sampled tokens, mean: an estimate of the entropy at the sampling temperature
+          clip_ratio/low_mean, clip_ratio/high_mean, clip_ratio/region_mean    share of tokens clipped below, above, either; 0 in a first pass
+          completions/mean_length, completions/clipped_ratio, ...              tokens; share cut at max_completion_length
+          sampling/sampling_logp_difference/mean    between the sampler's log-probs and those of the training forward; rounding only
+Differs:  nothing. The gradient shrinks as max_completion_length grows: with max_grad_norm and AdamW that matters little.
+Run:      python train.py example/tiny-dr_grpo.yml
+"""
+from dataclasses import dataclass
+
+import torch
+
+from engine.rollout import Sampling
+
+DATA = "prompts"                   # every row holds a prompt and what its reward needs
+MODEL = "policy"                   # what is trained
+PROGRESS = "reward"                # the number shown beside the loss
+
+
+@dataclass
+class Config(Sampling):
+    num_generations: int = 8       # completions per prompt: the group
+    num_iterations: int = 1        # passes over each rollout
+    num_mini_batches: int = 1      # updates per pass
+    epsilon: float = 0.2           # a ratio below 1 - epsilon earns nothing more
+    epsilon_high: float = 0.2      # the same above 1 + epsilon_high
+
+
+def group_advantages(rewards):
+    """Per prompt (G,) rewards -> per prompt (G,) advantages. NaN marks a completion without a reward; it counts nowhere."""
+    return [group - group.nanmean() for group in rewards]
+
+
+def dr_grpo_loss(logps, old_logps, advantages, epsilon=0.2, epsilon_high=0.2):
+    """Three (N,) -> (losses (N,), metrics); nothing is reduced."""
+    ratios = (logps - old_logps).exp()                                                  # (N,) rho
+    clipped = ratios.clamp(1 - epsilon, 1 + epsilon_high)
+    losses = -torch.min(ratios * advantages, clipped * advantages)                      # (N,)
+    low, high = (ratios < 1 - epsilon) & (advantages < 0), (ratios > 1 + epsilon_high) & (advantages > 0)
+    metrics = {"entropy": -logps, "clip_ratio/low_mean": low, "clip_ratio/high_mean": high, "clip_ratio/region_mean": low | high}
+    return losses, metrics
+
+
+def train(engine, config):
+    policy, optimizer = engine.policy, engine.optimizer
+
+    for rollout in engine.rollouts(config, config.num_generations, config.num_iterations, config.num_mini_batches):     # 1 sample
+        engine.score(rollout)                                                                                           # 2 reward
+        rollout["advantages"] = group_advantages(rollout["rewards"])                                                    # 3 advantage
+        for step in engine.steps(rollout):
+            for batch in step:                                     # 4 loss, one micro-batch
+                logps = policy(batch, config.temperature)
+                losses, metrics = dr_grpo_loss(logps, engine.old_logps(batch, logps), batch.expand(batch.extra("advantages")),
+                                               config.epsilon, config.epsilon_high)
+                losses = batch.sum(losses) / config.max_completion_length    # (S,) by a constant, not by each completion's length ...
+                (losses.sum() / step.num_responses).backward()               # ... and by the completions of the whole update
+                step.log(losses, metrics)
+            engine.clip_gradients()                                # 5 update; stops on a non-finite loss or norm before it
+            optimizer.step()
+            optimizer.zero_grad()

@@ -1,0 +1,85 @@
+"""GSPO: Group Sequence Policy Optimization - the ratio and its clipping are those of the whole completion, as the reward is.
+
+Paper:    Zheng et al. 2025, arXiv 2507.18071: the objective is eq. 5, the advantage eq. 6, the ratio eq. 7.
+Formula:  L = mean over o_i of -min( s_i A_i, clip(s_i, 1 - eps, 1 + eps_high) A_i )
+          s_i = ( pi(o_i) / pi_old(o_i) )^(1 / |o_i|),    A_i = (r_i - mean(r)) / std(r)
+Symbols:  log pi(o_t)       logps              of each token of a completion, at the sampling temperature
+          log pi_old(o_t)   old_logps          the same under the policy that sampled it; in the first update s is exactly 1
+          |o_i|             lengths
+          r, A              rewards, advantages    one per completion
+          eps, eps_high     epsilon, epsilon_high  s is a geometric mean over tokens: it moves a hundred times less than a token's ratio
+Trains:   the policy: every weight, or with lora_r an adapter. There is no reference.
+Data:     {"prompt": ..., "answer": ...}: a prompt and whatever columns the reward reads
+Divided:  by the completions of the whole update, over all micro-batches and ranks.
+Metrics:  loss                       0 on average over the first pass: advantages of a group sum to 0 and the ratios are near 1.
+                                     Its gradient is not 0. What to watch is reward
+          reward, reward_std         mean over all completions; mean over the groups of their standard deviation
+          frac_reward_zero_std       share of groups whose rewards are all alike: they teach nothing. Above 0.5 most of the sampling is
+                                     wasted: the prompts are too easy or too hard (dapo draws others in their place)
+          entropy                    -log pi of the sampled tokens, mean: an estimate of the entropy at the sampling temperature
+          clip_ratio/low_mean, clip_ratio/high_mean, clip_ratio/region_mean    share of completions clipped below, above, either: much larger
+                                     than grpo's, which the paper too sees. 0 in the first of the num_mini_batches updates
+          completions/mean_length, completions/clipped_ratio, ...              tokens; share cut at max_completion_length
+          sampling/sampling_logp_difference/mean    between the sampler's log-probs and those of the training forward; rounding only
+Differs:  nothing; the standard deviation is Bessel's, + 1e-4. With one update per rollout (num_mini_batches 1) it is grpo without KL.
+Run:      python train.py example/tiny-gspo.yml
+"""
+from dataclasses import dataclass
+
+import torch
+
+from engine.rollout import Sampling
+
+DATA = "prompts"                   # every row holds a prompt and what its reward needs
+MODEL = "policy"                   # what is trained
+PROGRESS = "reward"                # the number shown beside the loss
+
+
+@dataclass
+class Config(Sampling):
+    num_generations: int = 8       # completions per prompt: the group
+    num_iterations: int = 1        # passes over each rollout
+    num_mini_batches: int = 4      # updates per pass
+    epsilon: float = 3e-4          # a completion's ratio below 1 - epsilon earns nothing more
+    epsilon_high: float = 4e-4     # the same above 1 + epsilon_high
+
+
+def group_advantages(rewards):
+    """Per prompt (G,) rewards -> per prompt (G,) advantages. NaN marks a completion without a reward; it counts nowhere."""
+    advantages = []
+    for group in rewards:
+        judged = group[~group.isnan()]
+        std = judged.std() if len(judged) > 1 else torch.tensor(0.0)
+        advantages.append((group - group.nanmean()) / (std + 1e-4))                     # eq. 6
+    return advantages
+
+
+def gspo_loss(logps, old_logps, advantages, lengths, epsilon=3e-4, epsilon_high=4e-4):
+    """(N,), (N,), (S,), (S,) -> (losses (S,), metrics); nothing is reduced over completions."""
+    log_ratios = logps - old_logps                                                      # (N,)
+    if len(lengths):                                                                    # (S,) their means over each completion
+        log_ratios = torch.stack([tokens.mean() for tokens in log_ratios.split([int(length) for length in lengths])])
+    ratios = log_ratios.exp()                                                           # (S,) s, eq. 7
+    clipped = ratios.clamp(1 - epsilon, 1 + epsilon_high)
+    losses = -torch.min(ratios * advantages, clipped * advantages)                      # (S,) eq. 5
+    low, high = (ratios < 1 - epsilon) & (advantages < 0), (ratios > 1 + epsilon_high) & (advantages > 0)
+    metrics = {"entropy": -logps, "clip_ratio/low_mean": low, "clip_ratio/high_mean": high, "clip_ratio/region_mean": low | high}
+    return losses, metrics
+
+
+def train(engine, config):
+    policy, optimizer = engine.policy, engine.optimizer
+
+    for rollout in engine.rollouts(config, config.num_generations, config.num_iterations, config.num_mini_batches):     # 1 sample
+        engine.score(rollout)                                                                                           # 2 reward
+        rollout["advantages"] = group_advantages(rollout["rewards"])                                                    # 3 advantage
+        for step in engine.steps(rollout):
+            for batch in step:                                     # 4 loss, one micro-batch
+                logps = policy(batch, config.temperature)
+                losses, metrics = gspo_loss(logps, engine.old_logps(batch, logps), batch.extra("advantages"), batch.lengths,
+                                            config.epsilon, config.epsilon_high)
+                (losses.sum() / step.num_responses).backward()     # mean over the completions of the whole update
+                step.log(losses, metrics)
+            engine.clip_gradients()                                # 5 update; stops on a non-finite loss or norm before it
+            optimizer.step()
+            optimizer.zero_grad()

@@ -1,0 +1,106 @@
+"""REINFORCE++: PPO's clipped loss without a critic - every token's return, in standard deviations of all returns of the rollout.
+
+Paper:    Hu et al. 2025, arXiv 2501.03262. baseline: true is its variant "w/ Baseline".
+Formula:  L = 1 / (sum_i |o_i|) * sum_i sum_t -min( rho A_t, clip(rho, 1 - eps, 1 + eps_high) A_t ),    rho = pi(o_t) / pi_old(o_t)
+          A_t = (R_t - mean(R)) / std(R) over all tokens of the rollout,    R_t = r_i - beta sum over u >= t of [ log pi_old - log pi_ref ](o_u)
+Symbols:  log pi(o_t)       logps              of each token of a completion, at the sampling temperature
+          log pi_old(o_t)   old_logps          the same under the policy that sampled it; in the first pass rho is exactly 1
+          log pi_old - log pi_ref   kl         per token, the estimator k1
+          r                 rewards            one per completion, earned at its last token; with baseline less the mean of its group
+          R, A              returns, advantages    one per token
+          beta              kl_coef
+          eps, eps_high     epsilon, epsilon_high
+Trains:   the policy: every weight, or with lora_r an adapter. The reference is frozen, and only there if kl_coef > 0.
+Data:     {"prompt": ..., "answer": ...}: a prompt and whatever columns the reward reads
+Divided:  by the tokens of the whole update, over all micro-batches and ranks. So are mean and std of the returns, over the whole rollout.
+Metrics:  loss                       0 in the first update from a rollout: advantages sum to 0 over the tokens and every ratio is 1.
+                                     Its gradient is not 0. What to watch is reward
+          reward, reward_std         mean over all completions, without the KL; mean over the groups of their standard deviation
+          frac_reward_zero_std       share of groups whose rewards are all alike: unlike in grpo they do teach, compared with other prompts'
+                                     (with baseline they do not)
+          kl                         k1, mean over tokens; 0 at step 0
+          entropy                    -log pi of the sampled tokens, mean: an estimate of the entropy at the sampling temperature
+          clip_ratio/low_mean, clip_ratio/high_mean, clip_ratio/region_mean    share of tokens clipped below, above, either; 0 in a first pass
+          completions/mean_length, completions/clipped_ratio, ...              tokens; share cut at max_completion_length
+          sampling/sampling_logp_difference/mean    between the sampler's log-probs and those of the training forward; rounding only
+Differs:  the paper's variant w/ Baseline has the KL (k2) in the loss; here it is in the reward in both.
+Run:      python train.py example/tiny-reinforce_pp.yml
+"""
+from dataclasses import dataclass
+
+import torch
+
+from data.errors import UserError
+from engine.rollout import Sampling
+
+DATA = "prompts"                   # every row holds a prompt and what its reward needs
+MODEL = "policy"                   # what is trained
+PROGRESS = "reward"                # the number shown beside the loss
+
+
+@dataclass
+class Config(Sampling):
+    num_generations: int = 8       # completions per prompt; 1 is enough without baseline, 8 is grpo's rollout and shares the prompts' cost
+    num_iterations: int = 1        # passes over each rollout
+    num_mini_batches: int = 1      # updates per pass
+    epsilon: float = 0.2           # a ratio below 1 - epsilon earns nothing more
+    epsilon_high: float = 0.2      # the same above 1 + epsilon_high
+    kl_coef: float = 0.01          # weight of the KL to the reference in the reward; 0 needs no reference
+    baseline: bool = False         # true: rewards are compared with the mean of their group first
+    reference: str | None = None   # model directory or hub name; none: the start model
+
+    def __post_init__(self):
+        if self.baseline and self.num_generations < 2:
+            raise UserError("num_generations is 1, but baseline: true compares a completion with others of its prompt; "
+                            "fix: give 2 or more, or remove baseline")
+
+
+def token_returns(rewards, kl, lengths, kl_coef=0.01):
+    """(G,), per token (N,), (G,) tokens -> (N,): a completion's reward less kl_coef times the KL from each token to its end."""
+    ahead = [tokens.flip(0).cumsum(0).flip(0) for tokens in kl.split([int(length) for length in lengths])]
+    return torch.cat([reward - kl_coef * tokens for reward, tokens in zip(rewards, ahead)])      # (N,) R
+
+
+def whiten(returns):
+    """Per prompt (N,) -> per prompt (N,), in all of them together with mean 0 and variance 1. NaN marks tokens without a reward; they
+    count nowhere."""
+    judged = torch.cat(returns)
+    judged = judged[~judged.isnan()]
+    std = judged.var(correction=0).clamp(min=1e-8).sqrt()
+    return [(tokens - judged.mean()) / std for tokens in returns]
+
+
+def reinforce_loss(logps, old_logps, advantages, epsilon=0.2, epsilon_high=0.2):
+    """Three (N,) -> (losses (N,), metrics); nothing is reduced."""
+    ratios = (logps - old_logps).exp()                                                  # (N,) rho
+    clipped = ratios.clamp(1 - epsilon, 1 + epsilon_high)
+    losses = -torch.min(ratios * advantages, clipped * advantages)                      # (N,)
+    low, high = (ratios < 1 - epsilon) & (advantages < 0), (ratios > 1 + epsilon_high) & (advantages > 0)
+    metrics = {"entropy": -logps, "clip_ratio/low_mean": low, "clip_ratio/high_mean": high, "clip_ratio/region_mean": low | high}
+    return losses, metrics
+
+
+def train(engine, config):
+    policy, optimizer = engine.policy, engine.optimizer
+    reference = engine.frozen(config.reference) if config.kl_coef > 0 else None
+
+    for rollout in engine.rollouts(config, config.num_generations, config.num_iterations, config.num_mini_batches):     # 1 sample
+        engine.score(rollout)                                                                                           # 2 reward
+        rewards = [group - group.nanmean() for group in rollout["rewards"]] if config.baseline else rollout["rewards"]
+        if not rollout.restored and reference:
+            rollout["old_logps"] = engine.logps(policy, rollout)
+            rollout["kl"] = [old - new for old, new in zip(rollout["old_logps"], engine.logps(reference, rollout))]
+        elif not rollout.restored:
+            rollout["kl"] = [torch.zeros_like(logps) for logps in rollout["sampler_logps"]]
+        rollout["advantages"] = whiten([token_returns(*group, config.kl_coef)                                           # 3 advantage
+                                        for group in zip(rewards, rollout["kl"], rollout.lengths)])
+        for step in engine.steps(rollout):
+            for batch in step:                                     # 4 loss, one micro-batch
+                logps = policy(batch, config.temperature)
+                losses, metrics = reinforce_loss(logps, engine.old_logps(batch, logps), batch.extra("advantages"),
+                                                 config.epsilon, config.epsilon_high)
+                (losses.sum() / step.num_tokens).backward()        # mean over the tokens of the whole update
+                step.log(losses, metrics | ({"kl": batch.extra("kl")} if reference else {}))
+            engine.clip_gradients()                                # 5 update; stops on a non-finite loss or norm before it
+            optimizer.step()
+            optimizer.zero_grad()

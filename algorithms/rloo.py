@@ -1,0 +1,95 @@
+"""RLOO: REINFORCE Leave-One-Out - a completion is one action, its baseline is the mean reward of the other completions of its prompt.
+
+Paper:    Ahmadian et al. 2024 (Back to Basics), arXiv 2402.14740; from Kool et al. 2019 (Buy 4 REINFORCE Samples, Get a Baseline for Free!).
+Formula:  L = mean over o_i of -min( rho A_i, clip(rho, 1 - eps, 1 + eps_high) A_i ),    rho = pi(o_i) / pi_old(o_i)
+          A_i = R_i - mean of R_j over j != i,    R_i = r_i - beta sum_t [ log pi_old(o_t) - log pi_ref(o_t) ]
+Symbols:  log pi(o_i)       sequence_logps     sum over the tokens of a completion, at the sampling temperature
+          log pi_old(o_i)   old_sequence_logps     the same under the policy that sampled it; in the first pass rho is exactly 1
+          log pi_old - log pi_ref   kl         per token, the estimator k1
+          r, A              rewards, advantages    one per completion
+          beta              kl_coef
+          eps, eps_high     epsilon, epsilon_high
+Trains:   the policy: every weight, or with lora_r an adapter. The reference is frozen, and only there if kl_coef > 0.
+Data:     {"prompt": ..., "answer": ...}: a prompt and whatever columns the reward reads
+Divided:  by the completions of the whole update, over all micro-batches and ranks; not by their tokens: the gradient grows with length.
+Metrics:  loss                       0 in the first update from a rollout: advantages of a group sum to 0 and every ratio is 1.
+                                     Its gradient is not 0. What to watch is reward
+          reward, reward_std         mean over all completions, without the KL; mean over the groups of their standard deviation
+          frac_reward_zero_std       share of groups whose rewards are all alike: only the KL teaches there. Above 0.5 most of the sampling
+                                     is wasted: the prompts are too easy or too hard (dapo draws others in their place)
+          kl                         k1, mean over tokens; 0 at step 0
+          entropy                    -log pi of the sampled tokens, mean: an estimate of the entropy at the sampling temperature
+          clip_ratio/low_mean, clip_ratio/high_mean, clip_ratio/region_mean    share of completions clipped below, above, either; 0 in a first
+                                     pass. A completion's ratio is a product over its tokens: in a second pass most are clipped
+          completions/mean_length, completions/clipped_ratio, ...              tokens; share cut at max_completion_length
+          sampling/sampling_logp_difference/mean    between the sampler's log-probs and those of the training forward; rounding only
+Differs:  the paper's gradient is on-policy; ratio and clipping only act with num_iterations or num_mini_batches above 1.
+Run:      python train.py example/tiny-rloo.yml
+"""
+from dataclasses import dataclass
+
+import torch
+
+from engine.rollout import Sampling
+
+DATA = "prompts"                   # every row holds a prompt and what its reward needs
+MODEL = "policy"                   # what is trained
+PROGRESS = "reward"                # the number shown beside the loss
+
+
+@dataclass
+class Config(Sampling):
+    num_generations: int = 4       # completions per prompt: the group
+    num_iterations: int = 1        # passes over each rollout
+    num_mini_batches: int = 1      # updates per pass
+    epsilon: float = 0.2           # a completion's ratio below 1 - epsilon earns nothing more
+    epsilon_high: float = 0.2      # the same above 1 + epsilon_high
+    kl_coef: float = 0.05          # weight of the KL to the reference in the reward; 0 needs no reference
+    reference: str | None = None   # model directory or hub name; none: the start model
+
+
+def kl_rewards(rewards, kl, lengths, kl_coef=0.05):
+    """(G,), per token (N,), (G,) tokens -> (G,): each reward less kl_coef times the KL summed over its completion."""
+    return rewards - kl_coef * torch.stack([tokens.sum() for tokens in kl.split([int(length) for length in lengths])])      # R
+
+
+def leave_one_out(rewards):
+    """(G,) -> (G,) advantages: each reward less the mean of the others; 0 without others. NaN marks a completion without a reward;
+    it counts nowhere."""
+    others = (~rewards.isnan()).sum() - 1
+    return rewards - (rewards.nansum() - rewards) / others if others > 0 else rewards - rewards
+
+
+def rloo_loss(sequence_logps, old_sequence_logps, advantages, epsilon=0.2, epsilon_high=0.2):
+    """Three (S,) -> (losses (S,), metrics); nothing is reduced."""
+    ratios = (sequence_logps - old_sequence_logps).exp()                                # (S,) rho
+    clipped = ratios.clamp(1 - epsilon, 1 + epsilon_high)
+    losses = -torch.min(ratios * advantages, clipped * advantages)                      # (S,)
+    low, high = (ratios < 1 - epsilon) & (advantages < 0), (ratios > 1 + epsilon_high) & (advantages > 0)
+    metrics = {"clip_ratio/low_mean": low, "clip_ratio/high_mean": high, "clip_ratio/region_mean": low | high}
+    return losses, metrics
+
+
+def train(engine, config):
+    policy, optimizer = engine.policy, engine.optimizer
+    reference = engine.frozen(config.reference) if config.kl_coef > 0 else None
+
+    for rollout in engine.rollouts(config, config.num_generations, config.num_iterations, config.num_mini_batches):     # 1 sample
+        engine.score(rollout)                                                                                           # 2 reward
+        rewards = rollout["rewards"]
+        if reference:
+            if not rollout.restored:
+                rollout["old_logps"] = engine.logps(policy, rollout)
+                rollout["kl"] = [old - new for old, new in zip(rollout["old_logps"], engine.logps(reference, rollout))]
+            rewards = [kl_rewards(*group, config.kl_coef) for group in zip(rewards, rollout["kl"], rollout.lengths)]
+        rollout["advantages"] = [leave_one_out(group) for group in rewards]                                             # 3 advantage
+        for step in engine.steps(rollout):
+            for batch in step:                                     # 4 loss, one micro-batch
+                logps = policy(batch, config.temperature)
+                losses, metrics = rloo_loss(batch.sum(logps), batch.sum(engine.old_logps(batch, logps)), batch.extra("advantages"),
+                                            config.epsilon, config.epsilon_high)
+                (losses.sum() / step.num_responses).backward()     # mean over the completions of the whole update
+                step.log(losses, metrics | {"entropy": -logps} | ({"kl": batch.extra("kl")} if reference else {}))
+            engine.clip_gradients()                                # 5 update; stops on a non-finite loss or norm before it
+            optimizer.step()
+            optimizer.zero_grad()
