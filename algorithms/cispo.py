@@ -16,8 +16,8 @@ Metrics:  loss                       the weighted log-probs: no measure of progr
                                      wasted: the prompts are too easy or too hard (dapo draws others in their place)
           entropy                    -log pi of the sampled tokens, mean: an estimate of the entropy at the sampling temperature
           cispo_clip_ratio           share of tokens whose ratio is above epsilon_high, with a positive advantage; 0 in a first pass
-          completions/mean_length, completions/clipped_ratio, ...              tokens; share cut at max_completion_length
-          sampling/sampling_logp_difference/mean    between the sampler's log-probs and those of the training forward; rounding only
+          completions/mean_length, /clipped_ratio, ...     tokens; share cut at max_completion_length
+          sampling/sampling_logp_difference/mean           between the sampler's log-probs and those of the training forward: rounding
 Differs:  the paper leaves its lower bound open, so there is none. The standard deviation is Bessel's, + 1e-4.
 Run:      python train.py example/tiny-cispo.yml
 """

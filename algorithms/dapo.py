@@ -20,9 +20,9 @@ Metrics:  loss                       0 in the first update from a rollout only w
                                      advantage 0
           rewards/soft_overlong/mean the mean punishment, 0 to -1; `reward` is without it
           entropy                    -log pi of the sampled tokens, mean: an estimate of the entropy at the sampling temperature
-          clip_ratio/low_mean, clip_ratio/high_mean, clip_ratio/region_mean    share of tokens clipped below, above, either; 0 in a first pass
-          completions/mean_length, completions/clipped_ratio, ...              tokens; share cut at max_completion_length
-          sampling/sampling_logp_difference/mean    between the sampler's log-probs and those of the training forward; rounding only
+          clip_ratio/low_mean, /high_mean, /region_mean    share of tokens clipped below, above, either; 0 in a first pass
+          completions/mean_length, /clipped_ratio, ...     tokens; share cut at max_completion_length
+          sampling/sampling_logp_difference/mean           between the sampler's log-probs and those of the training forward: rounding
 Differs:  a fixed number of attempts instead of sampling until the batch is full. Groups are judged before the punishment, as the paper's
           accuracy 0 or 1 is. The standard deviation is Bessel's, + 1e-4.
 Run:      python train.py example/tiny-dapo.yml

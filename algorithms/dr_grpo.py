@@ -17,9 +17,9 @@ Metrics:  loss                       0 in the first update from a rollout only w
           frac_reward_zero_std       share of groups whose rewards are all alike: they teach nothing. Above 0.5 most of the sampling is
                                      wasted: the prompts are too easy or too hard (dapo draws others in their place)
           entropy                    -log pi of the sampled tokens, mean: an estimate of the entropy at the sampling temperature
-          clip_ratio/low_mean, clip_ratio/high_mean, clip_ratio/region_mean    share of tokens clipped below, above, either; 0 in a first pass
-          completions/mean_length, completions/clipped_ratio, ...              tokens; share cut at max_completion_length
-          sampling/sampling_logp_difference/mean    between the sampler's log-probs and those of the training forward; rounding only
+          clip_ratio/low_mean, /high_mean, /region_mean    share of tokens clipped below, above, either; 0 in a first pass
+          completions/mean_length, /clipped_ratio, ...     tokens; share cut at max_completion_length
+          sampling/sampling_logp_difference/mean           between the sampler's log-probs and those of the training forward: rounding
 Differs:  nothing. The gradient shrinks as max_completion_length grows: with max_grad_norm and AdamW that matters little.
 Run:      python train.py example/tiny-dr_grpo.yml
 """

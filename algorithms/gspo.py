@@ -11,16 +11,16 @@ Symbols:  log pi(o_t)       logps              of each token of a completion, at
 Trains:   the policy: every weight, or with lora_r an adapter. There is no reference.
 Data:     {"prompt": ..., "answer": ...}: a prompt and whatever columns the reward reads
 Divided:  by the completions of the whole update, over all micro-batches and ranks.
-Metrics:  loss                       0 on average over the first pass: advantages of a group sum to 0 and the ratios are near 1.
+Metrics:  loss                       0 in the first update from a rollout: advantages of a group sum to 0 and every ratio is 1.
                                      Its gradient is not 0. What to watch is reward
           reward, reward_std         mean over all completions; mean over the groups of their standard deviation
           frac_reward_zero_std       share of groups whose rewards are all alike: they teach nothing. Above 0.5 most of the sampling is
                                      wasted: the prompts are too easy or too hard (dapo draws others in their place)
           entropy                    -log pi of the sampled tokens, mean: an estimate of the entropy at the sampling temperature
-          clip_ratio/low_mean, clip_ratio/high_mean, clip_ratio/region_mean    share of completions clipped below, above, either: much larger
-                                     than grpo's, which the paper too sees. 0 in the first of the num_mini_batches updates
-          completions/mean_length, completions/clipped_ratio, ...              tokens; share cut at max_completion_length
-          sampling/sampling_logp_difference/mean    between the sampler's log-probs and those of the training forward; rounding only
+          clip_ratio/low_mean, /high_mean, /region_mean    share of completions clipped below, above, either: much larger than grpo's, as in
+                                     the paper; 0 in the first of the num_mini_batches updates
+          completions/mean_length, /clipped_ratio, ...     tokens; share cut at max_completion_length
+          sampling/sampling_logp_difference/mean           between the sampler's log-probs and those of the training forward: rounding
 Differs:  nothing; the standard deviation is Bessel's, + 1e-4. With one update per rollout (num_mini_batches 1) it is grpo without KL.
 Run:      python train.py example/tiny-gspo.yml
 """

@@ -2,10 +2,11 @@
 
 Paper:    Hu et al. 2025, arXiv 2501.03262. baseline: true is its variant "w/ Baseline".
 Formula:  L = 1 / (sum_i |o_i|) * sum_i sum_t -min( rho A_t, clip(rho, 1 - eps, 1 + eps_high) A_t ),    rho = pi(o_t) / pi_old(o_t)
-          A_t = (R_t - mean(R)) / std(R) over all tokens of the rollout,    R_t = r_i - beta sum over u >= t of [ log pi_old - log pi_ref ](o_u)
+          A_t = (R_t - mean(R)) / std(R) over all tokens of the rollout
+          R_t = r_i - beta sum over u >= t of [ log pi_old(o_u) - log pi_ref(o_u) ]
 Symbols:  log pi(o_t)       logps              of each token of a completion, at the sampling temperature
           log pi_old(o_t)   old_logps          the same under the policy that sampled it; in the first pass rho is exactly 1
-          log pi_old - log pi_ref   kl         per token, the estimator k1
+          log pi_old(o_t) - log pi_ref(o_t)    kl  per token, the estimator k1
           r                 rewards            one per completion, earned at its last token; with baseline less the mean of its group
           R, A              returns, advantages    one per token
           beta              kl_coef
@@ -20,9 +21,9 @@ Metrics:  loss                       0 in the first update from a rollout: advan
                                      (with baseline they do not)
           kl                         k1, mean over tokens; 0 at step 0
           entropy                    -log pi of the sampled tokens, mean: an estimate of the entropy at the sampling temperature
-          clip_ratio/low_mean, clip_ratio/high_mean, clip_ratio/region_mean    share of tokens clipped below, above, either; 0 in a first pass
-          completions/mean_length, completions/clipped_ratio, ...              tokens; share cut at max_completion_length
-          sampling/sampling_logp_difference/mean    between the sampler's log-probs and those of the training forward; rounding only
+          clip_ratio/low_mean, /high_mean, /region_mean    share of tokens clipped below, above, either; 0 in a first pass
+          completions/mean_length, /clipped_ratio, ...     tokens; share cut at max_completion_length
+          sampling/sampling_logp_difference/mean           between the sampler's log-probs and those of the training forward: rounding
 Differs:  the paper's variant w/ Baseline has the KL (k2) in the loss; here it is in the reward in both.
 Run:      python train.py example/tiny-reinforce_pp.yml
 """

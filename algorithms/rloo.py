@@ -1,11 +1,11 @@
 """RLOO: REINFORCE Leave-One-Out - a completion is one action, its baseline is the mean reward of the other completions of its prompt.
 
-Paper:    Ahmadian et al. 2024 (Back to Basics), arXiv 2402.14740; from Kool et al. 2019 (Buy 4 REINFORCE Samples, Get a Baseline for Free!).
+Paper:    Ahmadian et al. 2024 (Back to Basics), arXiv 2402.14740; the baseline is Kool et al.'s, 2019.
 Formula:  L = mean over o_i of -min( rho A_i, clip(rho, 1 - eps, 1 + eps_high) A_i ),    rho = pi(o_i) / pi_old(o_i)
           A_i = R_i - mean of R_j over j != i,    R_i = r_i - beta sum_t [ log pi_old(o_t) - log pi_ref(o_t) ]
 Symbols:  log pi(o_i)       sequence_logps     sum over the tokens of a completion, at the sampling temperature
           log pi_old(o_i)   old_sequence_logps     the same under the policy that sampled it; in the first pass rho is exactly 1
-          log pi_old - log pi_ref   kl         per token, the estimator k1
+          log pi_old(o_t) - log pi_ref(o_t)    kl  per token, the estimator k1
           r, A              rewards, advantages    one per completion
           beta              kl_coef
           eps, eps_high     epsilon, epsilon_high
@@ -19,10 +19,10 @@ Metrics:  loss                       0 in the first update from a rollout: advan
                                      is wasted: the prompts are too easy or too hard (dapo draws others in their place)
           kl                         k1, mean over tokens; 0 at step 0
           entropy                    -log pi of the sampled tokens, mean: an estimate of the entropy at the sampling temperature
-          clip_ratio/low_mean, clip_ratio/high_mean, clip_ratio/region_mean    share of completions clipped below, above, either; 0 in a first
-                                     pass. A completion's ratio is a product over its tokens: in a second pass most are clipped
-          completions/mean_length, completions/clipped_ratio, ...              tokens; share cut at max_completion_length
-          sampling/sampling_logp_difference/mean    between the sampler's log-probs and those of the training forward; rounding only
+          clip_ratio/low_mean, /high_mean, /region_mean    share of completions clipped below, above, either; 0 in a first pass. Their ratio
+                                     is a product over tokens: in a second pass most are clipped
+          completions/mean_length, /clipped_ratio, ...     tokens; share cut at max_completion_length
+          sampling/sampling_logp_difference/mean           between the sampler's log-probs and those of the training forward: rounding
 Differs:  the paper's gradient is on-policy; ratio and clipping only act with num_iterations or num_mini_batches above 1.
 Run:      python train.py example/tiny-rloo.yml
 """

@@ -94,7 +94,7 @@ RANGES = [    # what a number must be, its test, the keys; None passes
     ("a whole number from 0 to 4294967295", lambda x: 0 <= x < 2**32, "seed"),
     ("1 or more", lambda x: x >= 1, "batch_size epochs max_steps eval_every save_every log_every sample_every num_iterations "
      "num_mini_batches num_ppo_epochs rollout_batch_size max_completion_length"),
-    ("2 or more", lambda x: x >= 2, "micro_batch_tokens max_length keep"),
+    ("2 or more", lambda x: x >= 2, "micro_batch_tokens max_length keep num_generations"),
 ]
 
 FOREIGN = {theirs: ours for ours, names in {    # our key: what other projects call it
@@ -142,7 +142,8 @@ def load_config(argv: list[str]) -> Run:
             raise UserError(f"{key} ({where}) is {show(text)}; fix: give {error}") from None
     for wanted, test, keys in RANGES:
         for key in keys.split():
-            allowed = (name, key, values.get(key)) == ("grpo", "beta", 0)        # no reference; the others divide by it or learn nothing
+            # grpo needs no reference then, where others would divide by 0 or learn nothing; reinforce_pp needs no group
+            allowed = (name, key, values.get(key)) in (("grpo", "beta", 0), ("reinforce_pp", "num_generations", 1))
             if values.get(key) is not None and not allowed and not test(values[key]):
                 raise UserError(f"{key} ({given[key][1]}) is {values[key]}; fix: give {wanted}")
     for field in all_fields:

@@ -4,6 +4,7 @@ An algorithm iterates `engine.rollouts(...)` and for each rollout calls `engine.
 iterates `engine.steps(rollout)`; it may call `engine.frozen(path)`, `engine.logps(model, rollout)`, `engine.old_logps(batch, logps)`.
 A checkpoint in the middle of a rollout holds it: a resumed run goes on with the same completions.
 """
+import json
 import math
 import os
 import time
@@ -45,17 +46,13 @@ class OnlineEngine(Engine):
             self.sample_every = self.per_draw * math.ceil(self.total / self.per_draw / samples)
         if self.first == 0:
             from_main(check_gold, self.rewards, self.train_set + self.eval_set)
-        self.since, evaluated = time.time(), self.first // self.eval_every
-        if self.first == 0:
-            self.evaluate(0)
+        self.since = time.time()
         for number in range(self.first // self.per_draw, math.ceil(self.total / self.per_draw)):
-            done = max(self.first, number * self.per_draw)                       # updates made
-            rollout = self.restore(number) if done > number * self.per_draw else self.sample_rollout(number)
-            yield rollout
-            done = min(self.total, (number + 1) * self.per_draw)
-            if done // self.eval_every > evaluated or done == self.total:
-                evaluated = done // self.eval_every
-                self.evaluate(done)
+            start = number * self.per_draw                                       # updates made before this rollout
+            if self.first <= start:
+                self.evaluate(start)
+            yield self.restore(number) if self.first > start else self.sample_rollout(number)
+        self.evaluate(self.total)
         self.run.erase()
         self.save_final()
 
@@ -189,6 +186,15 @@ class OnlineEngine(Engine):
             **({"completions/without_reward": float(len(lengths) - len(rewards))} if len(rewards) < len(lengths) else {})}
         return {name: float(value) for name, value in metrics.items()}
 
+    def episodes(self, rollout: Rollout) -> dict:
+        """How far the run is, under TRL's names: completions so far, and per second of this process."""
+        def completions(rollouts):
+            epochs, rest = divmod(rollouts, self.draws_per_epoch)
+            return (epochs * len(self.train_set) + rest * self.config.batch_size) * self.num_generations
+
+        done = completions(rollout.number + 1)
+        return {"episode": done, "eps": (done - completions(self.first // self.per_draw)) / (time.time() - self.since)}
+
     @staticmethod
     def spread(rewards):
         return rewards.std() if len(rewards) > 1 else torch.tensor(0.0)
@@ -237,14 +243,21 @@ class OnlineEngine(Engine):
     # ---- evaluation, samples, checkpoints -----------------------------------------------------------------------------
 
     def evaluate(self, index: int) -> None:
-        """One completion of every held-out prompt, always with the same random numbers, and its rewards."""
-        if not self.eval_set:
+        """If an evaluation is due after update `index`, the end of a rollout: one completion of every held-out prompt, always with the
+        same random numbers, and its rewards. What a run did before it was interrupted is not done again."""
+        due = index in (0, self.total) or index // self.eval_every > (index - self.per_draw) // self.eval_every
+        if not self.eval_set or not due or index in from_main(self.evaluated):
             return
         rollout = Rollout(index, self.complete(range(len(self.eval_set)), self.eval_set, (EVALUATION,), 1, "held-out prompts"))
         self.judge(rollout)
         metrics = {name: value for name, value in self.reward_metrics(rollout).items() if "std" not in name}
         self.run.append("metrics.jsonl", {"step": index, "split": "eval", **metrics})
-        self.run.notice(f"held-out prompts at step {index}: " + "  ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items() if name[:6] == "reward")
+        self.run.notice(f"held-out prompts at step {index}: {shown}")
+
+    def evaluated(self) -> set:
+        rows = map(json.loads, self.run.rows("metrics.jsonl"))
+        return {row["step"] for row in rows if row["split"] == "eval"}
 
     def write_samples(self, index: int, count: int = 4) -> None:
         """The first completion of the rollout's first prompts, with its reward."""

@@ -211,7 +211,7 @@ def invert(weights, sums, uniforms):
     target = uniforms[:, None] * cumulative[:, -1:]
     block = (cumulative <= target).sum(1, keepdim=True)
     block = torch.minimum(block, (sums > 0).cumsum(1).argmax(1, keepdim=True))        # rounding must not pass the last that has weight
-    rest = target - (cumulative - sums).gather(1, block)
+    rest = (target - (cumulative - sums).gather(1, block)).clamp(min=0)                # at a border rounding may make it negative
     tokens = block * BLOCK + torch.arange(BLOCK, device=weights.device)               # (n, BLOCK)
     inside = tokens < weights.shape[1]
     part = weights.gather(1, tokens.clamp(max=weights.shape[1] - 1)).double() * inside

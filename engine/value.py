@@ -76,7 +76,8 @@ def reward_model_path(run: str, tokenizer, notice) -> str:
     policy's."""
     path = from_main(checkpoint.model_path, run, notice)
     if not os.path.exists(os.path.join(path, VALUE_HEAD)):
-        raise UserError(f"reward: {run} is not the run of a reward model ({VALUE_HEAD} is missing in {path}); fix: pass a run of algorithm: rm")
+        raise UserError(f"reward: {run} is not the run of a reward model ({VALUE_HEAD} is missing in {path}); "
+                        "fix: pass a run of algorithm: rm")
     if load_tokenizer(path).get_vocab() != tokenizer.get_vocab():
         raise UserError(f"reward: the reward model {run} has another tokenizer than the model; "
                         "fix: train it from a model with the same tokenizer")

@@ -1,0 +1,340 @@
+"""The sampler against full logits: a float64 softmax of the LM's own forward, inverted by a plain cumulative sum, token by token."""
+import copy
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+from helpers import byte_tokenizer, config_of, random_lm
+from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+
+from engine import lora
+from engine.config import Common
+from engine.model import Policy
+from engine.rollout import BLOCK, Cache, Sampling, Stops, draw, invert, sample
+
+ARCHITECTURES = {
+    "qwen2": config_of(Qwen2Config, tie_word_embeddings=True),
+    "qwen3": config_of(Qwen3Config),
+    "llama": config_of(LlamaConfig, vocab_size=700),                  # more than the tokenizer has, more than a block
+    "mistral-window": config_of(MistralConfig, sliding_window=5),     # shorter than most prompts and completions
+}
+SAMPLINGS = {
+    "plain": dict(),
+    "cooler": dict(temperature=0.6, top_p=0.7),
+    "hotter": dict(temperature=1.5, top_k=20, stop="Q, j,7,k,p"),
+    "all": dict(temperature=0.8, top_k=30, top_p=0.9, stop="Q"),
+    "greedy": dict(temperature=0.0, stop="Q"),
+}
+LENGTHS = 1, 9, 4, 20, 9
+LIMIT, COPIES = 14, 3
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """With two stop tokens, the end of the text and that of a turn."""
+    tokenizer = byte_tokenizer()
+    tokenizer.eos_token = "<|endoftext|>"
+    return tokenizer
+
+
+def settings(**values):
+    return Sampling(reward="", max_completion_length=LIMIT, **values)
+
+
+def model(config, implementation="segments"):
+    """A random LM for which the stop tokens are not too rare."""
+    lm = random_lm(config, attn_implementation=implementation)
+    lm.get_output_embeddings().weight.data[[256, 258]] *= 2.5
+    return lm
+
+
+def prompts(lengths=LENGTHS):
+    rng = random.Random(5)
+    return [np.array([rng.randrange(256) for _ in range(length)], np.int32) for length in lengths]
+
+
+def keys(count):
+    return [(3, 1, i) for i in range(count)]
+
+
+def plain_softmax(logits, temperature):
+    """A list of logits -> a list of probabilities."""
+    highest = max(logits)
+    weights = [math.exp((logit - highest) / temperature) for logit in logits]
+    return [weight / sum(weights) for weight in weights]
+
+
+def plain_choice(probabilities, top_k, top_p):
+    """The tokens that may be drawn: of the `top_k` likeliest, as few as together have `top_p`."""
+    ordered = sorted(range(len(probabilities)), key=lambda token: -probabilities[token])[:top_k or None]
+    total, share, allowed = sum(probabilities[token] for token in ordered), 0.0, set()
+    for token in ordered:
+        if share < top_p * total:
+            allowed.add(token)
+        share += probabilities[token]
+    return allowed
+
+
+def plain_draw(probabilities, uniform, allowed):
+    """The first allowed token at which the running sum passes `uniform` times the sum of all allowed."""
+    target, share = uniform * sum(probabilities[token] for token in sorted(allowed)), 0.0
+    for token in sorted(allowed):
+        share += probabilities[token]
+        if share > target:
+            break
+    return token
+
+
+def check(lm, tokenizer, prompt, completion, uniforms, sampling):
+    """Token by token what a plain loop draws, given that all before it are right."""
+    tokens = completion.tokens.tolist()
+    with torch.no_grad():
+        logits = lm(torch.tensor([[*prompt.tolist(), *tokens]]), use_cache=False).logits[0, len(prompt) - 1:-1].double().tolist()
+    strings = [string.strip() for string in (sampling.stop or "").split(",") if string]
+    for i, (token, row) in enumerate(zip(tokens, logits)):
+        probabilities = plain_softmax(row, sampling.temperature or 1.0)
+        if sampling.temperature:
+            allowed = plain_choice(probabilities, sampling.top_k, sampling.top_p)
+            assert token == plain_draw(probabilities, uniforms[i], allowed)
+        else:
+            assert token == max(range(len(row)), key=row.__getitem__)
+        assert completion.logps[i] == pytest.approx(math.log(probabilities[token]), abs=1e-5)
+        text = tokenizer.decode(tokens[:i + 1])
+        stopped = token in (256, 258) or any(string in text for string in strings)
+        assert stopped == (i == len(tokens) - 1 and completion.finished)
+    assert completion.finished or len(tokens) == LIMIT
+    assert completion.tokens.dtype == np.int32 and completion.logps.dtype == np.float32
+
+
+def check_all(lm, tokenizer, given, completions, sampling):
+    for prompt, key, group in zip(given, keys(len(given)), completions, strict=True):
+        assert len(group) == COPIES
+        for number, completion in enumerate(group):
+            check(lm, tokenizer, prompt, completion, np.random.default_rng((*key, number)).random(LIMIT), sampling)
+
+
+@pytest.mark.parametrize("how", SAMPLINGS)
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_sampler_equals_a_plain_loop(tokenizer, name, how):
+    given, sampling = prompts(), settings(**SAMPLINGS[how])
+    reports = []
+    completions = sample(Policy(model(ARCHITECTURES[name])), tokenizer, given, keys(len(given)), COPIES, sampling,
+                         lambda *numbers: reports.append(numbers))
+    check_all(model(ARCHITECTURES[name], "eager"), tokenizer, given, completions, sampling)
+    everything = [completion for group in completions for completion in group]
+    assert reports[-1] == (15, 15) and [done for done, _ in reports] == sorted(done for done, _ in reports)
+    if how in ("plain", "hotter"):      # else the loop above would not have seen rows that end at different times
+        assert len({len(completion.tokens) for completion in everything}) > 4
+        assert {completion.finished for completion in everything} == {True, False}
+    if how == "greedy":
+        assert all(np.array_equal(completion.tokens, group[0].tokens) for group in completions for completion in group)
+    elif how != "cooler":
+        assert len({completion.tokens.tobytes() for completion in everything}) == 15
+
+
+def test_both_stop_tokens_and_stop_strings_occur(tokenizer):
+    """Else the test above would prove less than it says."""
+    given = prompts()
+    completions = sample(Policy(model(ARCHITECTURES["qwen3"])), tokenizer, given, keys(5), 8, settings(temperature=1.5, stop="Q, j,7,k,p"))
+    ends = {int(completion.tokens[-1]) for group in completions for completion in group if completion.finished}
+    assert {256, 258} < ends
+
+
+# ---- what draws depend on ----
+
+def assert_same_completions(ours, theirs):
+    for group, other in zip(ours, theirs, strict=True):
+        for completion, expected in zip(group, other, strict=True):
+            assert np.array_equal(completion.tokens, expected.tokens) and completion.finished == expected.finished
+            np.testing.assert_allclose(completion.logps, expected.logps, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["qwen2", "mistral-window"])
+def test_draws_depend_on_nothing_but_their_key(tokenizer, name):
+    """Neither on how many are decoded together, nor on the other prompts, nor on how many copies there are."""
+    policy, given = Policy(model(ARCHITECTURES[name])), prompts()
+    whole = sample(policy, tokenizer, given, keys(5), COPIES, settings())
+    for size in (1, 2, 7):
+        assert_same_completions(sample(policy, tokenizer, given, keys(5), COPIES, settings(rollout_batch_size=size)), whole)
+    some = [3, 0, 4]
+    part = sample(policy, tokenizer, [given[i] for i in some], [keys(5)[i] for i in some], COPIES, settings())
+    assert_same_completions(part, [whole[i] for i in some])
+    assert_same_completions(sample(policy, tokenizer, given, keys(5), 1, settings()), [group[:1] for group in whole])
+    other = sample(policy, tokenizer, given, [(4, 1, i) for i in range(5)], COPIES, settings())
+    assert not any(np.array_equal(a.tokens, b.tokens) for ours, theirs in zip(other, whole) for a, b in zip(ours, theirs))
+
+
+def test_many_prompts_are_computed_in_several_forwards(tokenizer, monkeypatch):
+    policy, given = Policy(model(ARCHITECTURES["llama"])), prompts()
+    whole = sample(policy, tokenizer, given, keys(5), COPIES, settings())
+    for tokens in (1, 13, 30):
+        monkeypatch.setattr("engine.rollout.PREFILL_TOKENS", tokens)
+        assert_same_completions(sample(policy, tokenizer, given, keys(5), COPIES, settings()), whole)
+
+
+def test_memory_bounds_the_rows(tokenizer, monkeypatch):
+    policy, given, sizes = Policy(model(ARCHITECTURES["llama"])), prompts(), []
+    original = Cache.__init__
+    monkeypatch.setattr(Cache, "__init__", lambda cache, *arguments: original(cache, *arguments) or sizes.append(cache.rows))
+    whole = sample(policy, tokenizer, given, keys(5), COPIES, settings())
+    row = (20 + LIMIT) * 2 * 2 * 2 * 8 * 4         # tokens x layers x keys and values x heads x their width x bytes
+    monkeypatch.setattr("engine.rollout.CACHE_BYTES", 4 * row)
+    assert_same_completions(sample(policy, tokenizer, given, keys(5), COPIES, settings()), whole)
+    monkeypatch.setattr("engine.rollout.CACHE_BYTES", row - 1)
+    sample(policy, tokenizer, given[:1], keys(1), 2, settings())
+    assert sizes == [15, 4, 4, 4, 3, 2]            # a prompt of one token is shorter than a row of 20
+
+
+def test_the_policy_is_as_before(tokenizer):
+    """Attention, the layers' forwards and gradients."""
+    lm = model(ARCHITECTURES["qwen2"])
+    forwards = [module.forward for module in lm.modules()]
+    sample(Policy(lm), tokenizer, prompts(), keys(5), 1, settings())
+    assert lm.config._attn_implementation == "segments" and torch.is_grad_enabled()
+    assert [module.forward for module in lm.modules()] == forwards
+    assert all("forward" not in vars(module) for module in lm.modules())
+
+
+def test_under_lora(tokenizer):
+    """A trained adapter: as the plain model whose weights have W + scale B A."""
+    pytest.importorskip("peft")
+    lm = model(ARCHITECTURES["qwen2"])
+    plain = model(ARCHITECTURES["qwen2"], "eager")
+    lora.attach(lm, lora.new_settings(Common(algorithm="", model="", data="", lora_r=4, lora_alpha=8), lm))
+    generator = torch.Generator().manual_seed(1)
+    for name, module in lm.named_modules():
+        if hasattr(module, "lora_A"):
+            a, b = module.lora_A["default"].weight.data, module.lora_B["default"].weight.data
+            b.copy_(0.2 * torch.randn(b.shape, generator=generator))
+            plain.get_submodule(name).weight.data += 2.0 * b @ a
+    given, sampling = prompts(), settings()
+    completions = sample(Policy(lm), tokenizer, given, keys(5), COPIES, sampling)
+    check_all(plain, tokenizer, given, completions, sampling)
+    assert_same_completions(sample(Policy(lm), tokenizer, given, keys(5), COPIES, settings(rollout_batch_size=4)), completions)
+
+
+def test_bf16_follows_fp32(tokenizer):
+    """The same draws for most first tokens: log-probs within bf16's rounding."""
+    given = prompts()
+    exact, rounded = (sample(Policy(model(ARCHITECTURES["qwen2"]), precision), tokenizer, given, keys(5), 8, settings())
+                      for precision in ("fp32", "bf16"))
+    pairs = [(a, b) for ours, theirs in zip(exact, rounded) for a, b in zip(ours, theirs) if a.tokens[0] == b.tokens[0]]
+    assert len(pairs) >= 30
+    differences = [abs(float(a.logps[0] - b.logps[0])) for a, b in pairs]
+    assert 0 < sum(differences) / len(differences) < 0.05
+
+
+# ---- one draw ----
+
+def random_weights(rng, rows, size):
+    """Rows of which many weights, whole blocks among them, are 0."""
+    weights = rng.random((rows, size)) ** 4 * (rng.random((rows, size)) < rng.choice([0.01, 0.3, 1.0], (rows, 1)))
+    weights *= np.repeat(rng.random((rows, -(-size // BLOCK))) < 0.6, BLOCK, axis=1)[:, :size]
+    weights[np.arange(rows), rng.integers(size, size=rows)] += 0.5           # at least one has weight
+    return torch.from_numpy(weights).float()
+
+
+def inverted(weights, uniforms):
+    """`invert` with the sums it needs, over blocks of BLOCK tokens."""
+    padded = torch.nn.functional.pad(weights.double(), (0, -weights.shape[1] % BLOCK))
+    return invert(weights, padded.unflatten(1, (-1, BLOCK)).sum(2), torch.as_tensor(uniforms, dtype=torch.float64)).tolist()
+
+
+@pytest.mark.parametrize("size", [1, 3, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK, 3 * BLOCK + 7])
+def test_invert_finds_the_first_token_whose_running_sum_passes(size):
+    rng = np.random.default_rng(size)
+    weights, uniforms = random_weights(rng, 200, size), rng.random(200)
+    uniforms[:20], uniforms[20:40] = 0.0, np.nextafter(1.0, 0.0)
+    for row, uniform, token in zip(weights.double().numpy(), uniforms, inverted(weights, uniforms)):
+        running = np.cumsum(row)
+        assert row[token] > 0
+        assert token == min(int((running <= uniform * running[-1]).sum()), int(row.nonzero()[0][-1]))
+
+
+def test_a_token_without_weight_is_never_drawn():
+    """Not even where a uniform number lies on the border between two blocks, to the last bit."""
+    rng = np.random.default_rng(0)
+    weights = random_weights(rng, 4000, 3 * BLOCK + 7)
+    weights[:, ::BLOCK] = 0.0                                         # the first token of every block
+    weights[:, 1] += 0.1
+    sums = torch.nn.functional.pad(weights.double(), (0, -weights.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK)).sum(2)
+    running = sums.cumsum(1)
+    for block in range(3):
+        border = (running[:, block] / running[:, -1]).numpy()
+        for uniforms in (np.nextafter(border, 0), border, np.nextafter(border, 1)):
+            tokens = inverted(weights, np.minimum(uniforms, np.nextafter(1.0, 0.0)))
+            assert (weights[torch.arange(len(weights)), torch.tensor(tokens)] > 0).all()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5, 2.0])
+def test_draws_have_the_softmax_distribution(temperature):
+    """At 4,000 evenly spaced numbers every token comes up as often as its probability says, to within one."""
+    logits, count = torch.randn(BLOCK + 90, generator=torch.Generator().manual_seed(0)) * 3, 4000
+    tokens, logps = draw(logits.repeat(count, 1), (torch.arange(count, dtype=torch.float64) + 0.5) / count, temperature)
+    expected = torch.softmax(logits.double() / temperature, 0)
+    assert (torch.bincount(tokens, minlength=len(logits)) - expected * count).abs().max() <= 1
+    assert torch.equal(tokens, tokens.sort().values)
+    torch.testing.assert_close(logps, expected.log()[tokens].float(), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("top_k, top_p", [(1, 1.0), (7, 1.0), (0, 0.5), (0, 1e-9), (40, 0.8), (10_000, 1.0), (5, 0.999)])
+def test_exactly_the_likeliest_tokens_are_drawn(top_k, top_p):
+    """Log-probs stay those of the whole distribution."""
+    logits, count = torch.randn(BLOCK + 3, generator=torch.Generator().manual_seed(1)) * 2, 3000
+    probabilities = plain_softmax(logits.tolist(), 1.0)
+    allowed = plain_choice(probabilities, top_k, top_p)
+    tokens, logps = draw(logits.repeat(count, 1), (torch.arange(count, dtype=torch.float64) + 0.5) / count, 1.0, top_p, top_k)
+    total = sum(probabilities[token] for token in allowed)
+    expected = torch.tensor([probabilities[token] / total * (token in allowed) for token in range(len(logits))])
+    assert set(tokens.tolist()) <= allowed and (torch.bincount(tokens, minlength=len(logits)) - expected * count).abs().max() <= 1
+    assert logps.tolist() == pytest.approx([math.log(probabilities[token]) for token in tokens.tolist()], abs=1e-5)
+
+
+def test_temperature_zero_takes_the_likeliest():
+    logits = torch.tensor([[1.0, 3.0, 2.0], [0.0, -1.0, 5.0]])
+    tokens, logps = draw(logits.clone(), torch.zeros(2, dtype=torch.float64), 0.0)
+    assert tokens.tolist() == [1, 2]
+    torch.testing.assert_close(logps, torch.log_softmax(logits, 1).amax(1))
+
+
+# ---- stop strings ----
+
+@pytest.mark.parametrize("strings", ["</é>", "é, </a>", "a</,>é", "🙂,é🙂"])
+def test_stop_strings_are_found_with_the_token_that_completes_them(strings):
+    """Tokens are bytes, of which é has two and 🙂 four, or pieces of the strings with more around them."""
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["</a", "a>a<", "/", "é<"])
+    rng, wanted = random.Random(0), [string.strip() for string in strings.split(",")]
+    stops, found = Stops(tokenizer, strings), 0
+    for _ in range(300):
+        tokens = np.array(tokenizer.encode("".join(rng.choices(["<", "/", "é", ">", "a", "🙂", "</a>", "é🙂"], k=12))), np.int32)
+        for i in range(1, len(tokens) + 1):
+            stopped = any(string in tokenizer.decode(tokens[:i]) for string in wanted)
+            assert stops(tokens[:i]) == stopped
+            if stopped:
+                found += 1
+                break
+    assert 50 < found
+
+
+# ---- the cache ----
+
+def test_rows_that_go_on_keep_their_keys_and_values():
+    rng = random.Random(0)
+    for _ in range(200):
+        count, column = rng.randint(1, 9), rng.randint(1, 4)
+        alive = [row for row in range(count) if rng.random() < rng.choice([0.1, 0.5, 0.9])]
+        cache = Cache([([row], rng.randint(1, column)) for row in range(count)], 3, "cpu")
+        cache.column = column
+        cache.layers = {layer: [torch.randn(count, 2, column + 3, 4) for _ in range(2)] for layer in range(2)}
+        before, mask = copy.deepcopy(cache.layers), cache.mask
+        order = cache.keep(alive, count)
+        assert sorted(order) == alive
+        assert (mask is None) == (cache.mask is None)
+        for place, row in enumerate(order):
+            assert mask is None or torch.equal(cache.mask[place], mask[row])
+            for layer in range(2):
+                for kept, old in zip(cache.layers[layer], before[layer]):
+                    assert len(kept) == len(alive) and torch.equal(kept[place, :, :column], old[row, :, :column])
