@@ -1,62 +1,80 @@
 """Talk to a model: `python chat.py runs/tiny-dpo`, or through a pipe: `echo "Tom has 3 pens. How many?" | python chat.py MODEL`.
 
-MODEL is a run (its final model, else its newest whole checkpoint), a model directory or a hub name. One line is one turn; an
-empty line starts a new conversation. Without a chat template every line is completed as plain text.
+MODEL is a run (its final model, else its newest whole checkpoint), a model directory (an adapter too) or a hub name. One line is
+one turn; an empty line starts a new conversation. Without a chat template every line is completed as plain text. Of several models
+each answers every line, under its name and in its own conversation: `python chat.py example/tiny/model runs/tiny-dpo`.
 """
 import argparse
 import sys
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
+from transformers import TextStreamer
 from transformers.utils import logging
 
 from data.errors import UserError
 from data.tokenise import Tokeniser, stop_ids
+from engine import lora
 from engine.checkpoint import model_path
+from engine.config import Common
+from engine.load import base_of, is_adapter, load_lm, load_tokenizer
 
 
-def main() -> None:
+class Speaker:
+    """A model and its conversation so far."""
+
+    def __init__(self, name: str):
+        path = model_path(name, lambda text: print(text, file=sys.stderr))
+        self.name, self.tokenizer = name, load_tokenizer(path)
+        self.tokeniser, self.stops, self.messages = Tokeniser(self.tokenizer), stop_ids(self.tokenizer), []
+        self.lm = load_lm(base_of(path), "auto", None).eval()
+        if is_adapter(path):
+            lora.attach_saved(self.lm, path, Common(algorithm="", model=path, data=""), check=False)
+        self.lm.to("cuda" if torch.cuda.is_available() else "cpu")
+
+    def answer(self, text: str, **options) -> None:
+        """Write the answer to one line, token by token."""
+        self.messages.append({"role": "user", "content": text})
+        prompt = self.messages if self.tokenizer.chat_template else text
+        ids = torch.tensor([self.tokeniser.prompt_ids(prompt)], device=self.lm.device)
+        output = self.lm.generate(ids, attention_mask=torch.ones_like(ids), eos_token_id=self.stops, pad_token_id=self.stops[0],
+                                  streamer=TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True), **options)
+        reply = self.tokenizer.decode(output[0, ids.shape[1]:], skip_special_tokens=True)
+        self.messages.append({"role": "assistant", "content": reply})
+
+
+def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
+    parser.add_argument("model", nargs="+")
     parser.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (default: 1)")
     parser.add_argument("--max-new-tokens", type=int, default=512)
     parser.add_argument("--seed", type=int, default=None)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    path = model_path(args.model, lambda text: print(text, file=sys.stderr))
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype="auto", device_map=None).eval()
-    except (OSError, ValueError) as error:
-        raise UserError(f"{args.model} is neither a run, a model directory nor reachable on the hub; fix: check the name") from error
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    speakers = [Speaker(name) for name in args.model]
     if args.seed is not None:
         torch.manual_seed(args.seed)
-    tokeniser, stops = Tokeniser(tokenizer), stop_ids(tokenizer)
-    sampling = {"do_sample": False}
+    options = {"max_new_tokens": args.max_new_tokens, "do_sample": False}
     if args.temperature > 0:
-        sampling = {"do_sample": True, "temperature": args.temperature, "top_p": 1.0, "top_k": 0}
-    interactive, messages = sys.stdin.isatty(), []
+        options |= {"do_sample": True, "temperature": args.temperature, "top_p": 1.0, "top_k": 0}
+    interactive = sys.stdin.isatty()
     while True:
         print("> " if interactive else "", end="", flush=True)
         line = sys.stdin.readline()
         if not line:
             break
-        if not (text := line.rstrip("\n")).strip():
-            messages = []
-            continue
-        messages.append({"role": "user", "content": text})
-        ids = torch.tensor([tokeniser.prompt_ids(messages if tokenizer.chat_template else text)], device=model.device)
-        output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=args.max_new_tokens, eos_token_id=stops,
-                                pad_token_id=stops[0], streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
-                                **sampling)
-        messages.append({"role": "assistant", "content": tokenizer.decode(output[0, ids.shape[1]:], skip_special_tokens=True)})
+        text = line.rstrip("\n")
+        for speaker in speakers:
+            if not text.strip():
+                speaker.messages = []
+                continue
+            if len(speakers) > 1:
+                print(f"[{speaker.name}]", end=" ", flush=True)
+            speaker.answer(text, **options)
 
 
 if __name__ == "__main__":
     try:
-        main()
+        main(sys.argv[1:])
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)

@@ -1,35 +1,39 @@
-"""PPO: Proximal Policy Optimization from a reward - a critic predicts the reward to come; tokens after which it turns out higher become likelier.
+"""PPO: Proximal Policy Optimization - a critic foretells the reward; tokens after which it comes out higher become likelier.
 
-Paper:    Schulman et al. 2017, arXiv 1707.06347, eq. 7; for language models Ouyang et al. 2022 (InstructGPT), arXiv 2203.02155, section 3.5;
-          the advantage is Schulman et al. 2016 (GAE), arXiv 1506.02438, eq. 16; the value clipping, whitening and initialisation are those
-          collected in Huang et al. 2024 (The N+ Implementation Details of RLHF with PPO), arXiv 2403.17031.
+Paper:    Schulman et al. 2017, arXiv 1707.06347, eq. 7; for language models Ouyang et al. 2022 (InstructGPT), arXiv 2203.02155,
+          section 3.5; the advantage is Schulman et al. 2016 (GAE), arXiv 1506.02438, eq. 16; value clipping, whitening and where the critic
+          starts are as in Huang et al. 2024 (The N+ Implementation Details of RLHF with PPO), arXiv 2403.17031.
 Formula:  r_t = -beta k_t + [t = T] score                        k1 = d, k2 = d^2 / 2, k3 = exp(-d) - 1 + d;  d = log pi_old - log pi_ref
           A_t = delta_t + gamma lam A_t+1,  R_t = A_t + V_old_t  delta_t = r_t + gamma V_old_t+1 - V_old_t;   after T: A = V = 0
           L   = mean_t( -min( rho A', clip(rho, 1 - eps, 1 + eps) A' ) ) + vf_coef mean_t( 1/2 max( (V - R)^2, (V_clip - R)^2 ) )
           rho = pi / pi_old,  A' = (A - mean A) / std A,  V_clip = V_old + clip(V - V_old, -eps_v, eps_v)
-Symbols:  log pi(o_t), V_t           logps, values            of each token of a completion, at the sampling temperature; of the state before it
-          log pi_old, V_old          old_logps, old_values    the same before the first update from the rollout
+Symbols:  log pi(o_t), V_t           logps, values              of each token of a completion, at the sampling temperature; of the state
+                                                               before that token
+          log pi_old, V_old          old_logps, old_values      the same before the first update from the rollout
           log pi_ref                 reference_logps
           score, r, A, R             scores, rewards, advantages, returns
           beta, eps, eps_v           kl_coef, cliprange, cliprange_value
-Trains:   the policy and a critic: a second trunk of the policy's kind under a linear head (with lora_r an adapter in both). The critic starts as
-          the reward model where the reward is one, else as the start model under a head of 0; final/ is the policy alone. Four models: with
-          the frozen reference and the reward.
+Trains:   the policy and a critic: a trunk of its own under a linear head (with lora_r an adapter in both trunks). The critic starts as
+          the reward model where the reward is one, else as the start model under a head of 0. final/ is the policy alone. With the
+          reward and the frozen reference these are the four models of PPO.
 Data:     {"prompt": ..., "answer": ...}: a prompt and whatever columns the reward reads; one completion of each
 Divided:  both terms by the tokens of the whole update, over all micro-batches and ranks; an update is one mini-batch.
 Metrics:  objective/scores, /rlhf_reward    mean score; mean of score and KL penalty together, which is what is maximised
           objective/kl, /non_score_reward   means over completions of the sum of k1, 0 at step 0; of the sum of -beta k
           objective/entropy                 mean over completions of the sum of -log pi: an estimate
-          policy/approxkl_avg, policy/clipfrac_avg, val/clipfrac_avg    mean (log rho)^2 / 2; shares of tokens clipped; 0 in a rollout's first update
+          policy/approxkl_avg               mean of (log rho)^2 / 2; 0 in a rollout's first update
+          policy/clipfrac_avg, val/clipfrac_avg    shares of tokens clipped; 0 in a rollout's first update
           val/ratio, val/ratio_var          mean of rho, 1 in a rollout's first update; mean of (rho - 1)^2
           policy/entropy_avg                mean of -log pi of the sampled tokens
-          loss/policy_avg, loss/value_avg   the two terms. The first is 0 in a rollout's first update (A' has mean 0), but not its gradient
-          val/explained_variance, val/mean  1 - var(R - V_old) / var(R): 0 with a head of 0, 1 is a perfect critic; mean of V_old
+          loss/policy_avg, loss/value_avg   the two terms. In a rollout's first update the first is 0 (A' has mean 0), its gradient is not
+          val/explained_variance            1 - var(R - V_old) / var(R): 1 is a perfect critic; 0 at step 0 under a head of 0
+          val/mean                          mean of V_old
           val/num_eos_tokens                completions of the rollout that ended by themselves
           episode, eps                      completions so far; per second
           reward, completions/..., sampling/...    as in grpo
-Differs:  from TRL's last PPO: the score stands on the last token, not one after it; sampling ends at the stop token; pi_old comes from the training
-          forward; every mini-batch is an optimizer step; whitening and means are exact over micro-batches and ranks and see no padding.
+Differs:  from TRL's last PPO: the score stands on the last token, not one after it; sampling ends at the stop token; pi_old comes from
+          the training forward; every mini-batch is an optimizer step; whitening and means go over all micro-batches and ranks, and
+          there is no padding in them.
 Run:      python train.py example/tiny-ppo.yml
 """
 from dataclasses import dataclass
@@ -62,11 +66,12 @@ class Config(Sampling):
     reference: str | None = None   # model directory or hub name; none: the start model
 
 
-def kl_estimate(log_ratios, kl_estimator="k1"):
-    """log pi_old - log pi_ref of sampled tokens -> an estimate for each of them of the KL between the two."""
-    if kl_estimator == "k1":
-        return log_ratios
-    return log_ratios ** 2 / 2 if kl_estimator == "k2" else (-log_ratios).exp() - 1 + log_ratios
+def token_rewards(score, log_ratios, kl_coef=0.05, kl_estimator="k1"):
+    """Of one completion: score (1,), log pi_old - log pi_ref (L,) -> rewards (L,); all NaN where the score is."""
+    kl = {"k1": log_ratios, "k2": log_ratios ** 2 / 2, "k3": (-log_ratios).exp() - 1 + log_ratios}[kl_estimator]
+    rewards = -kl_coef * kl + 0 * score
+    rewards[-1] += score[0]
+    return rewards
 
 
 def gae(rewards, values, gamma=1.0, lam=0.95):
@@ -107,18 +112,18 @@ def ppo_value_loss(values, old_values, returns, cliprange_value=0.2):
     return losses, {"loss/value_avg": losses, "val/clipfrac_avg": clipped_errors > errors}
 
 
-def rollout_metrics(rollout, scores, kl_rewards, advantages) -> dict:
-    """What is known of a rollout before its first update. `kl_rewards`: per completion (L,), -beta k."""
+def rollout_metrics(rollout, rewards, advantages) -> dict:
+    """What is known of a rollout before its first update; rewards and advantages as they are before whitening."""
     def sums(parts):
         return torch.stack([part.sum() for part in parts])
 
-    scores, non_score_rewards = torch.cat(scores), sums(kl_rewards)
+    scores, rlhf_rewards = torch.cat(rollout["scores"]), sums(rewards)
     returns, advantages = torch.cat(rollout["returns"]), torch.cat(advantages)
     known = ~returns.isnan()                                       # a completion without a reward has no return
     spread, rest = (x[known].var() if known.sum() > 1 else torch.tensor(0.0) for x in (returns, advantages))
     metrics = {
-        "objective/scores": scores.nanmean(), "objective/rlhf_reward": (scores + non_score_rewards).nanmean(),
-        "objective/non_score_reward": non_score_rewards.mean(),
+        "objective/scores": scores.nanmean(), "objective/rlhf_reward": rlhf_rewards.nanmean(),
+        "objective/non_score_reward": (rlhf_rewards - scores).nanmean(),
         "objective/kl": (sums(rollout["old_logps"]) - sums(rollout["reference_logps"])).mean(),
         "objective/entropy": -sums(rollout["old_logps"]).mean(),
         "val/mean": torch.cat(rollout["old_values"]).mean(), "val/num_eos_tokens": (~torch.cat(rollout["truncated"])).sum(),
@@ -130,23 +135,21 @@ def train(engine, config):
     policy, optimizer = engine.policy, engine.optimizer            # of the policy and its critic
     reference = engine.frozen(config.reference)
 
-    for rollout in engine.rollouts(config, 1, config.num_ppo_epochs, config.num_mini_batches, config.num_sample_generations):    # 1 sample
-        engine.score(rollout)                                                                                                    # 2 reward
+    for rollout in engine.rollouts(config, 1, config.num_ppo_epochs, config.num_mini_batches,                  # 1 sample
+                                   config.num_sample_generations):
+        engine.score(rollout)                                                                                  # 2 reward
         if not rollout.restored:
             rollout["old_logps"], rollout["old_values"] = engine.logps_and_values(rollout)
             rollout["reference_logps"] = engine.logps(reference, rollout)
-        scores = [reward - (config.missing_eos_penalty or 0.0) * truncated
-                  for reward, truncated in zip(rollout["rewards"], rollout["truncated"])]                                        # (1,) each
-        kl_rewards = [-config.kl_coef * kl_estimate(logps - reference_logps, config.kl_estimator)
-                      for logps, reference_logps in zip(rollout["old_logps"], rollout["reference_logps"])]                       # (L,) each
-        # 0 * score: a completion without a score (NaN) has no reward at any of its tokens
-        rewards = [torch.cat([kl[:-1] + 0 * score, kl[-1:] + score]) for kl, score in zip(kl_rewards, scores)]
-        if config.whiten_rewards:
-            rewards = whiten(rewards, shift_mean=False)
-        advantages, rollout["returns"] = zip(*(gae(reward, values, config.gamma, config.lam)                                     # 3 advantage
-                                               for reward, values in zip(rewards, rollout["old_values"])))
+        rollout["scores"] = [reward - (config.missing_eos_penalty or 0.0) * truncated                          # (1,) per completion
+                             for reward, truncated in zip(rollout["rewards"], rollout["truncated"])]
+        rewards = [token_rewards(score, logps - reference_logps, config.kl_coef, config.kl_estimator)          # (L,)
+                   for score, logps, reference_logps in zip(*map(rollout.__getitem__, ("scores", "old_logps", "reference_logps")))]
+        returned = whiten(rewards, shift_mean=False) if config.whiten_rewards else rewards                     # 3 advantage
+        pairs = (gae(*pair, config.gamma, config.lam) for pair in zip(returned, rollout["old_values"]))
+        advantages, rollout["returns"] = zip(*pairs)
         rollout["advantages"] = whiten(advantages)
-        rollout.metrics |= rollout_metrics(rollout, scores, kl_rewards, advantages) | engine.episodes(rollout)
+        rollout.metrics |= rollout_metrics(rollout, rewards, advantages) | engine.episodes(rollout)
 
         for step in engine.steps(rollout):
             for batch in step:                                     # 4 loss, one micro-batch

@@ -90,7 +90,7 @@ def train(engine, config):
         rewards = [group - group.nanmean() for group in rollout["rewards"]] if config.baseline else rollout["rewards"]
         if not rollout.restored and reference:
             rollout["old_logps"] = engine.logps(policy, rollout)
-            rollout["kl"] = [old - new for old, new in zip(rollout["old_logps"], engine.logps(reference, rollout))]
+            rollout["kl"] = [old - other for old, other in zip(rollout["old_logps"], engine.logps(reference, rollout))]
         elif not rollout.restored:
             rollout["kl"] = [torch.zeros_like(logps) for logps in rollout["sampler_logps"]]
         rollout["advantages"] = whiten([token_returns(*group, config.kl_coef)                                           # 3 advantage

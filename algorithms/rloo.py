@@ -80,7 +80,7 @@ def train(engine, config):
         if reference:
             if not rollout.restored:
                 rollout["old_logps"] = engine.logps(policy, rollout)
-                rollout["kl"] = [old - new for old, new in zip(rollout["old_logps"], engine.logps(reference, rollout))]
+                rollout["kl"] = [old - other for old, other in zip(rollout["old_logps"], engine.logps(reference, rollout))]
             rewards = [kl_rewards(*group, config.kl_coef) for group in zip(rewards, rollout["kl"], rollout.lengths)]
         rollout["advantages"] = [leave_one_out(group) for group in rewards]                                             # 3 advantage
         for step in engine.steps(rollout):

@@ -46,7 +46,7 @@ ROWS = {    # name -> the YAML's algorithm and what differs from it
     **{name: (name, []) for name in ("grpo", "dapo", "dr_grpo", "gspo", "cispo", "rloo", "reinforce_pp", "ppo")},
     "ppo, reward model": ("ppo", ["reward={rm}"]),
 }
-SLOW = ["lr=1e-4", "max_steps=16"]                       # so that the differences show before all of them are at the top
+SLOW = ["lr=1e-4", "batch_size=16", "eval_every=1000", "max_steps=16"]      # so that the differences show before all of them are at the top
 ABLATIONS = {    # of grpo: what studies of it on GSM8K switch on and off
     "grpo, slow": ("grpo", SLOW),
     "no baseline": ("grpo", [*SLOW, "baseline=false", "scale_rewards=none"]),
@@ -122,9 +122,8 @@ def measure_model(path: str, seed: int) -> dict:
     tokenizer = AutoTokenizer.from_pretrained(path)
     tokeniser, problems = Tokeniser(tokenizer), measure.read_rows(500)
     lm = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-    torch.manual_seed(seed)
     prompts = [row["prompt"] for row in problems]
-    sampled = measure.generate(lm, tokenizer, prompts, sample=True)
+    sampled = measure.generate(lm, tokenizer, prompts, sample=True, seed=seed)
     greedy = measure.generate(lm, tokenizer, prompts, sample=False)
 
     def share(check, responses):

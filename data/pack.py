@@ -101,7 +101,7 @@ class Batch:
 
     def expand(self, y):
         """(S,) per response -> (N,) per trained token."""
-        return y.repeat_interleave(torch.tensor(self.lengths, device=y.device), output_size=sum(self.lengths))
+        return y.repeat_interleave(torch.tensor(self.lengths, dtype=torch.long, device=y.device), output_size=sum(self.lengths))
 
     def to(self, device):
         moved = {name: getattr(self, name).to(device) for name in ("tokens", "positions", "source", "target", "last")}

@@ -93,7 +93,7 @@ RANGES = [    # what a number must be, its test, the keys; None passes
     ("a whole number of 0 or more", lambda x: x >= 0, "lora_r top_k max_resample_times soft_overlong_cache num_sample_generations"),
     ("a whole number from 0 to 4294967295", lambda x: 0 <= x < 2**32, "seed"),
     ("1 or more", lambda x: x >= 1, "batch_size epochs max_steps eval_every save_every log_every sample_every num_iterations "
-     "num_mini_batches num_ppo_epochs rollout_batch_size max_completion_length"),
+     "num_mini_batches num_ppo_epochs rollout_batch_size max_completion_length n limit"),
     ("2 or more", lambda x: x >= 2, "micro_batch_tokens max_length keep num_generations"),
 ]
 
@@ -123,6 +123,8 @@ def load_config(argv: list[str]) -> Run:
     path, overrides, flags = parse_argv(argv)
     if "help" in flags:
         return Run(None, None, {}, flags)
+    if path is None:
+        raise UserError("no config file in the command line; fix: python train.py example/tiny-dpo.yml")
     given, known = read_yaml(path) | overrides, algorithm_names()
     name, where = given.get("algorithm", ("", path))
     if name not in known:
@@ -132,20 +134,9 @@ def load_config(argv: list[str]) -> Run:
     hints = get_type_hints(Common) | get_type_hints(config_class)
     all_fields = fields(Common) + fields(config_class)
     assert len(hints) == len(all_fields), f"{config_class} repeats a key of Common"
-    values = {}
-    for key, (text, where) in given.items():
-        if key not in hints:
-            raise unknown_key(key, where, name, hints)
-        try:
-            values[key] = text if isinstance(text, list) else cast(text, hints[key])      # read_sources has cast a list
-        except ValueError as error:
-            raise UserError(f"{key} ({where}) is {show(text)}; fix: give {error}") from None
-    for wanted, test, keys in RANGES:
-        for key in keys.split():
-            # grpo needs no reference then, where others would divide by 0 or learn nothing; reinforce_pp needs no group
-            allowed = (name, key, values.get(key)) in (("grpo", "beta", 0), ("reinforce_pp", "num_generations", 1))
-            if values.get(key) is not None and not allowed and not test(values[key]):
-                raise UserError(f"{key} ({given[key][1]}) is {values[key]}; fix: give {wanted}")
+    # grpo needs no reference then, where others would divide by 0 or learn nothing; reinforce_pp needs no group
+    allowed = {"grpo": ("beta", 0), "reinforce_pp": ("num_generations", 1)}.get(name)
+    values = read_values(given, hints, lambda key, where: unknown_key(key, where, name, hints), allowed)
     for field in all_fields:
         if field.name not in values and field.default is MISSING and field.default_factory is MISSING:
             raise UserError(f"{field.name} is missing in {path}; fix: add the line '{field.name}: ...' (explained by --help)")
@@ -162,7 +153,7 @@ def load_config(argv: list[str]) -> Run:
 
 
 def parse_argv(argv: list[str]) -> tuple[str | None, dict[str, tuple[str, str]], set[str]]:
-    """-> (path of the YAML file, {key: (text, "command line")}, flags); without a path only where help is asked for."""
+    """-> (path of the YAML file or None, {key: (text, "command line")}, flags)."""
     path, overrides, flags = None, {}, set()
     for word in argv:
         assignment = re.fullmatch(r"(?:--)?([A-Za-z_][\w.-]*)=(.*)", word, re.DOTALL)
@@ -183,9 +174,25 @@ def parse_argv(argv: list[str]) -> tuple[str | None, dict[str, tuple[str, str]],
             flag, form = nearest(name, FLAGS.values()), f"{name}=VALUE" if name.isidentifier() else "key=value, such as lr=2e-5"
             raise UserError(f"{show(word)} in the command line is neither a .yml file nor key=value; "
                             f"fix: write {f'--{flag}' if flag else form}")
-    if path is None and "help" not in flags:
-        raise UserError("no config file in the command line; fix: python train.py example/tiny-dpo.yml")
     return path, overrides, flags
+
+
+def read_values(given: dict, hints: dict, unknown, allowed: tuple | None = None) -> dict:
+    """The values of `given`, {key: (text, where)}, cast to the types in `hints` and within RANGES; the pair (key, value) `allowed` is
+    outside them. UserError; of a key that is not in `hints` the one that `unknown(key, where)` returns."""
+    values = {}
+    for key, (text, where) in given.items():
+        if key not in hints:
+            raise unknown(key, where)
+        try:
+            values[key] = text if isinstance(text, list) else cast(text, hints[key])      # read_sources has cast a list
+        except ValueError as error:
+            raise UserError(f"{key} ({where}) is {show(text)}; fix: give {error}") from None
+    for wanted, test, keys in RANGES:
+        for key in keys.split():
+            if values.get(key) is not None and (key, values[key]) != allowed and not test(values[key]):
+                raise UserError(f"{key} ({given[key][1]}) is {values[key]}; fix: give {wanted}")
+    return values
 
 
 def read_yaml(path: str) -> dict[str, tuple[str, str]]:

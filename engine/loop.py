@@ -20,6 +20,7 @@ from engine.logs import Run
 from engine.model import RewardModel, build_policy
 from engine.ranks import distributed, from_main, sum_over_ranks
 from engine.reference import Reference, add_to_table, lacking, model_key, packed, read_table, response_keys, unpacked
+from engine.rollout import Sampling, sample
 from engine.step import Step
 
 
@@ -52,9 +53,11 @@ class Engine:
         """How many updates the run has, where each draw of `batch_size` rows is used for `per_draw` of them."""
         config = self.config
         self.per_draw, self.total = per_draw, config.max_steps or math.ceil(config.epochs * self.draws_per_epoch * per_draw)
+        self.eval_every, self.sample_every = config.eval_every or max(1, self.total // 10), config.sample_every
+
+    def check_total(self) -> None:
         if self.first > self.total:
             raise UserError(f"max_steps: the run is at step {self.first} already, after the {self.total} asked for; fix: raise max_steps")
-        self.eval_every, self.sample_every = config.eval_every or max(1, self.total // 10), config.sample_every
 
     def deal(self, examples: list) -> list[list]:
         """This rank's micro-batches of these examples; every rank gets the same number of them."""
@@ -85,6 +88,7 @@ class Engine:
 
     def steps(self):
         """Iterate the updates of the run, from the one after the checkpoint; after the last one the final model is written."""
+        self.check_total()
         self.since = time.time()
         if self.first == 0 and self.eval_set:
             self.step = Step(self, 0, [])
@@ -264,20 +268,15 @@ class Engine:
         shown = "  ".join(f"{name} {averages[name]:.4g}" for name in dict.fromkeys(["loss", self.progress]) if name in averages)
         self.run.notice(f"held-out rows at step {step.index}: {shown}")
 
-    @torch.no_grad()
     def write_samples(self, index: int, count: int = 4, length: int = 128) -> None:
         """One completion at temperature 1 for each of the first held-out (else training) prompts, keyed by (seed, step).
         All ranks generate the same, so that sharded forwards stay in step."""
-        stops = stop_ids(self.tokenizer)
-        for number, example in enumerate((self.eval_set or self.train_set)[:count]):
-            devices = [self.policy.device] if self.policy.device.type == "cuda" else []
-            with self.policy.generating() as lm, torch.random.fork_rng(devices):
-                torch.manual_seed(hash((self.config.seed, index, number)) % 2 ** 31)
-                prompt = torch.from_numpy(example.prompt).long()[None].to(self.policy.device)
-                ids = lm.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=True, temperature=1.0, top_p=1.0, top_k=0,
-                                  max_new_tokens=length, eos_token_id=stops, pad_token_id=stops[0])[0, prompt.shape[1]:]
+        examples, sampling = (self.eval_set or self.train_set)[:count], Sampling(reward="", max_completion_length=length)
+        keys = [(self.config.seed, index, number) for number in range(len(examples))]
+        found = sample(self.policy, self.tokenizer, [example.prompt for example in examples], keys, 1, sampling)
+        for example, (completion,) in zip(examples, found):
             self.run.append("samples.jsonl", {"step": index, "prompt": self.tokenizer.decode(example.prompt),
-                                              "completion": self.tokenizer.decode(ids)})
+                                              "completion": self.tokenizer.decode(completion.tokens)})
 
     def save(self, index: int) -> None:
         directory = self.run.path("checkpoints", f"step-{index:06d}")

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
@@ -211,10 +211,11 @@ class Policy(nn.Module):
     def generating(self, attention: str | None = None):
         """The LM itself, in the state that generation needs: ordinary attention with a KV cache (or the registered `attention`), no
         gradients, every sharded weight gathered."""
-        sharded = hasattr(self, "unshard")
-        if sharded:      # the LM's own forward does not pass through this root, so its weights are gathered by hand
+        sharded = [module for module in self.modules() if isinstance(module, FSDPModule)]
+        if sharded:      # a forward through this root on every rank gathers everything; after it each rank runs the LM as often as it likes
             self.set_reshard_after_forward(False)
-            self.unshard()
+            with torch.no_grad():
+                self(self.collate([]))
         implementation = self.lm.config._attn_implementation
         self.lm.set_attn_implementation(attention or ("sdpa" if self.lm._supports_sdpa else "eager"))       # eager: Gemma 2
         training = [module for module in self.lm.modules() if module.training]       # dropout of LoRA, and checkpointed layers,
@@ -227,9 +228,9 @@ class Policy(nn.Module):
             self.lm.set_attn_implementation(implementation)
             for module in training:
                 module.training = True
-            if sharded:
-                self.reshard()
-                self.set_reshard_after_forward(True)
+            for module in sharded:
+                module.reshard()
+                module.set_reshard_after_forward(True, recurse=False)
 
 
 class RewardModel(Policy):

@@ -22,6 +22,7 @@ from engine.loop import Engine
 from engine.model import build_policy, build_reward_model, shard
 from engine.ranks import from_main
 from engine.rollout import Rollout, sample, with_completions
+from engine.score import judge
 from engine.value import reward_model_path
 
 EVALUATION, TRAINING, REPLACEMENT = range(3)      # so that the random draws of these never coincide
@@ -42,6 +43,7 @@ class OnlineEngine(Engine):
         self.rewards = load_reward(config.reward, config.reward_weights)
         self.reward_models = {reward.name: self.load_reward_model(reward) for reward in self.rewards if reward.path}
         self.plan_updates(epochs * mini_batches)
+        self.check_total()
         if samples and not self.config.sample_every:
             self.sample_every = self.per_draw * math.ceil(self.total / self.per_draw / samples)
         if self.first == 0:
@@ -142,26 +144,8 @@ class OnlineEngine(Engine):
         rollout.metrics = self.reward_metrics(rollout)
 
     def judge(self, rollout: Rollout) -> None:
-        examples = rollout.examples
-        prompts = [example.extras["prompt"] for example in examples for _ in example.responses]
-        texts = [self.text(response) for example in examples for response in example.responses]
-        names = dict.fromkeys(name for example in examples for name in example.extras["columns"])
-        columns = {name: [example.extras["columns"].get(name) for example in examples for _ in example.responses] for name in names}
-        total, judged = torch.zeros(len(texts)), torch.zeros(len(texts), dtype=torch.bool)
-        sizes = [len(example.responses) for example in examples]
-        for reward in self.rewards:
-            if reward.path:
-                values = torch.cat(self.collect(self.reward_models[reward.name], examples, lambda example: len(example.responses)))
-            else:
-                values = torch.tensor([math.nan if value is None else value for value in from_main(score, reward, prompts, texts, columns)],
-                                      dtype=torch.float32)
-            rollout[f"rewards/{reward.name}"] = values.split(sizes)
-            judged |= ~values.isnan()
-            total += reward.weight * values.nan_to_num()
-        rollout["rewards"] = total.where(judged, torch.nan).split(sizes)
-
-    def text(self, response: Response) -> str:
-        return self.tokenizer.decode(response.tokens, skip_special_tokens=True)
+        judge(rollout, self.rewards, self.tokenizer, lambda *arguments: from_main(score, *arguments), lambda reward: self.collect(
+            self.reward_models[reward.name], rollout.examples, lambda example: len(example.responses)))
 
     def load_reward_model(self, reward):
         """The run of `rm` that a reward names, as a frozen RewardModel; it must have been trained with the policy's tokenizer."""
@@ -174,17 +158,18 @@ class OnlineEngine(Engine):
         groups = [rewards[~rewards.isnan()] for rewards in rollout["rewards"]]
         lengths, truncated, rewards = torch.cat(rollout.lengths), torch.cat(rollout["truncated"]), torch.cat(groups)
         ended = lengths[~truncated]
-        metrics = {"reward": rewards.mean(), "reward_std": torch.stack([self.spread(group) for group in groups]).mean()}
+        metrics = {"reward": rewards.mean()}
+        if any(len(example.responses) > 1 for example in rollout.examples):
+            metrics |= {"reward_std": torch.stack([self.spread(group) for group in groups]).mean(),
+                        "frac_reward_zero_std": sum(float(self.spread(group) == 0) for group in groups) / len(groups)}
         for reward in self.rewards if len(self.rewards) > 1 else ():
             values = torch.cat(rollout[f"rewards/{reward.name}"])
             metrics[f"rewards/{reward.name}/mean"] = values.nanmean()
         metrics |= {
-            "frac_reward_zero_std": sum(float(self.spread(group) == 0) for group in groups) / len(groups),
             "completions/mean_length": lengths.mean(), "completions/min_length": lengths.min(), "completions/max_length": lengths.max(),
-            "completions/clipped_ratio": truncated.float().mean(),
-            **({"completions/mean_terminated_length": ended.mean()} if len(ended) else {}),
+            "completions/clipped_ratio": truncated.float().mean(), "completions/mean_terminated_length": ended.mean(),
             **({"completions/without_reward": float(len(lengths) - len(rewards))} if len(rewards) < len(lengths) else {})}
-        return {name: float(value) for name, value in metrics.items()}
+        return {name: float(value) for name, value in metrics.items() if not math.isnan(value)}      # means over none are left out
 
     def episodes(self, rollout: Rollout) -> dict:
         """How far the run is, under TRL's names: completions so far, and per second of this process."""
@@ -220,7 +205,8 @@ class OnlineEngine(Engine):
             return torch.stack(self.policy(batch, self.sampling.temperature, values=True), 1).flatten()
 
         found = self.collect(pairs, rollout.examples, lambda example: 2 * example.num_trained)
-        return list(zip(*(numbers.view(-1, 2).unbind(1) for numbers in found)))
+        # contiguous, as after a resume: a sum over every other number is rounded in another order
+        return list(zip(*(numbers.view(-1, 2).T.contiguous() for numbers in found)))
 
     def old_logps(self, batch, logps):
         """(N,) log-probs of the batch's tokens under the policy that sampled them: the stored ones, else (in the only update made from
@@ -250,7 +236,7 @@ class OnlineEngine(Engine):
             return
         rollout = Rollout(index, self.complete(range(len(self.eval_set)), self.eval_set, (EVALUATION,), 1, "held-out prompts"))
         self.judge(rollout)
-        metrics = {name: value for name, value in self.reward_metrics(rollout).items() if "std" not in name}
+        metrics = self.reward_metrics(rollout)
         self.run.append("metrics.jsonl", {"step": index, "split": "eval", **metrics})
         shown = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items() if name[:6] == "reward")
         self.run.notice(f"held-out prompts at step {index}: {shown}")

@@ -94,8 +94,22 @@ def labelled_rows(count, first=0):
     return rows
 
 
+def prompt_rows(count, first=0):
+    """Conversations and plain strings of varying lengths, with the answer that rewards read."""
+    return [{"prompt": messages(f"Add {i}." + " Go!" * (i % 4)) if i % 3 else f"{i} plus {i} = ", "answer": str(i)}
+            for i in range(first, first + count)]
+
+
 ALGORITHMS = {"sft": sft_rows, "dft": sft_rows, "kto": labelled_rows,      # name -> the rows it trains on
               **dict.fromkeys(("dpo", "ipo", "orpo", "simpo", "cpo", "rm"), pair_rows)}
+REWARDS = f"{ROOT}/tests/some_rewards.py"
+SAMPLED = dict(reward=f"{REWARDS}:varied", max_completion_length=10)
+GROUPS = dict(SAMPLED, num_generations=4, num_iterations=2, num_mini_batches=2)
+ONLINE = {"ppo": dict(SAMPLED, num_ppo_epochs=2, num_mini_batches=2),      # name -> keys with which it makes four updates per rollout
+          **dict.fromkeys(("grpo", "dr_grpo", "gspo", "cispo", "rloo", "reinforce_pp"), GROUPS),
+          "dapo": GROUPS | dict(reward=f"{REWARDS}:coarse", soft_overlong_cache=6)}
+ROWS = ALGORITHMS | dict.fromkeys(ONLINE, prompt_rows)
+CLOCK = "tokens_per_second", "eps"      # what metrics.jsonl holds of it
 
 
 def write_config(path, **values):
@@ -125,7 +139,7 @@ def run_train(arguments, processes=1, timeout=120, **environment):
 def metrics(run, split="train"):
     """The rows of a run's metrics.jsonl, without what depends on the clock."""
     rows = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key not in ("tokens_per_second", "eps")} for row in rows if row["split"] == split]
+    return [{key: value for key, value in row.items() if key not in CLOCK} for row in rows if row["split"] == split]
 
 
 def final_weights(run):

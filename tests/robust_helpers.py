@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 BASE = dict(batch_size=4, max_length=200, lr=1e-3, save_every=1, eval_every=2, epochs=2)    # 10 rows: 3 updates per epoch
 
 _server = multiprocessing.get_context("forkserver")
-_server.set_forkserver_preload(["robust_warm", "train", "engine.loop", "algorithms.dpo", "algorithms.sft", "data.dataset"])
+_server.set_forkserver_preload(["robust_warm", "train", "engine.loop", "engine.online", "algorithms.dpo", "algorithms.sft", "data.dataset"])
 
 
 def train(directory, *words, patch=None, arguments=()):
@@ -48,10 +48,10 @@ def _child(directory, words, out, err, patch, arguments):
 def project(directory, algorithm, model, **values):
     """Write config.yml and its data into `directory`: 10 rows to train on, 4 to evaluate."""
     directory.mkdir(exist_ok=True)
-    rows = helpers.ALGORITHMS[algorithm]
+    rows = helpers.ROWS[algorithm]
     data = {"data": helpers.write_jsonl(directory / "data.jsonl", rows(10)),
             "eval_data": helpers.write_jsonl(directory / "eval.jsonl", rows(4, 50))}
-    values = {"algorithm": algorithm, "model": model, **data, "output": "run", **BASE, **values}
+    values = {"algorithm": algorithm, "model": model, **data, "output": "run", **BASE, **helpers.ONLINE.get(algorithm, {}), **values}
     helpers.write_config(directory / "config.yml", **values)
     return directory
 

@@ -342,7 +342,7 @@ def test_real_algorithms(monkeypatch):
     monkeypatch.undo()
     text = help_text()
     for name in algorithm_names():
-        assert importlib.import_module(f"algorithms.{name}").DATA in ("responses", "pairs", "labelled")
+        assert importlib.import_module(f"algorithms.{name}").DATA in ("responses", "pairs", "labelled", "prompts")
         for field in dataclasses.fields(config_of(name)):
             assert field.name not in Common.__annotations__
             assert re.search(rf"^    {field.name}: .* # \w", text, re.MULTILINE), f"{name}.{field.name} has no comment"

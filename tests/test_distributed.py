@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import robust_helpers
 from helpers import (
-    ALGORITHMS,
+    ONLINE,
     ROOT,
+    ROWS,
     assert_same_weights,
     final_weights,
     metrics,
@@ -49,16 +50,21 @@ def two_ranks(config, *words):
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     """config(name, algorithm, key=value, ...) -> the path of a configuration. Three rows per update and ten rows: the ranks get two and
-    one, and one and none (of kto eleven: one row has no other's response); five held-out rows."""
+    one, and one and none (of kto eleven: one row has no other's response); five held-out rows. Online seven rows: in the last of
+    three rollouts one rank has no prompt to sample, and one of the two updates from it no example."""
     folder = tmp_path_factory.mktemp("distributed")
     model = tiny_model(folder / "model")
 
     def config(name, algorithm, **values):
-        rows = ALGORITHMS[algorithm]
-        data = {"data": write_jsonl(folder / f"{algorithm}.jsonl", rows(11 if algorithm == "kto" else 10)),
+        rows = ROWS[algorithm]
+        count = 7 if algorithm in ONLINE else 11 if algorithm == "kto" else 10
+        data = {"data": write_jsonl(folder / f"{algorithm}.jsonl", rows(count)),
                 "eval_data": write_jsonl(folder / f"{algorithm}-eval.jsonl", rows(5, 10))}
         options = dict(algorithm=algorithm, model=model, **data, output=folder / name / "run", batch_size=3, epochs=2, lr=1e-3,
                        weight_decay=0.1, max_length=256, eval_every=3, save_every=3)
+        if algorithm in ONLINE:
+            options |= ONLINE[algorithm] | {"epochs": 1, "eval_every": 4, "sample_every": 4}
+            options |= {"num_ppo_epochs" if algorithm == "ppo" else "num_iterations": 1}
         return Path(write_config(folder / f"{name}.yml", **options | values))
     return config
 
@@ -66,26 +72,43 @@ def config(tmp_path_factory):
 @pytest.fixture(scope="module")
 def both(config):
     """Algorithm -> the directories of its run with one process and with two; all of the latter under one torchrun."""
-    one, two = ({algorithm: config(f"{algorithm}-{count}", algorithm) for algorithm in ALGORITHMS} for count in (1, 2))
+    one, two = ({algorithm: config(f"{algorithm}-{count}", algorithm) for algorithm in ROWS} for count in (1, 2))
     for path in one.values():
         train_here(path)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run([*torchrun, "tests/all_algorithms.py", *map(str, two.values())], cwd=ROOT, timeout=200, capture_output=True,
                           env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True)
     assert done.returncode == 0, done.stderr[-5000:]
-    return {algorithm: [path.with_suffix("") / "run" for path in (one[algorithm], two[algorithm])] for algorithm in ALGORITHMS}
+    return {algorithm: [path.with_suffix("") / "run" for path in (one[algorithm], two[algorithm])] for algorithm in ROWS}
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("algorithm", ROWS)
 def test_two_processes_equal_one(both, algorithm):
     one, two = both[algorithm]
-    for split, count in (("train", 8), ("eval", 4)):
+    for split, count in zip(("train", "eval"), (6, 3) if algorithm in ONLINE else (8, 4)):
         ours, theirs = metrics(one, split), metrics(two, split)
         assert len(ours) == count
         for x, y in zip(ours, theirs, strict=True):
             assert x.pop("split") == y.pop("split") and y == pytest.approx(x, rel=2e-5, abs=2e-5)
     assert_same_weights(trained_weights(two), trained_weights(one), 2e-5)
     assert json.loads((two / "run.json").read_text())["world_size"] == 2
+    if algorithm in ONLINE:
+        assert len(completions(one)) == 4 and completions(two) == completions(one)
+
+
+def completions(run):
+    return [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+
+
+def test_two_processes_sample_with_an_adapter_as_one(config):
+    pytest.importorskip("peft")
+    one, two = (config(f"grpo-lora-{count}", "grpo", lora_r=4, lr=1e-2) for count in (1, 2))
+    train_here(one)
+    assert [rank.code for rank in two_ranks(two)] == [0, 0]
+    one, two = (path.with_suffix("") / "run" for path in (one, two))
+    assert completions(two) == completions(one)
+    for x, y in zip(metrics(one), metrics(two), strict=True):
+        assert x.pop("split") == y.pop("split") and y == pytest.approx(x, rel=2e-5, abs=2e-5)
 
 
 @pytest.fixture(scope="module")

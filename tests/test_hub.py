@@ -44,7 +44,8 @@ def transcript(i, reply):
 
 
 def test_every_real_configuration_runs_two_updates(tmp_path):
-    """All of them unchanged but for max_steps, in one process: importing everything takes longer than training."""
+    """All of them unchanged but for max_steps (and the length of rollouts: a random model never stops by itself), in one process:
+    importing everything takes longer than training."""
     hh = [{"chosen": transcript(i, f"It is {2 * i}."), "rejected": transcript(i, "No idea!")} for i in range(420)]
     user, reply = ({"role": role, "content": "Hello"} for role in ("user", "assistant"))
     chats = [{"prompt": "Hello", "prompt_id": str(i), "messages": [user | {"content": f"Hi {i}"}, reply, user, reply]}
@@ -57,13 +58,20 @@ def test_every_real_configuration_runs_two_updates(tmp_path):
     hub_dataset(tmp_path, "HuggingFaceH4/ultrachat_200k", {"train_sft": chats})
     hub_dataset(tmp_path, "HuggingFaceH4/ultrafeedback_binarized", {"train_prefs": preferences, "test_prefs": preferences[:5]})
     hub_dataset(tmp_path, "Salesforce/wikitext", {"train": texts}, config="wikitext-103-raw-v1")
-    for name in ("0.5B-Instruct", "0.5B", "7B", "7B-Instruct"):
+    problems = [{"question": f"Ann has {i} eggs and buys {i} more. How many?",
+                 "answer": f"{i} + {i} = <<{i}+{i}={2 * i}>>{2 * i}\n#### {2 * i}"} for i in range(4)]
+    hub_dataset(tmp_path, "openai/gsm8k", {"train": problems, "test": problems[:1]}, config="main")
+    for name in ("0.5B-Instruct", "0.5B", "1.5B", "7B", "7B-Instruct"):
         hub_model(tmp_path, f"Qwen/Qwen2.5-{name}", max_position_embeddings=4096)
     names = {path.stem for path in (ROOT / "example").glob("qwen2.5-*.yml")} - {"qwen2.5-dpo-qlora"}             # needs CUDA
-    names = sorted(names, key="qwen2.5-7b-dpo".__eq__)                           # the last: it starts from the run of 7b-sft
+    runs = {"qwen2.5-7b-dpo": f"model={tmp_path / 'qwen2.5-7b-sft'}", "qwen2.5-ppo": f"reward={tmp_path / 'qwen2.5-rm'}"}
+    names = sorted(names, key=runs.__contains__)                                 # the last ones start from earlier runs
     code = "import sys, train\nfor argv in sys.argv[1:]: train.main(argv.split())"
-    argvs = [f"example/{name}.yml max_steps=2 output={tmp_path / name}" for name in names]
-    argvs[-1] += f" model={tmp_path / 'qwen2.5-7b-sft'}"
+    argvs = []
+    for name in names:
+        path = ROOT / "example" / f"{name}.yml"
+        short = "max_completion_length=16" if "max_completion_length" in path.read_text() else ""
+        argvs.append(f"{path} max_steps=2 output={tmp_path / name} {short} {runs.get(name, '')}")
     environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run([sys.executable, "-c", code, *argvs], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

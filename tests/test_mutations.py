@@ -34,8 +34,14 @@ def held_out(*names):
     return [f"test_engine_exact.py::test_evaluation_is_the_mean_over_all_held_out_rows[{name}]" for name in names]
 
 
+def online(*names):
+    """Six updates from two rollouts against the plain loop."""
+    return [f"test_online.py::test_updates_equal_a_plain_loop[{name}]" for name in names]
+
+
 PAIRS = "dpo", "ipo", "orpo", "simpo", "cpo"             # algorithms that take log-probs of pairs; rm takes scores
 TOKENS = "sft", "dft", "kto", *PAIRS
+GROUPS = "grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "reinforce_pp"
 SHIFT = "data/pack.py", "source.append(predictors[response.trained])", "source.append(predictors[response.trained] + 1)"
 UNCHECKED = "; import engine.model; engine.model.check_policy = lambda *_: None"
 MUTATIONS = {    # name: (file, text, what it becomes, the tests that must fail)
@@ -43,7 +49,8 @@ MUTATIONS = {    # name: (file, text, what it becomes, the tests that must fail)
         *SHIFT, [*exact("sft", "dpo"), "test_pack.py::test_pairs_share_their_prompt",
                  "test_pack.py::test_source_and_target_by_content[2-True]",
                  "test_model.py::test_flat_shared_rows_equal_separate_rows[qwen2-2]"]),
-    "source shifted by one, without the model's check": (*SHIFT[:2], SHIFT[2] + UNCHECKED, [*exact(*TOKENS), *held_out("sft", "dpo")]),
+    "source shifted by one, without the model's check": (
+        *SHIFT[:2], SHIFT[2] + UNCHECKED, [*exact(*TOKENS), *held_out("sft", "dpo"), *online("grpo", "gspo")]),
     "the reward read one token early": (
         "data/pack.py", "last.append(start + length - 1)", "last.append(start + length - 2)",
         [*exact("rm"), *held_out("rm"), "test_rm.py::test_scores_equal_a_plain_forward[pad]"]),
@@ -65,6 +72,18 @@ MUTATIONS = {    # name: (file, text, what it becomes, the tests that must fail)
         [*exact(*TOKENS, "cdpo", "rm"), *held_out("sft", "dpo", "kto", "rm")]),
     "the last stop token dropped from plain text": (
         "data/tokenise.py", "ids.append(self.eos)", "pass", [*exact("sft", "dft"), *held_out("sft", "dft")]),
+    "the sign of advantages": (
+        "engine/rollout.py", "example.extras[name] = value", "example.extras[name] = -value if name == 'advantages' else value",
+        online(*GROUPS)),
+    "log-probs at temperature 1": (
+        "engine/model.py", "states if temperature == 1 else states / temperature", "states", online("grpo", "rloo")),
+    "completions cut before their stop token": (
+        "engine/rollout.py", "lengths[row], finished[row] = i + 1, stops(tokens[row, :i + 1])",
+        "finished[row] = stops(tokens[row, :i + 1]); lengths[row] = i + 1 - (finished[row] and i > 0)",
+        [*online("grpo", "dapo"), *(f"test_rollout.py::test_sampler_equals_a_plain_loop[{name}-plain]" for name in ("qwen2", "llama"))]),
+    "one completion's draws for another": (
+        "engine/rollout.py", "(*keys[row[0]], row[1])", "(*keys[row[0]], row[1] + 1)",
+        ["test_rollout.py::test_sampler_equals_a_plain_loop[qwen2-plain]"]),
 }
 
 
@@ -81,7 +100,7 @@ def results(tmp_path_factory):
         assert source.count(old) == 1, f"{path} holds {old!r} {source.count(old)} times"
         (folder / path).write_text(source.replace(old, new))
     jobs = {str(folder): [f"tests/{killer}" for killer in MUTATIONS[mutation][3]] for mutation, folder in folders.items()}
-    subprocess.run([sys.executable, "-c", RUNNER, json.dumps(jobs)], env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=200,
+    subprocess.run([sys.executable, "-c", RUNNER, json.dumps(jobs)], env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=400,
                    capture_output=True, check=True)
     return {mutation: ElementTree.parse(folder / "result.xml").getroot() for mutation, folder in folders.items()}
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import robust_helpers as child
 import torch
-from helpers import ALGORITHMS, final_weights, sft_rows, tiny_model, train_here, trained_weights, write_jsonl
+from helpers import ALGORITHMS, CLOCK, ONLINE, final_weights, sft_rows, tiny_model, train_here, trained_weights, write_jsonl
 from safetensors.torch import load_file, save_file
 
 from engine import checkpoint
@@ -20,6 +20,9 @@ from engine.logs import Run
 from engine.loop import Engine
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+
+
+SIX = {"grpo": {"max_steps": 6}}      # four updates from one rollout and two from the next
 
 
 @pytest.fixture(scope="module")
@@ -31,8 +34,8 @@ def model(tmp_path_factory):
 def uninterrupted(tmp_path_factory, model):
     """Algorithm -> the run directory of six updates without interruption."""
     runs = {}
-    for algorithm in ("sft", "dpo"):
-        directory = child.project(tmp_path_factory.mktemp(algorithm), algorithm, model)
+    for algorithm in ("sft", "dpo", "grpo"):
+        directory = child.project(tmp_path_factory.mktemp(algorithm), algorithm, model, **SIX.get(algorithm, {}))
         result = child.train(directory)
         assert result.code == 0 and "resumed" not in result.err, result.err
         runs[algorithm] = directory / "run"
@@ -42,7 +45,7 @@ def uninterrupted(tmp_path_factory, model):
 def rows(run):
     """Lines of metrics.jsonl, without what depends on the clock."""
     lines = (run / "metrics.jsonl").read_text().splitlines()
-    return [{key: value for key, value in json.loads(line).items() if key != "tokens_per_second"} for line in lines]
+    return [{key: value for key, value in json.loads(line).items() if key not in CLOCK} for line in lines]
 
 
 def same_tensors(ours, theirs):
@@ -64,10 +67,10 @@ def leftovers(run):
 
 # ---- killed
 
-@pytest.mark.parametrize("algorithm", ["sft", "dpo"])
-@pytest.mark.parametrize("step", [2, 3, 4])    # in the first epoch, at its end, in the second
+@pytest.mark.parametrize("algorithm", ["sft", "dpo", "grpo"])
+@pytest.mark.parametrize("step", [2, 3, 4])    # in the first epoch, at its end, in the second; of grpo in a rollout's reuse and at its end
 def test_killed_and_continued(algorithm, step, model, uninterrupted, tmp_path):
-    child.project(tmp_path, algorithm, model)
+    child.project(tmp_path, algorithm, model, **SIX.get(algorithm, {}))
     killed = child.train(tmp_path, patch=child.kill_after_save, arguments=(step,))
     assert killed.code == -signal.SIGKILL and not (tmp_path / "run" / "final").exists()
     continued = child.train(tmp_path)
@@ -76,11 +79,12 @@ def test_killed_and_continued(algorithm, step, model, uninterrupted, tmp_path):
     assert_same_run(tmp_path / "run", uninterrupted[algorithm])
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_stopped_and_continued(algorithm, model, tmp_path, monkeypatch):
-    """For every algorithm, in this process: six updates = three + a stop + three, bit for bit."""
-    def train(name, last=None):
-        folder = child.project(tmp_path / name, algorithm, model, output=tmp_path / name / "run", save_every=3)
+@pytest.fixture
+def train(model, tmp_path, monkeypatch):
+    """train(name, algorithm, last, key=value, ...) -> the directory of a run in this process, started or continued, which a signal ends
+    after update `last`."""
+    def train(name, algorithm, last=None, **values):
+        folder = child.project(tmp_path / name, algorithm, model, output=tmp_path / name / "run", **values)
         with monkeypatch.context() as patch:
             clip = Engine.clip_gradients
 
@@ -93,12 +97,44 @@ def test_stopped_and_continued(algorithm, model, tmp_path, monkeypatch):
             except SystemExit as stopped:
                 assert stopped.code == 143
         return folder / "run"
+    return train
 
-    part, whole = train("part", last=3), train("whole")
+
+def resumed_from(run):
+    return json.loads((run / "run.json").read_text())["resumed_from_step"]
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_stopped_and_continued(algorithm, train):
+    """For every algorithm: six updates = three + a stop + three, bit for bit."""
+    part, whole = train("part", algorithm, 3, save_every=3), train("whole", algorithm, save_every=3)
     assert checkpoint.load_trainer(checkpoint.checkpoints(part)[-1])["step"] == 3 and not (part / "final").exists()
-    train("part")
-    assert json.loads((part / "run.json").read_text())["resumed_from_step"] == 3
+    train("part", algorithm, save_every=3)
+    assert resumed_from(part) == 3
     assert_same_run(part, whole)
+
+
+@pytest.mark.parametrize("algorithm", ONLINE)
+def test_stopped_and_continued_with_a_rollout(algorithm, train):
+    """One epoch, three rollouts with four updates each: stopped in the reuse of the first and at the end of the second."""
+    keys = dict(epochs=1, save_every=6, eval_every=3, temperature=0.9)
+    whole = train("whole", algorithm, **keys)
+    assert [row["step"] for row in rows(whole) if row["split"] == "train"] == list(range(1, 13))
+    previous = 0
+    for last in (2, 8, None):
+        part = train("part", algorithm, last, **keys)
+        assert resumed_from(part) == previous
+        previous = last
+    assert_same_run(part, whole)
+
+
+def test_more_updates_from_a_rollout(train):
+    """A run that max_steps ended in the middle of a rollout goes on with it."""
+    keys = dict(schedule="constant", warmup=0, eval_every=100)
+    train("twice", "grpo", **keys, max_steps=6)
+    more, once = train("twice", "grpo", **keys, max_steps=9), train("once", "grpo", **keys, max_steps=9)
+    assert resumed_from(more) == 6 and same_tensors(*map(final_weights, (more, once)))
+    assert [row for row in rows(more) if row["split"] == "train"] == [row for row in rows(once) if row["split"] == "train"]
 
 
 @pytest.mark.parametrize("call, count", [("fsync", 1), ("fsync", 20), ("fsync", 21), ("rename", 1), ("rename", 2), ("rename", 3)])

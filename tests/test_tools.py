@@ -1,9 +1,15 @@
 """What stands around training: --dry-run, --help, chat.py."""
+import io
 import os
+import re
 import subprocess
 import sys
 
-from helpers import ROOT, config_of, pair_rows, run_train, tiny_model, write_config, write_jsonl
+import pytest
+from helpers import ROOT, byte_tokenizer, config_of, pair_rows, run_train, tiny_model, write_config, write_jsonl
+from transformers import AutoModelForCausalLM
+
+from chat import main
 
 
 def test_dry_run_shows_everything_and_writes_nothing(tmp_path):
@@ -51,6 +57,38 @@ def test_chat_through_a_pipe_gives_the_right_answer():
     assert done.returncode == 0, done.stderr
     first, second = done.stdout.splitlines()
     assert first.endswith("<answer>31</answer>") and second.endswith("<answer>31</answer>")      # and nothing after the stop token
+
+
+@pytest.fixture
+def chat_here(monkeypatch, capsys):
+    """Greedy answers to the lines of `text`, from a call in this process."""
+    def chat_here(*models, text):
+        monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+        main([*map(str, models), "--temperature", "0", "--max-new-tokens", "12"])
+        return capsys.readouterr().out
+    return chat_here
+
+
+def test_chat_with_two_models_side_by_side(tmp_path, chat_here):
+    """Each answers under its name what it answers alone, in a conversation of its own: a second turn depends on its first answer."""
+    models, text = [tiny_model(tmp_path / name, seed=seed) for seed, name in enumerate(("one", "two"))], "Hello\nAgain\n\nHello\n"
+    alone = [chat_here(model, text=text) for model in models]
+    parts = re.split(rf"\[({models[0]}|{models[1]})\] ", chat_here(*models, text=text))[1:]
+    assert parts[::2] == models * 3
+    assert ["".join(parts[1::4]), "".join(parts[3::4])] == alone and parts[1] == parts[9] != parts[5] and alone[0] != alone[1]
+
+
+def test_chat_with_an_adapter(tmp_path, chat_here):
+    """It answers as the same model with the adapter merged into its weights."""
+    peft = pytest.importorskip("peft")
+    base = tiny_model(tmp_path / "base")
+    adapted = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), peft.LoraConfig(
+        r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False, task_type="CAUSAL_LM"))
+    adapted.save_pretrained(tmp_path / "adapter")
+    adapted.merge_and_unload().save_pretrained(tmp_path / "merged")
+    byte_tokenizer().save_pretrained(tmp_path / "merged")
+    answers = [chat_here(tmp_path / name, text="Hello\n") for name in ("adapter", "merged", "base")]
+    assert answers[0] == answers[1] != answers[2]
 
 
 def test_chat_with_what_is_not_a_model(tmp_path):

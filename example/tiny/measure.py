@@ -7,11 +7,20 @@ Prints accuracy (right and in format) and the format rate, once sampled at tempe
 import argparse
 import json
 import re
+import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parents[1]))
+
+from data.tokenise import Tokeniser  # noqa: E402
+from engine import rollout  # noqa: E402
+from engine.model import Policy  # noqa: E402
+from engine.rollout import Sampling  # noqa: E402
+
 FORMAT = re.compile(r"<think>.*</think> <answer>.*</answer>", re.DOTALL)
 ANSWER = re.compile(r"<answer>\s*(-?\d+)\s*</answer>")
 
@@ -27,20 +36,13 @@ def is_right(response, answer):
     return is_in_format(response) and bool(found) and int(found[-1]) == int(answer)
 
 
-@torch.inference_mode()
-def generate(model, tokenizer, prompts, sample, max_new_tokens=120, batch_size=100):
+def generate(model, tokenizer, prompts, sample, seed=0):
     """One response per prompt (a list of messages), as text without special tokens."""
-    responses = []
-    for start in range(0, len(prompts), batch_size):
-        texts = [tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-                 for prompt in prompts[start:start + batch_size]]
-        inputs = tokenizer(texts, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt")
-        # top_k and top_p are switched off so that a sample comes from the model's own distribution.
-        options = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0} if sample else {"do_sample": False}
-        output = model.generate(**inputs.to(model.device), max_new_tokens=max_new_tokens,
-                                pad_token_id=tokenizer.pad_token_id, **options)
-        responses += tokenizer.batch_decode(output[:, inputs.input_ids.shape[1]:], skip_special_tokens=True)
-    return responses
+    tokeniser = Tokeniser(tokenizer)
+    ids = [np.array(tokeniser.prompt_ids(prompt), np.int32) for prompt in prompts]
+    sampling = Sampling(reward="", max_completion_length=120, temperature=1.0 if sample else 0.0, rollout_batch_size=100)
+    found = rollout.sample(Policy(model), tokenizer, ids, [(seed, i) for i in range(len(ids))], 1, sampling)
+    return [tokenizer.decode(completion.tokens, skip_special_tokens=True) for completion, in found]
 
 
 def measure(model, tokenizer, rows, seed=0):
@@ -48,8 +50,7 @@ def measure(model, tokenizer, rows, seed=0):
     model.eval()
     result = {}
     for name in ("sampled", "greedy"):
-        torch.manual_seed(seed)
-        responses = generate(model, tokenizer, [row["prompt"] for row in rows], sample=name == "sampled")
+        responses = generate(model, tokenizer, [row["prompt"] for row in rows], name == "sampled", seed)
         result[name] = {
             "accuracy": sum(is_right(response, row["answer"]) for response, row in zip(responses, rows)) / len(rows),
             "format": sum(is_in_format(response) for response in responses) / len(rows)}

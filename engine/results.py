@@ -1,0 +1,272 @@
+"""What evaluate.py and sample.py share: their keys, the prompts, and completions with rewards in files that a rerun continues."""
+import inspect
+import itertools
+import json
+import os
+import re
+import time
+from dataclasses import MISSING, asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import get_type_hints
+
+import numpy as np
+from transformers import AutoConfig
+
+from data.dataset import load_datasets
+from data.errors import RunError, UserError
+from data.files import SUFFIXES, sha256
+from data.pack import Example
+from data.rewards import check_gold, golds_of, load_reward, r1_zero, r1_zero_details, score
+from data.tokenise import Tokeniser
+from engine.config import FOREIGN, Common, cast, check_output, nearest, parse_argv, read_values, show
+from engine.load import base_of, load_tokenizer
+from engine.logs import Run, read_config
+from engine.reference import model_key
+from engine.rollout import Rollout, Sampling, sample, with_completions
+from engine.score import is_reward_model, judge, load_frozen, scores, text_of
+from engine.value import reward_model_path
+
+FREE = ("output", "limit", "rollout_batch_size", "min_reward")     # keys that change no completion and no score
+
+
+@dataclass(kw_only=True)
+class Settings(Sampling):
+    """The keys of evaluate.py and sample.py; those of how completions are drawn are the online algorithms'."""
+    model: str                             # a run, a model directory (an adapter too) or a hub name
+    data: str                              # a file, or a hub dataset as name or name:split
+    n: int = 1                             # completions per prompt
+    prompt_template: str | None = "auto"   # a name in data/prompts/ or a file with {question}; null = the chat template; auto = a run's
+    #                                        own, else r1_zero where the model has no chat template, the rows questions and that reward
+    stop: str | None = "auto"              # strings that end a completion; auto = a run's own, else </answer> with the template r1_zero
+    max_completion_length: int | None = None    # tokens; longer completions are cut there; null = 512, or half of max_length
+    limit: int | None = None               # only so many rows of data
+    max_length: int | None = None          # tokens, prompt and completion together; null = as many as the model knows
+    seed: int = 0                          # of the draws
+    output: str | None = None              # directory of the results; null = a name in runs/ made of those of model and data
+
+
+# ---- the command line -------------------------------------------------------------------------------------------------
+
+def read_settings(argv: list[str], kind: type, program: str):
+    """MODEL key=value ... -> an instance of `kind`, or None where --help is asked for. UserError for anything wrong."""
+    first = argv[0] if argv else ""
+    if first and not first.startswith("-") and not re.match(r"[A-Za-z_][\w.-]*=", first):
+        argv = [f"model={first}", *argv[1:]]
+    path, given, flags = parse_argv(argv)
+    if "help" in flags:
+        return None
+    if path is not None or "dry-run" in flags:
+        raise UserError(f"{show(path or '--dry-run')} in the command line is nothing that {program} knows; "
+                        "fix: write one MODEL and then key=value")
+    hints = get_type_hints(kind)
+
+    def unknown(key, where):
+        ours = FOREIGN.get(key) if FOREIGN.get(key) in hints else nearest(key, hints)
+        return UserError(f"unknown key {show(key)} ({where}); "
+                         f"fix: {f'write {ours}' if ours else f'remove it (python {program} --help lists the keys)'}")
+
+    values = read_values(given, hints, unknown, allowed=("temperature", 0))
+    for field in fields(kind):
+        if field.name not in values and field.default is MISSING:
+            raise UserError(f"{field.name} is missing in the command line; fix: python {program} MODEL data=... reward=...")
+    settings = kind(**values)
+    if settings.output is not None:
+        check_output(settings.output, "command line")
+    if settings.n > 1 and settings.temperature == 0:
+        raise UserError(f"n (command line) is {settings.n}, but at temperature 0 all completions of a prompt are the same; "
+                        "fix: give n=1 or a temperature above 0")
+    return settings
+
+
+def help_text(doc: str, kind: type) -> str:
+    """A program's description, and every key with its type, default and comment as they stand in the source."""
+    lines = {}
+    for part in reversed(kind.__mro__[:-1]):
+        lines |= dict(re.findall(r"^    (\w+)(: .*(?:\n +#.*)*)", inspect.getsource(part), re.MULTILINE))
+    return doc + "\nkeys:\n" + "\n".join(f"    {name}{line}" for name, line in lines.items())
+
+
+def name_of(data: str) -> str:
+    """What the files of the results are called: gsm8k of gsm8k, of openai/gsm8k:test and of path/to/gsm8k-test.jsonl."""
+    name = Path(data if os.path.exists(data) else data.partition(":")[0]).name
+    while name.lower().endswith(SUFFIXES):
+        name = name.rpartition(".")[0]
+    return re.sub(r"(?<=.)[-_.]test$", "", name)
+
+
+def default_output(folder: str, settings) -> str:
+    """runs/<folder>/<model>-<data>."""
+    parts = [part for part in Path(settings.model).parts if part not in ("/", "..", "runs")]
+    return os.path.join("runs", folder, "-".join([*parts[-3:], name_of(settings.data)]))
+
+
+# ---- prompts ----------------------------------------------------------------------------------------------------------
+
+def with_lengths(settings, path: str):
+    """The settings with numbers for max_length and max_completion_length, from what the model knows."""
+    try:
+        known = getattr(AutoConfig.from_pretrained(base_of(path)).get_text_config(), "max_position_embeddings", None) or 2 ** 30
+    except (OSError, ValueError):
+        known = 2 ** 30                    # loading the model will say what is wrong
+    if settings.max_length and settings.max_length > known:
+        raise UserError(f"max_length is {settings.max_length}, but the model {path} knows only {known} positions; fix: lower max_length")
+    most = settings.max_length or known
+    return replace(settings, max_length=most, max_completion_length=settings.max_completion_length or min(512, most // 2))
+
+
+def load_examples(settings, kind: str, path: str, tokenizer, notice):
+    """The first `limit` examples of the data, and its report."""
+    common = Common(algorithm="", model=path, data=settings.data, seed=settings.seed, max_length=settings.max_length)
+    examples, _, reports = load_datasets(common, settings, kind, tokenizer, notice)
+    return examples[:settings.limit], reports["train"]
+
+
+def load_prompts(settings, path: str, tokenizer, verifies_r1_zero: bool, notice):
+    """(examples of kind "prompts", their report, the settings with prompt_template and stop as they are used)."""
+    trained, auto = read_config(settings.model) or {}, settings.prompt_template == "auto"      # of a run: with what it was trained
+    if auto:
+        settings = replace(settings, prompt_template=cast(trained.get("prompt_template", "null"), str | None))
+    told = []
+    examples, report = load_examples(settings, "prompts", path, tokenizer, told.append)
+    bare = all(example.extras["prompt"] == example.extras["columns"].get("question") for example in examples)
+    if bare and not settings.prompt_template and not (auto and "prompt_template" in trained):
+        if tokenizer.chat_template:
+            examples = [as_turn(example, Tokeniser(tokenizer)) for example in examples]
+        elif auto and verifies_r1_zero:
+            told, settings = [], replace(settings, prompt_template="r1_zero")
+            examples, report = load_examples(settings, "prompts", path, tokenizer, told.append)
+    if settings.stop == "auto":
+        stop = cast(trained.get("stop", "null"), str | None)
+        settings = replace(settings, stop=stop or ("</answer>" if settings.prompt_template == "r1_zero" else None))
+    plain = isinstance(examples[0].extras["prompt"], str)
+    form = f"prompt_template {settings.prompt_template}" if settings.prompt_template else "plain text" if plain else "chat template"
+    for text in [*told, f"prompts: {form}{f', stop {settings.stop}' if settings.stop else ''}"]:
+        notice(text)
+    return examples, report, settings
+
+
+def as_turn(example: Example, tokeniser: Tokeniser) -> Example:
+    """A prompt of plain text as a conversation."""
+    messages = [{"role": "user", "content": example.extras["prompt"]}]
+    return Example(np.array(tokeniser.prompt_ids(messages), np.int32), [], example.where, example.extras | {"prompt": messages})
+
+
+# ---- completions ------------------------------------------------------------------------------------------------------
+
+def complete(settings, path: str, name: str, notice) -> tuple[list[dict], dict]:
+    """(a row for every one of `n` completions of every prompt, the settings they come from). The rows are appended to
+    output/<name>_results.jsonl as they come; those that it holds already are not made again."""
+    tokenizer, settings = load_tokenizer(path), with_lengths(settings, path)
+    if is_reward_model(path):
+        raise UserError(f"model: {settings.model} is a reward model, which writes no text; fix: pass a policy, and this one as reward=")
+    rewards = load_reward(settings.reward, settings.reward_weights)
+    models = {reward.name: reward_model_path(reward.path, tokenizer, notice) for reward in rewards if reward.path}
+    verifies_r1_zero = any(reward.function is r1_zero for reward in rewards)
+    examples, report, settings = load_prompts(settings, path, tokenizer, verifies_r1_zero, notice)
+    check_gold(rewards, examples)
+    files = [part.strip().rpartition(":")[0] for part in settings.reward.split(",")]           # of functions
+    digests = [model_key(models[reward.name], "") if reward.path else file and sha256(file) for reward, file in zip(rewards, files)]
+    used = used_by(settings, path, report) | {"reward_digests": digests}
+    batch = max(1, settings.rollout_batch_size // settings.n)
+    results = Results(settings.output, name, used, len(examples), settings.n, batch, notice)
+    if results.left:
+        policy = load_frozen(path, tokenizer, examples, notice)
+        models = {reward: load_frozen(where, tokenizer, examples, notice) for reward, where in models.items()}
+    for first, last in results.left:
+        part, keys = examples[first:last], [(settings.seed, i) for i in range(first, last)]
+        found = sample(policy, tokenizer, [example.prompt for example in part], keys, settings.n, settings,
+                       lambda done, _: results.run.terminal and results.show(first * settings.n + done))      # noqa: B023
+        rollout = Rollout(0, [with_completions(*both) for both in zip(part, found)])
+        judge(rollout, rewards, tokenizer, score, lambda reward: scores(models[reward.name], rollout.examples))      # noqa: B023
+        results.add(completion_rows(rollout, first, rewards, verifies_r1_zero, tokenizer))
+    return results.rows, used
+
+
+def completion_rows(rollout: Rollout, first: int, rewards: list, verifies_r1_zero: bool, tokenizer) -> list[dict]:
+    """A row per completion; `first`: the number of the rollout's first prompt. A reward of None: nothing has judged it."""
+    names, rows = [f"rewards/{reward.name}" for reward in rewards] if len(rewards) > 1 else [], []
+    for i, example in enumerate(rollout.examples):
+        golds = golds_of(example.extras["columns"])
+        for k, response in enumerate(example.responses):
+            text, metrics = text_of(tokenizer, response), {}
+            if verifies_r1_zero:
+                details = r1_zero_details(text, golds)
+                metrics = {"format_reward": float(details["format"]), "answer_reward": float(details["answer"])}
+            for name in ("rewards", *names):
+                value = rollout[name][i][k]
+                metrics["reward" if name == "rewards" else name] = None if value.isnan() else float(value)
+            rows.append({"id": first + i, "sample": k, "prompt": example.extras["prompt"], "generation": text,
+                         "gold_answer": golds[0] if len(golds) == 1 else golds or None, "metrics": metrics,
+                         "tokens": len(response.tokens), "finished": not example.extras["truncated"][k]})
+    return rows
+
+
+# ---- files that a rerun continues -------------------------------------------------------------------------------------
+
+def used_by(settings, path: str, report: dict) -> dict:
+    """What the results depend on."""
+    keys = {key: value for key, value in asdict(settings).items() if key not in FREE}
+    return keys | {"model": path, "model_digest": model_key(path, ""), "data_sha256": report["sha256"]}
+
+
+class Results:
+    """The rows of output/<name>_results.jsonl: `each` for every one of `total` prompts (or pairs), of which `batch` are done at a
+    time. What an earlier run has left is continued after its last whole batch, if its settings were the same: they are kept in
+    output/<name>_settings.json."""
+
+    def __init__(self, output: str, name: str, used: dict, total: int, each: int, batch: int, notice):
+        self.path, known = (os.path.join(output, f"{name}_{what}") for what in ("results.jsonl", "settings.json"))
+        self.run, self.since, self.total, self.each = Run(output), time.time(), total, each
+        used = json.loads(json.dumps(used))
+        try:
+            os.makedirs(output, exist_ok=True)
+            old = json.loads(Path(known).read_text(encoding="utf-8")) if os.path.exists(known) else {}
+            differing = sorted(key for key in old.keys() | used.keys() if old.get(key) != used.get(key))
+            if os.path.exists(self.path) and differing:
+                raise UserError(f"output: {output} holds results with other settings ({', '.join(differing)} differ); "
+                                "fix: choose another output, or remove them")
+            write(known, json.dumps(used, indent=1, ensure_ascii=False) + "\n")
+            self.rows = self.whole_rows(batch)
+        except (OSError, ValueError) as error:
+            raise UserError(f"output: {output} cannot be used ({getattr(error, 'strerror', None) or error}); "
+                            "fix: choose another output") from error
+        self.first = len(self.rows) // each
+        if self.first > total:
+            raise UserError(f"output: {output} holds results of {self.first} rows, limit is {total}; "
+                            "fix: raise limit, or choose another output")
+        if self.first:
+            notice(f"{self.path}: {self.first} of {total} rows are done already")
+        self.left = [(i, min(i + batch, total)) for i in range(self.first, total, batch)]
+
+    def whole_rows(self, batch: int) -> list[dict]:
+        """The file's rows, cut after the last whole batch if some are missing: the rest is then computed as it would have been."""
+        with open(self.path, "ab+") as file:
+            file.seek(0)
+            lines = list(itertools.takewhile(lambda line: line.startswith(b"{") and line.endswith(b"}\n"), file))
+        if len(lines) < self.total * self.each:
+            del lines[len(lines) - len(lines) % (batch * self.each):]
+        os.truncate(self.path, sum(map(len, lines)))
+        return [json.loads(line) for line in lines]
+
+    def add(self, rows: list[dict]) -> None:
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        except OSError as error:
+            raise RunError(f"cannot write {self.path} ({error.strerror}); fix: free disk space and run the same command again") from error
+        self.rows += rows
+        self.show(len(self.rows))
+
+    def show(self, done: int) -> None:
+        """The progress line, at `done` rows."""
+        fresh, total = done - self.first * self.each, self.total * self.each
+        self.run.progress("row", done, total, f"{fresh / (time.time() - self.since):.1f} rows/s", {}, self.since, self.first * self.each)
+        if len(self.rows) == total:
+            self.run.erase()
+
+
+def write(path: str, text: str) -> None:
+    """The file is whole or not there."""
+    with open(path + ".tmp", "w", encoding="utf-8") as file:
+        file.write(text)
+    os.replace(path + ".tmp", path)

@@ -1,0 +1,60 @@
+"""Numbers for completions: rewards from functions and reward models, and what a model gives to responses that are there already."""
+import os
+
+import torch
+
+from data.pack import Example, pack
+from engine.config import Common
+from engine.model import VALUE_HEAD, RewardModel, build_policy, build_reward_model, check_policy
+from engine.rollout import Rollout
+
+
+def judge(rollout: Rollout, rewards: list, tokenizer, by_function, by_model) -> None:
+    """Set rollout["rewards/<name>"] of every reward and rollout["rewards"], their weighted sum, (G,) per prompt; NaN where nothing
+    judges a completion. `by_function(reward, prompts, texts, columns)` -> a number or None per completion; `by_model(reward)` ->
+    (G,) per prompt."""
+    examples = rollout.examples
+    prompts = [example.extras["prompt"] for example in examples for _ in example.responses]
+    texts = [text_of(tokenizer, response) for example in examples for response in example.responses]
+    names = dict.fromkeys(name for example in examples for name in example.extras["columns"])
+    columns = {name: [example.extras["columns"].get(name) for example in examples for _ in example.responses] for name in names}
+    total, judged = torch.zeros(len(texts)), torch.zeros(len(texts), dtype=torch.bool)
+    sizes = [len(example.responses) for example in examples]
+    for reward in rewards:
+        if reward.path:
+            values = torch.cat(by_model(reward))
+        else:
+            values = torch.tensor([torch.nan if value is None else value for value in by_function(reward, prompts, texts, columns)],
+                                  dtype=torch.float32)
+        rollout[f"rewards/{reward.name}"] = values.split(sizes)
+        judged |= ~values.isnan()
+        total += reward.weight * values.nan_to_num()
+    rollout["rewards"] = total.where(judged, torch.nan).split(sizes)
+
+
+def text_of(tokenizer, response) -> str:
+    return tokenizer.decode(response.tokens, skip_special_tokens=True)
+
+
+@torch.no_grad()
+def scores(model, examples: list[Example]) -> list[torch.Tensor]:
+    """Per example a number for each of its responses (K,), on the CPU: a reward model's score, or the summed log-prob."""
+    found = [None] * len(examples)
+    for members in filter(None, pack([example.size(model.share_prompt) for example in examples], Common.micro_batch_tokens)[0]):
+        batch = model.collate([examples[i] for i in members])
+        values = model(batch) if isinstance(model, RewardModel) else batch.sum(model(batch))
+        for i, part in zip(members, values.split([len(examples[i].responses) for i in members])):
+            found[i] = part.cpu()
+    return found
+
+
+def is_reward_model(path: str) -> bool:
+    return os.path.exists(os.path.join(path, VALUE_HEAD))
+
+
+def load_frozen(path: str, tokenizer, examples: list[Example], notice):
+    """The model at `path`, frozen, as a Policy, or a RewardModel where it is one; tried on some of `examples`."""
+    common = Common(algorithm="", model=path, data="", max_length=2)          # whether the examples fit is not its business
+    policy = build_policy(common, tokenizer, frozen=True).requires_grad_(False)
+    check_policy(policy, examples, common.share_prompt, notice)
+    return build_reward_model(policy, path, common.seed).requires_grad_(False) if is_reward_model(path) else policy

@@ -1,0 +1,418 @@
+"""Whole runs of the online algorithms: their updates against a plain loop, what must not change them, and what stops them."""
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers import (
+    GROUPS,
+    ONLINE,
+    REWARDS,
+    SAMPLED,
+    assert_same_weights,
+    byte_tokenizer,
+    config_of,
+    final_weights,
+    metrics,
+    prompt_rows,
+    random_lm,
+    train_here,
+    write_config,
+    write_jsonl,
+)
+from some_rewards import coarse, some, varied
+from test_engine_exact import PLAIN, chat, close, ids, read
+from transformers import AutoModelForCausalLM
+
+from data.errors import RunError, UserError
+from engine.model import Policy, load_lm
+from engine.online import OnlineEngine
+from engine.rollout import Sampling, sample
+from engine.step import Step
+
+ONCE_GROUPS = SAMPLED | {"num_generations": 4, "num_mini_batches": 1}      # one update per rollout
+LIMIT = SAMPLED["max_completion_length"]
+RUN = PLAIN | dict(batch_size=3, eval_every=1000)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Paths: a start model whose completions do end, eight prompts and five held-out ones."""
+    folder = tmp_path_factory.mktemp("files")
+    lm = random_lm(config_of())
+    lm.lm_head.weight.data[258] *= 3
+    lm.save_pretrained(folder / "model")
+    byte_tokenizer().save_pretrained(folder / "model")
+    return {"model": str(folder / "model"), "data": write_jsonl(folder / "prompts.jsonl", prompt_rows(8)),
+            "eval": write_jsonl(folder / "eval.jsonl", prompt_rows(5, 8))}
+
+
+@pytest.fixture
+def run(files, tmp_path):
+    """run(name, algorithm, key=value, ...) -> the directory of a finished run; a value of None leaves a key out."""
+    def run(name, algorithm, **values):
+        values = dict(algorithm=algorithm, model=files["model"], data=files["data"], output=tmp_path / name) | RUN | values
+        train_here(write_config(tmp_path / f"{name}.yml", **{key: value for key, value in values.items() if value is not None}))
+        return tmp_path / name
+    return run
+
+
+# ---- the plain loop ----
+
+PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+BYTES = PRINTABLE + [byte for byte in range(256) if byte not in PRINTABLE]      # the byte tokenizer's ids, from its definition
+
+
+def text_of(tokens):
+    return bytes(BYTES[token] for token in tokens if token < 256).decode("utf-8", "replace")
+
+
+def prompt_ids(row):
+    return ids(row["prompt"]) if isinstance(row["prompt"], str) else chat(row["prompt"])
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """What a run did, in order: `rollouts`, each a list of groups (prompt's row number, responses); `updates`, each the number of its
+    rollout and its responses; `first`, of every first update from a rollout the log-probs and the old ones."""
+    seen = SimpleNamespace(rollouts=[], updates=[], first=[])
+    steps, update, old_logps = OnlineEngine.steps, Step.__init__, OnlineEngine.old_logps
+
+    def watch_steps(engine, rollout, *arguments):
+        seen.rollouts.append([(int(example.extras["columns"]["answer"]), example.responses) for example in rollout.examples])
+        return steps(engine, rollout, *arguments)
+
+    def watch_update(step, engine, index, examples):
+        seen.updates.append((len(seen.rollouts) - 1, [response for example in examples for response in example.responses]))
+        update(step, engine, index, examples)
+
+    def watch_old_logps(engine, batch, logps):
+        old = old_logps(engine, batch, logps)
+        if (engine.step.index - 1) % engine.per_draw == 0:
+            seen.first.append((logps.detach(), old))
+        return old
+
+    monkeypatch.setattr(OnlineEngine, "steps", watch_steps)
+    monkeypatch.setattr(Step, "__init__", watch_update)
+    monkeypatch.setattr(OnlineEngine, "old_logps", watch_old_logps)
+    return seen
+
+
+def token_logps(lm, completion, temperature):
+    """(L,): each token of a completion, from the full logits of its own row."""
+    logits = lm(torch.tensor([completion.prompt + completion.tokens]), use_cache=False).logits[0]
+    places = range(len(completion.prompt) - 1, len(completion.prompt) + len(completion.tokens) - 1)
+    return torch.stack([torch.log_softmax(logits[place] / temperature, 0)[token] for place, token in zip(places, completion.tokens)])
+
+
+def mean_and_std(values, correction):
+    mean = sum(values) / len(values)
+    return mean, math.sqrt(sum((value - mean) ** 2 for value in values) / max(1, len(values) - correction))
+
+
+def by_group(completions):
+    groups = {}
+    for completion in completions:
+        groups.setdefault(completion.group, []).append(completion)
+    return groups.values()
+
+
+def normalised(completions, scale="group", baseline=True):
+    """GRPO's advantages."""
+    for group in by_group(completions):
+        scores = [completion.score for completion in group]
+        deviation = mean_and_std([completion.score for completion in completions] if scale == "batch" else scores, 1)[1]
+        for completion in group:
+            completion.advantage = completion.score - baseline * sum(scores) / len(scores)
+            completion.advantage /= deviation + 1e-4 if scale != "none" else 1
+
+
+def left_out(completions, kl_coef=0.05):
+    """RLOO's."""
+    for completion in completions:
+        completion.score -= kl_coef * sum(completion.kl)
+    for group in by_group(completions):
+        for completion in group:
+            others = [other.score for other in group if other is not completion]
+            completion.advantage = completion.score - sum(others) / len(others) if others else 0.0
+
+
+def whitened(completions, kl_coef=0.01, baseline=False):
+    """REINFORCE++'s: a list, one for each token."""
+    means = {group[0].group: sum(completion.score for completion in group) / len(group) for group in by_group(completions)}
+    for completion in completions:
+        score = completion.score - baseline * means[completion.group]
+        completion.advantage = [score - kl_coef * sum(completion.kl[i:]) for i in range(len(completion.tokens))]
+    mean, deviation = mean_and_std([value for completion in completions for value in completion.advantage], 0)
+    for completion in completions:
+        completion.advantage = torch.tensor([(value - mean) / deviation for value in completion.advantage])
+
+
+def surrogate(ratio, advantage, low, high):
+    """PPO's, negative: beyond 1 - low (or 1 + high) it is flat where that would be to the advantage's liking."""
+    bound = torch.where(torch.as_tensor(advantage) > 0, 1 + high, 1 - low)
+    beyond = (ratio > bound) == (torch.as_tensor(advantage) > 0)
+    return -torch.where(beyond, bound, ratio) * advantage
+
+
+def per_token(divide, low=0.02, high=0.02, beta=0.0):
+    """A loss of clipped token ratios; `divide(completions)`: how much each token of them counts."""
+    def loss_of(completions):
+        loss = 0.0
+        for completion, weight in zip(completions, divide(completions)):
+            losses = surrogate(torch.exp(completion.logps - completion.old), completion.advantage, low, high)
+            if beta:
+                distance = completion.reference - completion.logps
+                losses = losses + beta * (torch.exp(distance) - distance - 1)
+            loss = loss + weight * losses.sum()
+        return loss
+    return loss_of
+
+
+def completion_means(completions):
+    return [1 / len(completion.tokens) / len(completions) for completion in completions]
+
+
+def token_means(completions):
+    return [1 / sum(len(completion.tokens) for completion in completions)] * len(completions)
+
+
+def by_a_constant(completions):
+    return [1 / LIMIT / len(completions)] * len(completions)
+
+
+def per_completion(ratio, low, high):
+    def loss_of(completions):
+        return sum(surrogate(ratio(completion.logps - completion.old), completion.advantage, low, high)
+                   for completion in completions) / len(completions)
+    return loss_of
+
+
+def cispo_loss_of(completions):
+    return -sum((min(1.0005, torch.exp(logp - old).item()) * completion.advantage * logp
+                 for completion in completions for logp, old in zip(completion.logps, completion.old)), start=0.0
+                ) / sum(len(completion.tokens) for completion in completions)
+
+
+def punished(completions):
+    """DAPO's soft punishment of the last 6 of 10 tokens."""
+    for completion in completions:
+        completion.score -= max(0.0, (len(completion.tokens) - 4) / 6)
+    normalised(completions)
+
+
+def plain_loop(model, seen, reward, advantages, loss_of, skip=False, temperature=0.8, lr=1e-3, max_grad_norm=1.0):
+    """-> the metrics of every update, and the trained policy."""
+    policy, reference = (AutoModelForCausalLM.from_pretrained(model, attn_implementation="eager").eval() for _ in range(2))
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, foreach=False)
+    rows, logged = prompt_rows(8), []
+    for number, rollout in enumerate(seen.rollouts):
+        sampled = {}
+        for group, (answer, responses) in enumerate(rollout):
+            tokens = [response.tokens.tolist() for response in responses]
+            rewards = reward([None] * len(tokens), list(map(text_of, tokens)), answer=[str(answer)] * len(tokens))
+            for i, response in enumerate(responses):
+                sampled[id(response)] = completion = SimpleNamespace(
+                    group=group, prompt=prompt_ids(rows[answer]), tokens=tokens[i], reward=rewards[i], score=rewards[i],
+                    truncated=tokens[i][-1] != 258)
+                with torch.no_grad():
+                    completion.old, completion.reference = (token_logps(lm, completion, temperature) for lm in (policy, reference))
+                completion.kl = (completion.old - completion.reference).tolist()
+        judged = [completion for completion in sampled.values() if completion.reward is not None]
+        advantages(judged)
+        trained = [completion for completion in judged if not (skip and completion.truncated)]
+        groups = [[completion.reward for completion in group] for group in by_group(judged)]
+        empty = len(rollout) - len(groups)                        # groups without any reward
+        lengths = [len(completion.tokens) for completion in sampled.values()]
+        known = {"reward": sum(map(sum, groups)) / len(judged),
+                 "reward_std": sum(mean_and_std(group, 1)[1] for group in groups) / len(rollout),
+                 "frac_reward_zero_std": (sum(len(set(group)) == 1 for group in groups) + empty) / len(rollout),
+                 "completions/mean_length": sum(lengths) / len(lengths), "completions/max_length": max(lengths),
+                 "completions/clipped_ratio": sum(completion.truncated for completion in sampled.values()) / len(lengths)}
+        if len(judged) < len(sampled):
+            known["completions/without_reward"] = len(sampled) - len(judged)
+        used = [sampled[id(response)] for place, responses in seen.updates if place == number for response in responses]
+        for completion in used:
+            assert any(completion is other for other in trained)
+        assert len(used) % len(trained) == 0 or rollout is seen.rollouts[-1]      # every completion once per pass
+        for place, responses in seen.updates:
+            if place != number:
+                continue
+            completions = [sampled[id(response)] for response in responses]
+            for completion in completions:
+                completion.logps = token_logps(policy, completion, temperature)
+            loss = loss_of(completions)
+            optimizer.zero_grad()
+            loss.backward()
+            norm = math.sqrt(sum(float((parameter.grad.double() ** 2).sum()) for parameter in policy.parameters()))
+            for parameter in policy.parameters():
+                parameter.grad *= min(1.0, max_grad_norm / (norm + 1e-6))
+            optimizer.step()
+            entropies = [-logp.item() for completion in completions for logp in completion.logps]
+            logged.append({"loss": loss.item(), "grad_norm": norm, "entropy": sum(entropies) / len(entropies), **known})
+    return logged, policy
+
+
+NARROW = dict(epsilon=0.02, epsilon_high=0.02)      # so that clipping is at work
+GRPO = per_token(completion_means, beta=0.04)
+CASES = {    # name: (algorithm, its keys, the reward, advantages, loss of the completions of an update)
+    "grpo": ("grpo", NARROW, varied, normalised, GRPO),
+    "grpo-batch": ("grpo", NARROW | {"scale_rewards": "batch", "beta": 0}, varied, lambda made: normalised(made, "batch"),
+                   per_token(completion_means)),
+    "grpo-no-baseline": ("grpo", NARROW | {"scale_rewards": "none", "baseline": "false", "beta": 0.5}, varied,
+                         lambda made: normalised(made, "none", False), per_token(completion_means, beta=0.5)),
+    "grpo-none": ("grpo", NARROW, some, normalised, GRPO),
+    "grpo-truncated": ("grpo", NARROW | {"mask_truncated_completions": "true"}, varied, normalised, GRPO),
+    "dr_grpo": ("dr_grpo", NARROW, varied, lambda made: normalised(made, "none"), per_token(by_a_constant)),
+    "dapo": ("dapo", {"epsilon": 0.02, "epsilon_high": 0.03, "soft_overlong_cache": 0}, varied, normalised,
+             per_token(token_means, high=0.03)),
+    "dapo-all": ("dapo", {"epsilon": 0.02, "epsilon_high": 0.03, "soft_overlong_cache": 6, "mask_truncated_completions": "true"}, coarse,
+                 punished, per_token(token_means, high=0.03)),
+    "gspo": ("gspo", {}, varied, normalised, per_completion(lambda difference: torch.exp(difference.sum() / len(difference)), 3e-4, 4e-4)),
+    "cispo": ("cispo", {"epsilon_high": 1.0005}, varied, normalised, cispo_loss_of),
+    "rloo": ("rloo", NARROW, varied, left_out, per_completion(lambda difference: torch.exp(difference.sum()), 0.02, 0.02)),
+    "reinforce_pp": ("reinforce_pp", NARROW, varied, whitened, per_token(token_means)),
+    "reinforce_pp-baseline": ("reinforce_pp", NARROW | {"baseline": "true"}, some, lambda made: whitened(made, baseline=True),
+                              per_token(token_means)),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_updates_equal_a_plain_loop(files, run, seen, name):
+    """Four updates from one rollout, groups cut by small micro-batches, and two of the next, with which max_steps ends the run."""
+    algorithm, options, reward, advantages, loss_of = CASES[name]
+    keys = ONLINE[algorithm] | options | {"reward": f"{REWARDS}:{reward.__name__}"}
+    result = run(name, algorithm, **keys, max_steps=6, temperature=0.8, max_grad_norm=0.7, micro_batch_tokens=90)
+    assert len(seen.rollouts) == 2 and [place for place, _ in seen.updates] == [0, 0, 0, 0, 1, 1]
+    expected, policy = plain_loop(files["model"], seen, reward, advantages, loss_of, "mask_truncated_completions" in options,
+                                  max_grad_norm=0.7)
+    logged = metrics(result)
+    close(logged, expected, 1e-5)
+    assert_same_weights(final_weights(result), policy.state_dict(), 1e-4)      # AdamW magnifies the rounding of tiny gradients
+    assert max(row["grad_norm"] for row in expected) > 0.7                   # clipping the gradients was at work
+    region = "cispo_clip_ratio" if algorithm == "cispo" else "clip_ratio/region_mean"
+    assert logged[0][region] == logged[4][region] == 0 and max(row[region] for row in logged) > 0      # and that of the ratios
+    for logps, old in seen.first:
+        assert (logps - old).abs().max() < 1e-5
+    if name == "dapo-all":                                                   # groups all alike were replaced
+        assert [answer for answer, _ in seen.rollouts[0]] != [0, 1, 2] or logged[0]["frac_reward_zero_std"] == 0
+
+
+def once(algorithm):
+    return SAMPLED | {"num_ppo_epochs": 1} if algorithm == "ppo" else ONCE_GROUPS
+
+
+@pytest.mark.parametrize("algorithm", ONLINE)
+def test_the_cut_into_micro_batches_changes_nothing(run, seen, algorithm):
+    """One micro-batch = groups cut in pieces, prompts laid out for each completion, layers recomputed, completions decoded two at a time.
+    In the only update from a rollout the ratio is 1 to the bit."""
+    one = run("one", algorithm, **once(algorithm), micro_batch_tokens=100_000, max_steps=3)
+    assert len(seen.first) == 3 and all(torch.equal(logps, old) for logps, old in seen.first)
+    assert not any(row[name] for row in metrics(one) for name in row if name.startswith(("clip_ratio", "policy/clipfrac")))
+    other = run("other", algorithm, **once(algorithm), max_steps=3, micro_batch_tokens=90, rollout_batch_size=2, share_prompt="false",
+                attn_implementation="dense", gradient_checkpointing="true")
+    close(metrics(other), metrics(one), 1e-5)
+    assert_same_weights(final_weights(other), final_weights(one), 1e-4)      # lr is 1e-3: a tenth of an update
+
+
+# ---- held-out prompts ----
+
+@pytest.mark.parametrize("keys, steps", [(ONCE_GROUPS, [0, 2, 4, 5]), (GROUPS, [0, 4, 5])])
+def test_held_out_prompts_are_sampled_and_scored(files, run, keys, steps):
+    """At step 0, whenever a rollout ends and two updates have passed, and at the end: one completion each, with the same numbers."""
+    result = run("eval", "grpo", eval_data=files["eval"], **keys | {"max_steps": 5, "eval_every": 2, "rollout_batch_size": 2})
+    rows = metrics(result, "eval")
+    assert [row["step"] for row in rows] == steps
+    for row, model in ((rows[0], files["model"]), (rows[-1], result / "final")):
+        given = [torch.tensor(prompt_ids(line), dtype=torch.int32).numpy() for line in read(files["eval"])]
+        completions = sample(Policy(load_lm(str(model), torch.float32, "segments").eval()), byte_tokenizer(), given,
+                             [(0, 0, i) for i in range(5)], 1, Sampling(**SAMPLED))
+        tokens = [completion.tokens.tolist() for completion, in completions]
+        rewards = varied(None, list(map(text_of, tokens)), [line["answer"] for line in read(files["eval"])])
+        assert row["reward"] == pytest.approx(sum(rewards) / 5, abs=1e-6)
+        assert row["completions/mean_length"] == pytest.approx(sum(map(len, tokens)) / 5)
+        assert row["completions/clipped_ratio"] == pytest.approx(sum(not completion.finished for completion, in completions) / 5)
+
+
+def test_held_out_prompts_without_a_reward(files, run):
+    """No mean over none: metrics.jsonl holds numbers only."""
+    result = run("eval", "grpo", eval_data=files["eval"], **ONCE_GROUPS | {"max_steps": 1, "reward": f"{REWARDS}:some_low"})
+    row, _ = metrics(result, "eval")
+    assert "reward" not in row and row["completions/without_reward"] == 5
+    assert not any(isinstance(value, float) and math.isnan(value) for value in row.values())
+
+
+def test_several_rewards_are_weighed(run, seen):
+    """Where one does not judge a completion the others do."""
+    row, = metrics(run("two", "grpo", **ONCE_GROUPS | {"max_steps": 1, "reward": f"{REWARDS}:varied, {REWARDS}:some",
+                                                       "reward_weights": "2, -0.5"}))
+    texts = [(str(answer), text_of(response.tokens.tolist())) for answer, responses in seen.rollouts[0] for response in responses]
+    first, second = (function(None, [text for _, text in texts], [answer for answer, _ in texts]) for function in (varied, some))
+    known = [value for value in second if value is not None]
+    assert 0 < len(known) < len(texts) == 12 and "completions/without_reward" not in row
+    assert row["rewards/varied/mean"] == pytest.approx(sum(first) / 12)
+    assert row["rewards/some/mean"] == pytest.approx(sum(known) / len(known))
+    assert row["reward"] == pytest.approx((2 * sum(first) - 0.5 * sum(known)) / 12)
+
+
+def test_watching_changes_nothing(files, run):
+    keys = GROUPS | {"max_steps": 6}
+    bare = run("bare", "grpo", **keys)
+    watched = run("watched", "grpo", **keys | {"eval_every": 1}, eval_data=files["eval"], sample_every=1, save_every=1)
+    assert_same_weights(final_weights(watched), final_weights(bare))
+    assert metrics(watched) == metrics(bare)
+    samples = read(watched / "samples.jsonl")
+    assert [line["step"] for line in samples] == [step for step in range(1, 7) for _ in range(3)]
+    for line in samples:
+        assert line["reward"] in [row["reward"] for row in samples if row["completion"] == line["completion"]]
+
+
+# ---- what stops a run ----
+
+def refused(run, *arguments, name="refused", **keys):
+    with pytest.raises(UserError) as caught:
+        run(name, *arguments, **keys)
+    assert "\n" not in str(caught.value) and "; fix: " in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("error", [3e-4, -3e-4, math.nan])
+@pytest.mark.parametrize("algorithm", ["grpo", "ppo"])
+def test_a_sampler_that_differs_stops_the_run(run, tmp_path, monkeypatch, algorithm, error):
+    def wrong(*arguments):
+        return [[completion._replace(logps=completion.logps + error) for completion in group] for group in sample(*arguments)]
+    monkeypatch.setattr("engine.online.sample", wrong)
+    with pytest.raises(RunError, match="the training forward and the sampler differ by .* of rollout 1"):
+        run("wrong", algorithm, **ONLINE[algorithm])
+    assert metrics(tmp_path / "wrong") == []
+
+
+def test_weights_that_do_not_move_stop_the_run(run):
+    with pytest.raises(RunError, match="no weight moved in the first update"):
+        run("still", "grpo", **once("grpo"), max_steps=1, lr=1e-30)
+
+
+def test_rewards_that_are_none_everywhere_stop_the_run(run):
+    assert "no completion of rollout 1 can be trained" in refused(run, "grpo", **GROUPS | {"reward": f"{REWARDS}:none"})
+
+
+def test_a_reward_that_is_not_a_number_names_itself_prompt_and_completion(run):
+    error = refused(run, "grpo", **GROUPS | {"reward": f"{REWARDS}:nan", "batch_size": 3})
+    assert "reward nan returned nan, prompt 'Add 2. Go! Go!', completion '" in error
+
+
+def test_gold_answers_that_do_not_verify_stop_the_run_before_sampling(files, run, tmp_path, monkeypatch):
+    monkeypatch.setattr("engine.online.sample", None)
+    rows = [row | {"answer": "none"} if i == 3 else row for i, row in enumerate(prompt_rows(8))]
+    data = write_jsonl(tmp_path / "gold.jsonl", rows)
+    for key in ("data", "eval_data"):
+        error = refused(run, "grpo", name=key, **GROUPS | {key: data} | {"reward": "gsm8k"})
+        assert "gsm8k cannot verify the gold answers of 1 of" in error and "gold.jsonl:4 ('none')" in error
+
+
+@pytest.mark.parametrize("key, value, says", [
+    ("temperature", 0, "temperature ("), ("reward", None, "reward is missing in"), ("num_generations", 1, "num_generations ("),
+    ("num_mini_batches", 4, "num_mini_batches is 4, more than the 3 prompts"),
+    ("max_completion_length", 256, "leaves no room for a prompt")])
+def test_impossible_keys_are_refused(run, key, value, says):
+    assert says in refused(run, "grpo", **GROUPS | {key: value})
