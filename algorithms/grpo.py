@@ -44,7 +44,7 @@ class Config(Sampling):
     epsilon: float = 0.2           # a ratio below 1 - epsilon earns nothing more; a large one, such as 1000, switches clipping off
     epsilon_high: float = 0.2      # the same above 1 + epsilon_high
     beta: float = 0.04             # weight of the KL to the reference; 0 needs no reference
-    baseline: bool = True          # false: the advantage is the reward itself, without the group's mean
+    baseline: bool = True          # false: the advantage is the reward itself, neither centered nor scaled
     scale_rewards: Literal["group", "batch", "none"] = "group"    # advantages in standard deviations of the group, of all, or as they are
     mask_truncated_completions: bool = False    # completions cut at max_completion_length are judged but not trained
     reference: str | None = None   # model directory or hub name; none: the start model
@@ -58,8 +58,8 @@ def group_advantages(rewards, scale_rewards="group", baseline=True):
         judged = {"group": group, "batch": everywhere, "none": group}[scale_rewards]
         judged = judged[~judged.isnan()]
         std = judged.std() if len(judged) > 1 else torch.tensor(0.0)
-        centered = group - group.nanmean() if baseline else group
-        advantages.append(centered if scale_rewards == "none" else centered / (std + 1e-4))
+        centered = group - group.nanmean()
+        advantages.append(group if not baseline else centered if scale_rewards == "none" else centered / (std + 1e-4))
     return advantages
 
 

@@ -49,7 +49,7 @@ ROWS = {    # name -> the YAML's algorithm and what differs from it
 SLOW = ["lr=1e-4", "batch_size=16", "eval_every=1000", "max_steps=16"]      # so that the differences show before all of them are at the top
 ABLATIONS = {    # of grpo: what studies of it on GSM8K switch on and off
     "grpo, slow": ("grpo", SLOW),
-    "no baseline": ("grpo", [*SLOW, "baseline=false", "scale_rewards=none"]),
+    "no baseline": ("grpo", [*SLOW, "baseline=false"]),
     "std off": ("grpo", [*SLOW, "scale_rewards=none"]),
     "std off, over a constant": ("dr_grpo", SLOW),
     "4 updates per rollout": ("grpo", [*SLOW, "max_steps=64", "num_iterations=4"]),

@@ -111,7 +111,7 @@ def test_group_advantages(scale_rewards, baseline):
     expected = []
     for group in GROUPS:
         divisor = {"group": spread(group) + 1e-4, "batch": everywhere + 1e-4, "none": 1.0}[scale_rewards]
-        expected.append([reward / divisor for reward in (centered(group) if baseline else group)])
+        expected.append([reward / divisor for reward in centered(group)] if baseline else group)
     assert_groups(grpo.group_advantages(tensors(GROUPS), scale_rewards, baseline), expected)
 
 
