@@ -2,12 +2,13 @@
 import math
 from dataclasses import replace
 
+import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from data.dataset import load_datasets
 from data.errors import UserError
-from data.pack import order, pack
+from data.pack import Example, Response, order, pack
 from engine import lora
 from engine.checkpoint import model_path
 from engine.config import describe
@@ -28,18 +29,24 @@ def dry_run(run_config, kind: str, world: int = 1) -> None:
             section(f"{name} data", audit(report))
     section("first example, trained tokens marked [[ ]]", marked(train_set[0], tokenizer))
 
+    per_draw = 1                                         # updates made from batch_size rows
+    if kind == "prompts":                                # with completions as long as they may become
+        completions = [Response.all_trained(np.zeros(config.max_completion_length))] * getattr(config, "num_generations", 1)
+        train_set = [Example(example.prompt, completions, example.where) for example in train_set]
+        per_draw = math.prod(getattr(config, key, 1) for key in ("num_iterations", "num_ppo_epochs", "num_mini_batches"))
     plan = order(len(train_set), common.batch_size, common.seed, 0, common.shuffle)
     share = common.share_prompt != "false"
     micro_batches = [pack([train_set[i].size(share) for i in members], common.micro_batch_tokens, world)[0] for members in plan]
-    total = common.max_steps or math.ceil(common.epochs * len(plan))
+    total = common.max_steps or math.ceil(common.epochs * len(plan) * per_draw)
     sizes = [sum(train_set[members[i]].size(share) for i in part) for members, parts in zip(plan, micro_batches) for part in parts]
+    unit, each = ("rollout", f", {per_draw} updates from each") if kind == "prompts" else ("update", "")
     section("batches", [
-        f"{len(train_set)} examples / batch_size {common.batch_size} = {len(plan)} updates per epoch, {total} updates in all",
-        f"{len(sizes) / len(plan):.1f} micro-batches per update, of {max(sizes)} tokens at most "
+        f"{len(train_set)} examples / batch_size {common.batch_size} = {len(plan)} {unit}s per epoch{each}, {total} updates in all",
+        f"{len(sizes) / len(plan):.1f} micro-batches per {unit}, of {max(sizes)} tokens at most "
         f"(micro_batch_tokens {common.micro_batch_tokens})",
         f"prompts shared: {sum(e.size() for e in train_set)} tokens per epoch; one copy per response: "
         f"{sum(e.size(False) for e in train_set)}"])
-    section("memory forecast per device", forecast(common, config, train_set, max(sizes)))
+    section("memory forecast per device", forecast(common, config, train_set, max(sizes), kind == "prompts"))
     print("\nnothing was trained (--dry-run)")
 
 
@@ -70,7 +77,7 @@ def marked(example, tokenizer) -> list[str]:
     return lines
 
 
-def forecast(common, config, train_set: list, tokens: int) -> list[str]:
+def forecast(common, config, train_set: list, tokens: int, online: bool = False) -> list[str]:
     """Weights, gradients, optimizer, reference and the largest micro-batch, in GB, from the model's configuration alone."""
     adapter, base = is_adapter(common.model), base_of(common.model)
     try:
@@ -94,12 +101,17 @@ def forecast(common, config, train_set: list, tokens: int) -> list[str]:
     at_once = LOGITS_AT_ONCE["cuda" if torch.cuda.is_available() else "cpu"]
     logits = 2 * 4 * min(at_once, tokens * vocabulary) + (0 if frozen else 4 * hidden * vocabulary)      # a slice twice
     table = 4 * sum(example.num_trained for example in train_set) if hasattr(config, "reference") else 0
+    # online a second model must answer for every new completion; under a fresh adapter it is the policy without that
+    reference = (getattr(config, "beta", 0) or getattr(config, "kl_coef", 0)) and (adapter or not common.lora_r)
+    critic = getattr(config, "share_value_trunk", True) is False
     rows = {
         f"trained weights, fp32 ({millions(trained)} of {millions(trained + frozen)} parameters)": 4 * trained,
         **({f"frozen weights{', 4-bit' if matrices else ''}": width * (frozen - matrices) + 0.52 * matrices} if frozen else {}),
         "gradients, fp32": 4 * trained,
         "optimizer (AdamW: two moments, fp32)": 8 * trained,
-        "reference (its log-probs only; no second model)": table,
+        **({"reference (a frozen model)": width * (trained + frozen)} if reference and online else
+           {} if online else {"reference (its log-probs only; no second model)": table}),
+        **({"critic (weights, gradients, optimizer)": 16 * trained + width * frozen} if critic else {}),
         f"one micro-batch of {tokens} tokens": activations,
         "a slice of the logits" + ("" if frozen else " and the head's gradient"): logits,
     }

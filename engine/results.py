@@ -123,15 +123,16 @@ def load_examples(settings, kind: str, path: str, tokenizer, notice):
 
 def load_prompts(settings, path: str, tokenizer, verifies_r1_zero: bool, notice):
     """(examples of kind "prompts", their report, the settings with prompt_template and stop as they are used)."""
-    trained, auto = read_config(settings.model) or {}, settings.prompt_template == "auto"      # of a run: with what it was trained
-    if auto:
+    model = os.path.normpath(settings.model)
+    trained = read_config(model) or read_config(os.path.dirname(model)) or {}      # of a run, or its final/: with what it was trained
+    if auto := settings.prompt_template == "auto":
         settings = replace(settings, prompt_template=cast(trained.get("prompt_template", "null"), str | None))
     told = []
     examples, report = load_examples(settings, "prompts", path, tokenizer, told.append)
     bare = all(example.extras["prompt"] == example.extras["columns"].get("question") for example in examples)
     if bare and not settings.prompt_template and not (auto and "prompt_template" in trained):
         if tokenizer.chat_template:
-            examples = [as_turn(example, Tokeniser(tokenizer)) for example in examples]
+            examples = as_turns(examples, settings, tokenizer, told.append)
         elif auto and verifies_r1_zero:
             told, settings = [], replace(settings, prompt_template="r1_zero")
             examples, report = load_examples(settings, "prompts", path, tokenizer, told.append)
@@ -145,10 +146,19 @@ def load_prompts(settings, path: str, tokenizer, verifies_r1_zero: bool, notice)
     return examples, report, settings
 
 
-def as_turn(example: Example, tokeniser: Tokeniser) -> Example:
-    """A prompt of plain text as a conversation."""
-    messages = [{"role": "user", "content": example.extras["prompt"]}]
-    return Example(np.array(tokeniser.prompt_ids(messages), np.int32), [], example.where, example.extras | {"prompt": messages})
+def as_turns(examples: list[Example], settings, tokenizer, notice) -> list[Example]:
+    """Prompts of plain text as conversations."""
+    tokeniser, turns = Tokeniser(tokenizer), []
+    for example in examples:
+        messages = [{"role": "user", "content": example.extras["prompt"]}]
+        ids = np.array(tokeniser.prompt_ids(messages), np.int32)
+        if len(ids) + settings.max_completion_length <= settings.max_length:
+            turns.append(Example(ids, [], example.where, example.extras | {"prompt": messages}))
+    if len(turns) < len(examples):
+        notice(f"{len(examples) - len(turns)} of {len(examples)} prompts dropped: longer than max_length with the chat template")
+    if not turns:
+        raise UserError(f"no prompt of {settings.data} fits with the chat template; fix: raise max_length, or lower max_completion_length")
+    return turns
 
 
 # ---- completions ------------------------------------------------------------------------------------------------------

@@ -150,8 +150,16 @@ def test_a_run_is_asked_as_it_was_trained(run, folder):
     trained = folder / "trained"
     shutil.copytree(folder / "chat", trained)
     (trained / "config.yaml").write_text(f"prompt_template: {folder / 'some.prompt'}\nstop: END\n")
-    rows, summary, _ = run("trained", "gsm8k-test.jsonl", reward="r1_zero", limit=1)
-    assert rows[0]["prompt"] == "Q: What is 0 plus 0? A:" and summary["settings"]["stop"] == "END"
+    shutil.copytree(folder / "chat", trained / "final")
+    for model in ("trained", "trained/final"):
+        rows, summary, _ = run(model, "gsm8k-test.jsonl", model.replace("/", "-"), reward="r1_zero", limit=1)
+        assert rows[0]["prompt"] == "Q: What is 0 plus 0? A:" and summary["settings"]["stop"] == "END"
+
+
+def test_what_is_too_long_with_the_chat_template_is_told(run):
+    """The longest question, 18 bytes, fits as it is but not as a turn of 62; of max_length 10 are the completion's."""
+    with pytest.raises(UserError, match="no prompt .* fits with the chat template; fix: raise max_length"):
+        run("chat", "gsm8k-test.jsonl", reward="r1_zero", max_length=40)
 
 
 def test_greedy_is_what_the_library_generates(run, folder):

@@ -45,10 +45,10 @@ def letters(prompts, completions, answer, **columns):
 
 def some(prompts, completions, answer, **columns):
     return [None if gold in ("1", "4") else value for gold, value in zip(answer, letters(prompts, completions, answer))]
-
-def none(prompts, completions, **columns):
-    return [None] * len(completions)
 '''
+NAMES = {*"objective/kl objective/entropy objective/non_score_reward objective/rlhf_reward objective/scores policy/approxkl_avg "
+         "policy/clipfrac_avg policy/entropy_avg loss/policy_avg loss/value_avg val/clipfrac_avg val/ratio val/ratio_var "
+         "val/num_eos_tokens lr eps episode".split()}      # TRL's
 
 
 def flat(x):
@@ -286,6 +286,8 @@ def test_the_first_update_from_a_rollout(run):
     assert first["objective/kl"] == first["objective/non_score_reward"] == first["val/mean"] == first["val/explained_variance"] == 0
     assert later["objective/kl"] != 0 and later["val/mean"] != 0 and later["val/explained_variance"] != 0
     assert (first["episode"], later["episode"]) == (5, 10)
+    for line in (run("whole") / "metrics.jsonl").read_text().splitlines():
+        assert NAMES < json.loads(line).keys() and json.loads(line)["eps"] > 0
 
 
 CHANGED = {
