@@ -23,7 +23,7 @@ from engine.model import segments_attention
 PREFILL_TOKENS = 8192                  # of prompts in one forward
 CACHE_BYTES = 2 ** 31                  # of keys and values at a time on a CPU; on a GPU half of its free memory
 BLOCK = 512                            # tokens of the vocabulary in a block of the distribution function
-SLICE = 2048                           # rows of the head in one matrix product on a CPU: its part of the logits stays in the cache
+SLICE = 2048                           # rows of a weight in one matrix product on a CPU: what it gives stays in the cache
 FEW = 64                               # rows up to which weight @ x.T beats x @ weight.T on a CPU
 
 
@@ -149,12 +149,21 @@ AttentionInterface.register("rollout", rollout_attention)
 
 # ---- from hidden states to tokens -------------------------------------------------------------------------------------
 
+def few_rows_product(x, weight, buffer=None):
+    """x @ weight.T (n, N) for few rows x (n, K) on a CPU, as a view of `buffer`: weight @ x.T, by slices of the weight, is up to
+    twice as fast."""
+    result = x.new_empty(len(weight), len(x)) if buffer is None else buffer[:len(weight) * len(x)].view(len(weight), len(x))
+    for start in range(0, len(weight), SLICE):
+        torch.mm(weight[start:start + SLICE], x.T, out=result[start:start + SLICE])
+    return result.T
+
+
 def few_rows_linear(self, x):
-    """A linear layer's forward for few rows on a CPU, where weight @ x.T is up to twice as fast as x @ weight.T."""
+    """The forward of a linear layer, by `few_rows_product` where it is faster."""
     rows = x.reshape(-1, x.shape[-1])
     if len(rows) > FEW:
         return F.linear(x, self.weight, self.bias)
-    result = (self.weight @ rows.T).T
+    result = few_rows_product(rows, self.weight)
     return (result if self.bias is None else result + self.bias).reshape(*x.shape[:-1], -1)
 
 
@@ -170,39 +179,37 @@ def few_rows(lm):
             del layer.forward
 
 
-def head_logits(hidden, weight, buffer=None):
-    """(n, D), (V, D) -> logits (n, V) fp32; on a CPU a view of `buffer`, of at least n * V numbers."""
-    if buffer is None:
-        return F.linear(hidden, weight).float()
-    logits = buffer[:len(hidden) * len(weight)].view(len(weight), len(hidden))
-    for start in range(0, len(weight), SLICE):
-        torch.mm(weight[start:start + SLICE], hidden.T, out=logits[start:start + SLICE])
-    return logits.T
-
-
 def draw(logits, uniforms, temperature: float, top_p: float = 1.0, top_k: int = 0):
     """(n, V) fp32, which are overwritten, and (n,) float64 in [0, 1) -> tokens (n,) and their log-probs (n,) at the temperature
     (before top_p and top_k). Temperature 0 takes the likeliest token, with its log-prob at 1."""
-    greedy = logits.argmax(1) if temperature == 0 else None
-    logits.sub_(logits.amax(1, keepdim=True))
-    if temperature not in (0, 1):
-        logits.div_(temperature)
-    weights = torch.exp(logits)                                                        # (n, V)
-    sums = block_sums(weights)
+    tokens = logits.argmax(1) if temperature == 0 else None
+    pieces = logits.split(SLICE if logits.device.type == "cpu" else logits.shape[1], 1)      # on a CPU a piece stays in its cache
+    maximum = torch.stack([piece.amax(1) for piece in pieces]).amax(0)[:, None]
+    for piece in pieces:                                                               # logits become weights, (n, V)
+        piece.sub_(maximum)
+        if temperature not in (0, 1):
+            piece.div_(temperature)
+        piece.exp_()
+    sums = torch.cat([block_sums(piece) for piece in pieces], 1)
     normalizer = sums.sum(1).log()
-    if greedy is None:
-        if top_k or top_p < 1:
-            restrict(weights, top_p, top_k)
-            sums = block_sums(weights)
-        greedy = invert(weights, sums, uniforms)
-    return greedy, (logits.gather(1, greedy[:, None])[:, 0].double() - normalizer).float()
+    weights = logits
+    if top_k or top_p < 1:
+        weights = logits.clone()
+        restrict(weights, top_p, top_k)
+        sums = block_sums(weights)
+    if tokens is None:
+        tokens = invert(weights, sums, uniforms)
+    return tokens, (logits.gather(1, tokens[:, None])[:, 0].double().log() - normalizer).float()
 
 
 def block_sums(weights):
-    """(n, V) -> (n, blocks) float64: the sums over blocks of BLOCK tokens; the last may be shorter."""
+    """(n, V) -> (n, blocks) float64: the sums over blocks of BLOCK tokens; the last may be shorter. Sixteen at a time are added in
+    fp32, the rest in float64."""
     whole = weights.shape[1] // BLOCK * BLOCK
-    sums = weights[:, :whole].unflatten(1, (-1, BLOCK)).sum(2, dtype=torch.float64)
-    return torch.cat([sums, weights[:, whole:].sum(1, keepdim=True, dtype=torch.float64)], 1)
+    sums = weights[:, :whole].unflatten(1, (-1, BLOCK // 16, 16)).sum(3).sum(2, dtype=torch.float64)
+    if whole < weights.shape[1]:
+        sums = torch.cat([sums, weights[:, whole:].sum(1, keepdim=True, dtype=torch.float64)], 1)
+    return sums
 
 
 def invert(weights, sums, uniforms):
@@ -308,7 +315,8 @@ def decode(lm, prompts: list[np.ndarray], uniforms, sampling: Sampling, stops: S
     active = list(range(count))                                    # which row each row of the batch is
     positions = torch.tensor([len(prompt) for prompt in prompts], device=device)
     for i in range(longest):
-        drawn, drawn_logps = draw(head_logits(hidden, head, buffer), uniforms[:, i], sampling.temperature, sampling.top_p, sampling.top_k)
+        logits = F.linear(hidden, head).float() if buffer is None else few_rows_product(hidden, head, buffer)
+        drawn, drawn_logps = draw(logits, uniforms[:, i], sampling.temperature, sampling.top_p, sampling.top_k)
         tokens[active, i], logps[active, i] = drawn.cpu().numpy(), drawn_logps.cpu().numpy()
         alive = []
         for place, row in enumerate(active):
