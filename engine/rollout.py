@@ -23,7 +23,7 @@ from engine.model import segments_attention
 PREFILL_TOKENS = 8192                  # of prompts in one forward
 CACHE_BYTES = 2 ** 31                  # of keys and values at a time on a CPU; on a GPU half of its free memory
 BLOCK = 512                            # tokens of the vocabulary in a block of the distribution function
-SLICE = 2048                           # rows of a weight in one matrix product on a CPU: what it gives stays in the cache
+SLICE = 2048                           # rows of a weight, or logits of a row, that are handled together on a CPU
 FEW = 64                               # rows up to which weight @ x.T beats x @ weight.T on a CPU
 
 
@@ -184,7 +184,7 @@ def draw(logits, uniforms, temperature: float, top_p: float = 1.0, top_k: int = 
     (before top_p and top_k). Temperature 0 takes the likeliest token, with its log-prob at 1."""
     tokens = logits.argmax(1) if temperature == 0 else None
     pieces = logits.split(SLICE if logits.device.type == "cpu" else logits.shape[1], 1)      # on a CPU a piece stays in its cache
-    maximum = torch.stack([piece.amax(1) for piece in pieces]).amax(0)[:, None]
+    maximum = largest(logits)
     for piece in pieces:                                                               # logits become weights, (n, V)
         piece.sub_(maximum)
         if temperature not in (0, 1):
@@ -200,6 +200,13 @@ def draw(logits, uniforms, temperature: float, top_p: float = 1.0, top_k: int = 
     if tokens is None:
         tokens = invert(weights, sums, uniforms)
     return tokens, (logits.gather(1, tokens[:, None])[:, 0].double().log() - normalizer).float()
+
+
+def largest(logits):
+    """(n, V) -> (n, 1): the maximum of each row. On a CPU element-wise maxima of halves are faster than `amax`."""
+    while logits.device.type == "cpu" and logits.shape[1] > SLICE and logits.shape[1] % 2 == 0:
+        logits = torch.maximum(*logits.chunk(2, 1))
+    return logits.amax(1, keepdim=True)
 
 
 def block_sums(weights):
