@@ -1,6 +1,7 @@
 """`benchmark/vs_trl.py` compares like with like: for every algorithm both sides see the same token ids and agree over three updates."""
 import importlib.util
 import signal
+import sys
 
 import pytest
 
@@ -42,3 +43,19 @@ def test_both_sides_agree(algorithm, changes, tmp_path):
     same_loss = algorithm != "orpo" and (algorithm not in ("kto", "cpo") or job["per_device"] == 4)
     assert {update for update, *_ in rows} == ({1, 2, 3} if same_loss else {1})
     assert ("loss" in [name for _, name, *_ in rows]) == same_loss
+
+
+def test_grpo_makes_trls_update_from_trls_completions(tmp_path, monkeypatch):
+    from engine import online, rollout
+    monkeypatch.setitem(sys.modules, "vs_trl", vs_trl)                                 # as which the script knows it
+    from benchmark import vs_trl_grpo
+    for owner, name in ((online, "sample"), (online.OnlineEngine, "old_logps"), (rollout.Stops, "__call__")):
+        monkeypatch.setattr(owner, name, getattr(owner, name))                         # put back what the benchmark replaces
+    job = job_of("grpo", tmp_path) | {"prompts": 2, "group": 4, "length": 12, "rollouts": 1, "stop_share": 0.1, "per_device": 8,
+                                      "rows": f"{tmp_path}/prompts.jsonl"}
+    vs_trl_grpo.prepare(job)
+    theirs = vs_trl_grpo.train_trl(job)
+    ours = vs_trl_grpo.train_ours(job | {"replay": theirs["completions"]})
+    assert ours["prompts"] == theirs["prompts"]
+    assert len({len(ids) for group in theirs["completions"] for ids in group}) > 1
+    assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=vs_trl.TOLERANCE)
