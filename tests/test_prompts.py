@@ -30,12 +30,13 @@ def build(tmp_path, rows, max_length=1000, tokenizer=TOKENIZER, **options):
     return build_dataset(write_jsonl(tmp_path / "x.jsonl", rows), "prompts", tokenizer, max_length, **options)
 
 
-def load(tmp_path, rows, tokenizer=TOKENIZER, prompt_template=None, **config):
+def load(tmp_path, rows, tokenizer=TOKENIZER, prompt_template=None, max_completion_length=0, **config):
     """load_datasets -> (train, eval, reports, notices)."""
     notices = []
     common = SimpleNamespace(**{"data": write_jsonl(tmp_path / "x.jsonl", rows), "eval_data": None, "eval_fraction": 0.0, "seed": 0,
                                 "max_length": 1000, "truncate": "none", "hh": "messages"} | config)
-    return *load_datasets(common, SimpleNamespace(prompt_template=prompt_template), "prompts", tokenizer, notices.append), notices
+    config = SimpleNamespace(max_completion_length=max_completion_length, prompt_template=prompt_template)
+    return *load_datasets(common, config, "prompts", tokenizer, notices.append), notices
 
 
 @pytest.mark.parametrize("row, prompt", [
@@ -178,3 +179,12 @@ def test_prompts_of_scored_datasets(monkeypatch, name, row):
     monkeypatch.setattr(datasets, "load_dataset", lambda *arguments, **options: [row])
     example, = build_dataset(name, "prompts", TOKENIZER, 99, template="Q: {question}").examples
     assert example.extras["prompt"] == "Q: q"
+
+
+def test_a_prompt_leaves_room_for_its_completion(tmp_path):
+    rows = [{"prompt": "p" * length} for length in (3, 10, 11)]                        # bytes are tokens
+    train, _, reports, _ = load(tmp_path, rows, byte_tokenizer(False), max_length=30, max_completion_length=20)
+    assert [len(example.prompt) for example in train] == [3, 10]
+    assert reports["train"]["dropped"] == {"longer than max_length": 1}
+    with pytest.raises(UserError, match="max_completion_length is 30, which leaves no room for a prompt in max_length 30"):
+        load(tmp_path, rows, byte_tokenizer(False), max_length=30, max_completion_length=30)
