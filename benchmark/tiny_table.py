@@ -58,7 +58,7 @@ ABLATIONS = {    # of grpo: what studies of it on GSM8K switch on and off
 ALL = ROWS | ABLATIONS
 LOCKS = defaultdict(threading.Lock)                      # of a row and seed: two rows may need the same reward model
 COLUMNS = {"seconds": 1, "sampled": 100, "greedy": 100, "format": 100, "pairs": 100, "KL": 1, "reward": 1}    # and the factor to its unit
-T95 = {1: 0.0, 2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}                   # Student's t by the number of seeds
+T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}                   # Student's t by the number of seeds
 
 
 def folder_of(row: str, seed: int) -> Path:
@@ -157,9 +157,9 @@ def cell(name: str, numbers: list) -> str:
     if not numbers:
         return "-"
     numbers = [number * COLUMNS[name] for number in numbers]
-    if name == "seconds":
-        return f"{statistics.mean(numbers):.0f}"
-    spread = statistics.stdev(numbers) / len(numbers) ** 0.5 * T95[len(numbers)] if len(numbers) > 1 else 0.0
+    if name == "seconds" or len(numbers) == 1:
+        return f"{statistics.mean(numbers):.{0 if name == 'seconds' else 1}f}"
+    spread = statistics.stdev(numbers) / len(numbers) ** 0.5 * T95[len(numbers)]
     return f"{statistics.mean(numbers):.1f} ± {spread:.1f}"
 
 
@@ -170,7 +170,7 @@ def main() -> None:
     parser.add_argument("--ablations", action="store_true", help="the rows of the ablations of grpo")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
     args = parser.parse_intermixed_args()
-    if len(args.seeds) not in T95:
+    if len(args.seeds) > max(T95):
         parser.error(f"--seeds takes 1 to {max(T95)} seeds")
     if unknown := set(args.rows) - set(ALL):
         parser.error(f"no such row: {', '.join(unknown)}")
