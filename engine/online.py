@@ -34,8 +34,7 @@ class OnlineEngine(Engine):
     def rollouts(self, config, num_generations: int = 1, epochs: int = 1, mini_batches: int = 1, samples: int = 0):
         """Iterate the rollouts of the run: completions of the next `batch_size` prompts, `num_generations` of each. Each is used for
         `epochs` passes over its prompts in `mini_batches` parts. `samples`: how often samples.jsonl gets some of them in the run, where
-        sample_every does not say. Before, between and after them the held-out prompts are sampled and
-        scored when that is due."""
+        sample_every does not say. Before, between and after them the held-out prompts are sampled and scored when that is due."""
         if mini_batches > self.config.batch_size:
             raise UserError(f"num_mini_batches is {mini_batches}, more than the {self.config.batch_size} prompts of a rollout; "
                             "fix: raise batch_size")
