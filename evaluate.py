@@ -8,13 +8,13 @@ an interrupted evaluation; its numbers are those of an undisturbed one.
 import json
 import math
 import os
-import sys
 from dataclasses import dataclass, replace
 
-from data.errors import UserError
+from data.errors import UserError, run_program
 from data.hub import SHORT
 from engine.checkpoint import model_path
 from engine.load import load_tokenizer
+from engine.model import is_reward_model
 from engine.results import (
     Results,
     Settings,
@@ -23,12 +23,13 @@ from engine.results import (
     help_text,
     load_examples,
     name_of,
+    notice,
     read_settings,
     used_by,
     with_lengths,
     write,
 )
-from engine.score import is_reward_model, load_frozen, scores
+from engine.score import load_frozen, scores
 
 PAIRS_AT_ONCE = 64
 
@@ -64,10 +65,6 @@ def main(argv: list[str]) -> None:
             around = f"   (95 %: {interval[0]:.4g} to {interval[1]:.4g})" if interval else ""
             print(f"  {key:<16} {value:.{4 if isinstance(value, float) else 12}g}{around}")
     print(f"results  {results}\nsummary  {file}")
-
-
-def notice(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 # ---- averages ---------------------------------------------------------------------------------------------------------
@@ -180,12 +177,4 @@ def preferences(settings: Config, path: str, name: str) -> tuple[list[dict], dic
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except UserError as error:
-        if "--debug" in sys.argv:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run_program(main)

@@ -9,12 +9,11 @@ nothing again.
 """
 import json
 import os
-import sys
 from dataclasses import dataclass, replace
 
-from data.errors import RunError, UserError
+from data.errors import RunError, UserError, run_program
 from engine.checkpoint import model_path
-from engine.results import Settings, complete, default_output, help_text, read_settings, write
+from engine.results import Settings, complete, default_output, help_text, notice, read_settings, write
 
 
 @dataclass(kw_only=True)
@@ -43,10 +42,6 @@ def main(argv: list[str]) -> None:
     if not best:
         raise RunError(f"no completion is kept in {settings.output}; fix: raise n, or lower min_reward")
     print("\n".join(os.path.join(settings.output, name) for name in ("sft.jsonl", "preference.jsonl", "summary.json")))
-
-
-def notice(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def select(rows: list[dict], min_reward: float | None) -> tuple[list[dict], list[dict], dict]:
@@ -104,12 +99,4 @@ def turn(row: dict) -> dict:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except UserError as error:
-        if "--debug" in sys.argv:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run_program(main)

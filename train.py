@@ -7,7 +7,7 @@ import shlex
 import sys
 from dataclasses import replace
 
-from data.errors import UserError
+from data.errors import run_program
 from engine.config import as_yaml, help_text, load_config
 
 
@@ -61,12 +61,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except KeyboardInterrupt:      # before the engine takes over the signals there is nothing to save
-        sys.exit(130)
-    except UserError as error:
-        if "--debug" in sys.argv:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+    run_program(main)

@@ -39,7 +39,7 @@ PROGRESS = "reward"                # the number shown beside the loss
 
 
 @dataclass
-class Config(Sampling):
+class Config(Sampling):             # reward, temperature, max_completion_length, ...: see engine/rollout.py
     num_generations: int = 8       # completions per prompt: the group
     num_iterations: int = 1        # passes over each rollout
     num_mini_batches: int = 1      # updates per pass
@@ -97,7 +97,7 @@ def train(engine, config):
         rollout["advantages"] = group_advantages(rewards)                                                               # 3 advantage
         for step in engine.steps(rollout, rollout["truncated"] if config.mask_truncated_completions else None):
             for batch in step:                                     # 4 loss, one micro-batch
-                logps = policy(batch, config.temperature)
+                logps = policy(batch, config.temperature)          # (N,) of the sampled tokens; old_logps: when they were sampled
                 losses, metrics = dapo_loss(logps, engine.old_logps(batch, logps), batch.expand(batch.extra("advantages")),
                                             config.epsilon, config.epsilon_high)
                 (losses.sum() / step.num_tokens).backward()        # mean over the tokens of the whole update

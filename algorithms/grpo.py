@@ -8,6 +8,7 @@ Symbols:  log pi(o_t)       logps              of each token of a completion, at
           log pi_ref(o_t)   reference_logps
           r, A              rewards, advantages    one per completion; all its tokens have the same
           eps, eps_high     epsilon, epsilon_high
+          G, mu             num_generations, num_iterations
 Trains:   the policy: every weight, or with lora_r an adapter. The reference is frozen, and only there if beta > 0.
 Data:     {"prompt": ..., "answer": ...}: a prompt and whatever columns the reward reads
 Divided:  each completion by its tokens, their sum by the completions of the whole update, over all micro-batches and ranks.
@@ -21,7 +22,8 @@ Metrics:  loss                       0 in the first update from a rollout with b
           clip_ratio/low_mean, /high_mean, /region_mean    share of tokens clipped below, above, either; 0 in a first pass
           completions/mean_length, /clipped_ratio, ...     tokens; share cut at max_completion_length
           sampling/sampling_logp_difference/mean           between the sampler's log-probs and those of the training forward: rounding
-Differs:  num_iterations and the reference are as in the paper; the reference is never replaced by the policy (its outer loop).
+Differs:  the reference is never replaced by the policy (the paper's outer loop); the upper bound has a key of its own. The standard
+          deviation is Bessel's, + 1e-4.
 Run:      python train.py example/tiny-grpo.yml
 """
 from dataclasses import dataclass
@@ -37,7 +39,7 @@ PROGRESS = "reward"                # the number shown beside the loss
 
 
 @dataclass
-class Config(Sampling):
+class Config(Sampling):             # reward, temperature, max_completion_length, ...: see engine/rollout.py
     num_generations: int = 8       # completions per prompt: the group
     num_iterations: int = 1        # passes over each rollout
     num_mini_batches: int = 1      # updates per pass
@@ -89,7 +91,7 @@ def train(engine, config):
             rollout["reference_logps"] = engine.logps(reference, rollout)
         for step in engine.steps(rollout, rollout["truncated"] if config.mask_truncated_completions else None):
             for batch in step:                                     # 4 loss, one micro-batch
-                logps = policy(batch, config.temperature)
+                logps = policy(batch, config.temperature)          # (N,) of the sampled tokens; old_logps: when they were sampled
                 reference_logps = batch.extra("reference_logps") if reference else None
                 losses, metrics = grpo_loss(logps, engine.old_logps(batch, logps), batch.expand(batch.extra("advantages")),
                                             reference_logps, config.epsilon, config.epsilon_high, config.beta)

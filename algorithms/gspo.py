@@ -36,7 +36,7 @@ PROGRESS = "reward"                # the number shown beside the loss
 
 
 @dataclass
-class Config(Sampling):
+class Config(Sampling):             # reward, temperature, max_completion_length, ...: see engine/rollout.py
     num_generations: int = 8       # completions per prompt: the group
     num_iterations: int = 1        # passes over each rollout
     num_mini_batches: int = 4      # updates per pass
@@ -75,7 +75,7 @@ def train(engine, config):
         rollout["advantages"] = group_advantages(rollout["rewards"])                                                    # 3 advantage
         for step in engine.steps(rollout):
             for batch in step:                                     # 4 loss, one micro-batch
-                logps = policy(batch, config.temperature)
+                logps = policy(batch, config.temperature)          # (N,) of the sampled tokens; old_logps: when they were sampled
                 losses, metrics = gspo_loss(logps, engine.old_logps(batch, logps), batch.extra("advantages"), batch.lengths,
                                             config.epsilon, config.epsilon_high)
                 (losses.sum() / step.num_responses).backward()     # mean over the completions of the whole update

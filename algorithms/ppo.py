@@ -49,7 +49,7 @@ PROGRESS = "reward"                # the number shown beside the loss
 
 
 @dataclass
-class Config(Sampling):
+class Config(Sampling):             # reward, temperature, max_completion_length, ...: see engine/rollout.py
     num_ppo_epochs: int = 4        # passes over each rollout
     num_mini_batches: int = 1      # updates per pass
     kl_coef: float = 0.05          # weight of the KL to the reference in the reward
@@ -153,7 +153,7 @@ def train(engine, config):
 
         for step in engine.steps(rollout):
             for batch in step:                                     # 4 loss, one micro-batch
-                logps, values = policy(batch, config.temperature, values=True)
+                logps, values = policy(batch, config.temperature, values=True)      # (N,), (N,); old_logps: when they were sampled
                 policy_losses, metrics = ppo_policy_loss(logps, engine.old_logps(batch, logps), batch.extra("advantages"), config.cliprange)
                 value_losses, more = ppo_value_loss(values, batch.extra("old_values"), batch.extra("returns"), config.cliprange_value)
                 losses = policy_losses + config.vf_coef * value_losses

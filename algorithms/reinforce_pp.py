@@ -40,7 +40,7 @@ PROGRESS = "reward"                # the number shown beside the loss
 
 
 @dataclass
-class Config(Sampling):
+class Config(Sampling):             # reward, temperature, max_completion_length, ...: see engine/rollout.py
     num_generations: int = 8       # completions per prompt; 1 is enough without baseline, 8 is grpo's rollout and shares the prompts' cost
     num_iterations: int = 1        # passes over each rollout
     num_mini_batches: int = 1      # updates per pass
@@ -97,7 +97,7 @@ def train(engine, config):
                                         for group in zip(rewards, rollout["kl"], rollout.lengths)])
         for step in engine.steps(rollout):
             for batch in step:                                     # 4 loss, one micro-batch
-                logps = policy(batch, config.temperature)
+                logps = policy(batch, config.temperature)          # (N,) of the sampled tokens; old_logps: when they were sampled
                 losses, metrics = reinforce_loss(logps, engine.old_logps(batch, logps), batch.extra("advantages"),
                                                  config.epsilon, config.epsilon_high)
                 (losses.sum() / step.num_tokens).backward()        # mean over the tokens of the whole update

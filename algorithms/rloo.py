@@ -38,7 +38,7 @@ PROGRESS = "reward"                # the number shown beside the loss
 
 
 @dataclass
-class Config(Sampling):
+class Config(Sampling):             # reward, temperature, max_completion_length, ...: see engine/rollout.py
     num_generations: int = 4       # completions per prompt: the group
     num_iterations: int = 1        # passes over each rollout
     num_mini_batches: int = 1      # updates per pass
@@ -85,7 +85,7 @@ def train(engine, config):
         rollout["advantages"] = [leave_one_out(group) for group in rewards]                                             # 3 advantage
         for step in engine.steps(rollout):
             for batch in step:                                     # 4 loss, one micro-batch
-                logps = policy(batch, config.temperature)
+                logps = policy(batch, config.temperature)          # (N,) of the sampled tokens; old_logps: when they were sampled
                 losses, metrics = rloo_loss(batch.sum(logps), batch.sum(engine.old_logps(batch, logps)), batch.extra("advantages"),
                                             config.epsilon, config.epsilon_high)
                 (losses.sum() / step.num_responses).backward()     # mean over the completions of the whole update

@@ -90,23 +90,34 @@ def synthetic_pairs(count: int, seed: int = 0) -> list[dict]:
     return rows
 
 
+def write_model(job: dict, stops: list | None = None):
+    """The model with random weights and the tokenizer in job["model"]; -> the tokenizer. `stops`: ids at which TRL ends a text besides
+    the tokenizer's eos."""
+    import torch
+    from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+
+    from tests.helpers import byte_tokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(job["tokenizer"]) if job["tokenizer"] else byte_tokenizer()
+    torch.manual_seed(0)
+    lm = Qwen2ForCausalLM(Qwen2Config(**job["shape"], tie_word_embeddings=True))
+    lm.generation_config.eos_token_id = stops
+    lm.save_pretrained(job["model"])
+    tokenizer.save_pretrained(job["model"])
+    return tokenizer
+
+
 def prepare(job: dict) -> None:
     """Write the model, and the first `pairs` usable rows in the form each side reads: HH transcripts for us, for TRL plain
     strings: the rendered prompt, and responses with their end-of-turn, so that TRL appends nothing. Token ids come out equal.
     For kto every pair gives one labelled response, the chosen and the rejected one in turn."""
     import torch
     from safetensors.torch import save_file
-    from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
     from data.files import read_rows
     from data.formats import parse
-    from tests.helpers import byte_tokenizer
 
-    algorithm, size = job["algorithm"], job["shape"]["hidden_size"]
-    tokenizer = AutoTokenizer.from_pretrained(job["tokenizer"]) if job["tokenizer"] else byte_tokenizer()
-    torch.manual_seed(0)
-    Qwen2ForCausalLM(Qwen2Config(**job["shape"], tie_word_embeddings=True)).save_pretrained(job["model"])
-    tokenizer.save_pretrained(job["model"])
+    algorithm, size, tokenizer = job["algorithm"], job["shape"]["hidden_size"], write_model(job)
     if algorithm == "rm":
         save_file({"v_head.summary.weight": torch.randn(1, size) / size ** 0.5}, f"{job['model']}/{HEAD}")
 
@@ -144,18 +155,19 @@ def prepare(job: dict) -> None:
 
 # ---- the two sides, each timed from "weights in memory" to "last update done" ----
 
-def train_ours(job: dict) -> dict:
-    """What train.py does, with the weights loaded before the clock starts and nothing saved at the end."""
+def our_engine(job: dict, keys: dict):
+    """(algorithm, its Config, engine, when the clock started): what train.py builds, with the weights loaded before the clock starts and
+    nothing saved at the end. `keys`: of the configuration, beside those that all benchmarks share."""
     from data.dataset import load_datasets
     from engine import load, logs, model
     from engine.config import as_yaml, load_config
     from engine.loop import Engine
+    from engine.online import OnlineEngine
 
     config_file = Path(job["work"]) / "benchmark.yml"
     config_file.write_text(json.dumps({"algorithm": job["algorithm"]}))                # JSON is YAML
-    keys = SETTINGS | {"model": job["model"], "data": job["ours_rows"], "output": str(Path(job["work"]) / "run"),
-                       "lr": job["lr"], "batch_size": job["batch"], "precision": job["precision"], "save_every": "null",
-                       "share_prompt": "true"}                       # not auto: falling back would be an error here
+    keys = SETTINGS | keys | {"model": job["model"], "output": str(Path(job["work"]) / "run"), "lr": job["lr"], "save_every": "null",
+                              "share_prompt": "true"}                # not auto: falling back would be an error here
     run_config = load_config([str(config_file), *(f"{key}={value}" for key, value in keys.items()), *job["overrides"]])
     common, config = run_config.common, run_config.config
     algorithm = importlib.import_module(f"algorithms.{common.algorithm}")
@@ -167,13 +179,20 @@ def train_ours(job: dict) -> dict:
     if algorithm.MODEL == "reward":
         policy = model.build_reward_model(policy, common.model, common.seed)
     run.begin(as_yaml(common, config), report, 0)
-    engine = Engine(common, policy, tokenizer, train_set, eval_set, run, algorithm.PROGRESS)
+    kind = OnlineEngine if algorithm.DATA == "prompts" else Engine
+    engine = kind(common, policy, tokenizer, train_set, eval_set, run, algorithm.PROGRESS)
     engine.save_final = lambda: None
+    return algorithm, config, engine, started
+
+
+def train_ours(job: dict) -> dict:
+    algorithm, config, engine, started = our_engine(job, {"data": job["ours_rows"], "batch_size": job["batch"],
+                                                          "precision": job["precision"]})
     algorithm.train(engine, config)
     return measured(started) | {
-        "metrics": [json.loads(line) for line in run.rows("metrics.jsonl")],
+        "metrics": [json.loads(line) for line in engine.run.rows("metrics.jsonl")],
         "ids": [[example.prompt.tolist(), *(response.tokens[response.trained].tolist() for response in example.responses)]
-                for example in train_set]}
+                for example in engine.train_set]}
 
 
 def train_trl(job: dict) -> dict:

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 import vs_trl
-from vs_trl import ROOT, SETTINGS, SHAPE, TOLERANCE, child, measured
+from vs_trl import ROOT, SHAPE, TOLERANCE, child, measured
 
 
 def stops_of(job: dict) -> list[int]:
@@ -26,20 +26,10 @@ def stops_of(job: dict) -> list[int]:
 
 def prepare(job: dict) -> None:
     """Write the model, and the prompts of the first HH rows that differ, rendered by the chat template, as plain strings."""
-    import torch
-    from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
-
     from data.files import read_rows
     from data.formats import parse
-    from tests.helpers import byte_tokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(job["tokenizer"]) if job["tokenizer"] else byte_tokenizer()
-    torch.manual_seed(0)
-    lm = Qwen2ForCausalLM(Qwen2Config(**job["shape"], tie_word_embeddings=True))
-    # a bare token id as eos would end some answers early where the length is fixed
-    lm.generation_config.eos_token_id = stops_of(job) or None
-    lm.save_pretrained(job["model"])
-    tokenizer.save_pretrained(job["model"])
+    tokenizer = vs_trl.write_model(job, stops_of(job) or None)
     wanted, prompts = job["prompts"] * job["rollouts"], {}
     for where, row in read_rows(job["data"]) if job["data"] else enumerate(vs_trl.synthetic_pairs(4 * wanted)):
         text = parse(row, where, "pairs")
@@ -56,23 +46,10 @@ def reward(prompts, completions, **columns):
 
 
 def train_ours(job: dict) -> dict:
-    """What train.py does, with the weights loaded before the clock starts and nothing saved at the end. With job["replay"] from TRL's
-    completions."""
-    from algorithms import grpo
-    from data.dataset import load_datasets
-    from engine import load, logs, model, online
-    from engine.config import as_yaml, load_config
+    """Our side; with job["replay"] from TRL's completions."""
+    from engine import online
     from engine.rollout import Completion, Stops
 
-    config_file = Path(job["work"]) / "benchmark.yml"
-    config_file.write_text(json.dumps({"algorithm": "grpo"}))
-    keys = SETTINGS | {"model": job["model"], "data": job["rows"], "output": str(Path(job["work"]) / "run"), "lr": job["lr"],
-                       "batch_size": job["prompts"], "num_generations": job["group"], "max_completion_length": job["length"], "beta": 0,
-                       "reward": f"{__file__}:reward", "precision": "fp32", "save_every": "null", "share_prompt": "true"}
-    run_config = load_config([str(config_file), *(f"{key}={value}" for key, value in keys.items()), *job["overrides"]])
-    common, config = run_config.common, run_config.config
-    tokenizer, run = load.load_tokenizer(common.model), logs.Run(common.output)
-    policy = model.build_policy(common, tokenizer)
     seconds, tokens, sample, ids = [], [], online.sample, set(stops_of(job))
     Stops.__call__ = lambda self, tokens: int(tokens[-1]) in ids
 
@@ -91,15 +68,12 @@ def train_ours(job: dict) -> dict:
     online.sample = replayed if job.get("replay") else timed
     if job.get("replay"):
         online.OnlineEngine.old_logps = lambda self, batch, logps: logps.detach()
-    started = time.perf_counter()
-    train_set, eval_set, report = load_datasets(common, config, grpo.DATA, tokenizer, run.notice)
-    model.check_policy(policy, train_set, common.share_prompt, run.notice)
-    run.begin(as_yaml(common, config), report, 0)
-    engine = online.OnlineEngine(common, policy, tokenizer, train_set, eval_set, run, grpo.PROGRESS)
-    engine.save_final = lambda: None
+    grpo, config, engine, started = vs_trl.our_engine(job, {
+        "data": job["rows"], "batch_size": job["prompts"], "num_generations": job["group"], "max_completion_length": job["length"],
+        "beta": 0, "reward": f"{__file__}:reward", "precision": "fp32"})
     grpo.train(engine, config)
-    return measured(started) | {"sampling": sum(seconds), "tokens": sum(tokens), "prompts": [e.prompt.tolist() for e in train_set],
-                                "grad_norm": json.loads(run.rows("metrics.jsonl")[0])["grad_norm"]}
+    return measured(started) | {"sampling": sum(seconds), "tokens": sum(tokens), "prompts": [e.prompt.tolist() for e in engine.train_set],
+                                "grad_norm": json.loads(engine.run.rows("metrics.jsonl")[0])["grad_norm"]}
 
 
 def train_trl(job: dict) -> dict:
@@ -111,7 +85,7 @@ def train_trl(job: dict) -> dict:
 
     tokenizer, batch = AutoTokenizer.from_pretrained(job["model"]), job["prompts"] * job["group"]
     if not job["stop_share"]:
-        # its own eos ends an answer, too: this id is never drawn
+        # it always ends an answer at its own eos; a random model draws this one once in 150,000 tokens
         tokenizer.eos_token = "<|endoftext|>"
     arguments = GRPOConfig(
         output_dir=job["work"], learning_rate=job["lr"], lr_scheduler_type="constant", warmup_steps=0, weight_decay=0.0,

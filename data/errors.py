@@ -1,4 +1,5 @@
-"""The exceptions whose text is meant for the user: `train.py` prints it as one line on stderr and exits with their code."""
+"""The exceptions whose text is meant for the user, and how a program ends with them."""
+import sys
 
 
 class UserError(Exception):
@@ -9,3 +10,16 @@ class UserError(Exception):
 class RunError(UserError):
     """The run cannot go on (non-finite loss, full disk, a broken checkpoint); what was saved stays."""
     exit_code = 1
+
+
+def run_program(main) -> None:
+    """`main(arguments)`, whose UserError is one line on stderr and its exit code (with --debug its traceback), and Ctrl-C code 130."""
+    try:
+        main(sys.argv[1:])
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except UserError as error:
+        if "--debug" in sys.argv:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)

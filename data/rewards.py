@@ -177,10 +177,21 @@ class Reward:
     weight: float
     function: Callable | None      # None: the model in `path` scores
     path: str | None = None        # a reward model's directory
+    file: str = ""                 # of a function of the user's
 
 
 BUILT_IN = {"gsm8k": gsm8k, "r1_zero": r1_zero}
 WRAPPED = {gsm8k: "#### {}", r1_zero: " So that is it. </think> <answer> {} </answer>"}
+
+
+def parts_of(spec):
+    """The names in a list of rewards, such as "r1_zero, runs/rm"."""
+    return [part.strip() for part in spec.split(",")]
+
+
+def is_model(part):
+    """Whether one of them is the directory of a reward model."""
+    return part not in BUILT_IN and bool(part) and Path(part).is_dir()
 
 
 def load_reward(spec, weights=None, where="reward"):
@@ -189,7 +200,7 @@ def load_reward(spec, weights=None, where="reward"):
     `weights`: as many numbers, separated by commas; None = all 1. `where`: the key, for errors. Raises UserError; a Python file
     is run to load it.
     """
-    parts = [part.strip() for part in spec.split(",")]
+    parts = parts_of(spec)
     try:
         numbers = [float(number) for number in weights.split(",")] if weights else [1.0] * len(parts)
     except ValueError:
@@ -209,8 +220,8 @@ def _reward(part, weight, where):
         return Reward(part, weight, BUILT_IN[part])
     path, colon, name = part.rpartition(":")
     if colon and path.endswith(".py"):
-        return Reward(name, weight, _function(Path(path), name, where))
-    if part and Path(part).is_dir():
+        return Reward(name, weight, _function(Path(path), name, where), file=path)
+    if is_model(part):
         return Reward(Path(part).resolve().name, weight, None, part)
     near = difflib.get_close_matches(part, BUILT_IN, n=1)
     raise UserError(f"{part!r} in {where} is neither {', '.join(BUILT_IN)}, a Python function nor a directory; fix: write "

@@ -156,7 +156,6 @@ class Engine:
         if missing := lacking(examples, table):
             if not is_start_model or self.first > 0:
                 policy = build_policy(self.config, self.tokenizer, path or self.config.model, frozen=True)
-                policy.share_prompt = self.policy.share_prompt
             table = unpacked(*from_main(packed, add_to_table, store, self.frozen_logps(policy, missing), wanted))
         reference = Reference(table)
         if is_start_model and self.first == 0:
@@ -240,7 +239,7 @@ class Engine:
         """Step-0 invariant: where the reference is the start model, policy and reference agree, per token and on average."""
         batch = self.policy.collate([min(map(self.train_set.__getitem__, self.indices(1)), key=Example.size)])
         difference = (self.policy(batch) - reference(batch)).abs().max()
-        if not difference <= (1e-4 if self.policy.precision == "fp32" else 5e-2):       # a NaN stops too
+        if not difference <= self.policy.tolerance:                                    # a NaN stops too
             raise RunError(f"policy and reference differ by {difference:.2g} per token before the first update, though both are "
                            f"{self.config.model}; fix: use a model whose forward is deterministic")
 

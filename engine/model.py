@@ -179,6 +179,11 @@ class Policy(nn.Module):
     def collate(self, examples) -> Batch:
         return collate(examples, self.share_prompt).to(self.device)
 
+    @property
+    def tolerance(self) -> float:
+        """How far two computations of the same log-probs may be apart, per token or on average."""
+        return 1e-4 if self.precision == "fp32" else 5e-2
+
     def autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
@@ -233,6 +238,11 @@ class Policy(nn.Module):
                 module.set_reshard_after_forward(True, recurse=False)
 
 
+def saved_head(path: str) -> torch.Tensor:
+    """The head (1, D) of the reward model at `path`."""
+    return load_file(os.path.join(path, VALUE_HEAD))["v_head.summary.weight"]
+
+
 class RewardModel(Policy):
     """A causal LM's trunk under a linear head without bias: `reward_model(batch)` -> (S,) fp32, a score per response.
 
@@ -248,11 +258,14 @@ class RewardModel(Policy):
         return self.value_head(hidden.float())[:, 0]
 
 
+def is_reward_model(path: str) -> bool:
+    return os.path.exists(os.path.join(path, VALUE_HEAD))
+
+
 def build_reward_model(policy: Policy, path: str, seed: int) -> RewardModel:
     """The head saved at `path`, else a fresh one from N(0, 1 / (D + 1)), on the trunk of `policy`."""
-    file = os.path.join(path, VALUE_HEAD)
-    if os.path.exists(file):
-        return RewardModel(policy, load_file(file)["v_head.summary.weight"])
+    if is_reward_model(path):
+        return RewardModel(policy, saved_head(path))
     size = policy.lm.config.get_text_config().hidden_size
     return RewardModel(policy, torch.randn(1, size, generator=torch.Generator().manual_seed(seed)) / (size + 1) ** 0.5)
 

@@ -191,7 +191,6 @@ class OnlineEngine(Engine):
         if path in (None, self.config.model) and lora.settings(self.policy.lm) and not is_adapter(self.config.model):
             return WithoutAdapter(self.policy)
         model = build_policy(self.config, self.tokenizer, path or self.config.model, frozen=True).requires_grad_(False)
-        model.share_prompt = self.policy.share_prompt
         return shard(model) if self.world > 1 else model
 
     def logps(self, model, rollout: Rollout) -> list:
@@ -221,7 +220,7 @@ class OnlineEngine(Engine):
         super().clip_gradients()
         if self.differences:
             difference = self.mean(sum(self.differences), self.step.num_tokens / self.world)
-            if not difference <= (1e-4 if self.policy.precision == "fp32" else 5e-2):
+            if not difference <= self.policy.tolerance:
                 raise RunError(f"the training forward and the sampler differ by {difference:.2g} in log-prob per token of rollout "
                                f"{self.rollout.number + 1}; fix: use a model with ordinary attention layers, or precision: fp32")
 

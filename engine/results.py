@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import re
+import sys
 import time
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
@@ -21,9 +22,10 @@ from data.tokenise import Tokeniser
 from engine.config import FOREIGN, Common, cast, check_output, nearest, parse_argv, read_values, show
 from engine.load import base_of, load_tokenizer
 from engine.logs import Run, read_config
+from engine.model import is_reward_model
 from engine.reference import model_key
 from engine.rollout import Rollout, Sampling, sample, with_completions
-from engine.score import is_reward_model, judge, load_frozen, scores, text_of
+from engine.score import judge, load_frozen, scores, text_of
 from engine.value import reward_model_path
 
 FREE = ("output", "limit", "rollout_batch_size", "min_reward")     # keys that change no completion and no score
@@ -100,6 +102,10 @@ def default_output(folder: str, settings) -> str:
     return os.path.join("runs", folder, "-".join([*parts[-3:], name_of(settings.data)]))
 
 
+def notice(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
 # ---- prompts ----------------------------------------------------------------------------------------------------------
 
 def with_lengths(settings, path: str):
@@ -174,8 +180,7 @@ def complete(settings, path: str, name: str, notice) -> tuple[list[dict], dict]:
     verifies_r1_zero = any(reward.function is r1_zero for reward in rewards)
     examples, report, settings = load_prompts(settings, path, tokenizer, verifies_r1_zero, notice)
     check_gold(rewards, examples)
-    files = [part.strip().rpartition(":")[0] for part in settings.reward.split(",")]           # of functions
-    digests = [model_key(models[reward.name], "") if reward.path else file and sha256(file) for reward, file in zip(rewards, files)]
+    digests = [model_key(models[reward.name], "") if reward.path else reward.file and sha256(reward.file) for reward in rewards]
     used = used_by(settings, path, report) | {"reward_digests": digests}
     batch = max(1, settings.rollout_batch_size // settings.n)
     results = Results(settings.output, name, used, len(examples), settings.n, batch, notice)

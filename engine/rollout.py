@@ -304,7 +304,7 @@ def decode(lm, prompts: list[np.ndarray], uniforms, sampling: Sampling, stops: S
         groups.setdefault(id(prompt), []).append(row)
     groups = [(rows, len(prompts[rows[0]])) for rows in groups.values()]
     cache = Cache(groups, longest, device)
-    hidden = torch.empty(count, head.shape[1], device=device)
+    hidden = None                                                  # (count, D)
     while groups:                                                  # as many prompts as fit in one forward
         fitting = max(1, int((np.cumsum([length for _, length in groups]) <= PREFILL_TOKENS).sum()))
         cache.prompts, groups = groups[:fitting], groups[fitting:]
@@ -312,10 +312,10 @@ def decode(lm, prompts: list[np.ndarray], uniforms, sampling: Sampling, stops: S
         positions = torch.cat([torch.arange(length) for _, length in cache.prompts]).to(device)
         states = lm.base_model(input_ids=ids[None], position_ids=positions[None], use_cache=False, cache=cache,
                                segments=[(length, []) for _, length in cache.prompts]).last_hidden_state[0]
+        hidden = states.new_empty(count, states.shape[1]) if hidden is None else hidden
         for (rows, _), end in zip(cache.prompts, np.cumsum([length for _, length in cache.prompts])):
-            hidden[rows] = states[end - 1].float()
+            hidden[rows] = states[end - 1]
     cache.prompts = []
-    hidden = hidden.to(states.dtype)
     buffer = torch.empty(count * len(head)) if on_plain_cpu(lm) else None
     tokens, logps = np.zeros((count, longest), np.int32), np.zeros((count, longest), np.float32)
     lengths, finished = [0] * count, [False] * count

@@ -1,11 +1,9 @@
 """Numbers for completions: rewards from functions and reward models, and what a model gives to responses that are there already."""
-import os
-
 import torch
 
 from data.pack import Example, pack
 from engine.config import Common
-from engine.model import VALUE_HEAD, RewardModel, build_policy, build_reward_model, check_policy
+from engine.model import RewardModel, build_policy, build_reward_model, check_policy, is_reward_model
 from engine.rollout import Rollout
 
 
@@ -46,10 +44,6 @@ def scores(model, examples: list[Example]) -> list[torch.Tensor]:
         for i, part in zip(members, values.split([len(examples[i].responses) for i in members])):
             found[i] = part.cpu()
     return found
-
-
-def is_reward_model(path: str) -> bool:
-    return os.path.exists(os.path.join(path, VALUE_HEAD))
 
 
 def load_frozen(path: str, tokenizer, examples: list[Example], notice):

@@ -8,10 +8,10 @@ from torch import nn
 
 from data.errors import UserError
 from data.pack import Batch
-from data.rewards import BUILT_IN
+from data.rewards import is_model, parts_of
 from engine import checkpoint, lora
 from engine.load import load_tokenizer
-from engine.model import VALUE_HEAD, Policy, build_policy
+from engine.model import VALUE_HEAD, Policy, build_policy, is_reward_model, saved_head
 from engine.ranks import from_main
 
 
@@ -41,14 +41,13 @@ def build_actor_critic(policy: Policy, common, config, tokenizer, start: str | N
     """`policy` and its critic. Trunk and head of the critic are those of the reward model, where the reward is one; else its trunk is the
     start model's and its head is 0. With `share_value_trunk` its trunk is the policy's and its head is 0. A run that goes on from the
     checkpoint `start` has what that holds of the critic."""
-    parts = [part.strip() for part in config.reward.split(",")]
-    run = next((part for part in parts if part not in BUILT_IN and os.path.isdir(part)), None)
+    run = next(filter(is_model, parts_of(config.reward)), None)
     trunk, head = None, torch.zeros(1, policy.lm.config.get_text_config().hidden_size)
     if config.share_value_trunk:
         origin = "the policy's trunk under a head of 0"
     elif run:
         path = reward_model_path(run, tokenizer, notice)
-        trunk, head = value_trunk(policy, path, common, tokenizer), load_file(os.path.join(path, VALUE_HEAD))["v_head.summary.weight"]
+        trunk, head = value_trunk(policy, path, common, tokenizer), saved_head(path)
         origin = f"the reward model {run}"
     else:
         trunk, origin = value_trunk(policy, common.model, common, tokenizer), "the start model's trunk under a head of 0"
@@ -75,7 +74,7 @@ def reward_model_path(run: str, tokenizer, notice) -> str:
     """The directory with trunk and head of the run of `rm` that a reward names; UserError where it is none, or its tokenizer is not the
     policy's."""
     path = from_main(checkpoint.model_path, run, notice)
-    if not os.path.exists(os.path.join(path, VALUE_HEAD)):
+    if not is_reward_model(path):
         raise UserError(f"reward: {run} is not the run of a reward model ({VALUE_HEAD} is missing in {path}); "
                         "fix: pass a run of algorithm: rm")
     if load_tokenizer(path).get_vocab() != tokenizer.get_vocab():
