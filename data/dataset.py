@@ -12,6 +12,7 @@ from data.files import SUFFIXES, find_file, read_rows, sha256
 from data.formats import parse, read_template
 from data.hub import HUB_NAME, SHORT_NAME, hub_rows
 from data.pack import Example
+from data.rewards import check_gold, load_reward
 from data.sources import rename, source_name
 from data.tokenise import Tokeniser, stop_ids
 
@@ -96,7 +97,7 @@ def build_dataset(source, kind, tokenizer, max_length, train_on="assistant", tru
 
 def load_datasets(config, algorithm_config, kind, tokenizer, notice):
     """The training and evaluation examples that a configuration names, and their reports: (list, list, {"train", "eval"}).
-    Prompts are put into the algorithm's `prompt_template`, if it has one.
+    Prompts are put into the algorithm's `prompt_template`, if it has one, and their gold answers through its rewards.
 
     `notice(text)` is told once how each source was understood and of everything dropped, cut or doubtful.
     Raises UserError as `build_dataset` does, and when labelled training examples all have the same label."""
@@ -133,6 +134,9 @@ def load_datasets(config, algorithm_config, kind, tokenizer, notice):
     if evaluation is not None and any(counts := overlap(train, evaluation)):
         notice(f"warning: {counts[0]} of {len(evaluation.examples)} evaluation rows are training rows too; "
                f"{counts[1]} have the prompt of one")
+    if kind == "prompts":
+        rewards = load_reward(algorithm_config.reward, algorithm_config.reward_weights)
+        check_gold(rewards, train.examples + (evaluation.examples if evaluation else []))
     reports = {"train": train.report, "eval": evaluation.report if evaluation else None}
     return train.examples, evaluation.examples if evaluation else [], reports
 

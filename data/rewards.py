@@ -7,6 +7,7 @@ What a model writes is hostile input. It is never evaluated; every search below 
 a number is short before any arithmetic begins.
 """
 import difflib
+import functools
 import importlib.util
 import inspect
 import math
@@ -194,11 +195,12 @@ def is_model(part):
     return part not in BUILT_IN and bool(part) and Path(part).is_dir()
 
 
+@functools.cache
 def load_reward(spec, weights=None, where="reward"):
     """The rewards named in `spec`, separated by commas: gsm8k, r1_zero, path.py:function, or a reward model's directory.
 
     `weights`: as many numbers, separated by commas; None = all 1. `where`: the key, for errors. Raises UserError; a Python file
-    is run to load it.
+    is run to load it, once in a process.
     """
     parts = parts_of(spec)
     try:

@@ -147,6 +147,9 @@ def load_config(argv: list[str]) -> Run:
         check_output(common.output, sources["output"])
     if common.eval_data is not None and common.eval_fraction > 0:
         raise UserError(f"eval_fraction ({sources['eval_fraction']}) cannot be used with eval_data; fix: remove one of them")
+    if getattr(config, "num_mini_batches", 1) > common.batch_size:
+        raise UserError(f"num_mini_batches ({sources['num_mini_batches']}) is {config.num_mini_batches}, more than the "
+                        f"{common.batch_size} prompts of a rollout; fix: raise batch_size")
     check_lora(common, sources)
     stem = Path(path).resolve().parent.name if Path(path).name == "config.yaml" else Path(path).stem
     return Run(common, config, sources, flags, stem)

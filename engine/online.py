@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from data.errors import RunError, UserError
+from data.errors import RunError
 from data.pack import Example, Response
-from data.rewards import check_gold, load_reward, score
+from data.rewards import load_reward, score
 from engine import checkpoint, lora
 from engine.load import is_adapter
 from engine.loop import Engine
@@ -35,9 +35,6 @@ class OnlineEngine(Engine):
         """Iterate the rollouts of the run: completions of the next `batch_size` prompts, `num_generations` of each. Each is used for
         `epochs` passes over its prompts in `mini_batches` parts. `samples`: how often samples.jsonl gets some of them in the run, where
         sample_every does not say. Before, between and after them the held-out prompts are sampled and scored when that is due."""
-        if mini_batches > self.config.batch_size:
-            raise UserError(f"num_mini_batches is {mini_batches}, more than the {self.config.batch_size} prompts of a rollout; "
-                            "fix: raise batch_size")
         self.sampling, self.num_generations, self.mini_batches = config, num_generations, mini_batches
         self.rewards = load_reward(config.reward, config.reward_weights)
         self.reward_models = {reward.name: self.load_reward_model(reward) for reward in self.rewards if reward.path}
@@ -45,8 +42,6 @@ class OnlineEngine(Engine):
         self.check_total()
         if samples and not self.config.sample_every:
             self.sample_every = self.per_draw * math.ceil(self.total / self.per_draw / samples)
-        if self.first == 0:
-            from_main(check_gold, self.rewards, self.train_set + self.eval_set)
         self.since = time.time()
         for number in range(self.first // self.per_draw, math.ceil(self.total / self.per_draw)):
             start = number * self.per_draw                                       # updates made before this rollout

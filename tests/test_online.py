@@ -401,18 +401,20 @@ def test_a_reward_that_is_not_a_number_names_itself_prompt_and_completion(run):
     assert "reward nan returned nan, prompt 'Add 2. Go! Go!', completion '" in error
 
 
-def test_gold_answers_that_do_not_verify_stop_the_run_before_sampling(files, run, tmp_path, monkeypatch):
-    monkeypatch.setattr("engine.online.sample", None)
+def test_gold_answers_that_do_not_verify_stop_the_run_before_the_model_loads(files, run, tmp_path, monkeypatch):
+    monkeypatch.setattr("engine.model.load_lm", None)
     rows = [row | {"answer": "none"} if i == 3 else row for i, row in enumerate(prompt_rows(8))]
     data = write_jsonl(tmp_path / "gold.jsonl", rows)
     for key in ("data", "eval_data"):
         error = refused(run, "grpo", name=key, **GROUPS | {key: data} | {"reward": "gsm8k"})
         assert "gsm8k cannot verify the gold answers of 1 of" in error and "gold.jsonl:4 ('none')" in error
+    assert "neither" in refused(run, "grpo", **GROUPS | {"reward": "gsm9k"})
+    assert not (tmp_path / "refused").exists()
 
 
 @pytest.mark.parametrize("key, value, says", [
     ("temperature", 0, "temperature ("), ("reward", None, "reward is missing in"), ("num_generations", 1, "num_generations ("),
-    ("num_mini_batches", 4, "num_mini_batches is 4, more than the 3 prompts"),
+    ("num_mini_batches", 4, "is 4, more than the 3 prompts"),
     ("max_completion_length", 256, "leaves no room for a prompt")])
 def test_impossible_keys_are_refused(run, key, value, says):
     assert says in refused(run, "grpo", **GROUPS | {key: value})

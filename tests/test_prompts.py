@@ -2,12 +2,13 @@
 from types import SimpleNamespace
 
 import pytest
-from helpers import byte_tokenizer, messages, write_jsonl
+from helpers import REWARDS, byte_tokenizer, messages, write_jsonl
 
 from data.dataset import build_dataset, load_datasets, overlap, split_off
 from data.errors import UserError
 from data.formats import parse, read_template
 from data.hub import hub_rows
+from engine.rollout import Sampling
 
 TOKENIZER, PLAIN = byte_tokenizer(), byte_tokenizer(chat_template=False)
 Q, S = messages("q"), [{"role": "system", "content": "s"}]
@@ -35,7 +36,7 @@ def load(tmp_path, rows, tokenizer=TOKENIZER, prompt_template=None, max_completi
     notices = []
     common = SimpleNamespace(**{"data": write_jsonl(tmp_path / "x.jsonl", rows), "eval_data": None, "eval_fraction": 0.0, "seed": 0,
                                 "max_length": 1000, "truncate": "none", "hh": "messages"} | config)
-    config = SimpleNamespace(max_completion_length=max_completion_length, prompt_template=prompt_template)
+    config = Sampling(f"{REWARDS}:varied", prompt_template=prompt_template, max_completion_length=max_completion_length)
     return *load_datasets(common, config, "prompts", tokenizer, notices.append), notices
 
 
