@@ -17,7 +17,7 @@ from data.dataset import load_datasets
 from data.errors import RunError, UserError
 from data.files import SUFFIXES, sha256
 from data.pack import Example
-from data.rewards import check_gold, golds_of, load_reward, r1_zero, r1_zero_details, score
+from data.rewards import golds_of, load_reward, r1_zero, r1_zero_details, score
 from data.tokenise import Tokeniser
 from engine.config import FOREIGN, Common, cast, check_output, nearest, parse_argv, read_values, show
 from engine.load import base_of, load_tokenizer
@@ -179,7 +179,6 @@ def complete(settings, path: str, name: str, notice) -> tuple[list[dict], dict]:
     models = {reward.name: reward_model_path(reward.path, tokenizer, notice) for reward in rewards if reward.path}
     verifies_r1_zero = any(reward.function is r1_zero for reward in rewards)
     examples, report, settings = load_prompts(settings, path, tokenizer, verifies_r1_zero, notice)
-    check_gold(rewards, examples)
     digests = [model_key(models[reward.name], "") if reward.path else reward.file and sha256(reward.file) for reward in rewards]
     used = used_by(settings, path, report) | {"reward_digests": digests}
     batch = max(1, settings.rollout_batch_size // settings.n)
