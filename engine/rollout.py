@@ -158,6 +158,12 @@ def few_rows_product(x, weight, buffer=None):
     return result.T
 
 
+def quick(rows: int) -> int:
+    """As many rows, or a few more, as a CPU multiplies fastest: other numbers of them take up to twice as long."""
+    multiple = 4 if rows <= 4 else 16
+    return -(-rows // multiple) * multiple
+
+
 def few_rows_linear(self, x):
     """The forward of a linear layer, by `few_rows_product` where it is faster."""
     rows = x.reshape(-1, x.shape[-1])
@@ -319,22 +325,24 @@ def decode(lm, prompts: list[np.ndarray], uniforms, sampling: Sampling, stops: S
     buffer = torch.empty(count * len(head)) if on_plain_cpu(lm) else None
     tokens, logps = np.zeros((count, longest), np.int32), np.zeros((count, longest), np.float32)
     lengths, finished = [0] * count, [False] * count
-    active = list(range(count))                                    # which row each row of the batch is
+    active, running = list(range(count)), count                    # which row each row of the batch is; how many have not ended
     positions = torch.tensor([len(prompt) for prompt in prompts], device=device)
     for i in range(longest):
         logits = F.linear(hidden, head).float() if buffer is None else few_rows_product(hidden, head, buffer)
         drawn, drawn_logps = draw(logits, uniforms[:, i], sampling.temperature, sampling.top_p, sampling.top_k)
         tokens[active, i], logps[active, i] = drawn.cpu().numpy(), drawn_logps.cpu().numpy()
-        alive = []
-        for place, row in enumerate(active):
-            lengths[row], finished[row] = i + 1, stops(tokens[row, :i + 1])
+        for row in active:
             if not finished[row]:
-                alive.append(place)
-        if len(alive) < len(active):
-            ended(count - len(alive))
-            if not alive:
+                lengths[row], finished[row] = i + 1, stops(tokens[row, :i + 1])
+        if count - sum(finished) < running:
+            running = count - sum(finished)
+            ended(count - running)
+            if not running:
                 break
-            order = cache.keep(alive, len(active))
+        size = running if buffer is None else quick(running)
+        if size < len(active):                                     # ended rows leave, but for those that cost no time
+            first = sorted(range(len(active)), key=lambda place: finished[active[place]])
+            order = cache.keep(first[:size], len(active))
             active = [active[place] for place in order]
             drawn, uniforms, positions = drawn[order], uniforms[order], positions[order]
         if i + 1 < longest:
