@@ -97,7 +97,8 @@ def build_dataset(source, kind, tokenizer, max_length, train_on="assistant", tru
 
 def load_datasets(config, algorithm_config, kind, tokenizer, notice):
     """The training and evaluation examples that a configuration names, and their reports: (list, list, {"train", "eval"}).
-    Prompts are put into the algorithm's `prompt_template`, if it has one, and their gold answers through its rewards.
+    Prompts are put into the algorithm's `prompt_template`, if it has one, and their gold answers through its rewards. Of evaluate.py
+    and sample.py only the first `limit` examples are returned.
 
     `notice(text)` is told once how each source was understood and of everything dropped, cut or doubtful.
     Raises UserError as `build_dataset` does, and when labelled training examples all have the same label."""
@@ -134,11 +135,10 @@ def load_datasets(config, algorithm_config, kind, tokenizer, notice):
     if evaluation is not None and any(counts := overlap(train, evaluation)):
         notice(f"warning: {counts[0]} of {len(evaluation.examples)} evaluation rows are training rows too; "
                f"{counts[1]} have the prompt of one")
+    examples, held_out = train.examples[:getattr(algorithm_config, "limit", None)], evaluation.examples if evaluation else []
     if kind == "prompts":
-        rewards = load_reward(algorithm_config.reward, algorithm_config.reward_weights)
-        check_gold(rewards, train.examples + (evaluation.examples if evaluation else []))
-    reports = {"train": train.report, "eval": evaluation.report if evaluation else None}
-    return train.examples, evaluation.examples if evaluation else [], reports
+        check_gold(load_reward(algorithm_config.reward, algorithm_config.reward_weights), examples + held_out)
+    return examples, held_out, {"train": train.report, "eval": evaluation.report if evaluation else None}
 
 
 def combine(parts, weights, seed):

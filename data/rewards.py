@@ -191,7 +191,7 @@ def parts_of(spec):
 
 
 def is_model(part):
-    """Whether one of them is the directory of a reward model."""
+    """Whether such a name is the directory of a reward model."""
     return part not in BUILT_IN and bool(part) and Path(part).is_dir()
 
 

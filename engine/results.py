@@ -124,7 +124,7 @@ def load_examples(settings, kind: str, path: str, tokenizer, notice):
     """The first `limit` examples of the data, and its report."""
     common = Common(algorithm="", model=path, data=settings.data, seed=settings.seed, max_length=settings.max_length)
     examples, _, reports = load_datasets(common, settings, kind, tokenizer, notice)
-    return examples[:settings.limit], reports["train"]
+    return examples, reports["train"]
 
 
 def load_prompts(settings, path: str, tokenizer, verifies_r1_zero: bool, notice):

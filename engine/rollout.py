@@ -334,11 +334,11 @@ def decode(lm, prompts: list[np.ndarray], uniforms, sampling: Sampling, stops: S
         for row in active:
             if not finished[row]:
                 lengths[row], finished[row] = i + 1, stops(tokens[row, :i + 1])
-        if count - sum(finished) < running:
-            running = count - sum(finished)
+        before, running = running, finished.count(False)
+        if running < before:
             ended(count - running)
-            if not running:
-                break
+        if not running:
+            break
         size = running if buffer is None else quick(running)
         if size < len(active):                                     # ended rows leave, but for those that cost no time
             first = sorted(range(len(active)), key=lambda place: finished[active[place]])

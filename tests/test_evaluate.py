@@ -275,6 +275,13 @@ def test_refused(run, model, data, keys, message):
     assert "\n" not in str(caught.value) and "; fix: " in str(caught.value)
 
 
+def test_only_the_rows_within_the_limit_must_have_gold_answers_that_verify(run, tmp_path):
+    data = write_jsonl(tmp_path / "gold.jsonl", [{"question": "2 + 2?", "answer": answer} for answer in ("4", "none")])
+    assert len(run("chat", data, "first", reward="gsm8k", limit=1)[0]) == 1
+    with pytest.raises(UserError, match=r"gsm8k cannot verify the gold answers of 1 of 2 rows, in .*gold.jsonl:2 \('none'\)"):
+        run("chat", data, "both", reward="gsm8k")
+
+
 def test_an_output_that_is_a_file(run, tmp_path):
     (tmp_path / "out").write_text("")
     with pytest.raises(UserError, match="output: .*cannot be used"):
