@@ -39,7 +39,7 @@ PROGRESS = "reward"                # the number shown beside the loss
 
 
 @dataclass
-class Config(Sampling):             # reward, temperature, max_completion_length, ...: see engine/rollout.py
+class Config(Sampling):            # reward, temperature, max_completion_length, ...: see engine/rollout.py
     num_generations: int = 8       # completions per prompt: the group
     num_iterations: int = 1        # passes over each rollout
     num_mini_batches: int = 1      # updates per pass

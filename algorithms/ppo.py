@@ -30,7 +30,7 @@ Metrics:  objective/scores, /rlhf_reward    mean score; mean of score and KL pen
           val/mean                          mean of V_old
           val/num_eos_tokens                completions of the rollout that ended by themselves
           episode, eps                      completions so far; per second
-          reward, completions/..., sampling/...    as in grpo
+          reward, completions/..., sampling/...    mean reward; lengths in tokens; sampler against training forward: rounding
 Differs:  from TRL's last PPO: the score stands on the last token, not one after it; sampling ends at the stop token; pi_old comes from
           the training forward; every mini-batch is an optimizer step; whitening and means go over all micro-batches and ranks, and
           there is no padding in them.
@@ -49,7 +49,7 @@ PROGRESS = "reward"                # the number shown beside the loss
 
 
 @dataclass
-class Config(Sampling):             # reward, temperature, max_completion_length, ...: see engine/rollout.py
+class Config(Sampling):            # reward, temperature, max_completion_length, ...: see engine/rollout.py
     num_ppo_epochs: int = 4        # passes over each rollout
     num_mini_batches: int = 1      # updates per pass
     kl_coef: float = 0.05          # weight of the KL to the reference in the reward
@@ -138,7 +138,7 @@ def train(engine, config):
     for rollout in engine.rollouts(config, 1, config.num_ppo_epochs, config.num_mini_batches,                  # 1 sample
                                    config.num_sample_generations):
         engine.score(rollout)                                                                                  # 2 reward
-        if not rollout.restored:
+        if not rollout.restored:                                   # what a checkpoint holds of a rollout has them already
             rollout["old_logps"], rollout["old_values"] = engine.logps_and_values(rollout)
             rollout["reference_logps"] = engine.logps(reference, rollout)
         rollout["scores"] = [reward - (config.missing_eos_penalty or 0.0) * truncated                          # (1,) per completion
