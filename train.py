@@ -5,7 +5,7 @@ This file only wires the parts together; the update rule is in `algorithms/<name
 import importlib
 import shlex
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 from data.errors import run_program
 from engine.config import as_yaml, help_text, load_config
@@ -18,6 +18,9 @@ def main(argv: list[str]) -> None:
     # these imports take seconds, so they wait until the configuration is known to be good
     from data.dataset import load_datasets
     from engine import checkpoint, load, logs, model, ranks, value
+    from engine.claim import release
+    from engine.directory import changed_rates, choose_directory
+    from engine.fingerprint import fingerprints
     from engine.loop import Engine, Stopped
     from engine.online import OnlineEngine
 
@@ -28,14 +31,27 @@ def main(argv: list[str]) -> None:
         return dry_run(run_config, algorithm.DATA)
     ranks.start_processes(common.deterministic)
     rank, world = ranks.distributed()
+    place = None
     try:
         # a run as start model is its final/ or newest checkpoint of now: a resumed run must start from the same one
-        common = replace(common, model=ranks.from_main(checkpoint.model_path, common.model, lambda text: print(text, file=sys.stderr)))
+        start_model = ranks.from_main(checkpoint.model_path, common.model, lambda text: print(text, file=sys.stderr))
+        common = replace(common, model=start_model)
+        values = asdict(common) | asdict(config)
         config_yaml = as_yaml(replace(common, resume="auto"), config)      # how this process was started is not the run's business
-        directory, start = ranks.from_main(logs.choose_directory, common.output, run_config.stem, common.resume, config_yaml)
-        run = logs.Run(directory, main=rank == 0)
+        place = ranks.from_main(choose_directory, common.output, run_config.stem, common.resume, config_yaml)
+        start = place.start
+        run = logs.Run(place.directory, main=rank == 0)
+        if place.finished:
+            run.notice(f"{place.directory} is finished already: nothing is trained, nothing in it is touched")
+            return run.summary(chat=algorithm.MODEL != "reward")
+        if start:
+            ranks.from_main(lambda: run.check_started(fingerprints(values)))
+            if changed := ranks.from_main(changed_rates, place.directory, config_yaml):
+                run.notice(changed)
         tokenizer = load.load_tokenizer(common.model)
         train_set, eval_set, report = load_datasets(common, config, algorithm.DATA, tokenizer, run.notice)
+        if start:
+            ranks.from_main(run.check_data, report)
         policy = model.build_policy(common, tokenizer, start)
         model.check_policy(policy, train_set, common.share_prompt, run.notice)
         if algorithm.MODEL == "reward":
@@ -43,8 +59,8 @@ def main(argv: list[str]) -> None:
         if algorithm.MODEL == "actor_critic":
             policy = value.build_actor_critic(policy, common, config, tokenizer, start, run.notice)
         step = checkpoint.load_trainer(start)["step"] if start else 0
-        run.begin(config_yaml, report, step)
-        run.notice(f"run {directory}" + (f", resumed from {start}" if start else ""))
+        ranks.from_main(lambda: run.begin(config_yaml, report, fingerprints(values), step))
+        run.notice(f"run {place.directory}" + (f", resumed from {start}" if start else ""))
         if world > 1:
             model.shard(policy)
         kind = OnlineEngine if algorithm.DATA == "prompts" else Engine
@@ -53,10 +69,12 @@ def main(argv: list[str]) -> None:
         run.summary(chat=algorithm.MODEL != "reward")
     except Stopped as stop:
         # resume=never would start another run, resume=PATH an older part of this one
-        words = argv if common.resume == "auto" else [*argv, f"resume={directory}"]
+        words = argv if common.resume == "auto" else [*argv, f"resume={place.directory}"]
         run.notice(f"{stop}; continue with: python train.py {shlex.join(words)}")
         sys.exit(stop.exit_code)
     finally:
+        if place and rank == 0:
+            release(place.directory)
         ranks.stop_processes()
 
 

@@ -6,7 +6,6 @@ the rest is JSON: loading never unpickles.
 """
 import copy
 import json
-import math
 import os
 import secrets
 import shutil
@@ -25,6 +24,7 @@ from engine.model import VALUE_HEAD
 from engine.ranks import distributed
 
 MANIFEST = "manifest.json"
+WEIGHTS = ".safetensors"
 ROLLOUT = "rollout.safetensors"              # of a checkpoint between two updates of the same rollout
 CRITIC = "critic.safetensors"                # of a checkpoint of a policy with a critic: its trained weights
 
@@ -67,15 +67,24 @@ def write_sealed(directory: str, write) -> None:
                        "fix: free disk space and run the same command again") from error
 
 
-def broken(directory: str) -> str | None:
-    """What is wrong with a sealed directory, naming the file; None if it is whole."""
+def read_manifest(directory: str) -> dict[str, tuple[int, str]] | None:
+    """{file: (bytes, sha256)} of a sealed directory; None if there is no such manifest."""
     try:
         with open(os.path.join(directory, MANIFEST)) as file:
-            manifest = [(name, entry["bytes"], entry["sha256"]) for name, entry in json.load(file).items()]
+            return {name: (entry["bytes"], entry["sha256"]) for name, entry in json.load(file).items()}
     except (OSError, ValueError, LookupError, TypeError, AttributeError):     # a flipped bit can leave valid JSON of another shape
+        return None
+
+
+def broken(directory: str, ending: str = "") -> str | None:
+    """What is wrong with a sealed directory (with those of its files that have this ending), naming the file; None if it is whole."""
+    manifest = read_manifest(directory)
+    if manifest is None:
         return f"{os.path.join(directory, MANIFEST)} is missing or unreadable"
-    for name, size, digest in manifest:
+    for name, (size, digest) in manifest.items():
         path = os.path.join(directory, name)
+        if not name.endswith(ending):
+            continue
         if not os.path.isfile(path):
             return f"{path} is missing"
         if os.path.getsize(path) != size:
@@ -106,24 +115,85 @@ def newest(run_directory: str, notice) -> str | None:
     return None
 
 
+def finished(run_directory: str) -> bool:
+    """Whether a run has its final model. Its other files are the user's: to edit or add one makes no run unfinished."""
+    return weights_fault(os.path.join(run_directory, "final")) is None
+
+
+def weights_fault(directory: str) -> str | None:
+    """What is wrong with the weights of a sealed directory; None if they are whole, whatever became of its other files."""
+    if os.path.isfile(os.path.join(directory, MANIFEST)):
+        return broken(directory, WEIGHTS)
+    held = os.listdir(directory) if os.path.isdir(directory) else []
+    return None if any(name.endswith(WEIGHTS) for name in held) else f"{directory} holds no weights"
+
+
 def model_path(name: str, notice) -> str:
-    """The directory with the model of a run: its `final/`, else its newest whole checkpoint; any other name as it is."""
+    """The directory with the model of a run: its `final/`, else its newest whole checkpoint; any other name as it is. A notice
+    says where it is not the final model as the run wrote it."""
     final = os.path.join(name, "final")
-    if broken(final) is None:
+    fault = weights_fault(final)
+    if fault is None:
+        if edited := broken(final):
+            notice(f"{final} is not as the run wrote it ({edited}); it is used as it is")
         return final
-    return newest(name, notice) or name
+    path = newest(name, notice)
+    if path:
+        why = fault if os.path.isdir(final) else "this run has no final model"
+        notice(f"{why}; {path} is used instead")
+    return path or name
 
 
-def clean(run_directory: str, keep: int | None = None, after: float = math.inf) -> None:
-    """Remove what an interrupted save left behind; given `keep`, all but the newest checkpoints; given `after`, those of later
-    steps: a run that goes on from an earlier one does them again, and `keep` must not count the broken ones among them."""
+def set_aside(directory: str) -> str | None:
+    """Where files of a sealed directory were edited, added or damaged, move it out of the way of its successor; -> its new path."""
+    if not os.path.isdir(directory):
+        return None
+    added = set(files_in(directory)) - {MANIFEST, *(read_manifest(directory) or {})}
+    if not added and broken(directory) is None:
+        return None
+    number = 1
+    while os.path.exists(f"{directory}-{number}"):
+        number += 1
+    os.rename(directory, f"{directory}-{number}")
+    return f"{directory}-{number}"
+
+
+def files_in(directory: str) -> list[str]:
+    """The paths, relative to it, of the files in a directory and in its subdirectories."""
+    found = []
+    for folder, _, names in os.walk(directory):
+        found += [os.path.relpath(os.path.join(folder, name), directory) for name in names]
+    return sorted(found)
+
+
+def tidy(run_directory: str) -> None:
+    """Remove what an interrupted save left behind. Where it had moved the old directory away and not yet put the new one in its
+    place, the old one comes back."""
     for folder in (run_directory, os.path.join(run_directory, "checkpoints")):
-        for name in os.listdir(folder) if os.path.isdir(folder) else ():
-            if ".tmp-" in name:
-                shutil.rmtree(os.path.join(folder, name), ignore_errors=True)
-    found = checkpoints(run_directory)
-    for path in (found[:-keep] if keep else []) + [path for path in found if step_of(path) > after]:
-        shutil.rmtree(path, ignore_errors=True)
+        names = os.listdir(folder) if os.path.isdir(folder) else []
+        for name in names:
+            target, mark, _ = name.partition(".tmp-")
+            path = os.path.join(folder, name)
+            if mark and name.endswith("-old") and not os.path.exists(os.path.join(folder, target)):
+                os.rename(path, os.path.join(folder, target))
+            elif mark:
+                shutil.rmtree(path, ignore_errors=True)
+            elif name.endswith(".tmp"):
+                os.remove(path)
+
+
+def clean(run_directory: str, keep: int) -> None:
+    """Remove what an interrupted save left behind, and all but the newest `keep` checkpoints."""
+    tidy(run_directory)
+    for path in checkpoints(run_directory)[:-keep]:
+        remove(path)
+
+
+def remove(path: str) -> None:
+    """Remove a checkpoint: in one rename it is none any more, whenever the process dies."""
+    leftover = f"{path}.tmp-{secrets.token_hex(4)}"
+    os.rename(path, leftover)
+    shutil.rmtree(leftover, ignore_errors=True)
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:

@@ -12,84 +12,13 @@ import shlex
 import sys
 import time
 
-import yaml
-
 from data.errors import RunError, UserError
 from engine import checkpoint
+from engine.fingerprint import check_unchanged
 
-# a run may be continued with other values of these; every other key changes the numbers
-FREE = {"output", "resume", "max_steps", "epochs", "eval_every", "save_every", "log_every", "sample_every", "keep", "merge"}
-
-
-def read_config(directory: str) -> dict | None:
-    """The configuration a run directory was started with; None if it is not a run."""
-    try:
-        with open(os.path.join(directory, "config.yaml"), encoding="utf-8") as file:
-            config = yaml.load(file, yaml.BaseLoader)      # everything as text: the comparison is of texts
-        return config if isinstance(config, dict) else None
-    except (OSError, ValueError, yaml.YAMLError):      # no such file, not text, or somebody else's
-        return None
-
-
-def differing(directory: str, config_yaml: str) -> list[str]:
-    old, new = read_config(directory) or {}, yaml.load(config_yaml, yaml.BaseLoader)
-    return sorted(key for key in (old.keys() | new.keys()) - FREE if old.get(key) != new.get(key))
-
-
-def finished(directory: str) -> bool:
-    return checkpoint.broken(os.path.join(directory, "final")) is None
-
-
-def choose_directory(output: str | None, stem: str, resume: str, config_yaml: str) -> tuple[str, str | None]:
-    """(run directory, checkpoint to continue from or None) for this configuration, before anything is written.
-
-    Explicit `output`: continued if it holds an unfinished run of the same configuration. Default: runs/<stem>, or the next
-    free -2, -3 where that is finished or configured otherwise. `resume: PATH` names a checkpoint or a run."""
-    def notice(text):
-        print(text, file=sys.stderr)
-
-    if resume not in ("auto", "never"):
-        path = os.path.normpath(resume)
-        run = path if read_config(path) else os.path.dirname(os.path.dirname(path))
-        if read_config(run) is None:
-            raise UserError(f"resume: {resume} is neither a run nor a checkpoint of one; "
-                            "fix: pass runs/<name> or runs/<name>/checkpoints/step-…")
-        start = checkpoint.newest(run, notice) if path == run else path
-        fault = "it has no whole checkpoint" if start is None else checkpoint.broken(start)
-        if fault:
-            raise UserError(f"resume: {resume} cannot be continued: {fault}; fix: pass another checkpoint or resume=auto")
-        if output is not None and os.path.normpath(output) != run:
-            raise UserError(f"output: {output} is not the run that resume={resume} belongs to; fix: leave output out")
-        check_same(run, config_yaml, "resume")
-        return run, start
-    candidates = [output] if output is not None else (f"runs/{stem}" + (f"-{i}" if i > 1 else "") for i in range(1, 10 ** 6))
-    for path in candidates:
-        if os.path.exists(path) and not os.path.isdir(path):
-            raise UserError(f"output: {path} is a file; fix: choose another output")
-        if not os.path.isdir(path) or not os.listdir(path):
-            return path, None
-        explicit = output is not None
-        if read_config(path) is None:
-            if explicit:
-                raise UserError(f"output: {path} is not empty and is not a run; fix: choose another output")
-            continue
-        if explicit:
-            check_same(path, config_yaml, "output")
-        same = not differing(path, config_yaml)
-        if resume == "auto" and same:
-            start = checkpoint.newest(path, notice)
-            if not finished(path) or (explicit and start):
-                return path, start
-        if explicit:
-            raise UserError(f"output: {path} holds a {'finished ' if finished(path) else ''}run of this configuration; "
-                            "fix: choose another output" + (" or resume=auto" if resume == "never" else ""))
-
-
-def check_same(directory: str, config_yaml: str, key: str) -> None:
-    keys = differing(directory, config_yaml)
-    if keys:
-        raise UserError(f"{key}: {directory} holds a run with another configuration ({', '.join(keys)} differ); "
-                        "fix: choose another output or the same values")
+ROWS = ("metrics.jsonl", "samples.jsonl")
+REPLACED = ".replaced"         # beside a file of rows, until a run that went back saves: the file before that
+DAMAGED = ".damaged"           # beside a file of rows: the file before lines that are no rows were left out
 
 
 class Run:
@@ -97,36 +26,98 @@ class Run:
 
     def __init__(self, directory: str, main: bool = True):
         self.directory, self.main, self.started = directory, main, time.time()
+        self.begun, self.early = False, []             # whether the directory is a run, and what to log when it is one
+        self.newer = []                                # checkpoints of later steps than the one this run goes on from
         self.terminal, self.line = sys.stderr.isatty(), ""
 
     def path(self, *names: str) -> str:
         return os.path.join(self.directory, *names)
 
-    def begin(self, config_yaml: str, reports: dict, step: int) -> None:
-        """Create the directory, or take up the one there: what an interrupted save left is removed and the rows of updates
-        that will be done again are cut from metrics.jsonl and samples.jsonl. UserError if a data file is not what it was."""
+    def begin(self, config_yaml: str, reports: dict, digests: dict, step: int) -> None:
+        """Make the directory a run, or take up the one there from `step` on: tidy what an interrupted save left, and cut the
+        rows of updates that will be done again. Where a run goes back behind whole checkpoints, these and their rows stay until
+        `replace`: only then can the run go on without them."""
         if not self.main:
             return
-        if step:
-            self.check_data(reports)
+        self.newer = [path for path in checkpoint.checkpoints(self.directory) if checkpoint.step_of(path) > step]
+        goes_back = any(checkpoint.broken(path) is None for path in self.newer)
         try:
-            os.makedirs(self.directory, exist_ok=True)
-            checkpoint.clean(self.directory, after=step)
+            checkpoint.tidy(self.directory)
             self.write("config.yaml", config_yaml)
-            for name in ("metrics.jsonl", "samples.jsonl"):
-                self.write(name, "".join(line for line in self.rows(name) if json.loads(line)["step"] <= step and step > 0))
-            self.write("run.json", json.dumps({**environment(), "data": reports, "resumed_from_step": step}, indent=1) + "\n")
+            for name in ROWS:
+                self.take_up(name, step, goes_back)
+            started = {**environment(), "data": reports, "digests": digests, "resumed_from_step": step}
+            self.write("run.json", json.dumps(started, indent=1) + "\n")
         except OSError as error:
-            raise UserError(f"output: {self.directory} cannot be written ({error.strerror}); fix: choose a writable output") from error
+            raise UserError(f"output: {self.directory} cannot be written ({error.strerror}); "
+                            "fix: choose a writable output") from error
+        self.begun = True
+        for line in self.early:
+            self.append("events.log", line)
+
+    def take_up(self, name: str, step: int, goes_back: bool) -> None:
+        """Cut a file of rows after `step`. What is cut of whole checkpoints, and what is no row, is kept beside it."""
+        kept = self.path(name + REPLACED)
+        if os.path.exists(kept):                       # of a run that went back and then saved nothing: as if it had not been
+            os.replace(kept, self.path(name))
+        lines, damaged = [], 0
+        for line in self.rows(name):
+            at = step_of_row(line)
+            damaged += at is None
+            if at is not None and at <= step and step > 0:
+                lines.append(line)
+        if damaged:
+            self.notice(f"{self.path(name)}: {damaged} lines are no rows of this run and are left out; the file as it was is "
+                        f"{self.path(name)}{DAMAGED}")
+        for wanted, ending in ((damaged, DAMAGED), (goes_back, REPLACED)):
+            if wanted:
+                self.write(name + ending, self.text(name))
+        self.write(name, "".join(lines))
+
+    def replace(self, saved: str | None = None) -> None:
+        """After the first checkpoint `saved` (or final model) of a run that went back: remove what it has replaced."""
+        for path in self.newer:
+            if path != saved:
+                checkpoint.remove(path)
+        self.newer = []
+        for name in ROWS:
+            if os.path.exists(self.path(name + REPLACED)):
+                os.remove(self.path(name + REPLACED))
+
+    def check_started(self, digests: dict) -> None:
+        """UserError where a file, a model or a hub commit that the configuration names is not what it was at the start."""
+        check_unchanged(self.started_with().get("digests", {}), digests, self.directory)
 
     def check_data(self, reports: dict) -> None:
         """The order of the data is a function of the step, so a run can only go on with the same rows."""
-        with open(self.path("run.json")) as file:
-            started = json.load(file)["data"]
+        started = self.started_with()["data"]
         for split, report in reports.items():
-            if report and started[split] and report["sha256"] != started[split]["sha256"]:
+            before = started.get(split)
+            if report and before and report["sha256"] != before["sha256"]:
                 raise UserError(f"{report['source']} has changed since the run in {self.directory} started; "
                                 "fix: restore the file, or choose another output")
+
+    def started_with(self) -> dict:
+        """run.json; UserError if it cannot be read, since nothing then tells whether data and models are still the same."""
+        try:
+            started = json.loads(self.text("run.json"))
+            if isinstance(started.get("data"), dict) and isinstance(started.get("digests", {}), dict):
+                return started
+            fault = "not what a run writes"
+        except (OSError, ValueError, AttributeError) as error:
+            fault = getattr(error, "strerror", None) or "not JSON"
+        raise UserError(f"output: {self.path('run.json')} is damaged ({fault}), so whether data and models are the same cannot be "
+                        "known; fix: restore it, or start a new run with another output")
+
+    def check_there(self) -> None:
+        """RunError if the directory was deleted or moved while the run was writing into it."""
+        try:
+            os.stat(self.path("config.yaml"))
+        except (FileNotFoundError, NotADirectoryError):
+            raise RunError(f"output: {self.directory} was deleted or moved during the run; "
+                           "fix: put it back and run the same command again") from None
+        except OSError:
+            pass                                       # a network disk that does not answer now may answer at the next save
 
     def write(self, name: str, text: str) -> None:
         with open(self.path(name + ".tmp"), "w", encoding="utf-8") as file:
@@ -137,11 +128,17 @@ class Run:
         """The complete lines of a .jsonl file of this run; a kill may have cut the last one, a power failure left zeros."""
         if not os.path.exists(self.path(name)):
             return []
-        with open(self.path(name), encoding="utf-8", errors="replace") as file:
-            return [line for line in file if line.startswith("{") and line.endswith("}\n")]
+        lines = [line + "\n" for line in self.text(name).split("\n")[:-1]]      # texts may hold other line breaks
+        return [line for line in lines if line.startswith("{") and line.endswith("}\n")]
+
+    def text(self, name: str) -> str:
+        with open(self.path(name), encoding="utf-8", errors="replace", newline="\n") as file:
+            return file.read()
 
     def append(self, name: str, row) -> None:
-        if self.main and os.path.isdir(self.directory):
+        if self.main and not self.begun:
+            self.early.append(row)                     # the directory is not a run yet
+        elif self.main:
             try:
                 with open(self.path(name), "a", encoding="utf-8") as file:
                     file.write((row if isinstance(row, str) else json.dumps(row, ensure_ascii=False)) + "\n")
@@ -188,6 +185,15 @@ class Run:
         if self.terminal and self.line:
             print(file=sys.stderr)
             self.line = ""
+
+
+def step_of_row(line: str) -> int | None:
+    """The step of a line of metrics.jsonl or samples.jsonl; None if it is no row of either."""
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return None
+    return step if isinstance(step, int) else None
 
 
 def redact(text: str) -> str:

@@ -19,9 +19,11 @@ from engine import checkpoint
 from engine.logs import Run
 from engine.model import RewardModel, build_policy
 from engine.ranks import distributed, from_main, sum_over_ranks
-from engine.reference import Reference, add_to_table, lacking, model_key, packed, read_table, response_keys, unpacked
+from engine.reference import Reference, lacking, model_key, packed, read_table, response_keys, unpacked, write_part
 from engine.rollout import Sampling, sample
 from engine.step import Step
+
+SEAL_SECONDS = 120      # between two parts of the reference's log-probs
 
 
 class Engine:
@@ -124,6 +126,8 @@ class Engine:
         self.record_evaluation(self.step)
         if self.sample_every and (index % self.sample_every == 0 or index == self.total):
             self.write_samples(index)
+        if self.rank == 0:
+            self.run.check_there()
         stop = self.stop_requested()
         if (self.config.save_every and index % self.config.save_every == 0) or (stop and index < self.total):
             self.save(index)
@@ -156,7 +160,9 @@ class Engine:
         if missing := lacking(examples, table):
             if not is_start_model or self.first > 0:
                 policy = build_policy(self.config, self.tokenizer, path or self.config.model, frozen=True)
-            table = unpacked(*from_main(packed, add_to_table, store, self.frozen_logps(policy, missing), wanted))
+            computed = self.frozen_logps(policy, missing, store)
+            # another run may have stored the same in the meantime: then both go on with what a resumed run will find
+            table = computed | unpacked(*from_main(packed, read_table, store, wanted, self.notice))
         reference = Reference(table)
         if is_start_model and self.first == 0:
             self.check_reference(reference)
@@ -203,35 +209,43 @@ class Engine:
     # ---- the reference's log-probs ----------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def collect(self, function, examples: list, size, label: str | None = None) -> list:
+    def collect(self, function, examples: list, size) -> list:
         """`function(batch)`, a number for each of the batch's responses or tokens, for all `examples`: per example a tensor of
-        `size(example)` numbers on the CPU. Each rank computes its share; `label` names the progress line."""
+        `size(example)` numbers on the CPU. Each rank computes its share."""
         ends = torch.tensor([0, *map(size, examples)]).cumsum(0).tolist()
         offsets = dict(zip(map(id, examples), ends))
-        numbers, since = torch.zeros(ends[-1], device=self.policy.device), time.time()
+        numbers = torch.zeros(ends[-1], device=self.policy.device)
         for start in range(0, len(examples), self.config.batch_size):
-            block = examples[start:start + self.config.batch_size]
-            for members in self.deal(block):
+            for members in self.deal(examples[start:start + self.config.batch_size]):
                 values = function(self.policy.collate(members))
                 for example, part in zip(members, values.split([size(example) for example in members])):
                     numbers[offsets[id(example)]:offsets[id(example)] + len(part)] = part
-            done = start + len(block)
-            if label and (done == len(examples) or self.run.terminal or start // self.config.batch_size % 100 == 99):
-                rate = f"{done / (time.time() - since):.1f} rows/s"
-                self.run.progress(label, done, len(examples), rate, {}, since)
-            if label and (stop := self.stop_requested()):
-                raise Stopped(stop)
-        self.run.erase()
         if self.world > 1:
             torch.distributed.all_reduce(numbers)
         return list(numbers.cpu().split([size(example) for example in examples])) if examples else []
 
-    def frozen_logps(self, model, examples: list) -> dict:
-        """The log-probs of every response's trained tokens, by `response_key`, fp32 and on the CPU."""
-        table = {}
-        for example, logps in zip(examples, self.collect(model, examples, lambda example: example.num_trained, "reference log-probs")):
-            lengths = [int(response.trained.sum()) for response in example.responses]
-            table.update(zip(response_keys(example), logps.split(lengths)))
+    def frozen_logps(self, model, examples: list, store: str) -> dict:
+        """The log-probs of every response's trained tokens, by `response_key`, fp32 and on the CPU. `store` gets them in parts,
+        one every SEAL_SECONDS and one at a stop, so that a pass which is stopped goes on where it was."""
+        table, unsealed, size = {}, {}, self.config.batch_size
+        since = sealed = time.monotonic()
+        for start in range(0, len(examples), size):
+            block = examples[start:start + size]
+            for example, logps in zip(block, self.collect(model, block, lambda example: example.num_trained)):
+                lengths = [int(response.trained.sum()) for response in example.responses]
+                unsealed.update(zip(response_keys(example), logps.split(lengths)))
+            done = start + len(block)
+            if done == len(examples) or self.run.terminal or start // size % 100 == 99:
+                rate = f"{done / max(1e-9, time.monotonic() - since):.1f} rows/s"
+                self.run.progress("reference log-probs", done, len(examples), rate, {}, since)
+            stop = self.stop_requested()
+            age = from_main(lambda: time.monotonic() - sealed)      # noqa: B023  one clock decides for all ranks
+            if stop or age > SEAL_SECONDS or done == len(examples):
+                from_main(write_part, store, unsealed)
+                table, unsealed, sealed = table | unsealed, {}, time.monotonic()
+            if stop:
+                raise Stopped(stop)
+        self.run.erase()
         return table
 
     @torch.no_grad()
@@ -281,6 +295,7 @@ class Engine:
         directory = self.run.path("checkpoints", f"step-{index:06d}")
         checkpoint.save_checkpoint(directory, self.policy, self.tokenizer, self.optimizer, {"step": index}, self.stored(index))
         if self.rank == 0:
+            self.run.replace(saved=directory)
             checkpoint.clean(self.run.directory, keep=self.config.keep)
 
     def stored(self, index: int) -> dict:
@@ -300,8 +315,12 @@ class Engine:
             else:
                 forms = {"classifier": checkpoint.save_classifier, **forms}      # `final/` last: it marks the run as finished
         for name, save in forms.items() if self.rank == 0 else ():
+            if aside := checkpoint.set_aside(self.run.path(name)):
+                self.notice(f"what was changed in {self.run.path(name)} is kept in {aside}")
             checkpoint.write_sealed(self.run.path(name),
                                     lambda temporary, save=save: save(lm, self.tokenizer, weights, temporary))
+        if self.rank == 0:
+            self.run.replace()
 
     # ---- signals ----------------------------------------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ from transformers.utils import cached_file
 from data.errors import RunError, UserError
 from data.files import sha256
 from engine import checkpoint
+from engine.claim import claim, release
 from engine.load import base_of, first_line, is_adapter
 
 
@@ -87,20 +88,23 @@ def read_table(store: str, wanted: set, notice) -> dict:
     return table
 
 
-def add_to_table(store: str, computed: dict, wanted: set) -> dict:
-    """Add what `store` still lacks of `computed` as a part of its own; -> what it then holds of the `wanted` responses. Another run
-    may have stored the same in the meantime: then both go on with that."""
-    table = read_table(store, wanted, notice=lambda text: None)                # which has been told already
-    if new := {key: logps for key, logps in computed.items() if key not in table}:
-        tensors = {"keys": torch.tensor([list(key) for key in new], dtype=torch.uint8),
-                   "lengths": torch.tensor([len(logps) for logps in new.values()]), "logps": torch.cat(list(new.values()))}
-        part = os.path.join(store, "part-" + hashlib.sha256(b"".join(new)).hexdigest()[:16])
-        try:
+def write_part(store: str, computed: dict) -> None:
+    """Seal `computed` as a part of `store`. One process at a time writes into it, so whatever is half there was left by one that
+    was killed."""
+    tensors = {"keys": torch.tensor([list(key) for key in computed], dtype=torch.uint8),
+               "lengths": torch.tensor([len(logps) for logps in computed.values()]),
+               "logps": torch.cat(list(computed.values()))}
+    part = os.path.join(store, "part-" + hashlib.sha256(b"".join(computed)).hexdigest()[:16])
+    try:
+        claim(store, wait=True)
+    except OSError as error:
+        raise RunError(f"cannot write {store} ({error.strerror}); fix: make it writable, or choose another output") from error
+    try:
+        checkpoint.tidy(store)
+        if checkpoint.broken(part):
             checkpoint.write_sealed(part, lambda directory: save_file(tensors, os.path.join(directory, "logps.safetensors")))
-        except RunError:
-            if checkpoint.broken(part):                            # else another run was a moment faster
-                raise
-    return table | new
+    finally:
+        release(store)
 
 
 def packed(function, *arguments) -> tuple:

@@ -15,15 +15,17 @@ from transformers import AutoConfig
 
 from data.dataset import load_datasets
 from data.errors import RunError, UserError
-from data.files import SUFFIXES, sha256
+from data.files import SUFFIXES
 from data.pack import Example
 from data.rewards import golds_of, load_reward, r1_zero, r1_zero_details, score
 from data.tokenise import Tokeniser
+from engine.claim import LOCK, claim
 from engine.config import FOREIGN, Common, cast, check_output, nearest, parse_argv, read_values, show
+from engine.directory import read_config
+from engine.fingerprint import fingerprints
 from engine.load import base_of, load_tokenizer
-from engine.logs import Run, read_config
+from engine.logs import Run
 from engine.model import is_reward_model
-from engine.reference import model_key
 from engine.rollout import Rollout, Sampling, sample, with_completions
 from engine.score import judge, load_frozen, scores, text_of
 from engine.value import reward_model_path
@@ -179,8 +181,7 @@ def complete(settings, path: str, name: str, notice) -> tuple[list[dict], dict]:
     models = {reward.name: reward_model_path(reward.path, tokenizer, notice) for reward in rewards if reward.path}
     verifies_r1_zero = any(reward.function is r1_zero for reward in rewards)
     examples, report, settings = load_prompts(settings, path, tokenizer, verifies_r1_zero, notice)
-    digests = [model_key(models[reward.name], "") if reward.path else reward.file and sha256(reward.file) for reward in rewards]
-    used = used_by(settings, path, report) | {"reward_digests": digests}
+    used = used_by(settings, path, report)
     batch = max(1, settings.rollout_batch_size // settings.n)
     results = Results(settings.output, name, used, len(examples), settings.n, batch, notice)
     if results.left:
@@ -218,9 +219,10 @@ def completion_rows(rollout: Rollout, first: int, rewards: list, verifies_r1_zer
 # ---- files that a rerun continues -------------------------------------------------------------------------------------
 
 def used_by(settings, path: str, report: dict) -> dict:
-    """What the results depend on."""
-    keys = {key: value for key, value in asdict(settings).items() if key not in FREE}
-    return keys | {"model": path, "model_digest": model_key(path, ""), "data_sha256": report["sha256"]}
+    """What the results depend on, with a digest of every file and model that the keys name."""
+    keys = {key: value for key, value in asdict(settings).items() if key not in FREE} | {"model": path}
+    digests = {f"digests of {key}": files for key, files in fingerprints(keys).items()}
+    return keys | digests | {"data_sha256": report["sha256"]}
 
 
 class Results:
@@ -233,7 +235,8 @@ class Results:
         self.run, self.since, self.total, self.each = Run(output), time.time(), total, each
         used = json.loads(json.dumps(used))
         try:
-            os.makedirs(output, exist_ok=True)
+            if holder := claim(output, f".{name}{LOCK}"):
+                raise UserError(f"output: {output} is in use by {holder}; fix: wait for its end, or choose another output")
             old = json.loads(Path(known).read_text(encoding="utf-8")) if os.path.exists(known) else {}
             differing = sorted(key for key in old.keys() | used.keys() if old.get(key) != used.get(key))
             if os.path.exists(self.path) and differing:

@@ -198,7 +198,7 @@ def test_other_settings_in_the_same_output(run, folder):
     run("chat", "gsm8k-test.jsonl", **keys)
     with pytest.raises(UserError, match=r"other settings \(temperature, top_k differ\); fix: "):
         run("chat", "gsm8k-test.jsonl", temperature=0.5, top_k=3, **keys)
-    with pytest.raises(UserError, match=r"\(model, model_digest differ\)"):
+    with pytest.raises(UserError, match=r"\(digests of model, model differ\)"):
         run("other", "gsm8k-test.jsonl", **keys)
     (folder / "changing").mkdir()
     write_jsonl(folder / "changing" / "gsm8k-test.jsonl", QUESTIONS[:3])

@@ -198,7 +198,10 @@ def test_killed_before_every_call_of_a_save(tmp_path):
         for path in checkpoint.checkpoints(run):      # one that is being removed may be half there, and is known to be
             assert checkpoint.broken(path) is None or checkpoint.step_of(path) == 3, count
         seen.add(step)
-        checkpoint.clean(run, after=step)
+        checkpoint.tidy(run)
+        for path in checkpoint.checkpoints(run):
+            if checkpoint.step_of(path) > step:
+                checkpoint.remove(path)
         assert not leftovers(run)
         save(run, 12)
         assert checkpoint.newest(run, lambda text: None).endswith("step-000012")
@@ -252,6 +255,11 @@ def test_no_bit_of_a_manifest_can_be_wrong(tmp_path):
                 assert {key: tuple(value.values()) for key, value in json.loads(manifest.read_bytes()).items()} == data
 
 
+def contents(folder):
+    """Every file under a directory by its path, as bytes."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
 def interrupted(tmp_path, model, algorithm="sft", step=4):
     """A project whose run was killed after `step`."""
     child.project(tmp_path, algorithm, model)
@@ -271,25 +279,35 @@ def test_auto_passes_over_a_damaged_checkpoint(model, uninterrupted, tmp_path):
 
 
 def test_damaged_checkpoints_do_not_push_out_whole_ones(tmp_path):
-    """`keep` counts what can be continued from: a run that falls back to step 3 saves steps 4 and 5 beside broken 8 and 9."""
+    """`keep` counts what can be continued from: a run that falls back to step 3 removes the broken 8 and 9 once it has saved 4."""
     for step in (3, 8, 9):
         sealed(f"{tmp_path}/checkpoints/step-{step:06d}", step)
     for step in (8, 9):
         truncate(tmp_path / "checkpoints" / f"step-{step:06d}" / "model.safetensors")
     (tmp_path / "run.json").write_text('{"data": {}}')
     start = checkpoint.newest(tmp_path, lambda text: None)
-    Run(str(tmp_path)).begin("", {}, checkpoint.load_trainer(start)["step"])
-    for step in (4, 5):
-        save(tmp_path, step)
+    run = Run(str(tmp_path))
+    run.begin("", {}, {}, checkpoint.load_trainer(start)["step"])
+    assert [checkpoint.step_of(path) for path in checkpoint.checkpoints(tmp_path)] == [3, 8, 9]
+    sealed(f"{tmp_path}/checkpoints/step-000004", 4)
+    run.replace(f"{tmp_path}/checkpoints/step-000004")
+    save(tmp_path, 5)
     assert [checkpoint.step_of(path) for path in checkpoint.checkpoints(tmp_path)] == [4, 5]
 
 
-def test_no_whole_checkpoint_starts_again(model, uninterrupted, tmp_path):
+def test_no_whole_checkpoint_is_refused(model, uninterrupted, tmp_path):
+    """One chmod or a half-made copy damages all of them at once: nothing is deleted, and a restored one is continued."""
     run = interrupted(tmp_path, model, step=2)
     for path in checkpoint.checkpoints(run):
-        os.remove(f"{path}/trainer.json")
+        os.rename(f"{path}/manifest.json", f"{path}/manifest.json.bak")
+    before = contents(run)
     result = child.train(tmp_path)
-    assert result.code == 0 and result.err.count("trainer.json is missing") == 2 and "resumed" not in result.err
+    error = result.err.splitlines()[-1]
+    assert result.code == 2 and error.startswith("error: output: no checkpoint of run is whole") and "resume=never" in error
+    assert contents(run) == before
+    newest = checkpoint.checkpoints(run)[-1]
+    os.rename(f"{newest}/manifest.json.bak", f"{newest}/manifest.json")
+    assert child.train(tmp_path).code == 0
     assert_same_run(run, uninterrupted["sft"])
 
 

@@ -69,7 +69,7 @@ def test_metrics(runs):
 
 def test_run_json(runs):
     run = json.loads((runs / "dpo" / "run.json").read_text())
-    assert set(run) == {"command", "started", "versions", "machine", "world_size", "data", "resumed_from_step"}
+    assert set(run) == {"command", "started", "versions", "machine", "world_size", "data", "digests", "resumed_from_step"}
     assert run["versions"]["torch"] == torch.__version__ and run["resumed_from_step"] == 0 and run["world_size"] == 1
     data = run["data"]["train"]
     assert data["sha256"] == hashlib.sha256((runs / "dpo.jsonl").read_bytes()).hexdigest()
@@ -126,9 +126,9 @@ def test_rows_of_updates_done_again_are_cut(tmp_path):
         (tmp_path / name).write_text(whole + '\0\0\0\n{"step": 2, "spl')
     data = {"train": {"source": "d", "sha256": "0"}, "eval": None}
     (tmp_path / "run.json").write_text(json.dumps({"data": data}))
-    run.begin("lr: 1\n", data, 2)
+    run.begin("lr: 1\n", data, {}, 2)
     for name in ("metrics.jsonl", "samples.jsonl"):
         assert [row["step"] for row in lines(tmp_path / name)] == [0, 1, 2, 2]
     assert json.loads((tmp_path / "run.json").read_text())["resumed_from_step"] == 2
-    run.begin("lr: 1\n", data, 0)
+    run.begin("lr: 1\n", data, {}, 0)
     assert (tmp_path / "metrics.jsonl").read_text() == ""

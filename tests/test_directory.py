@@ -1,0 +1,410 @@
+"""A run's directory is its own: one process at a time, nothing of the user's lost, nothing changed unnoticed between two parts."""
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import robust_helpers as child
+import torch
+from helpers import ROOT, final_weights, prompt_rows, tiny_model, write_jsonl
+
+from data.errors import UserError
+from engine import checkpoint
+from engine.claim import claim, release
+from engine.directory import Place, choose_directory
+from engine.fingerprint import fingerprints
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def finished_project(tmp_path_factory, model):
+    """A project whose run of three updates has ended, with the checkpoints of steps 2 and 3."""
+    directory = child.project(tmp_path_factory.mktemp("finished"), "sft", model, max_steps=3, keep=9)
+    assert child.train(directory).code == 0
+    return directory
+
+
+@pytest.fixture
+def finished(finished_project, tmp_path):
+    """A copy of it; its configuration names the data of the original."""
+    shutil.copytree(finished_project, tmp_path, dirs_exist_ok=True)
+    return tmp_path
+
+
+def contents(folder):
+    """Every file under a directory by its path, as bytes; without the claim that a killed process leaves."""
+    files = [path for path in sorted(Path(folder).rglob("*")) if path.is_file() and path.name != ".lock"]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def errors(result):
+    return [line for line in result.err.splitlines() if line.startswith("error: ")]
+
+
+# ---- one process, one directory
+
+HOLD = """
+import sys, time
+sys.path.insert(0, sys.argv[1])
+from engine.claim import claim
+print(claim(sys.argv[2], *sys.argv[3:]), flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def hold():
+    """hold(directory, name) -> a process that has claimed it."""
+    processes = []
+
+    def hold(directory, *name):
+        process = subprocess.Popen([sys.executable, "-c", HOLD, ROOT, directory, *name], stdout=subprocess.PIPE, text=True)
+        processes.append(process)
+        assert process.stdout.readline() == "None\n"
+        return process
+    yield hold
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
+def test_a_claim_ends_with_its_process(hold, tmp_path):
+    run = str(tmp_path / "run")
+    process = hold(run)
+    assert claim(run).startswith(f"process {process.pid} on ")
+    process.kill()
+    process.wait()
+    assert claim(run) is None and os.listdir(run) == [".lock"]
+    release(run)
+    assert not os.path.exists(run)
+
+
+def test_a_forked_child_keeps_no_claim(tmp_path):
+    """An orphan of a reward function must not hold the directory of a run that was killed."""
+    script = ("import os, sys, time\nsys.path.insert(0, sys.argv[1])\nfrom engine.claim import claim\nclaim(sys.argv[2])\n"
+              "pid = os.fork()\nif pid:\n    print(pid, flush=True)\n    os._exit(0)\ntime.sleep(60)\n")
+    done = subprocess.Popen([sys.executable, "-c", script, ROOT, tmp_path / "run"], stdout=subprocess.PIPE, text=True)
+    orphan = int(done.stdout.readline())
+    done.wait()
+    try:
+        assert claim(str(tmp_path / "run")) is None
+        release(str(tmp_path / "run"))
+    finally:
+        os.kill(orphan, signal.SIGKILL)
+
+
+def test_only_one_of_many_gets_a_directory(tmp_path):
+    """Six processes that claim and release the same name a hundred times: never two at a time, and none fails."""
+    script = ("import os, sys\nsys.path.insert(0, sys.argv[1])\nfrom engine.claim import claim, release\nrun = sys.argv[2]\n"
+              "for _ in range(100):\n    if claim(run) is None:\n        os.mkdir(run + '/alone')\n        os.rmdir(run + '/alone')\n"
+              "        release(run)\n")
+    words = [sys.executable, "-c", script, ROOT, tmp_path / "run"]
+    processes = [subprocess.Popen(words, stderr=subprocess.PIPE, text=True) for _ in range(6)]
+    assert [process.communicate(timeout=60)[1] for process in processes] == [""] * 6
+
+
+def test_the_default_name_passes_over_a_directory_in_use(hold, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    hold("runs/x")
+    assert choose_directory(None, "x", "auto", "lr: 1\n") == Place("runs/x-2")
+    release("runs/x-2")
+    with pytest.raises(UserError, match="output: runs/x is in use by process .*; fix: wait for its end, or choose another output"):
+        choose_directory("runs/x", "x", "auto", "lr: 1\n")
+
+
+def test_two_trainings_at_once(model, tmp_path):
+    """The same command twice: one line for the one that comes second, and the first is the run it would have been alone."""
+    child.project(tmp_path, "sft", model)
+    alone = child.train(child.project(tmp_path / "alone", "sft", model))
+    results = [None, None]
+
+    def start(number, *words):
+        results[number] = child.train(tmp_path, *words)
+    threads = [threading.Thread(target=start, args=(0,)), threading.Thread(target=start, args=(1, "lr=5e-3"))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert alone.code == 0 and sorted(result.code for result in results) == [0, 2]
+    refused = next(result for result in results if result.code == 2)
+    assert len(errors(refused)) == 1 and "output: run " in errors(refused)[0]
+    rate = "0.001" if results[0].code == 0 else "0.005"
+    assert f"lr: {rate}\n" in (tmp_path / "run" / "config.yaml").read_text()
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 10      # six updates, four evaluations
+    if rate == "0.001":
+        ours, theirs = final_weights(tmp_path / "run"), final_weights(tmp_path / "alone" / "run")
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_refused_run_leaves_no_directory(model, tmp_path):
+    child.project(tmp_path, "sft", model)
+    assert child.train(tmp_path, "data=nowhere.jsonl").code == 2
+    assert not (tmp_path / "run").exists()
+
+
+def test_two_evaluations_at_once(hold, model, tmp_path):
+    data = write_jsonl(tmp_path / "prompts.jsonl", prompt_rows(3))
+    hold(str(tmp_path / "out"), ".prompts_eval.lock")
+    words = [sys.executable, "evaluate.py", model, f"data={data}", "reward=gsm8k", f"output={tmp_path / 'out'}"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 2 and f"error: output: {tmp_path}/out is in use by process " in done.stderr
+    assert os.listdir(tmp_path / "out") == [".prompts_eval.lock"]
+
+
+def test_a_kill_before_config_yaml_is_whole_blocks_nothing(model, tmp_path):
+    child.project(tmp_path, "sft", model, max_steps=1)
+    (tmp_path / "run").mkdir()
+    for name in (".lock", "config.yaml.tmp"):
+        (tmp_path / "run" / name).write_text("half of")
+    assert child.train(tmp_path).code == 0
+    assert not [path for path in (tmp_path / "run").rglob("*") if ".tmp" in path.name or path.name == ".lock"]
+
+
+# ---- what is finished stays
+
+def test_an_edited_final_model_stays(finished):
+    """Edited and added files make a finished run neither unfinished nor are they overwritten by the same command."""
+    final = finished / "run" / "final"
+    settings = json.loads((final / "generation_config.json").read_text())
+    (final / "generation_config.json").write_text(json.dumps(settings | {"temperature": 0.7, "do_sample": True}))
+    (final / "README.md").write_text("my model")
+    before = contents(finished / "run")
+    result = child.train(finished)
+    assert result.code == 0 and "run is finished already: nothing is trained" in result.err and "model    run/final" in result.out
+    assert contents(finished / "run") == before
+    told = []
+    assert checkpoint.model_path(str(finished / "run"), told.append) == str(final)
+    assert len(told) == 1 and "generation_config.json" in told[0] and told[0].endswith("it is used as it is")
+
+
+def test_a_final_model_in_the_way_is_set_aside(finished):
+    """Another max_steps goes on; what the user changed in final/ is kept beside the new one."""
+    final = finished / "run" / "final"
+    (final / "README.md").write_text("my model")
+    before = contents(final)
+    result = child.train(finished, "max_steps=4")
+    assert result.code == 0 and "run/final-1" in result.err and contents(finished / "run" / "final-1") == before
+    assert checkpoint.broken(str(final)) is None and not (final / "README.md").exists()
+    assert child.train(finished, "max_steps=5").code == 0 and not (finished / "run" / "final-2").exists()
+
+
+def test_damaged_final_weights_are_said_and_made_again(finished):
+    final = finished / "run" / "final"
+    whole = contents(final)
+    os.truncate(final / "model.safetensors", 1000)
+    told = []
+    assert checkpoint.model_path(str(finished / "run"), told.append) == str(finished / "run" / "checkpoints" / "step-000003")
+    assert len(told) == 1 and "model.safetensors has 1000 bytes" in told[0] and "step-000003 is used instead" in told[0]
+    assert child.train(finished).code == 0
+    assert contents(final) == whole
+
+
+def test_an_unfinished_run_as_a_model_is_said(finished):
+    shutil.rmtree(finished / "run" / "final")
+    told = []
+    path = checkpoint.model_path(str(finished / "run"), told.append)
+    assert told == [f"this run has no final model; {path} is used instead"] and path.endswith("step-000003")
+
+
+def test_going_back_removes_nothing_before_it_has_saved(finished):
+    """resume=PATH of an older checkpoint, stopped before its first own one: everything is as if it had not been tried."""
+    run = finished / "run"
+    before = contents(run)
+    words = ["resume=run/checkpoints/step-000001", "save_every=null"]
+    result = child.train(finished, *words, patch=child.signal_in_update, arguments=(signal.SIGKILL, 2))
+    assert result.code == -signal.SIGKILL
+    kept = {name: content for name, content in contents(run).items() if name.startswith(("checkpoints/", "final/"))}
+    assert kept == {name: content for name, content in before.items() if name.startswith(("checkpoints/", "final/"))}
+    assert (run / "metrics.jsonl.replaced").read_bytes() == before["metrics.jsonl"]
+    assert child.train(finished).code == 0             # the same command as at first: finished, as it was
+    result = child.train(finished, "max_steps=4")      # goes on from step 3, with all the rows
+    assert result.code == 0 and "resumed from run/checkpoints/step-000003" in result.err
+    assert (run / "metrics.jsonl").read_bytes().startswith(before["metrics.jsonl"])
+    assert not (run / "metrics.jsonl.replaced").exists()
+
+
+def test_going_back_replaces_after_the_first_own_checkpoint(finished):
+    run = finished / "run"
+    rows = [line for line in (run / "metrics.jsonl").read_text().splitlines() if json.loads(line)["step"] <= 1]
+    result = child.train(finished, "resume=run/checkpoints/step-000001", patch=child.kill_after_save, arguments=(2,))
+    assert result.code == -signal.SIGKILL
+    assert [checkpoint.step_of(path) for path in checkpoint.checkpoints(run)] == [1, 2]
+    assert (run / "metrics.jsonl").read_text().splitlines()[:len(rows)] == rows
+    assert not (run / "metrics.jsonl.replaced").exists()
+
+
+# ---- what a run depends on
+
+def interrupted(tmp_path, algorithm, model, **values):
+    child.project(tmp_path, algorithm, model, **values)
+    assert child.train(tmp_path, patch=child.kill_after_save, arguments=(2,)).code == -signal.SIGKILL
+
+
+def spoil(path):
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("key, name", [("model", "model/model.safetensors"), ("model", "model/tokenizer.json"),
+                                       ("model", "model/chat_template.jinja"), ("reference", "reference/model.safetensors")])
+def test_another_model_under_the_same_name(key, name, model, tmp_path):
+    for folder in ("model", "reference"):
+        shutil.copytree(model, tmp_path / folder)
+    interrupted(tmp_path, "dpo", "model", reference="reference")
+    spoil(tmp_path / name)
+    before = contents(tmp_path / "run")
+    result = child.train(tmp_path)
+    assert result.code == 2 and errors(result) == [f"error: {key}: {name} has changed since the run in run started; "
+                                                   "fix: restore it, or choose another output"]
+    assert contents(tmp_path / "run") == before
+    spoil(tmp_path / name)
+    assert child.train(tmp_path).code == 0
+
+
+def test_another_reward_or_prompt_template_under_the_same_name(model, tmp_path):
+    (tmp_path / "judge.py").write_text("def judge(prompts, completions, **columns):\n    return [len(c) for c in completions]\n")
+    (tmp_path / "my.prompt").write_text("Q: {question}\nA: ")
+    interrupted(tmp_path, "grpo", model, reward="judge.py:judge, gsm8k", prompt_template="my.prompt")
+    for name, key in (("judge.py", "reward"), ("my.prompt", "prompt_template")):
+        old = (tmp_path / name).read_text()
+        (tmp_path / name).write_text(old + " ")
+        result = child.train(tmp_path)
+        assert result.code == 2 and errors(result)[0].startswith(f"error: {key}: {name} has changed since the run in run started")
+        (tmp_path / name).write_text(old)
+    assert child.train(tmp_path).code == 0
+
+
+def test_what_a_configuration_names(model, tmp_path, monkeypatch):
+    """Every text that names a file, a function's file, a model directory or an adapter with its base; nothing else."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.py").write_text("")
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": model}))
+    found = fingerprints({"reward": "gsm8k, a.py:f", "model": "adapter", "stop": "</answer>", "lr": 0.1, "output": "adapter", "none": None})
+    assert list(found) == ["reward", "model"] and list(found["reward"]) == ["a.py"]
+    assert {"adapter/adapter_config.json", f"{model}/model.safetensors", f"{model}/tokenizer.json"} <= found["model"].keys()
+    assert f"{model}/generation_config.json" not in found["model"]
+
+
+@pytest.mark.parametrize("schedule, warmup, told", [("linear", 0, True), ("cosine", 0, True), ("constant", 0, False),
+                                                    ("constant", 0.1, True)])
+def test_another_number_of_updates_is_told_where_rates_depend_on_it(schedule, warmup, told, model, tmp_path):
+    interrupted(tmp_path, "sft", model, schedule=schedule, warmup=warmup, max_steps=4)
+    result = child.train(tmp_path, "max_steps=3")
+    assert result.code == 0 and ("max_steps was 4 and is 3: under this schedule" in result.err) == told
+
+
+# ---- damaged files of a run
+
+@pytest.mark.parametrize("damage", [lambda path: path.unlink(), lambda path: path.write_text("{"), lambda path: path.write_text("[]"),
+                                    lambda path: path.write_bytes(path.read_bytes()[:40]), lambda path: path.write_text('{"data": 3}')])
+def test_a_damaged_run_json(damage, model, tmp_path):
+    interrupted(tmp_path, "sft", model)
+    damage(tmp_path / "run" / "run.json")
+    result = child.train(tmp_path)
+    assert result.code == 2 and "Traceback" not in result.err and errors(result)[0].startswith("error: output: run/run.json is damaged")
+
+
+def test_damaged_rows_are_kept_aside(model, tmp_path):
+    interrupted(tmp_path, "sft", model)
+    path = tmp_path / "run" / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([lines[0], '{"step": }\n', '{"mine": 1}\n', *lines[1:]]))
+    spoiled = path.read_bytes()
+    result = child.train(tmp_path)
+    assert result.code == 0 and "2 lines are no rows of this run" in result.err
+    assert (tmp_path / "run" / "metrics.jsonl.damaged").read_bytes() == spoiled
+    steps = [json.loads(line)["step"] for line in path.read_text().splitlines()]
+    assert steps == [0, 1, 2, 2, 3, 4, 4, 5, 6, 6]
+
+
+def remove_the_run(step):
+    from engine.loop import Engine
+    child.before(Engine, "clip_gradients", lambda: shutil.move("run", "moved"), lambda engine: engine.step.index == step)
+
+
+def test_a_moved_run_directory(model, tmp_path):
+    child.project(tmp_path, "sft", model, save_every=2, log_every=100)
+    result = child.train(tmp_path, patch=remove_the_run, arguments=(3,))
+    assert result.code == 1 and errors(result) == ["error: output: run was deleted or moved during the run; "
+                                                   "fix: put it back and run the same command again"]
+    assert not (tmp_path / "run").exists()
+    shutil.move(tmp_path / "moved", tmp_path / "run")
+    result = child.train(tmp_path)
+    assert result.code == 0 and "resumed from run/checkpoints/step-000002" in result.err
+
+
+# ---- the reference pass
+
+def stop_after_blocks(count):
+    """SIGTERM in the `count`-th block of the reference pass."""
+    from engine.loop import Engine
+    calls = []
+
+    def due(*_):
+        calls.append(1)
+        return len(calls) == count
+    child.before(Engine, "collect", child.send(signal.SIGTERM), due)
+
+
+def test_a_stopped_reference_pass_goes_on(model, tmp_path):
+    """Two blocks of four of the fourteen pairs are done when the signal comes: the rest is computed by the next call."""
+    child.project(tmp_path, "dpo", model)
+    result = child.train(tmp_path, patch=stop_after_blocks, arguments=(2,))
+    assert result.code == 143 and "stopped by SIGTERM" in result.err
+    result = child.train(tmp_path)
+    assert result.code == 0 and "reference log-probs: 16 of 28 responses from .reference/" in result.err
+    alone = child.project(tmp_path / "alone", "dpo", model)
+    assert child.train(alone).code == 0
+    ours, theirs = final_weights(tmp_path / "run"), final_weights(alone / "run")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_killed_reference_pass_keeps_its_parts(model, tmp_path):
+    from engine import loop
+    child.project(tmp_path, "dpo", model)
+    result = child.train(tmp_path, patch=seal_every_block_and_kill, arguments=(3,))
+    assert result.code == -signal.SIGKILL and loop.SEAL_SECONDS > 10
+    result = child.train(tmp_path)
+    assert result.code == 0 and "reference log-probs: 16 of 28 responses" in result.err
+    assert not list(tmp_path.rglob("*.tmp*"))
+
+
+def seal_every_block_and_kill(count):
+    from engine import loop
+    loop.SEAL_SECONDS = -1
+    calls = []
+
+    def due(*_):
+        calls.append(1)
+        return len(calls) == count
+    child.before(loop.Engine, "collect", child.send(signal.SIGKILL), due)
+
+
+def test_two_reference_passes_write_one_after_the_other(hold, tmp_path):
+    """A store that another process is writing into is waited for."""
+    from engine.reference import read_table, write_part
+    process = hold(str(tmp_path))
+    waiting = threading.Thread(target=write_part, args=(str(tmp_path), {b"k" * 16: torch.ones(3)}))
+    waiting.start()
+    time.sleep(0.5)
+    assert not list(tmp_path.glob("part-*"))
+    process.kill()
+    waiting.join(10)
+    assert torch.equal(read_table(str(tmp_path), {b"k" * 16}, print)[b"k" * 16], torch.ones(3))
+
+
