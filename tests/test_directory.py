@@ -7,7 +7,6 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import pytest
 import robust_helpers as child
@@ -41,12 +40,6 @@ def finished(finished_project, tmp_path):
     """A copy of it; its configuration names the data of the original."""
     shutil.copytree(finished_project, tmp_path, dirs_exist_ok=True)
     return tmp_path
-
-
-def contents(folder):
-    """Every file under a directory by its path, as bytes; without the claim that a killed process leaves."""
-    files = [path for path in sorted(Path(folder).rglob("*")) if path.is_file() and path.name != ".lock"]
-    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def errors(result):
@@ -180,10 +173,10 @@ def test_an_edited_final_model_stays(finished):
     settings = json.loads((final / "generation_config.json").read_text())
     (final / "generation_config.json").write_text(json.dumps(settings | {"temperature": 0.7, "do_sample": True}))
     (final / "README.md").write_text("my model")
-    before = contents(finished / "run")
+    before = child.contents(finished / "run")
     result = child.train(finished)
     assert result.code == 0 and "run is finished already: nothing is trained" in result.err and "model    run/final" in result.out
-    assert contents(finished / "run") == before
+    assert child.contents(finished / "run") == before
     told = []
     assert checkpoint.model_path(str(finished / "run"), told.append) == str(final)
     assert len(told) == 1 and "generation_config.json" in told[0] and told[0].endswith("it is used as it is")
@@ -193,22 +186,22 @@ def test_a_final_model_in_the_way_is_set_aside(finished):
     """Another max_steps goes on; what the user changed in final/ is kept beside the new one."""
     final = finished / "run" / "final"
     (final / "README.md").write_text("my model")
-    before = contents(final)
+    before = child.contents(final)
     result = child.train(finished, "max_steps=4")
-    assert result.code == 0 and "run/final-1" in result.err and contents(finished / "run" / "final-1") == before
+    assert result.code == 0 and "run/final-1" in result.err and child.contents(finished / "run" / "final-1") == before
     assert checkpoint.broken(str(final)) is None and not (final / "README.md").exists()
     assert child.train(finished, "max_steps=5").code == 0 and not (finished / "run" / "final-2").exists()
 
 
 def test_damaged_final_weights_are_said_and_made_again(finished):
     final = finished / "run" / "final"
-    whole = contents(final)
+    whole = child.contents(final)
     os.truncate(final / "model.safetensors", 1000)
     told = []
     assert checkpoint.model_path(str(finished / "run"), told.append) == str(finished / "run" / "checkpoints" / "step-000003")
     assert len(told) == 1 and "model.safetensors has 1000 bytes" in told[0] and "step-000003 is used instead" in told[0]
     assert child.train(finished).code == 0
-    assert contents(final) == whole
+    assert child.contents(final) == whole
 
 
 def test_an_unfinished_run_as_a_model_is_said(finished):
@@ -221,11 +214,11 @@ def test_an_unfinished_run_as_a_model_is_said(finished):
 def test_going_back_removes_nothing_before_it_has_saved(finished):
     """resume=PATH of an older checkpoint, stopped before its first own one: everything is as if it had not been tried."""
     run = finished / "run"
-    before = contents(run)
+    before = child.contents(run)
     words = ["resume=run/checkpoints/step-000001", "save_every=null"]
     result = child.train(finished, *words, patch=child.signal_in_update, arguments=(signal.SIGKILL, 2))
     assert result.code == -signal.SIGKILL
-    kept = {name: content for name, content in contents(run).items() if name.startswith(("checkpoints/", "final/"))}
+    kept = {name: content for name, content in child.contents(run).items() if name.startswith(("checkpoints/", "final/"))}
     assert kept == {name: content for name, content in before.items() if name.startswith(("checkpoints/", "final/"))}
     assert (run / "metrics.jsonl.replaced").read_bytes() == before["metrics.jsonl"]
     assert child.train(finished).code == 0             # the same command as at first: finished, as it was
@@ -265,11 +258,11 @@ def test_another_model_under_the_same_name(key, name, model, tmp_path):
         shutil.copytree(model, tmp_path / folder)
     interrupted(tmp_path, "dpo", "model", reference="reference")
     spoil(tmp_path / name)
-    before = contents(tmp_path / "run")
+    before = child.contents(tmp_path / "run")
     result = child.train(tmp_path)
     assert result.code == 2 and errors(result) == [f"error: {key}: {name} has changed since the run in run started; "
                                                    "fix: restore it, or choose another output"]
-    assert contents(tmp_path / "run") == before
+    assert child.contents(tmp_path / "run") == before
     spoil(tmp_path / name)
     assert child.train(tmp_path).code == 0
 

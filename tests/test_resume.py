@@ -255,11 +255,6 @@ def test_no_bit_of_a_manifest_can_be_wrong(tmp_path):
                 assert {key: tuple(value.values()) for key, value in json.loads(manifest.read_bytes()).items()} == data
 
 
-def contents(folder):
-    """Every file under a directory by its path, as bytes."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
 def interrupted(tmp_path, model, algorithm="sft", step=4):
     """A project whose run was killed after `step`."""
     child.project(tmp_path, algorithm, model)
@@ -300,11 +295,11 @@ def test_no_whole_checkpoint_is_refused(model, uninterrupted, tmp_path):
     run = interrupted(tmp_path, model, step=2)
     for path in checkpoint.checkpoints(run):
         os.rename(f"{path}/manifest.json", f"{path}/manifest.json.bak")
-    before = contents(run)
+    before = child.contents(run)
     result = child.train(tmp_path)
     error = result.err.splitlines()[-1]
     assert result.code == 2 and error.startswith("error: output: no checkpoint of run is whole") and "resume=never" in error
-    assert contents(run) == before
+    assert child.contents(run) == before
     newest = checkpoint.checkpoints(run)[-1]
     os.rename(f"{newest}/manifest.json.bak", f"{newest}/manifest.json")
     assert child.train(tmp_path).code == 0
@@ -458,12 +453,12 @@ def test_more_updates(model, tmp_path):
 def test_a_changed_data_file_is_refused(name, model, tmp_path):
     run = interrupted(tmp_path, model, step=2)
     write_jsonl(tmp_path / name, sft_rows(10, 20))
-    before = sorted(map(str, run.rglob("*")))
+    before = child.contents(run)
     result = child.train(tmp_path)
     *notices, error = result.err.splitlines()
     assert result.code == 2 and re.fullmatch(rf"error: .*{name} has changed since the run in run started; fix: .*", error)
     assert all("rows read as" in notice for notice in notices)
-    assert sorted(map(str, run.rglob("*"))) == before
+    assert child.contents(run) == before
 
 
 def test_keep(uninterrupted):
