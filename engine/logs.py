@@ -5,6 +5,7 @@
 Only rank 0 writes. The console is a view of metrics.jsonl: one progress line on a terminal, plain lines elsewhere.
 """
 import json
+import math
 import os
 import platform
 import re
@@ -18,7 +19,7 @@ from data.errors import RunError, UserError
 from engine import checkpoint
 
 # a run may be continued with other values of these; every other key changes the numbers
-FREE = {"output", "resume", "max_steps", "epochs", "eval_every", "save_every", "log_every", "sample_every", "keep", "merge"}
+FREE = {"output", "resume", "max_steps", "epochs", "eval_every", "save_every", "log_every", "sample_every", "keep", "merge", "save_dtype"}
 
 
 def read_config(directory: str) -> dict | None:
@@ -143,8 +144,9 @@ class Run:
     def append(self, name: str, row) -> None:
         if self.main and os.path.isdir(self.directory):
             try:
-                with open(self.path(name), "a", encoding="utf-8") as file:
-                    file.write((row if isinstance(row, str) else json.dumps(row, ensure_ascii=False)) + "\n")
+                # half a surrogate, which UTF-8 lacks, becomes \\udc80: in JSON that is the same text
+                with open(self.path(name), "a", encoding="utf-8", errors="backslashreplace") as file:
+                    file.write((row if isinstance(row, str) else as_json(row)) + "\n")
             except OSError as error:
                 raise RunError(f"cannot write {self.path(name)} ({error.strerror}); checkpoints are untouched; "
                                "fix: free disk space and run the same command again") from error
@@ -178,7 +180,8 @@ class Run:
         first, *_, last = [row for row in rows if row["split"] == split] * 2
         print(f"\n{'held-out rows' if split == 'eval' else 'training rows'}: step {first['step']} -> step {last['step']}")
         hidden = ("step", "split", "epoch", "lr", "grad_norm", "tokens_per_second")
-        for name in [name for name in first if name in last and name not in hidden]:       # an update of kto may lack one class
+        # an update of kto may lack one class; what was not finite is null
+        for name in [name for name in first if name not in hidden and None not in (first[name], last.get(name))]:
             print(f"  {name:<20} {first[name]:9.4f} -> {last[name]:9.4f}")
         print(f"model    {self.path('final')}\n" + (f"chat     python chat.py {self.directory}\n" if chat else "")
               + f"metrics  {self.path('metrics.jsonl')}")
@@ -188,6 +191,12 @@ class Run:
         if self.terminal and self.line:
             print(file=sys.stderr)
             self.line = ""
+
+
+def as_json(row: dict) -> str:
+    """One line of JSON, which has no NaN and no infinity: they become null."""
+    finite = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
+    return json.dumps(finite, ensure_ascii=False, allow_nan=False)
 
 
 def redact(text: str) -> str:
