@@ -48,7 +48,7 @@ def write_sealed(directory: str, write, trial: bool = False) -> None:
     try:
         os.makedirs(temporary)
         write(temporary)
-        seal(temporary)
+        seal(temporary, durable=not trial)
         if trial:
             shutil.rmtree(temporary)
             return
@@ -67,18 +67,21 @@ def write_sealed(directory: str, write, trial: bool = False) -> None:
         raise RunError(f"cannot write {directory} ({first_line(error)}); {kept}; fix: {remedy(error)}") from error
 
 
-def seal(directory: str) -> None:
-    """Make everything below `directory` readable for others, put it on the disk, and list it in the manifest, written last."""
+def seal(directory: str, durable: bool = True) -> None:
+    """Make everything below `directory` readable for others, list it in the manifest, written last, and put it on the disk; where
+    it need not be `durable`, the directories only."""
     manifest = {}
     for name in files_below(directory):
         path = os.path.join(directory, name)
         os.chmod(path, 0o644)     # safetensors writes 0600: unreadable for another user's server
-        sync(path)
+        if durable:
+            sync(path)
         manifest[name] = {"bytes": os.path.getsize(path), "sha256": sha256(path)}
-    with open(os.path.join(directory, MANIFEST), "w") as file:
+    path = os.path.join(directory, MANIFEST)
+    with open(path, "w") as file:
         json.dump(manifest, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
+    if durable:
+        sync(path)
     for folder, _, _ in os.walk(directory):
         if folder != directory:
             os.chmod(folder, 0o755)
@@ -103,6 +106,8 @@ def remedy(error: Exception) -> str:
         return "make its directory writable and run the same command again"
     if number is not None:
         return "check that the disk is there and nothing else moves this directory, then run the same command again"
+    if isinstance(error, MemoryError):
+        return "free memory and run the same command again"
     return "correct the files of the start model (its tokenizer and configuration) that this error speaks of"
 
 
@@ -239,8 +244,9 @@ def save_model(lm, tokenizer, state: dict, directory: str) -> None:
         lora.save(lm, weights, directory)
     else:
         lm.save_pretrained(directory, state_dict=written(weights), max_shard_size="5GB")
-        lm.config.dtype = precision(weights)             # transformers has written that of the LM in memory
-        lm.config.save_pretrained(directory)
+        if precision(weights) != lm.dtype:               # transformers has written that of the LM in memory
+            lm.config.dtype = precision(weights)
+            lm.config.save_pretrained(directory)
     if "value_head.weight" in state:
         # other projects' heads have a bias, and they read it; ours has none
         head = {HEAD_WEIGHT: state["value_head.weight"], HEAD_BIAS: torch.zeros(1)}

@@ -68,24 +68,23 @@ def load_lm(path: str, dtype=torch.float32, attn_implementation: str = "segments
 def generation_settings(path: str) -> tuple[dict, str]:
     """(the generation settings of a model, without what transformers would refuse to save; a sentence about what was changed for
     that, "" if nothing). They stand in generation_config.json, of older models in config.json."""
-    for name in ("generation_config.json", "config.json"):
-        file = cached_file(path, name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False)
-        if file is not None:
-            break
-    else:
-        return {}, ""
+    try:
+        file = cached_file(path, "generation_config.json")
+    except OSError:                                        # it has none
+        file = cached_file(path, "config.json")
     try:
         with open(file, encoding="utf-8") as content:
             given = dict(json.load(content))
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"model: {file} cannot be read ({first_line(error)}); fix: correct this file") from error
-    if name == "config.json":
+    if os.path.basename(file) == "config.json":
         given = {key: given[key] for key in given.keys() & vars(GenerationConfig()).keys()}
     if can_be_saved(given):
         return given, ""
     # an author who gives a temperature and does not say do_sample means sampling; one who says do_sample: false does not
     choices = [given] if isinstance(given.get("do_sample"), bool) else [given, given | {"do_sample": True}]
-    kept = min(map(savable_part, choices), key=lambda part: len(given.keys() - part.keys()))
+    parts = [savable_part(choice) for choice in choices]
+    kept = min(parts, key=lambda part: len(given.keys() - part.keys()))
     changes = [f"without {key}: {json.dumps(given[key])}" for key in sorted(given.keys() - kept.keys())]
     if kept.get("do_sample") != given.get("do_sample"):
         changes.insert(0, "with do_sample: true")

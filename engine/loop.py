@@ -319,10 +319,10 @@ class Engine:
         """Stop the run, on all ranks, before anything is written, if a trained weight, a moment of it or what the policy
         says of a row is not finite: a loss would show it one update later."""
         tensors = {}
-        for name, parameter in self.policy.named_parameters():
-            if parameter.requires_grad:
-                tensors[name] = parameter
-                for key, value in self.optimizer.state.get(parameter, {}).items():
+        for name, tensor in checkpoint.saved_tensors(self.policy).items():
+            if tensor.requires_grad:
+                tensors[name] = tensor
+                for key, value in self.optimizer.state.get(tensor, {}).items():
                     tensors[f"{key} of {name}"] = value
         faults = [float(not checkpoint.is_finite(tensor)) for tensor in tensors.values()]
         counts = sum_over_ranks(faults, self.policy.device)
@@ -368,12 +368,14 @@ class Engine:
             def fill(temporary):
                 save(lm, self.tokenizer, weights, temporary)
             checkpoint.write_sealed(self.run.path(name), fill, trial)
-            return checkpoint.num_bytes(weights)
 
-        size = 0
+        copies = 1
         if isinstance(self.policy, RewardModel) and not checkpoint.why_no_classifier(lm):
-            size += write("classifier", checkpoint.save_classifier)
-        return size + write("final", checkpoint.save_model)            # last: it marks the run as finished
+            write("classifier", checkpoint.save_classifier)
+            copies = 2
+        if self.config.merge or not trial:                  # else a trial has written the same as a checkpoint
+            write("final", checkpoint.save_model)           # last: it marks the run as finished
+        return copies * checkpoint.num_bytes(weights)
 
     # ---- signals ----------------------------------------------------------------------------------------------------
 
