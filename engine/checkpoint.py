@@ -230,7 +230,12 @@ def precision(state: dict) -> torch.dtype:
 
 def merged(lm, state: dict):
     """The LM with its adapter merged into it, and its weights by the names of `model_state`."""
-    plain = lora.merged(lm, {name.removeprefix("lm."): tensor for name, tensor in state.items() if name.startswith("lm.")})
+    adapter = {name.removeprefix("lm."): tensor for name, tensor in state.items() if name.startswith("lm.")}
+    try:
+        plain = lora.merged(lm, adapter)
+    except (OSError, ValueError, RuntimeError, MemoryError) as error:
+        raise RunError(f"the adapter cannot be merged into {lm.name_or_path} ({first_line(error)}); "
+                       "fix: run the same command again with merge=false, or with more memory") from error
     plain.generation_config = lm.generation_config
     head = {name: tensor for name, tensor in state.items() if not name.startswith("lm.")}
     weights = each_once(torch.Tensor.detach, plain.state_dict(keep_vars=True))
@@ -271,7 +276,8 @@ def save_classifier(lm, tokenizer, state: dict, directory: str) -> None:
         spare = sorted(set(tokenizer.get_added_vocab().values()) - set(stop_ids(tokenizer)) - {tokenizer.bos_token_id})
         tokenizer.add_special_tokens({"pad_token": tokenizer.convert_ids_to_tokens(spare[0]) if spare else "<|pad|>"})
     config = copy.deepcopy(lm.config)
-    config.num_labels, config.pad_token_id, config._attn_implementation = 1, tokenizer.pad_token_id, "sdpa"
+    config.num_labels, config.pad_token_id = 1, tokenizer.pad_token_id
+    config._attn_implementation = "eager"      # every architecture has it; it is not saved
     text = config.get_text_config()
     text.vocab_size = max(text.vocab_size, tokenizer.pad_token_id + 1)
     dtype = precision(state)

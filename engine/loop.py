@@ -354,7 +354,12 @@ class Engine:
         """`final/`, loadable by name; of a reward model also `classifier/`, for AutoModelForSequenceClassification."""
         self.check_weights(self.total)
         weights = checkpoint.model_state(self.policy)
-        from_main(self.write_final, weights)
+        try:
+            from_main(self.write_final, weights)
+        except UserError:
+            if self.config.merge:
+                self.save(self.total)                       # what merging needs has gone; the adapter at least is kept
+            raise
 
     def write_final(self, weights: dict, trial: bool = False) -> int:
         """Write, or try, what a run ends with, on rank 0; the number of bytes of its weights."""

@@ -23,7 +23,13 @@ from helpers import (
     write_jsonl,
 )
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GenerationConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BloomConfig,
+    GenerationConfig,
+)
 
 from data.errors import RunError, UserError
 from engine import checkpoint, load, loop
@@ -252,6 +258,37 @@ def test_a_trial_writes_every_file_but_no_weight(algorithm, values, forms, model
         assert missing <= {"manifest.json", "model.safetensors", "rollout.safetensors"}, missing
         assert names[form] <= set(checkpoint.files_below(real[form]))
     assert not list(run.glob("*.tmp-*"))
+
+
+def test_a_classifier_of_an_architecture_without_sdpa(tmp_path):
+    random_lm(config_of(BloomConfig, n_layer=2, n_head=4)).save_pretrained(tmp_path / "model")
+    lm = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    state = {f"lm.{name}": tensor for name, tensor in lm.state_dict().items()} | {"value_head.weight": torch.ones(1, 32)}
+    checkpoint.save_classifier(lm, byte_tokenizer(), state, tmp_path / "classifier")
+    classifier = AutoModelForSequenceClassification.from_pretrained(tmp_path / "classifier")
+    assert torch.equal(classifier.score.weight, torch.ones(1, 32))
+
+
+def test_an_adapter_that_cannot_be_merged_at_the_end_is_kept(model, tmp_path):
+    pytest.importorskip("peft")
+    base = shutil.copytree(model, tmp_path / "base")
+
+    write = Engine.write_final
+
+    def after_the_base_has_gone(engine, weights, trial=False):
+        if not trial:
+            os.rename(base, tmp_path / "elsewhere")
+        return write(engine, weights, trial)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Engine, "write_final", after_the_base_has_gone)
+        with pytest.raises(UserError):
+            train(tmp_path, base, lora_r=2, merge="true", epochs=1)
+    run = tmp_path / "run"
+    assert not (run / "final").exists() and checkpoint.broken(run / "checkpoints" / "step-000002") is None
+    assert load_file(run / "checkpoints" / "step-000002" / "adapter_model.safetensors")
+    os.rename(tmp_path / "elsewhere", base)
+    train_here(tmp_path / "config.yml")
+    assert final_weights(run) and checkpoint.broken(run / "final") is None
 
 
 def test_a_killed_trial_is_tidied(model, tmp_path):
