@@ -40,8 +40,9 @@ def sync(path: str) -> None:
 
 
 def write_sealed(directory: str, write, trial: bool = False) -> None:
-    """Call `write(temporary directory)`, seal what it wrote and move it to `directory` in one rename; a `trial` removes it instead.
-    RunError whatever fails; what stood at `directory` before stays until its replacement is complete."""
+    """Call `write(temporary directory)`, seal what it wrote and move it to `directory` in one rename; a
+    `trial` removes it instead. RunError whatever fails; what stood there before stays until its replacement
+    is complete."""
     directory = os.path.normpath(directory)
     temporary = f"{directory}.tmp-{secrets.token_hex(4)}"       # not the process's number: containers share disks, and number 1
     previous = f"{temporary}-old"
@@ -57,19 +58,20 @@ def write_sealed(directory: str, write, trial: bool = False) -> None:
         os.rename(temporary, directory)
         sync(os.path.dirname(directory) or ".")
         shutil.rmtree(previous, ignore_errors=True)
-    except Exception as error:     # of the disk, of safetensors, or of whatever in a tokenizer or a configuration cannot be written
+    except Exception as error:     # of the disk, or of a tokenizer or configuration that cannot be written
         if os.path.isdir(previous) and not os.path.exists(directory):
             os.rename(previous, directory)
         shutil.rmtree(temporary, ignore_errors=True)
         if isinstance(error, UserError):
             raise
         kept = "this was tried before the first update" if trial else "earlier checkpoints are untouched"
-        raise RunError(f"cannot write {directory} ({first_line(error)}); {kept}; fix: {remedy(error)}") from error
+        raise RunError(f"cannot write {directory} ({first_line(error)}); {kept}; "
+                       f"fix: {remedy(error)}") from error
 
 
 def seal(directory: str, durable: bool = True) -> None:
-    """Make everything below `directory` readable for others, list it in the manifest, written last, and put it on the disk; where
-    it need not be `durable`, the directories only."""
+    """Make everything below `directory` readable for others, list it in the manifest, which is written last,
+    and put it on the disk; where it need not be `durable`, the directories only."""
     manifest = {}
     for name in files_below(directory):
         path = os.path.join(directory, name)
@@ -105,7 +107,7 @@ def remedy(error: Exception) -> str:
     if number in (errno.EACCES, errno.EPERM, errno.EROFS):
         return "make its directory writable and run the same command again"
     if number is not None:
-        return "check that the disk is there and nothing else moves this directory, then run the same command again"
+        return "check that nothing else moves or removes this directory, then run the same command again"
     if isinstance(error, MemoryError):
         return "free memory and run the same command again"
     return "correct the files of the start model (its tokenizer and configuration) that this error speaks of"
@@ -200,9 +202,12 @@ def model_state(policy) -> dict:
 
 
 def outline(policy) -> dict:
-    """`model_state` without its numbers: tensors on the meta device, which the functions below leave out of what they write. So a
-    trial writes everything but the weights."""
-    return each_once(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta"), saved_tensors(policy))
+    """`model_state` without its numbers: tensors on the meta device, which the functions below leave out of
+    what they write. So a trial writes everything but the weights."""
+    def empty(tensor):
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+
+    return each_once(empty, saved_tensors(policy))
 
 
 def written(state: dict) -> dict:
@@ -260,7 +265,8 @@ def save_model(lm, tokenizer, state: dict, directory: str) -> None:
 
 
 def why_no_classifier(lm, merge: bool = False) -> str | None:
-    """The reason why `save_classifier` cannot save a reward model on this LM (once its adapter is merged); None if it can."""
+    """The reason why `save_classifier` cannot save a reward model on this LM, with `merge` once its adapter
+    is merged; None if it can."""
     if lora.settings(lm) and not merge:
         return "with LoRA it takes merge: true"
     known = type(lm.config) in AutoModelForSequenceClassification._model_mapping
@@ -293,7 +299,7 @@ def save_classifier(lm, tokenizer, state: dict, directory: str) -> None:
 
 
 def save_checkpoint(directory: str, policy, tokenizer, optimizer, trainer: dict, stored: dict) -> None:
-    """Seal a checkpoint, on rank 0; where that fails, all ranks raise. Gathering weights and moments is a collective call."""
+    """Seal a checkpoint, on rank 0; where that fails, all ranks raise. Gathering is a collective call."""
     weights = model_state(policy)
     moments = {f"{name}:{key}": whole(value) for name, parameter in policy.named_parameters()
                for key, value in optimizer.state.get(parameter, {}).items()}
@@ -304,9 +310,9 @@ def save_checkpoint(directory: str, policy, tokenizer, optimizer, trainer: dict,
     from_main(write_sealed, directory, write)
 
 
-def write_checkpoint(directory: str, lm, tokenizer, weights: dict, moments: dict, trainer: dict, stored: dict) -> None:
-    """Model, tokenizer, optimizer state (by parameter name, so any world size can load it), `trainer.json` and, if there are any, the
-    tensors `stored` of a rollout."""
+def write_checkpoint(directory, lm, tokenizer, weights: dict, moments: dict, trainer: dict, stored: dict):
+    """Model, tokenizer, optimizer state (by parameter name, so any world size can load it), `trainer.json`
+    and, if there are any, the tensors `stored` of a rollout."""
     save_model(lm, tokenizer, weights, directory)
     if critic := {name: tensor for name, tensor in weights.items() if name.startswith("critic_")}:
         save_file(written(critic), os.path.join(directory, CRITIC))

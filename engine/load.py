@@ -10,7 +10,7 @@ from transformers.utils import cached_file, logging
 from data.errors import UserError
 
 ADAPTER = "adapter_config.json"      # in a directory with a LoRA adapter, in peft's format
-MODES = {"do_sample", "num_beams", "use_cache", "return_dict_in_generate"}      # of generation: other settings ask for one of them
+MODES = {"do_sample", "num_beams", "use_cache", "return_dict_in_generate"}    # other settings depend on these
 logging.disable_progress_bar()       # of loading and saving weights: our console is one progress line
 
 
@@ -66,8 +66,9 @@ def load_lm(path: str, dtype=torch.float32, attn_implementation: str = "segments
 
 
 def generation_settings(path: str) -> tuple[dict, str]:
-    """(the generation settings of a model, without what transformers would refuse to save; a sentence about what was changed for
-    that, "" if nothing). They stand in generation_config.json, of older models in config.json."""
+    """(the generation settings of a model, without what transformers would refuse to save; a sentence about
+    what was changed for that, "" if nothing). They stand in generation_config.json, of older models in
+    config.json."""
     try:
         file = cached_file(path, "generation_config.json")
     except OSError:                                        # it has none
@@ -76,12 +77,13 @@ def generation_settings(path: str) -> tuple[dict, str]:
         with open(file, encoding="utf-8") as content:
             given = dict(json.load(content))
     except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"model: {file} cannot be read ({first_line(error)}); fix: correct this file") from error
+        reason = first_line(error)
+        raise UserError(f"model: {file} cannot be read ({reason}); fix: correct this file") from error
     if os.path.basename(file) == "config.json":
         given = {key: given[key] for key in given.keys() & vars(GenerationConfig()).keys()}
     if can_be_saved(given):
         return given, ""
-    # an author who gives a temperature and does not say do_sample means sampling; one who says do_sample: false does not
+    # who gives a temperature and says nothing of do_sample means sampling; who says do_sample: false does not
     choices = [given] if isinstance(given.get("do_sample"), bool) else [given, given | {"do_sample": True}]
     parts = [savable_part(choice) for choice in choices]
     kept = min(parts, key=lambda part: len(given.keys() - part.keys()))
@@ -103,7 +105,7 @@ def savable_part(given: dict) -> dict:
 def can_be_saved(settings: dict) -> bool:
     """Whether transformers would write these generation settings into a file."""
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()                # it would warn of them here and then refuse them at the end of a run
+    logging.set_verbosity_error()               # it would warn here, and refuse at the end of a run
     try:
         GenerationConfig(**settings).validate(strict=True)
     except (ValueError, TypeError, AttributeError):

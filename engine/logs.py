@@ -19,7 +19,8 @@ from data.errors import RunError, UserError
 from engine import checkpoint
 
 # a run may be continued with other values of these; every other key changes the numbers
-FREE = {"output", "resume", "max_steps", "epochs", "eval_every", "save_every", "log_every", "sample_every", "keep", "merge", "save_dtype"}
+FREE = {"output", "resume", "max_steps", "epochs", "eval_every", "save_every", "log_every", "sample_every",
+        "keep", "merge", "save_dtype"}
 
 
 def read_config(directory: str) -> dict | None:
@@ -144,7 +145,7 @@ class Run:
     def append(self, name: str, row) -> None:
         if self.main and os.path.isdir(self.directory):
             try:
-                # half a surrogate, which UTF-8 lacks, becomes \\udc80: in JSON that is the same text
+                # half a surrogate, which UTF-8 lacks, becomes \udc80, in JSON the same text
                 with open(self.path(name), "a", encoding="utf-8", errors="backslashreplace") as file:
                     file.write((row if isinstance(row, str) else as_json(row)) + "\n")
             except OSError as error:
@@ -181,7 +182,8 @@ class Run:
         print(f"\n{'held-out rows' if split == 'eval' else 'training rows'}: step {first['step']} -> step {last['step']}")
         hidden = ("step", "split", "epoch", "lr", "grad_norm", "tokens_per_second")
         # an update of kto may lack one class; what was not finite is null
-        for name in [name for name in first if name not in hidden and None not in (first[name], last.get(name))]:
+        known = [name for name in first if None not in (first[name], last.get(name))]
+        for name in [name for name in known if name not in hidden]:
             print(f"  {name:<20} {first[name]:9.4f} -> {last[name]:9.4f}")
         print(f"model    {self.path('final')}\n" + (f"chat     python chat.py {self.directory}\n" if chat else "")
               + f"metrics  {self.path('metrics.jsonl')}")
@@ -195,8 +197,11 @@ class Run:
 
 def as_json(row: dict) -> str:
     """One line of JSON, which has no NaN and no infinity: they become null."""
-    finite = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
-    return json.dumps(finite, ensure_ascii=False, allow_nan=False)
+    def known(value):
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    row = {key: known(value) for key, value in row.items()}
+    return json.dumps(row, ensure_ascii=False, allow_nan=False)
 
 
 def redact(text: str) -> str:

@@ -280,8 +280,8 @@ class Engine:
                                               "completion": self.tokenizer.decode(completion.tokens)})
 
     def try_saving(self) -> None:
-        """Before the first update: write everything but the weights once, so that no run can end with nothing. All that is
-        saved gets the template's stop tokens."""
+        """Before the first update: write everything but the weights once, so that no run can end with
+        nothing. All that is saved gets the template's stop tokens."""
         self.policy.lm.generation_config.eos_token_id = stop_ids(self.tokenizer)
         from_main(self.write_trial)
 
@@ -304,20 +304,20 @@ class Engine:
         self.check_disk(checkpoint.num_bytes(outline) + moments, final)
 
     def check_disk(self, one: int, final: int) -> None:
-        """Warn if the disk has no room for the checkpoints, of `one` bytes each, and the `final` bytes of the end."""
+        """Warn if the disk has no room for checkpoints of `one` bytes each and `final` bytes at the end."""
         every, directory = self.config.save_every, self.run.directory
         planned = self.total // every if every else 0
-        at_once = max(1, min(planned, self.config.keep + 1))       # the oldest goes after the newest came; a signal makes one, too
+        at_once = max(1, min(planned, self.config.keep + 1))       # the oldest goes when the newest is there
         missing = max(1, at_once - len(checkpoint.checkpoints(directory)))
         free = shutil.disk_usage(directory).free
         if free < missing * one + final:
-            self.notice(f"warning: the disk of {directory} has {free / 1e9:.3g} GB left, but {missing} checkpoints of "
-                        f"{one / 1e9:.3g} GB and {final / 1e9:.3g} GB at the end do not fit; "
-                        "fix: free disk space, or lower keep")
+            free, one, final = (f"{size / 1e9:.3g} GB" for size in (free, one, final))
+            self.notice(f"warning: the disk of {directory} has {free} left, but {missing} checkpoints of "
+                        f"{one} and {final} at the end do not fit; fix: free disk space, or lower keep")
 
     def check_weights(self, index: int) -> None:
-        """Stop the run, on all ranks, before anything is written, if a trained weight, a moment of it or what the policy
-        says of a row is not finite: a loss would show it one update later."""
+        """Stop the run, on all ranks, before anything is written, if a trained weight, a moment of it or the
+        policy's answer to a row is not finite: a loss would show it one update later."""
         tensors = {}
         for name, tensor in checkpoint.saved_tensors(self.policy).items():
             if tensor.requires_grad:
@@ -358,7 +358,7 @@ class Engine:
             from_main(self.write_final, weights)
         except UserError:
             if self.config.merge:
-                self.save(self.total)                       # what merging needs has gone; the adapter at least is kept
+                self.save(self.total)             # what merging needs has gone; the adapter at least is kept
             raise
 
     def write_final(self, weights: dict, trial: bool = False) -> int:
@@ -378,8 +378,8 @@ class Engine:
         if isinstance(self.policy, RewardModel) and not checkpoint.why_no_classifier(lm):
             write("classifier", checkpoint.save_classifier)
             copies = 2
-        if self.config.merge or not trial:                  # else a trial has written the same as a checkpoint
-            write("final", checkpoint.save_model)           # last: it marks the run as finished
+        if self.config.merge or not trial:              # else a trial has written the same as a checkpoint
+            write("final", checkpoint.save_model)       # last: it marks the run as finished
         return copies * checkpoint.num_bytes(weights)
 
     # ---- signals ----------------------------------------------------------------------------------------------------

@@ -139,7 +139,8 @@ def dropouts(lm) -> list[nn.Module]:
 def save(lm, state: dict, directory: str) -> None:
     """The adapter with the weights of `state`, by their names inside the LM, in peft's format."""
     weights = library().get_peft_model_state_dict(lm, state, save_embedding_layers=False)
-    tensors = {PREFIX + name: tensor.contiguous() for name, tensor in weights.items() if not tensor.is_meta}      # see outline
+    weights = {name: tensor for name, tensor in weights.items() if not tensor.is_meta}      # a trial has none
+    tensors = {PREFIX + name: tensor.contiguous() for name, tensor in weights.items()}
     save_file(tensors, os.path.join(directory, "adapter_model.safetensors"), {"format": "pt"})
     saved, base = copy.copy(settings(lm)), lm.name_or_path
     saved.inference_mode = True
@@ -150,11 +151,13 @@ def save(lm, state: dict, directory: str) -> None:
 
 
 def merged(lm, state: dict):
-    """A plain LM, on the CPU, with the adapter's weights in `state` added to its own. The base is read again in fp32: what is in
-    memory may be rounded to bf16 or 4 bits. Where `state` is without numbers, on the meta device, so is the LM."""
+    """A plain LM, on the CPU, with the adapter's weights in `state` added to its own. The base is read again
+    in fp32: what is in memory may be rounded to bf16 or 4 bits. Given a `state` on the meta device, which has
+    no numbers, the LM is there, too."""
     if any(tensor.is_meta for tensor in state.values()):
+        config = AutoConfig.from_pretrained(lm.name_or_path)
         with torch.device("meta"):
-            base = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(lm.name_or_path), dtype=torch.float32)
+            base = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     else:
         base = load_lm(lm.name_or_path)
     base.eval()

@@ -22,7 +22,7 @@ from data.pack import Batch, Example, Response, collate
 from engine import lora
 from engine.load import base_of, is_adapter, load_lm
 
-VALUE_HEAD = "value_head.safetensors"        # beside the trunk of a reward model, with these two tensors: (1, D) and (1,)
+VALUE_HEAD = "value_head.safetensors"        # beside a reward model's trunk, with these two: (1, D) and (1,)
 HEAD_WEIGHT, HEAD_BIAS = "v_head.summary.weight", "v_head.summary.bias"
 LOGITS_AT_ONCE = {"cpu": 2 ** 22, "cuda": 2 ** 27}    # 16 MiB fits a CPU's cache, 512 MiB fills a GPU; whatever the batch
 
@@ -244,13 +244,15 @@ class Policy(nn.Module):
 
 
 def saved_head(path: str, notice) -> torch.Tensor:
-    """The head (1, D) of the reward model at `path`. Ours has no bias: that of another project's file is left out, and said."""
+    """The head (1, D) of the reward model at `path`. Ours has no bias: a notice says that one is left out."""
     file = os.path.join(path, VALUE_HEAD)
     tensors = load_file(file)
     if HEAD_WEIGHT not in tensors:
-        raise UserError(f"model: {file} holds no {HEAD_WEIGHT} ({', '.join(tensors) or 'nothing'}); fix: pass a reward model's directory")
+        found = ", ".join(tensors) or "nothing"
+        raise UserError(f"model: {file} holds {found}, not {HEAD_WEIGHT}; fix: pass a reward model")
     if HEAD_BIAS in tensors and tensors[HEAD_BIAS].any():
-        notice(f"{file}: its bias {float(tensors[HEAD_BIAS]):.4g}, the same for every response, is left out of the scores")
+        bias = float(tensors[HEAD_BIAS])
+        notice(f"{file}: its bias {bias:.4g}, the same for every response, is left out of the scores")
     return tensors[HEAD_WEIGHT]
 
 
