@@ -55,7 +55,7 @@ def main(argv: list[str]) -> None:
         policy = model.build_policy(common, tokenizer, start)
         model.check_policy(policy, train_set, common.share_prompt, run.notice)
         if algorithm.MODEL == "reward":
-            policy = model.build_reward_model(policy, start or common.model, common.seed)
+            policy = model.build_reward_model(policy, start or common.model, common.seed, run.notice)
         if algorithm.MODEL == "actor_critic":
             policy = value.build_actor_critic(policy, common, config, tokenizer, start, run.notice)
         step = checkpoint.load_trainer(start)["step"] if start else 0
@@ -65,6 +65,7 @@ def main(argv: list[str]) -> None:
             model.shard(policy)
         kind = OnlineEngine if algorithm.DATA == "prompts" else Engine
         engine = kind(common, policy, tokenizer, train_set, eval_set, run, algorithm.PROGRESS, start)
+        engine.try_saving()
         algorithm.train(engine, config)
         run.summary(chat=algorithm.MODEL != "reward")
     except Stopped as stop:

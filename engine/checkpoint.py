@@ -5,23 +5,25 @@ written last) and renamed. A reader trusts only a directory whose manifest holds
 the rest is JSON: loading never unpickles.
 """
 import copy
+import errno
 import json
 import os
+import re
 import secrets
 import shutil
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoModelForSequenceClassification
 
-from data.errors import RunError
+from data.errors import RunError, UserError
 from data.files import sha256
 from data.tokenise import stop_ids
 from engine import lora
-from engine.model import VALUE_HEAD
-from engine.ranks import distributed
+from engine.load import first_line
+from engine.model import HEAD_BIAS, HEAD_WEIGHT, VALUE_HEAD
+from engine.ranks import distributed, from_main
 
 MANIFEST = "manifest.json"
 WEIGHTS = ".safetensors"
@@ -37,34 +39,78 @@ def sync(path: str) -> None:
         os.close(descriptor)
 
 
-def write_sealed(directory: str, write) -> None:
-    """Call `write(temporary directory)`, seal what it wrote and move it to `directory` in one rename. RunError when the disk
-    refuses; what stood at `directory` before stays until its replacement is complete."""
+def write_sealed(directory: str, write, trial: bool = False) -> None:
+    """Call `write(temporary directory)`, seal what it wrote and move it to `directory` in one rename; a
+    `trial` removes it instead. RunError whatever fails; what stood there before stays until its replacement
+    is complete."""
     directory = os.path.normpath(directory)
     temporary = f"{directory}.tmp-{secrets.token_hex(4)}"       # not the process's number: containers share disks, and number 1
+    previous = f"{temporary}-old"
     try:
         os.makedirs(temporary)
         write(temporary)
-        files = sorted(os.listdir(temporary))
-        for name in files:
-            os.chmod(os.path.join(temporary, name), 0o644)     # safetensors writes 0600: unreadable for another user's server
-            sync(os.path.join(temporary, name))
-        manifest = {name: {"bytes": os.path.getsize(os.path.join(temporary, name)),
-                           "sha256": sha256(os.path.join(temporary, name))} for name in files}
-        with open(os.path.join(temporary, MANIFEST), "w") as file:
-            json.dump(manifest, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        sync(temporary)
+        seal(temporary, durable=not trial)
+        if trial:
+            shutil.rmtree(temporary)
+            return
         if os.path.isdir(directory):
-            os.rename(directory, f"{temporary}-old")
+            os.rename(directory, previous)
         os.rename(temporary, directory)
         sync(os.path.dirname(directory) or ".")
-        shutil.rmtree(f"{temporary}-old", ignore_errors=True)
-    except (OSError, RuntimeError, SafetensorError) as error:     # a full disk is any of the three, depending on the writer
+        shutil.rmtree(previous, ignore_errors=True)
+    except Exception as error:     # of the disk, or of a tokenizer or configuration that cannot be written
+        if os.path.isdir(previous) and not os.path.exists(directory):
+            os.rename(previous, directory)
         shutil.rmtree(temporary, ignore_errors=True)
-        raise RunError(f"cannot write {directory} ({str(error).splitlines()[0]}); earlier checkpoints are untouched; "
-                       "fix: free disk space and run the same command again") from error
+        if isinstance(error, UserError):
+            raise
+        kept = "this was tried before the first update" if trial else "earlier checkpoints are untouched"
+        raise RunError(f"cannot write {directory} ({first_line(error)}); {kept}; "
+                       f"fix: {remedy(error)}") from error
+
+
+def seal(directory: str, durable: bool = True) -> None:
+    """Make everything below `directory` readable for others, list it in the manifest, which is written last,
+    and put it on the disk; where it need not be `durable`, the directories only."""
+    manifest = {}
+    for name in files_below(directory):
+        path = os.path.join(directory, name)
+        os.chmod(path, 0o644)     # safetensors writes 0600: unreadable for another user's server
+        if durable:
+            sync(path)
+        manifest[name] = {"bytes": os.path.getsize(path), "sha256": sha256(path)}
+    path = os.path.join(directory, MANIFEST)
+    with open(path, "w") as file:
+        json.dump(manifest, file, indent=1)
+    if durable:
+        sync(path)
+    for folder, _, _ in os.walk(directory):
+        if folder != directory:
+            os.chmod(folder, 0o755)
+        sync(folder)
+
+
+def files_below(directory: str) -> list[str]:
+    """The paths of all files in `directory` and its subdirectories, relative to it, in order."""
+    found = []
+    for folder, _, names in os.walk(directory):
+        found += [os.path.relpath(os.path.join(folder, name), directory) for name in names]
+    return sorted(found)
+
+
+def remedy(error: Exception) -> str:
+    """What helps where a save failed. safetensors names the system's error in its text only."""
+    named = re.search(r"os error (\d+)", str(error))
+    number = int(named[1]) if named else getattr(error, "errno", None)
+    if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return "free disk space and run the same command again"
+    if number in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return "make its directory writable and run the same command again"
+    if number is not None:
+        return "check that nothing else moves or removes this directory, then run the same command again"
+    if isinstance(error, MemoryError):
+        return "free memory and run the same command again"
+    return "correct the files of the start model (its tokenizer and configuration) that this error speaks of"
 
 
 def read_manifest(directory: str) -> dict[str, tuple[int, str]] | None:
@@ -148,7 +194,7 @@ def set_aside(directory: str) -> str | None:
     """Where files of a sealed directory were edited, added or damaged, move it out of the way of its successor; -> its new path."""
     if not os.path.isdir(directory):
         return None
-    added = set(files_in(directory)) - {MANIFEST, *(read_manifest(directory) or {})}
+    added = set(files_below(directory)) - {MANIFEST, *(read_manifest(directory) or {})}
     if not added and broken(directory) is None:
         return None
     number = 1
@@ -156,14 +202,6 @@ def set_aside(directory: str) -> str | None:
         number += 1
     os.rename(directory, f"{directory}-{number}")
     return f"{directory}-{number}"
-
-
-def files_in(directory: str) -> list[str]:
-    """The paths, relative to it, of the files in a directory and in its subdirectories."""
-    found = []
-    for folder, _, names in os.walk(directory):
-        found += [os.path.relpath(os.path.join(folder, name), directory) for name in names]
-    return sorted(found)
 
 
 def tidy(run_directory: str) -> None:
@@ -203,20 +241,72 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.cpu() if distributed()[0] == 0 else None
 
 
+def saved_tensors(policy) -> dict:
+    """The policy's tensors that are saved, sharded as they are: all, or with an adapter the trained ones."""
+    if lora.settings(policy.lm):
+        return {name: parameter for name, parameter in policy.named_parameters() if parameter.requires_grad}
+    return policy.state_dict(keep_vars=True)
+
+
+def each_once(function, tensors: dict) -> dict:
+    """`function` of every tensor; tied weights, which are one tensor under two names, stay one."""
+    made = {}
+    for tensor in tensors.values():
+        if id(tensor) not in made:
+            made[id(tensor)] = function(tensor)
+    return {name: made[id(tensor)] for name, tensor in tensors.items()}
+
+
 def model_state(policy) -> dict:
     """The policy's weights as saved: whole, on rank 0 (gathering them is a collective call), in training precision; of a policy
     with an adapter the trained ones."""
-    if lora.settings(policy.lm):
-        return {name: whole(parameter) for name, parameter in policy.named_parameters() if parameter.requires_grad}
-    return {name: whole(parameter) for name, parameter in policy.state_dict().items()}
+    return each_once(whole, saved_tensors(policy))
+
+
+def outline(policy) -> dict:
+    """`model_state` without its numbers: tensors on the meta device, which the functions below leave out of
+    what they write. So a trial writes everything but the weights."""
+    def empty(tensor):
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+
+    return each_once(empty, saved_tensors(policy))
+
+
+def written(state: dict) -> dict:
+    """What of a state is written: all of it, or nothing of an `outline`."""
+    return {name: tensor for name, tensor in state.items() if not tensor.is_meta}
+
+
+def num_bytes(state: dict) -> int:
+    return sum({id(tensor): tensor.nbytes for tensor in state.values()}.values())
+
+
+def in_dtype(state: dict, dtype: torch.dtype) -> dict:
+    """Weights rounded to `dtype`. A reward model's head, a few kilobytes, stays as it is."""
+    def rounded(tensor):
+        return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+    head = {name: tensor for name, tensor in state.items() if name == "value_head.weight"}
+    return each_once(rounded, state) | head
+
+
+def precision(state: dict) -> torch.dtype:
+    """That of the weights, all of which have the same."""
+    return next(tensor.dtype for tensor in state.values() if tensor.is_floating_point())
 
 
 def merged(lm, state: dict):
     """The LM with its adapter merged into it, and its weights by the names of `model_state`."""
-    plain = lora.merged(lm, {name.removeprefix("lm."): tensor for name, tensor in state.items() if name.startswith("lm.")})
+    adapter = {name.removeprefix("lm."): tensor for name, tensor in state.items() if name.startswith("lm.")}
+    try:
+        plain = lora.merged(lm, adapter)
+    except (OSError, ValueError, RuntimeError, MemoryError) as error:
+        raise RunError(f"the adapter cannot be merged into {lm.name_or_path} ({first_line(error)}); "
+                       "fix: run the same command again with merge=false, or with more memory") from error
     plain.generation_config = lm.generation_config
     head = {name: tensor for name, tensor in state.items() if not name.startswith("lm.")}
-    return plain, {f"lm.{name}": tensor for name, tensor in plain.state_dict().items()} | head
+    weights = each_once(torch.Tensor.detach, plain.state_dict(keep_vars=True))
+    return plain, {f"lm.{name}": tensor for name, tensor in weights.items()} | head
 
 
 def save_model(lm, tokenizer, state: dict, directory: str) -> None:
@@ -225,15 +315,21 @@ def save_model(lm, tokenizer, state: dict, directory: str) -> None:
     if lora.settings(lm):
         lora.save(lm, weights, directory)
     else:
-        lm.save_pretrained(directory, state_dict=weights, max_shard_size="5GB")
+        lm.save_pretrained(directory, state_dict=written(weights), max_shard_size="5GB")
+        if precision(weights) != lm.dtype:               # transformers has written that of the LM in memory
+            lm.config.dtype = precision(weights)
+            lm.config.save_pretrained(directory)
     if "value_head.weight" in state:
-        save_file({"v_head.summary.weight": state["value_head.weight"]}, os.path.join(directory, VALUE_HEAD))
+        # other projects' heads have a bias, and they read it; ours has none
+        head = {HEAD_WEIGHT: state["value_head.weight"], HEAD_BIAS: torch.zeros(1)}
+        save_file(written(head), os.path.join(directory, VALUE_HEAD))
     tokenizer.save_pretrained(directory)
 
 
-def why_no_classifier(lm) -> str | None:
-    """The reason why `save_classifier` cannot save a reward model on this LM; None if it can."""
-    if lora.settings(lm):
+def why_no_classifier(lm, merge: bool = False) -> str | None:
+    """The reason why `save_classifier` cannot save a reward model on this LM, with `merge` once its adapter
+    is merged; None if it can."""
+    if lora.settings(lm) and not merge:
         return "with LoRA it takes merge: true"
     known = type(lm.config) in AutoModelForSequenceClassification._model_mapping
     return None if known else f"transformers has no sequence classifier for {lm.config.model_type}"
@@ -248,38 +344,53 @@ def save_classifier(lm, tokenizer, state: dict, directory: str) -> None:
         spare = sorted(set(tokenizer.get_added_vocab().values()) - set(stop_ids(tokenizer)) - {tokenizer.bos_token_id})
         tokenizer.add_special_tokens({"pad_token": tokenizer.convert_ids_to_tokens(spare[0]) if spare else "<|pad|>"})
     config = copy.deepcopy(lm.config)
-    config.num_labels, config.pad_token_id, config._attn_implementation = 1, tokenizer.pad_token_id, "sdpa"
+    config.num_labels, config.pad_token_id = 1, tokenizer.pad_token_id
+    config._attn_implementation = "eager"      # every architecture has it; it is not saved
     text = config.get_text_config()
     text.vocab_size = max(text.vocab_size, tokenizer.pad_token_id + 1)
+    dtype = precision(state)
     with torch.device("meta"):
-        classifier = AutoModelForSequenceClassification.from_config(config)
+        classifier = AutoModelForSequenceClassification.from_config(config, dtype=dtype)
     weights = {name: state[f"lm.{name}"] for name in classifier.state_dict() if name != "score.weight"}
     for name, tensor in weights.items():
         if added := len(classifier.state_dict()[name]) - len(tensor):      # the embedding: a new pad token needs a row, of whatever
             weights[name] = torch.cat([tensor, tensor.new_zeros(added, *tensor.shape[1:])])
-    classifier.save_pretrained(directory, state_dict=weights | {"score.weight": state["value_head.weight"]}, max_shard_size="5GB")
+    weights["score.weight"] = state["value_head.weight"].to(dtype)
+    classifier.save_pretrained(directory, state_dict=written(weights), max_shard_size="5GB")
     tokenizer.save_pretrained(directory)
 
 
 def save_checkpoint(directory: str, policy, tokenizer, optimizer, trainer: dict, stored: dict) -> None:
-    """Model, tokenizer, optimizer state (by parameter name, so any world size can load it), `trainer.json` and, if there are any, the
-    tensors `stored` of a rollout."""
+    """Seal a checkpoint, on rank 0; where that fails, all ranks raise. Gathering is a collective call."""
     weights = model_state(policy)
     moments = {f"{name}:{key}": whole(value) for name, parameter in policy.named_parameters()
                for key, value in optimizer.state.get(parameter, {}).items()}
 
     def write(temporary):
-        save_model(policy.lm, tokenizer, weights, temporary)
-        if critic := {name: tensor for name, tensor in weights.items() if name.startswith("critic_")}:
-            save_file(critic, os.path.join(temporary, CRITIC))
-        save_file(moments, os.path.join(temporary, "optimizer.safetensors"))
-        if stored:
-            save_file(stored, os.path.join(temporary, ROLLOUT))
-        with open(os.path.join(temporary, "trainer.json"), "w") as file:
-            json.dump(trainer, file)
+        write_checkpoint(temporary, policy.lm, tokenizer, weights, moments, trainer, stored)
 
-    if distributed()[0] == 0:
-        write_sealed(directory, write)
+    from_main(write_sealed, directory, write)
+
+
+def write_checkpoint(directory, lm, tokenizer, weights: dict, moments: dict, trainer: dict, stored: dict):
+    """Model, tokenizer, optimizer state (by parameter name, so any world size can load it), `trainer.json`
+    and, if there are any, the tensors `stored` of a rollout."""
+    save_model(lm, tokenizer, weights, directory)
+    if critic := {name: tensor for name, tensor in weights.items() if name.startswith("critic_")}:
+        save_file(written(critic), os.path.join(directory, CRITIC))
+    save_file(moments, os.path.join(directory, "optimizer.safetensors"))
+    if stored:
+        save_file(stored, os.path.join(directory, ROLLOUT))
+    with open(os.path.join(directory, "trainer.json"), "w") as file:
+        json.dump(trainer, file)
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether this rank's part of a tensor holds neither NaN nor infinity; without a copy of it."""
+    local = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
+    if local.numel() == 0:
+        return True
+    return bool(torch.stack(local.aminmax()).isfinite().all())
 
 
 def load_optimizer(directory: str, policy, optimizer) -> None:

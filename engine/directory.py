@@ -12,7 +12,7 @@ from engine.claim import LOCK, claim, release
 # what changes neither a number nor the final model ...
 SILENT = {"output", "resume", "eval_every", "save_every", "log_every", "sample_every", "keep"}
 # ... and what a run may be continued with other values of; every other key changes the numbers
-FREE = SILENT | {"max_steps", "epochs", "merge"}
+FREE = SILENT | {"max_steps", "epochs", "merge", "save_dtype"}
 
 
 class Place(NamedTuple):

@@ -5,6 +5,7 @@
 Only rank 0 writes. The console is a view of metrics.jsonl: one progress line on a terminal, plain lines elsewhere.
 """
 import json
+import math
 import os
 import platform
 import re
@@ -140,8 +141,9 @@ class Run:
             self.early.append(row)                     # the directory is not a run yet
         elif self.main:
             try:
-                with open(self.path(name), "a", encoding="utf-8") as file:
-                    file.write((row if isinstance(row, str) else json.dumps(row, ensure_ascii=False)) + "\n")
+                # half a surrogate, which UTF-8 lacks, becomes \udc80, in JSON the same text
+                with open(self.path(name), "a", encoding="utf-8", errors="backslashreplace") as file:
+                    file.write((row if isinstance(row, str) else as_json(row)) + "\n")
             except OSError as error:
                 raise RunError(f"cannot write {self.path(name)} ({error.strerror}); checkpoints are untouched; "
                                "fix: free disk space and run the same command again") from error
@@ -175,7 +177,9 @@ class Run:
         first, *_, last = [row for row in rows if row["split"] == split] * 2
         print(f"\n{'held-out rows' if split == 'eval' else 'training rows'}: step {first['step']} -> step {last['step']}")
         hidden = ("step", "split", "epoch", "lr", "grad_norm", "tokens_per_second")
-        for name in [name for name in first if name in last and name not in hidden]:       # an update of kto may lack one class
+        # an update of kto may lack one class; what was not finite is null
+        known = [name for name in first if None not in (first[name], last.get(name))]
+        for name in [name for name in known if name not in hidden]:
             print(f"  {name:<20} {first[name]:9.4f} -> {last[name]:9.4f}")
         print(f"model    {self.path('final')}\n" + (f"chat     python chat.py {self.directory}\n" if chat else "")
               + f"metrics  {self.path('metrics.jsonl')}")
@@ -194,6 +198,15 @@ def step_of_row(line: str) -> int | None:
     except (ValueError, LookupError, TypeError, RecursionError):
         return None
     return step if isinstance(step, int) else None
+
+
+def as_json(row: dict) -> str:
+    """One line of JSON, which has no NaN and no infinity: they become null."""
+    def known(value):
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    row = {key: known(value) for key, value in row.items()}
+    return json.dumps(row, ensure_ascii=False, allow_nan=False)
 
 
 def redact(text: str) -> str:

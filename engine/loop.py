@@ -6,6 +6,7 @@ needs more of an update than its micro-batches, also `train_set`, `eval_set`, `u
 """
 import math
 import os
+import shutil
 import signal
 import time
 
@@ -16,6 +17,7 @@ from data.errors import RunError, UserError
 from data.pack import Example, order, pack
 from data.tokenise import stop_ids
 from engine import checkpoint
+from engine.load import base_of, generation_settings
 from engine.logs import Run
 from engine.model import RewardModel, build_policy
 from engine.ranks import distributed, from_main, sum_over_ranks
@@ -291,7 +293,68 @@ class Engine:
             self.run.append("samples.jsonl", {"step": index, "prompt": self.tokenizer.decode(example.prompt),
                                               "completion": self.tokenizer.decode(completion.tokens)})
 
+    def try_saving(self) -> None:
+        """Before the first update: write everything but the weights once, so that no run can end with
+        nothing. All that is saved gets the template's stop tokens."""
+        self.policy.lm.generation_config.eos_token_id = stop_ids(self.tokenizer)
+        from_main(self.write_trial)
+
+    def write_trial(self) -> None:
+        lm, merge = self.policy.lm, self.config.merge
+        _, changed = generation_settings(base_of(self.start or self.config.model))
+        if changed:
+            self.notice(changed)
+        if isinstance(self.policy, RewardModel) and (reason := checkpoint.why_no_classifier(lm, merge)):
+            self.notice(f"classifier/ will not be written: {reason}")
+        outline = checkpoint.outline(self.policy)
+
+        def write(temporary):
+            checkpoint.write_checkpoint(temporary, lm, self.tokenizer, outline, {}, {"step": 0}, {})
+
+        checkpoint.write_sealed(self.run.path("checkpoint"), write, trial=True)
+        final = self.write_final(outline, trial=True)
+        trained = [parameter.numel() for parameter in self.policy.parameters() if parameter.requires_grad]
+        moments = 2 * 4 * sum(trained)
+        self.check_disk(checkpoint.num_bytes(outline) + moments, final)
+
+    def check_disk(self, one: int, final: int) -> None:
+        """Warn if the disk has no room for checkpoints of `one` bytes each and `final` bytes at the end."""
+        every, directory = self.config.save_every, self.run.directory
+        planned = self.total // every if every else 0
+        at_once = max(1, min(planned, self.config.keep + 1))       # the oldest goes when the newest is there
+        missing = max(1, at_once - len(checkpoint.checkpoints(directory)))
+        free = shutil.disk_usage(directory).free
+        if free < missing * one + final:
+            free, one, final = (f"{size / 1e9:.3g} GB" for size in (free, one, final))
+            self.notice(f"warning: the disk of {directory} has {free} left, but {missing} checkpoints of "
+                        f"{one} and {final} at the end do not fit; fix: free disk space, or lower keep")
+
+    def check_weights(self, index: int) -> None:
+        """Stop the run, on all ranks, before anything is written, if a trained weight, a moment of it or the
+        policy's answer to a row is not finite: a loss would show it one update later."""
+        tensors = {}
+        for name, tensor in checkpoint.saved_tensors(self.policy).items():
+            if tensor.requires_grad:
+                tensors[name] = tensor
+                for key, value in self.optimizer.state.get(tensor, {}).items():
+                    tensors[f"{key} of {name}"] = value
+        faults = [float(not checkpoint.is_finite(tensor)) for tensor in tensors.values()]
+        counts = sum_over_ranks(faults, self.policy.device)
+        bad = [name for name, count in zip(tensors, counts) if count]
+        if not bad and self.step and self.step.examples:
+            example = min(self.step.examples, key=Example.size)
+            with torch.no_grad():
+                said = self.policy(self.policy.collate([example]))
+            if not said.isfinite().all():
+                bad = [f"the policy's answer to {example.where}"]
+        if bad:
+            more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+            last = checkpoint.checkpoints(self.run.directory)
+            raise RunError(f"not finite after update {index}: {bad[0]}{more}; it was not saved; "
+                           f"last checkpoint: {last[-1] if last else 'none'}; fix: lower lr")
+
     def save(self, index: int) -> None:
+        self.check_weights(index)
         directory = self.run.path("checkpoints", f"step-{index:06d}")
         checkpoint.save_checkpoint(directory, self.policy, self.tokenizer, self.optimizer, {"step": index}, self.stored(index))
         if self.rank == 0:
@@ -304,23 +367,40 @@ class Engine:
 
     def save_final(self) -> None:
         """`final/`, loadable by name; of a reward model also `classifier/`, for AutoModelForSequenceClassification."""
-        lm, weights = self.policy.lm, checkpoint.model_state(self.policy)
-        lm.generation_config.eos_token_id = stop_ids(self.tokenizer)
-        if self.config.merge and self.rank == 0:
+        self.check_weights(self.total)
+        weights = checkpoint.model_state(self.policy)
+        try:
+            from_main(self.write_final, weights)
+        except UserError:
+            if self.config.merge:
+                self.save(self.total)             # what merging needs has gone; the adapter at least is kept
+            raise
+
+    def write_final(self, weights: dict, trial: bool = False) -> int:
+        """Write, or try, what a run ends with, on rank 0; the number of bytes of its weights."""
+        lm = self.policy.lm
+        if self.config.merge:
             lm, weights = checkpoint.merged(lm, weights)
-        forms = {"final": checkpoint.save_model}
-        if isinstance(self.policy, RewardModel):
-            if reason := checkpoint.why_no_classifier(lm):
-                self.notice(f"classifier/ is not written: {reason}")
-            else:
-                forms = {"classifier": checkpoint.save_classifier, **forms}      # `final/` last: it marks the run as finished
-        for name, save in forms.items() if self.rank == 0 else ():
-            if aside := checkpoint.set_aside(self.run.path(name)):
+        if self.config.save_dtype == "bf16":
+            weights = checkpoint.in_dtype(weights, torch.bfloat16)
+
+        def write(name, save):
+            def fill(temporary):
+                save(lm, self.tokenizer, weights, temporary)
+            aside = None if trial else checkpoint.set_aside(self.run.path(name))
+            if aside:
                 self.notice(f"what was changed in {self.run.path(name)} is kept in {aside}")
-            checkpoint.write_sealed(self.run.path(name),
-                                    lambda temporary, save=save: save(lm, self.tokenizer, weights, temporary))
-        if self.rank == 0:
+            checkpoint.write_sealed(self.run.path(name), fill, trial)
+
+        copies = 1
+        if isinstance(self.policy, RewardModel) and not checkpoint.why_no_classifier(lm):
+            write("classifier", checkpoint.save_classifier)
+            copies = 2
+        if self.config.merge or not trial:              # else a trial has written the same as a checkpoint
+            write("final", checkpoint.save_model)       # last: it marks the run as finished
+        if not trial:
             self.run.replace()
+        return copies * checkpoint.num_bytes(weights)
 
     # ---- signals ----------------------------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
-from transformers import BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
 from data.errors import UserError
@@ -139,8 +139,9 @@ def dropouts(lm) -> list[nn.Module]:
 def save(lm, state: dict, directory: str) -> None:
     """The adapter with the weights of `state`, by their names inside the LM, in peft's format."""
     weights = library().get_peft_model_state_dict(lm, state, save_embedding_layers=False)
-    save_file({PREFIX + name: tensor.contiguous() for name, tensor in weights.items()},
-              os.path.join(directory, "adapter_model.safetensors"), {"format": "pt"})
+    weights = {name: tensor for name, tensor in weights.items() if not tensor.is_meta}      # a trial has none
+    tensors = {PREFIX + name: tensor.contiguous() for name, tensor in weights.items()}
+    save_file(tensors, os.path.join(directory, "adapter_model.safetensors"), {"format": "pt"})
     saved, base = copy.copy(settings(lm)), lm.name_or_path
     saved.inference_mode = True
     saved.base_model_name_or_path = os.path.abspath(base) if os.path.isdir(base) else base
@@ -150,9 +151,16 @@ def save(lm, state: dict, directory: str) -> None:
 
 
 def merged(lm, state: dict):
-    """A plain LM, on the CPU, with the adapter's weights in `state` added to its own. The base is read again in fp32: what is in
-    memory may be rounded to bf16 or 4 bits."""
-    base = load_lm(lm.name_or_path).eval()
+    """A plain LM, on the CPU, with the adapter's weights in `state` added to its own. The base is read again
+    in fp32: what is in memory may be rounded to bf16 or 4 bits. Given a `state` on the meta device, which has
+    no numbers, the LM is there, too."""
+    if any(tensor.is_meta for tensor in state.values()):
+        config = AutoConfig.from_pretrained(lm.name_or_path)
+        with torch.device("meta"):
+            base = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    else:
+        base = load_lm(lm.name_or_path)
+    base.eval()
     return attach(base, copy.deepcopy(settings(lm)), weights=state).merge_and_unload()
 
 

@@ -22,7 +22,8 @@ from data.pack import Batch, Example, Response, collate
 from engine import lora
 from engine.load import base_of, is_adapter, load_lm
 
-VALUE_HEAD = "value_head.safetensors"        # beside the trunk of a reward model: {"v_head.summary.weight": (1, D)}
+VALUE_HEAD = "value_head.safetensors"        # beside a reward model's trunk, with these two: (1, D) and (1,)
+HEAD_WEIGHT, HEAD_BIAS = "v_head.summary.weight", "v_head.summary.bias"
 LOGITS_AT_ONCE = {"cpu": 2 ** 22, "cuda": 2 ** 27}    # 16 MiB fits a CPU's cache, 512 MiB fills a GPU; whatever the batch
 
 
@@ -242,9 +243,17 @@ class Policy(nn.Module):
                 module.set_reshard_after_forward(True, recurse=False)
 
 
-def saved_head(path: str) -> torch.Tensor:
-    """The head (1, D) of the reward model at `path`."""
-    return load_file(os.path.join(path, VALUE_HEAD))["v_head.summary.weight"]
+def saved_head(path: str, notice) -> torch.Tensor:
+    """The head (1, D) of the reward model at `path`. Ours has no bias: a notice says that one is left out."""
+    file = os.path.join(path, VALUE_HEAD)
+    tensors = load_file(file)
+    if HEAD_WEIGHT not in tensors:
+        found = ", ".join(tensors) or "nothing"
+        raise UserError(f"model: {file} holds {found}, not {HEAD_WEIGHT}; fix: pass a reward model")
+    if HEAD_BIAS in tensors and tensors[HEAD_BIAS].any():
+        bias = float(tensors[HEAD_BIAS])
+        notice(f"{file}: its bias {bias:.4g}, the same for every response, is left out of the scores")
+    return tensors[HEAD_WEIGHT]
 
 
 class RewardModel(Policy):
@@ -266,10 +275,10 @@ def is_reward_model(path: str) -> bool:
     return os.path.exists(os.path.join(path, VALUE_HEAD))
 
 
-def build_reward_model(policy: Policy, path: str, seed: int) -> RewardModel:
+def build_reward_model(policy: Policy, path: str, seed: int, notice=print) -> RewardModel:
     """The head saved at `path`, else a fresh one from N(0, 1 / (D + 1)), on the trunk of `policy`."""
     if is_reward_model(path):
-        return RewardModel(policy, saved_head(path))
+        return RewardModel(policy, saved_head(path, notice))
     size = policy.lm.config.get_text_config().hidden_size
     return RewardModel(policy, torch.randn(1, size, generator=torch.Generator().manual_seed(seed)) / (size + 1) ** 0.5)
 

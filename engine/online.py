@@ -145,7 +145,7 @@ class OnlineEngine(Engine):
         """The run of `rm` that a reward names, as a frozen RewardModel; it must have been trained with the policy's tokenizer."""
         path = reward_model_path(reward.path, self.tokenizer, self.notice)
         trunk = build_policy(self.config, self.tokenizer, path, frozen=True)
-        return build_reward_model(trunk, path, self.config.seed).requires_grad_(False)
+        return build_reward_model(trunk, path, self.config.seed, self.notice).requires_grad_(False)
 
     def reward_metrics(self, rollout: Rollout) -> dict:
         """What TRL logs of a rollout, under its names; completions without a reward are left out and counted."""

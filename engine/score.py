@@ -51,4 +51,6 @@ def load_frozen(path: str, tokenizer, examples: list[Example], notice):
     common = Common(algorithm="", model=path, data="", max_length=2)          # whether the examples fit is not its business
     policy = build_policy(common, tokenizer, frozen=True).requires_grad_(False)
     check_policy(policy, examples, common.share_prompt, notice)
-    return build_reward_model(policy, path, common.seed).requires_grad_(False) if is_reward_model(path) else policy
+    if not is_reward_model(path):
+        return policy
+    return build_reward_model(policy, path, common.seed, notice).requires_grad_(False)

@@ -47,7 +47,7 @@ def build_actor_critic(policy: Policy, common, config, tokenizer, start: str | N
         origin = "the policy's trunk under a head of 0"
     elif run:
         path = reward_model_path(run, tokenizer, notice)
-        trunk, head = value_trunk(policy, path, common, tokenizer), saved_head(path)
+        trunk, head = value_trunk(policy, path, common, tokenizer), saved_head(path, notice)
         origin = f"the reward model {run}"
     else:
         trunk, origin = value_trunk(policy, common.model, common, tokenizer), "the start model's trunk under a head of 0"
