@@ -3,11 +3,10 @@
 This file only wires the parts together; the update rule is in `algorithms/<name>.py`.
 """
 import importlib
-import shlex
 import sys
 from dataclasses import replace
 
-from data.errors import run_program
+from data.errors import give_reason, run_program
 from engine.config import as_yaml, help_text, load_config
 
 
@@ -37,24 +36,28 @@ def main(argv: list[str]) -> None:
         tokenizer = load.load_tokenizer(common.model)
         train_set, eval_set, report = load_datasets(common, config, algorithm.DATA, tokenizer, run.notice)
         policy = model.build_policy(common, tokenizer, start)
+        if start:      # before check_policy, which would take a checkpoint's NaN for a fault of the model
+            checkpoint.check_numbers(start, checkpoint.trained(policy))
         model.check_policy(policy, train_set, common.share_prompt, run.notice)
         if algorithm.MODEL == "reward":
             policy = model.build_reward_model(policy, start or common.model, common.seed)
         if algorithm.MODEL == "actor_critic":
             policy = value.build_actor_critic(policy, common, config, tokenizer, start, run.notice)
         step = checkpoint.load_trainer(start)["step"] if start else 0
-        run.begin(config_yaml, report, step)
+        ranks.from_main(run.begin, config_yaml, report, step)
         run.notice(f"run {directory}" + (f", resumed from {start}" if start else ""))
         if world > 1:
             model.shard(policy)
         kind = OnlineEngine if algorithm.DATA == "prompts" else Engine
         engine = kind(common, policy, tokenizer, train_set, eval_set, run, algorithm.PROGRESS, start)
         algorithm.train(engine, config)
-        run.summary(chat=algorithm.MODEL != "reward")
+        ranks.from_main(run.summary, algorithm.MODEL != "reward")      # the others leave after rank 0 has written final/
     except Stopped as stop:
         # resume=never would start another run, resume=PATH an older part of this one
         words = argv if common.resume == "auto" else [*argv, f"resume={directory}"]
-        run.notice(f"{stop}; continue with: python train.py {shlex.join(words)}")
+        line = f"{stop}; continue with: {ranks.command(words)}"
+        give_reason(line)
+        ranks.from_main(run.notice, line)              # torchrun ends all processes when the first one leaves
         sys.exit(stop.exit_code)
     finally:
         ranks.stop_processes()
