@@ -51,7 +51,7 @@ def main(argv: list[str]) -> None:
         kind = OnlineEngine if algorithm.DATA == "prompts" else Engine
         engine = kind(common, policy, tokenizer, train_set, eval_set, run, algorithm.PROGRESS, start)
         algorithm.train(engine, config)
-        ranks.from_main(run.summary, algorithm.MODEL != "reward")      # the others leave after rank 0 has written final/
+        ranks.from_main(run.summary, algorithm.MODEL != "reward")      # all leave together
     except Stopped as stop:
         # resume=never would start another run, resume=PATH an older part of this one
         words = argv if common.resume == "auto" else [*argv, f"resume={directory}"]

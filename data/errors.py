@@ -16,8 +16,8 @@ class RunError(UserError):
 
 
 def run_program(main) -> None:
-    """`main(arguments)`, whose UserError is one line on stderr and its exit code (with --debug its traceback), and Ctrl-C code 130.
-    Under torchrun it is one line for all processes, and what another process's end brings about in this one is not told."""
+    """`main(arguments)`, whose UserError is one line on stderr and its exit code (with --debug its traceback), and Ctrl-C
+    code 130. Under torchrun the line stands once for all processes, and a process that another one's end broke is silent."""
     try:
         main(sys.argv[1:])
     except KeyboardInterrupt:
@@ -34,7 +34,7 @@ def run_program(main) -> None:
 
 
 def tell(line: str) -> None:
-    """Print the line that a run ends with on stderr; of several processes with the same one under torchrun, the first does."""
+    """Print the line that a run ends with on stderr. Of several processes under torchrun with the same one, one does."""
     give_reason(line)
     with open(told_file() or os.devnull, "a+", encoding="utf-8") as file:
         if told_file():
@@ -52,7 +52,7 @@ def told() -> bool:
 
 
 def told_file() -> str | None:
-    """A file in the log directory that torchrun makes for every start of its processes on one machine; None without torchrun."""
+    """A file in the log directory that torchrun makes for each start of its processes on a machine; else None."""
     own = os.environ.get("TORCHELASTIC_ERROR_FILE")
     return os.path.join(os.path.dirname(os.path.dirname(own)), "told.txt") if own else None
 

@@ -209,20 +209,21 @@ def save_checkpoint(directory: str, policy, tokenizer, optimizer, trainer: dict,
         with open(os.path.join(temporary, "trainer.json"), "w") as file:
             json.dump(trainer, file)
 
-    # the others wait: torchrun ends all processes when the first one leaves, as after a signal, and a full disk ends them all
+    # the others wait: after a signal torchrun would end rank 0 as soon as one of them leaves, and a full disk ends them all
     from_main(write_sealed, directory, write)
 
 
 def load_optimizer(directory: str, policy, optimizer) -> None:
-    """Put the saved moments back beside the parameters, sharded as those are: every rank cuts its part out of the file, so none
-    waits for another. RunError, on every rank, where they do not fit the parameters or no run can go on from their numbers."""
+    """Put the saved moments back beside the parameters, sharded as those are: every rank cuts its part out of the file, so
+    none waits for another. RunError on every rank where they do not fit the parameters or hold impossible numbers."""
     parameters, loaded = trained(policy), {}
     for name, state in fitting_moments(directory, parameters).items():
         parameter = parameters[name]
         for key, tensor in state.items():
-            tensor = tensor.to(parameter.device)                         # the step too: the fused AdamW keeps it there
+            tensor = tensor.to(parameter.device)                   # the step too: the fused AdamW keeps it there
             if key in MOMENTS and isinstance(parameter, DTensor):
-                tensor = distribute_tensor(tensor, parameter.device_mesh, parameter.placements, src_data_rank=None)
+                mesh, placements = parameter.device_mesh, parameter.placements
+                tensor = distribute_tensor(tensor, mesh, placements, src_data_rank=None)     # None: not a collective
             state[key] = loaded[f"{name}:{key}"] = tensor
         optimizer.state[parameter] = state
     check_numbers(directory, parameters | loaded)
@@ -234,8 +235,8 @@ def trained(policy) -> dict:
 
 
 def fitting_moments(directory: str, parameters: dict) -> dict:
-    """By a parameter's name its saved {"step", "exp_avg", "exp_avg_sq"}, on the CPU; without those that never had a gradient, such as
-    the LM head of a reward model. RunError where the file does not fit the parameters."""
+    """By a parameter's name its saved {"step", "exp_avg", "exp_avg_sq"}, on the CPU; without parameters that never had a
+    gradient, such as the LM head of a reward model. RunError where the file does not fit the parameters."""
     path = os.path.join(directory, "optimizer.safetensors")
 
     def refuse(fault):
@@ -264,8 +265,8 @@ def fitting_moments(directory: str, parameters: dict) -> dict:
 
 
 def check_numbers(directory: str, tensors: dict) -> None:
-    """RunError, on every rank, where one of a checkpoint's tensors, by name, is not finite, or a mean of squares is negative. Each rank
-    looks at its own part."""
+    """RunError, on every rank, where one of a checkpoint's tensors, by name, is not finite, or a mean of squares is negative.
+    Each rank looks at its own part."""
     if not tensors:
         return
     bad = []
@@ -276,15 +277,17 @@ def check_numbers(directory: str, tensors: dict) -> None:
     for name, count in zip(tensors, sum_over_ranks(bad, part.device)):
         if count:
             kind = "negative or not finite" if name.endswith(":exp_avg_sq") else "not finite"
-            raise RunError(f"checkpoint {directory}: {name} holds numbers that are {kind}, so the run cannot go on from it; "
-                           f"fix: {instead_of(directory)}")
+            raise RunError(f"checkpoint {directory}: {name} holds numbers that are {kind}, so the run cannot go on from "
+                           f"it; fix: {instead_of(directory)}")
 
 
 def instead_of(directory: str) -> str:
     """The fix where a run cannot go on from the checkpoint in `directory`."""
     run = os.path.dirname(os.path.dirname(os.path.normpath(directory)))
     others = [path for path in checkpoints(run) if path != os.path.normpath(directory)]
-    return f"resume from another checkpoint (resume={others[-1]})" if others else "start again in another output"
+    if others:
+        return f"resume from another checkpoint (resume={others[-1]})"
+    return "start again in another output"
 
 
 def load_trainer(directory: str) -> dict:

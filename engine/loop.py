@@ -172,7 +172,7 @@ class Engine:
         loss, = sum_over_ranks([sum(losses)], self.policy.device)
         if not (math.isfinite(loss) and math.isfinite(self.grad_norm)):
             what = f"loss {loss:g}, gradient norm {self.grad_norm:g} in update {self.step.index}"
-            if self.start and self.step.index == self.first + 1:               # so far the checkpoint is all that this run has done
+            if self.start and self.step.index == self.first + 1:      # the checkpoint is all that this run has shown
                 raise RunError(f"{what}, the first after resuming from {self.start}, before the weights were touched; "
                                f"fix: {checkpoint.instead_of(self.start)}")
             bad = [examples for loss, (_, examples) in zip(losses, self.step.losses) if not math.isfinite(loss)]
@@ -180,8 +180,8 @@ class Engine:
             rows = rows or [example.where for example in self.step.examples]
             shown = ", ".join(rows[:8]) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
             last = checkpoint.checkpoints(self.run.directory)
-            raise RunError(f"{what}, before the weights were touched; rows: {shown}; last checkpoint: {last[-1] if last else 'none'}; "
-                           "fix: lower lr or look at these rows")
+            raise RunError(f"{what}, before the weights were touched; rows: {shown}; last checkpoint: "
+                           f"{last[-1] if last else 'none'}; fix: lower lr or look at these rows")
 
     def batches(self, examples: list):
         """Micro-batches of any examples, which all ranks share among them."""
@@ -312,9 +312,9 @@ class Engine:
 
     def catch_signals(self) -> None:
         """The first SIGTERM or SIGINT asks for a stop after this update (or this part of the reference pass); the second one
-        exits at once. Under torchrun the second one may be the first again: a scheduler signals every process, and torchrun, which
-        got it too, passes it on."""
-        self.signalled, same_request = 0.0, 5.0 if "LOCAL_RANK" in os.environ else 0.0              # seconds
+        exits at once. Under torchrun the second one may be the first again: a scheduler signals every process, and torchrun,
+        which got it too, passes it on."""
+        self.signalled, same_request = 0.0, 5.0 if "LOCAL_RANK" in os.environ else 0.0      # seconds
 
         def handler(number, frame):
             if self.signal and time.monotonic() - self.signalled >= same_request:
