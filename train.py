@@ -3,11 +3,10 @@
 This file only wires the parts together; the update rule is in `algorithms/<name>.py`.
 """
 import importlib
-import shlex
 import sys
 from dataclasses import asdict, replace
 
-from data.errors import run_program
+from data.errors import give_reason, run_program
 from engine.config import as_yaml, help_text, load_config
 
 
@@ -53,6 +52,8 @@ def main(argv: list[str]) -> None:
         if start:
             ranks.from_main(run.check_data, report)
         policy = model.build_policy(common, tokenizer, start)
+        if start:      # before check_policy, which would take a checkpoint's NaN for a fault of the model
+            checkpoint.check_numbers(start, checkpoint.trained(policy))
         model.check_policy(policy, train_set, common.share_prompt, run.notice)
         if algorithm.MODEL == "reward":
             policy = model.build_reward_model(policy, start or common.model, common.seed, run.notice)
@@ -67,11 +68,13 @@ def main(argv: list[str]) -> None:
         engine = kind(common, policy, tokenizer, train_set, eval_set, run, algorithm.PROGRESS, start)
         engine.try_saving()
         algorithm.train(engine, config)
-        run.summary(chat=algorithm.MODEL != "reward")
+        ranks.from_main(run.summary, algorithm.MODEL != "reward")      # all leave together
     except Stopped as stop:
         # resume=never would start another run, resume=PATH an older part of this one
         words = argv if common.resume == "auto" else [*argv, f"resume={place.directory}"]
-        run.notice(f"{stop}; continue with: python train.py {shlex.join(words)}")
+        line = f"{stop}; continue with: {ranks.command(words)}"
+        give_reason(line)
+        ranks.from_main(run.notice, line)              # torchrun ends all processes when the first one leaves
         sys.exit(stop.exit_code)
     finally:
         if place and rank == 0:

@@ -1,5 +1,8 @@
 """The exceptions whose text is meant for the user, and how a program ends with them."""
+import json
+import os
 import sys
+import time
 
 
 class UserError(Exception):
@@ -13,7 +16,8 @@ class RunError(UserError):
 
 
 def run_program(main) -> None:
-    """`main(arguments)`, whose UserError is one line on stderr and its exit code (with --debug its traceback), and Ctrl-C code 130."""
+    """`main(arguments)`, whose UserError is one line on stderr and its exit code (with --debug its traceback), and Ctrl-C
+    code 130. Under torchrun the line stands once for all processes, and a process that another one's end broke is silent."""
     try:
         main(sys.argv[1:])
     except KeyboardInterrupt:
@@ -21,5 +25,41 @@ def run_program(main) -> None:
     except UserError as error:
         if "--debug" in sys.argv:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        tell(f"error: {error}")
         sys.exit(error.exit_code)
+    except Exception:
+        if "--debug" in sys.argv or not told():
+            raise
+        sys.exit(1)
+
+
+def tell(line: str) -> None:
+    """Print the line that a run ends with on stderr. Of several processes under torchrun with the same one, one does."""
+    give_reason(line)
+    with open(told_file() or os.devnull, "a+", encoding="utf-8") as file:
+        if told_file():
+            import fcntl  # of Unix; locked, so that no process leaves before the line is out
+            fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0)
+        if line not in file.read().splitlines():
+            print(line, file=sys.stderr, flush=True)
+            file.write(line + "\n")
+
+
+def told() -> bool:
+    """Whether a process of this torchrun has told why it ends."""
+    return os.path.exists(told_file() or "")
+
+
+def told_file() -> str | None:
+    """A file in the log directory that torchrun makes for each start of its processes on a machine; else None."""
+    own = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    return os.path.join(os.path.dirname(os.path.dirname(own)), "told.txt") if own else None
+
+
+def give_reason(line: str) -> None:
+    """Make torchrun's table of failed processes show `line` as the reason of this one."""
+    if own := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        reason = {"message": line, "extraInfo": {"py_callstack": line, "timestamp": str(int(time.time()))}}
+        with open(own, "w", encoding="utf-8") as file:
+            json.dump({"message": reason}, file)

@@ -13,6 +13,7 @@ import secrets
 import shutil
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoModelForSequenceClassification
@@ -23,11 +24,12 @@ from data.tokenise import stop_ids
 from engine import lora
 from engine.load import first_line
 from engine.model import HEAD_BIAS, HEAD_WEIGHT, VALUE_HEAD
-from engine.ranks import distributed, from_main
+from engine.ranks import distributed, from_main, sum_over_ranks
 
 MANIFEST = "manifest.json"
 WEIGHTS = ".safetensors"
 ROLLOUT = "rollout.safetensors"              # of a checkpoint between two updates of the same rollout
+MOMENTS = "exp_avg", "exp_avg_sq"            # of AdamW
 CRITIC = "critic.safetensors"                # of a checkpoint of a policy with a critic: its trained weights
 
 
@@ -369,6 +371,7 @@ def save_checkpoint(directory: str, policy, tokenizer, optimizer, trainer: dict,
     def write(temporary):
         write_checkpoint(temporary, policy.lm, tokenizer, weights, moments, trainer, stored)
 
+    # the others wait: after a signal torchrun would end rank 0 as soon as one of them leaves
     from_main(write_sealed, directory, write)
 
 
@@ -394,16 +397,80 @@ def is_finite(tensor: torch.Tensor) -> bool:
 
 
 def load_optimizer(directory: str, policy, optimizer) -> None:
-    """Put the saved moments back beside the parameters, sharded as those are."""
-    moments = load_file(os.path.join(directory, "optimizer.safetensors"))
-    for name, parameter in policy.named_parameters():
-        state = {key: moments[f"{name}:{key}"] for key in ("step", "exp_avg", "exp_avg_sq") if f"{name}:{key}" in moments}
-        for key in state.keys() - {"step"}:
-            moved = state[key].to(parameter.device)
-            state[key] = distribute_tensor(moved, parameter.device_mesh, parameter.placements) if isinstance(parameter, DTensor) else moved
-        if state:
-            state["step"] = state["step"].to(parameter.device)       # the fused AdamW keeps it there
-            optimizer.state[parameter] = state
+    """Put the saved moments back beside the parameters, sharded as those are: every rank cuts its part out of the file, so
+    none waits for another. RunError on every rank where they do not fit the parameters or hold impossible numbers."""
+    parameters, loaded = trained(policy), {}
+    for name, state in fitting_moments(directory, parameters).items():
+        parameter = parameters[name]
+        for key, tensor in state.items():
+            tensor = tensor.to(parameter.device)                   # the step too: the fused AdamW keeps it there
+            if key in MOMENTS and isinstance(parameter, DTensor):
+                mesh, placements = parameter.device_mesh, parameter.placements
+                tensor = distribute_tensor(tensor, mesh, placements, src_data_rank=None)     # None: not a collective
+            state[key] = loaded[f"{name}:{key}"] = tensor
+        optimizer.state[parameter] = state
+    check_numbers(directory, parameters | loaded)
+
+
+def trained(policy) -> dict:
+    """The trained parameters by name."""
+    return {name: parameter for name, parameter in policy.named_parameters() if parameter.requires_grad}
+
+
+def fitting_moments(directory: str, parameters: dict) -> dict:
+    """By a parameter's name its saved {"step", "exp_avg", "exp_avg_sq"}, on the CPU; without parameters that never had a
+    gradient, such as the LM head of a reward model. RunError where the file does not fit the parameters."""
+    path = os.path.join(directory, "optimizer.safetensors")
+
+    def refuse(fault):
+        raise RunError(f"{path} {fault}, so the run cannot go on from it; fix: {instead_of(directory)}")
+
+    try:
+        saved = load_file(path)
+    except (OSError, SafetensorError) as error:
+        refuse(f"cannot be read ({str(error).splitlines()[0]})")
+    states = {}
+    for key, tensor in saved.items():
+        name, _, kind = key.rpartition(":")
+        if name not in parameters or kind not in ("step", *MOMENTS):
+            refuse(f"holds {key}, which belongs to no trained weight of this model")
+        shape = tuple(parameters[name].shape) if kind in MOMENTS else ()
+        if tuple(tensor.shape) != shape:
+            refuse(f"holds {key} of shape {list(tensor.shape)} instead of {list(shape)}")
+        states.setdefault(name, {})[kind] = tensor
+    for name, state in states.items():
+        for kind in ("step", *MOMENTS):
+            if kind not in state:
+                refuse(f"lacks {name}:{kind}")
+    if not states:
+        refuse("holds no moments")
+    return states
+
+
+def check_numbers(directory: str, tensors: dict) -> None:
+    """RunError, on every rank, where one of a checkpoint's tensors, by name, is not finite, or a mean of squares is negative.
+    Each rank looks at its own part."""
+    if not tensors:
+        return
+    bad = []
+    for name, tensor in tensors.items():
+        part = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
+        negative = name.endswith(":exp_avg_sq") and (part < 0).any()
+        bad.append(float(negative or not is_finite(part)))
+    for name, count in zip(tensors, sum_over_ranks(bad, part.device)):
+        if count:
+            kind = "negative or not finite" if name.endswith(":exp_avg_sq") else "not finite"
+            raise RunError(f"checkpoint {directory}: {name} holds numbers that are {kind}, so the run cannot go on from "
+                           f"it; fix: {instead_of(directory)}")
+
+
+def instead_of(directory: str) -> str:
+    """The fix where a run cannot go on from the checkpoint in `directory`."""
+    run = os.path.dirname(os.path.dirname(os.path.normpath(directory)))
+    others = [path for path in checkpoints(run) if path != os.path.normpath(directory)]
+    if others:
+        return f"resume from another checkpoint (resume={others[-1]})"
+    return "start again in another output"
 
 
 def load_trainer(directory: str) -> dict:

@@ -20,7 +20,7 @@ from engine import checkpoint
 from engine.load import base_of, generation_settings
 from engine.logs import Run
 from engine.model import RewardModel, build_policy
-from engine.ranks import distributed, from_main, sum_over_ranks
+from engine.ranks import distributed, from_all_ranks, from_main, sum_over_ranks
 from engine.reference import Reference, lacking, model_key, packed, read_table, response_keys, unpacked, write_part
 from engine.rollout import Sampling, sample
 from engine.step import Step
@@ -179,12 +179,17 @@ class Engine:
         losses = [float(loss) for loss, _ in self.step.losses]
         loss, = sum_over_ranks([sum(losses)], self.policy.device)
         if not (math.isfinite(loss) and math.isfinite(self.grad_norm)):
+            what = f"loss {loss:g}, gradient norm {self.grad_norm:g} in update {self.step.index}"
+            if self.start and self.step.index == self.first + 1:      # the checkpoint is all that this run has shown
+                raise RunError(f"{what}, the first after resuming from {self.start}, before the weights were touched; "
+                               f"fix: {checkpoint.instead_of(self.start)}")
             bad = [examples for loss, (_, examples) in zip(losses, self.step.losses) if not math.isfinite(loss)]
-            rows = [example.where for examples in bad or [self.step.examples] for example in examples]
+            rows = from_all_ranks([example.where for examples in bad for example in examples])
+            rows = rows or [example.where for example in self.step.examples]
             shown = ", ".join(rows[:8]) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
             last = checkpoint.checkpoints(self.run.directory)
-            raise RunError(f"loss {loss:g}, gradient norm {self.grad_norm:g} in update {self.step.index}, before the weights were touched; "
-                           f"rows: {shown}; last checkpoint: {last[-1] if last else 'none'}; fix: lower lr or look at these rows")
+            raise RunError(f"{what}, before the weights were touched; rows: {shown}; last checkpoint: "
+                           f"{last[-1] if last else 'none'}; fix: lower lr or look at these rows")
 
     def batches(self, examples: list):
         """Micro-batches of any examples, which all ranks share among them."""
@@ -406,11 +411,15 @@ class Engine:
 
     def catch_signals(self) -> None:
         """The first SIGTERM or SIGINT asks for a stop after this update (or this part of the reference pass); the second one
-        exits at once."""
+        exits at once. Under torchrun the second one may be the first again: a scheduler signals every process, and torchrun,
+        which got it too, passes it on."""
+        self.signalled, same_request = 0.0, 5.0 if "LOCAL_RANK" in os.environ else 0.0      # seconds
+
         def handler(number, frame):
-            if self.signal:
+            if self.signal and time.monotonic() - self.signalled >= same_request:
                 os._exit(128 + number)
-            self.signal = number
+            if not self.signal:
+                self.signal, self.signalled = number, time.monotonic()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, handler)
 

@@ -1,6 +1,8 @@
 """The processes of a run: one, or one per device under `torchrun`."""
 import datetime
 import os
+import shlex
+import sys
 
 import torch
 import torch.distributed as dist
@@ -25,19 +27,33 @@ def stop_processes() -> None:
 
 
 def from_main(function, *arguments):
-    """`function(*arguments)`, called on rank 0 only, on every rank; so is the UserError it raises."""
+    """`function(*arguments)`, called on rank 0 only, on every rank; so is the UserError it raises. After any other
+    exception, which rank 0 raises, the others leave without a word instead of waiting for it."""
     if not dist.is_initialized():
         return function(*arguments)
-    box = [None]
+    box, fault = [None], None
     if dist.get_rank() == 0:
         try:
             box = [function(*arguments)]
         except UserError as error:
-            box = [error]
+            box, fault = [error], error
+        except Exception as error:
+            box, fault = [SystemExit(1)], error
     dist.broadcast_object_list(box)
-    if isinstance(box[0], UserError):
+    if fault:
+        raise fault
+    if isinstance(box[0], (UserError, SystemExit)):
         raise box[0]
     return box[0]
+
+
+def from_all_ranks(values: list) -> list:
+    """The lists of all ranks, one after the other, on every rank."""
+    if not dist.is_initialized():
+        return values
+    parts = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, values)
+    return [value for part in parts for value in part]
 
 
 def distributed() -> tuple[int, int]:
@@ -52,3 +68,13 @@ def sum_over_ranks(values: list[float], device) -> list[float]:
     total = torch.tensor(values, dtype=torch.float64, device=device)
     dist.all_reduce(total)
     return total.tolist()
+
+
+def command(words: list[str]) -> str:
+    """The command that starts this program again with the arguments `words`, alone or under torchrun as now."""
+    program, here = shlex.join([sys.argv[0], *words]), os.environ.get("LOCAL_WORLD_SIZE")
+    if "LOCAL_RANK" not in os.environ:
+        return f"python {program}"
+    if here == os.environ.get("WORLD_SIZE"):
+        return f"torchrun --nproc-per-node {here} {program}"
+    return f"the same torchrun command on every machine, with {program}"

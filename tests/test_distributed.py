@@ -24,6 +24,7 @@ from helpers import (
     write_config,
     write_jsonl,
 )
+from safetensors.torch import load_file
 
 
 def join(rank, port):
@@ -69,16 +70,20 @@ def config(tmp_path_factory):
     return config
 
 
+def torchrun(count, *words):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+    done = subprocess.run([*launcher, *map(str, words)], cwd=ROOT, timeout=200, capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"})
+    assert done.returncode == 0, done.stderr[-5000:]
+
+
 @pytest.fixture(scope="module")
 def both(config):
     """Algorithm -> the directories of its run with one process and with two; all of the latter under one torchrun."""
     one, two = ({algorithm: config(f"{algorithm}-{count}", algorithm) for algorithm in ROWS} for count in (1, 2))
     for path in one.values():
         train_here(path)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run([*torchrun, "tests/all_algorithms.py", *map(str, two.values())], cwd=ROOT, timeout=200, capture_output=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True)
-    assert done.returncode == 0, done.stderr[-5000:]
+    torchrun(2, "tests/all_algorithms.py", *two.values())
     return {algorithm: [path.with_suffix("") / "run" for path in (one[algorithm], two[algorithm])] for algorithm in ROWS}
 
 
@@ -128,30 +133,54 @@ def test_torchrun(whole, both):
     assert steps == [4] * 4 + [8] * 4
 
 
-@pytest.mark.parametrize("processes", [2, 1])
-def test_a_run_of_two_processes_resumes(whole, config, processes):
-    """From step 3, in the first epoch: with two processes to the bit, with one to rounding."""
-    path = config(f"resumed-{processes}", "dpo", sample_every=4)
-    part = path.with_suffix("") / "run"
-    shutil.copytree(whole, part)
-    settings = (part / "config.yaml").read_text()
-    (part / "config.yaml").write_text(settings.replace(str(whole), str(part)))
-    shutil.rmtree(part / "final")
-    shutil.rmtree(part / "checkpoints" / "step-000006")
-    if processes == 1:
+RESUMED = [("dpo", 1, 2), ("dpo", 2, 2), ("dpo", 2, 1), ("dpo", 2, 3), ("grpo", 2, 2), ("grpo", 2, 1)]
+
+
+@pytest.fixture(scope="module")
+def resumed(config, both):
+    """(algorithm, ranks before, ranks after) -> the directory of a run that went on from its checkpoint at step 3: of dpo
+    in the first epoch, of grpo between two updates from one rollout."""
+    runs, paths = {}, {1: [], 2: [], 3: []}
+    for algorithm, before, after in RESUMED:
+        whole = both[algorithm][before - 1]
+        path = config(f"resumed-{algorithm}-{before}-{after}", algorithm)
+        part = path.with_suffix("") / "run"
+        shutil.copytree(whole, part)
+        shutil.rmtree(part / "final")
+        shutil.rmtree(part / "checkpoints" / "step-000006")
+        settings = (part / "config.yaml").read_text()
+        (part / "config.yaml").write_text(settings.replace(str(whole), str(part)))
+        runs[algorithm, before, after] = part
+        paths[after].append(path)
+    for path in paths.pop(1):
         train_here(path)
-    else:
-        ranks = two_ranks(path)
-        assert [rank.code for rank in ranks] == [0, 0], ranks
-        assert "metrics  " in ranks[0].out and ranks[1].out == ranks[1].err == ""
-    assert json.loads((part / "run.json").read_text())["resumed_from_step"] == 3
-    if processes == 2:
-        assert metrics(part) == metrics(whole) and metrics(part, "eval") == metrics(whole, "eval")
-    assert [row["loss"] for row in metrics(part)] == pytest.approx([row["loss"] for row in metrics(whole)], abs=2e-5)
-    assert_same_weights(final_weights(part), final_weights(whole), 0.0 if processes == 2 else 1e-5)
+    for count, those in paths.items():
+        torchrun(count, "tests/all_algorithms.py", *those)
+    return runs
+
+
+@pytest.mark.parametrize("algorithm, before, after", RESUMED)
+def test_a_run_resumes_on_any_number_of_processes(algorithm, before, after, resumed, both):
+    """Weights and moments are those of one process without interruption; from two to two also those of two, to the bit."""
+    run = resumed[algorithm, before, after]
+    assert json.loads((run / "run.json").read_text())["resumed_from_step"] == 3
+    assert json.loads((run / "run.json").read_text())["world_size"] == after
+    for i, tolerance in enumerate((1e-6, 0.0) if before == after == 2 else (1e-6,)):
+        whole = both[algorithm][i]
+        assert_same_weights(final_weights(run), final_weights(whole), tolerance)
+        assert_same_weights(moments(run), moments(whole), tolerance)
+        for ours, theirs in zip(metrics(run), metrics(whole), strict=True):
+            assert ours["loss"] == pytest.approx(theirs["loss"], abs=tolerance)
+
+
+def moments(run):
+    return load_file(run / "checkpoints" / "step-000006" / "optimizer.safetensors")
 
 
 def test_an_error_ends_all_processes(whole):
-    """One line, exit code 2, no rank left waiting."""
-    for rank in two_ranks(whole.parent.with_suffix(".yml"), "lr=5e-3"):
-        assert rank.code == 2 and rank.err.count("\n") == 1 and "error: output: " in rank.err and "(lr differ)" in rank.err
+    """One line of all ranks, which torchrun's table shows for each of them, and no rank left waiting."""
+    done = run_train([whole.parent.with_suffix(".yml"), "lr=5e-3"], processes=2)
+    lines = [line for line in done.stderr.splitlines() if "error: output: " in line and "(lr differ)" in line]
+    assert done.returncode == 1 and lines[0].startswith("error: output: ")
+    assert len(lines) == 3 and all(line.startswith("  traceback : error: output: ") for line in lines[1:])
+    assert done.stderr.count("Traceback") == 1                                # torchrun's own

@@ -377,7 +377,8 @@ def test_signal(number, code, model, uninterrupted, tmp_path):
     child.project(tmp_path, "sft", model, save_every="null")
     result = child.train(tmp_path, "--log-every=1", patch=child.signal_in_update, arguments=(number, 2))
     assert result.code == code and "Traceback" not in result.err
-    assert result.err.splitlines()[-1] == f"stopped by {number.name}; continue with: python train.py config.yml --log-every=1"
+    assert result.err.splitlines()[-1] == (
+        f"stopped by {number.name}; continue with: python {child.ROOT}/train.py config.yml --log-every=1")
     assert [os.path.basename(path) for path in checkpoint.checkpoints(tmp_path / "run")] == ["step-000002"]
     assert child.train(tmp_path, "--log-every=1", "save_every=1").code == 0
     assert_same_run(tmp_path / "run", uninterrupted["sft"])
@@ -411,7 +412,7 @@ def test_the_printed_command_continues_this_run(model, tmp_path):
     for words, directory in (([], "runs/config"), (["resume=never"], "runs/config-2")):
         result = child.train(tmp_path, *words, patch=child.signal_in_update, arguments=(signal.SIGTERM, 2))
         assert result.code == 143 and (tmp_path / directory / "checkpoints" / "step-000002").is_dir()
-    command = result.err.splitlines()[-1].partition("python train.py config.yml ")[2].split()
+    command = result.err.splitlines()[-1].partition("train.py config.yml ")[2].split()
     result = child.train(tmp_path, *command)
     assert result.code == 0 and "resumed from runs/config-2/checkpoints/step-000002" in result.err
 

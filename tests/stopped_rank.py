@@ -1,0 +1,31 @@
+"""`torchrun tests/stopped_rank.py config.yml`: train.py, where rank 1 gets SIGTERM twice in update 2 and rank 0 takes a second to save."""
+import os
+import runpy
+import signal
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+from engine import checkpoint  # noqa: E402
+from engine.loop import Engine  # noqa: E402
+
+clip, write = Engine.clip_gradients, checkpoint.write_sealed
+
+
+def clip_and_stop(engine):
+    clip(engine)
+    if engine.rank == 1 and engine.step.index == 2:
+        for _ in range(2):
+            signal.raise_signal(signal.SIGTERM)
+
+
+def write_slowly(directory, function):
+    time.sleep(1)
+    write(directory, function)
+
+
+Engine.clip_gradients, checkpoint.write_sealed = clip_and_stop, write_slowly
+assert os.environ["WORLD_SIZE"] == "2"
+runpy.run_path(str(ROOT / "train.py"), run_name="__main__")

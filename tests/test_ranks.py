@@ -1,0 +1,261 @@
+"""What several processes need to stay one run: the same collectives in the same order, one end for all, one command to go on."""
+import ast
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import robust_helpers as child
+import torch
+from helpers import ROOT, tiny_model
+from safetensors.torch import load_file, save_file
+
+from data import errors
+from data.errors import RunError
+from engine import checkpoint, ranks
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+
+# ---- no collective in a loop whose order differs between processes
+
+COLLECTIVES = {"all_gather", "all_gather_object", "all_reduce", "barrier", "broadcast", "broadcast_object_list",
+               "clip_grad_norm_", "distribute_tensor", "full_tensor", "gather_object", "scatter", "unshard"}
+SETS = {"set", "frozenset", "union", "difference", "intersection", "symmetric_difference",
+        "listdir", "scandir", "glob", "iglob", "iterdir", "rglob"}                # and files, in the order of a disk
+KEEPING = {"list", "tuple", "enumerate", "zip", "reversed", "iter", "map", "filter", "fromkeys"}      # an order
+METHODS = {"update", "get", "append", "add", "join", "write", "mean", "sum", "items"}      # of Python's own classes, too
+
+
+def called(node):
+    """The last part of the name of a called function; None where it has none."""
+    return getattr(node.func, "attr", getattr(node.func, "id", None))
+
+
+def calls(node):
+    return {called(part) for part in ast.walk(node) if isinstance(part, ast.Call)}
+
+
+def functions(trees):
+    return [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+
+
+def collective_names(trees):
+    """The collectives, and the functions of the project that reach one."""
+    names, size = set(COLLECTIVES), 0
+    while size < len(names):
+        size = len(names)
+        names |= {function.name for function in functions(trees) if calls(function) & names and function.name not in METHODS}
+    return names
+
+
+def unordered(node, names):
+    """Whether an expression is a set, or holds one's order; `names` are the variables that are one."""
+    if isinstance(node, (ast.Set, ast.SetComp)):
+        return True
+    if isinstance(node, ast.Name):
+        return node.id in names
+    if isinstance(node, ast.BinOp) and isinstance(node.op, (ast.Sub, ast.BitOr, ast.BitAnd, ast.BitXor)):
+        keys = [side for side in (node.left, node.right) if isinstance(side, ast.Call) and called(side) in ("keys", "items")]
+        return bool(keys) or unordered(node.left, names) or unordered(node.right, names)
+    if isinstance(node, ast.Call):
+        return called(node) in SETS or called(node) in KEEPING and any(unordered(part, names) for part in node.args)
+    if isinstance(node, (ast.ListComp, ast.GeneratorExp, ast.DictComp)):
+        return any(unordered(part.iter, names) for part in node.generators)
+    return isinstance(node, ast.IfExp) and (unordered(node.body, names) or unordered(node.orelse, names))
+
+
+def disordered_collectives(trees, names):
+    """Lines with a loop or a comprehension over a set in which a collective is called."""
+    found = []
+    for tree in trees:
+        sets = set()
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Assign) and unordered(node.value, sets):
+                sets |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+        for node in ast.walk(tree):
+            loops = [node] if isinstance(node, ast.For) else getattr(node, "generators", [])
+            if any(unordered(loop.iter, sets) for loop in loops):
+                body = node.body if isinstance(node, ast.For) else [node]
+                found += [node.lineno for part in body if calls(part) & names]
+    return found
+
+
+OLD = '''
+def load_optimizer(state, parameter):
+    for key in state.keys() - {"step"}:
+        state[key] = distribute_tensor(state[key], parameter.device_mesh, parameter.placements)
+'''
+SHARE = "def share(x): dist.broadcast(x)\n"
+ALIKE = ["for name in set(names): share(name)",
+         "{name: share(name) for name in {'a', 'b'}}",
+         "wanted = a.keys() & b\nfor x in list(wanted): x.full_tensor()",
+         "for i, name in enumerate(os.listdir(folder)): share(name)",
+         "[dist.all_reduce(x) for x in frozenset(xs)]"]
+RIGHT = ["for name in sorted(set(names)): share(name)", "for name in ('a', 'b'): share(name)", "for name in set(names): print(name)"]
+
+
+def test_no_collective_in_a_loop_over_a_set():
+    """Ranks iterate a set in different orders: one would send what another takes for something else."""
+    paths = [path for folder in ("algorithms", "data", "engine") for path in sorted((ROOT / folder).glob("*.py"))] + [ROOT / "train.py"]
+    trees = [ast.parse(path.read_text()) for path in paths]
+    names = collective_names(trees)
+    assert {"from_main", "sum_over_ranks", "whole", "model_state", "save_checkpoint", "stop_requested", "clip_gradients"} <= names
+    assert {str(path): found for path, tree in zip(paths, trees) if (found := disordered_collectives([tree], names))} == {}
+
+
+@pytest.mark.parametrize("text, count", [*((text, 1) for text in (OLD, *ALIKE)), *((text, 0) for text in RIGHT)])
+def test_a_loop_over_a_set_is_found(text, count):
+    trees = [ast.parse(SHARE + text)]
+    assert len(disordered_collectives(trees, collective_names(trees))) == count
+
+
+# ---- what a checkpoint must hold
+
+@pytest.fixture
+def trained():
+    """A layer that a few updates of AdamW trained, and its optimizer."""
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, fused=True)
+    for _ in range(3):
+        layer(torch.randn(4, 3)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return layer, optimizer
+
+
+def saved_moments(trained):
+    layer, optimizer = trained
+    return {f"{name}:{key}": value for name, parameter in layer.named_parameters() for key, value in optimizer.state[parameter].items()}
+
+
+def load_into_a_fresh_one(moments, folder):
+    """-> {name: {key: tensor}} of the optimizer that loaded these moments from `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(moments, folder / "optimizer.safetensors")
+    layer = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(layer.parameters(), fused=True)
+    checkpoint.load_optimizer(str(folder), layer, optimizer)
+    return {name: optimizer.state[parameter] for name, parameter in layer.named_parameters()}
+
+
+def test_moments_come_back(trained, tmp_path):
+    moments = saved_moments(trained)
+    loaded = load_into_a_fresh_one(moments, tmp_path)
+    assert all(torch.equal(loaded[name][key], moments[f"{name}:{key}"]) for name, key in (text.split(":") for text in moments))
+
+
+WRONG = [({"bias:step": None}, r"optimizer\.safetensors lacks bias:step"),
+         ({"weight:exp_avg_sq": None}, r"optimizer\.safetensors lacks weight:exp_avg_sq"),
+         ({"weight:exp_avg": torch.zeros(3, 2)}, r"holds weight:exp_avg of shape \[3, 2\] instead of \[2, 3\]"),
+         ({"wieght:exp_avg": torch.zeros(2, 3)}, "holds wieght:exp_avg, which belongs to no trained weight"),
+         ({"weight:exp_avg_squared": torch.zeros(2, 3)}, "holds weight:exp_avg_squared, which belongs to no trained weight"),
+         ({"bias:exp_avg": torch.tensor([0.0, torch.nan])}, "bias:exp_avg holds numbers that are not finite"),
+         ({"bias:exp_avg_sq": torch.tensor([0.0, -1e-9])}, "bias:exp_avg_sq holds numbers that are negative or not finite"),
+         ({"weight:step": torch.tensor(torch.inf)}, "weight:step holds numbers that are not finite")]
+
+
+@pytest.mark.parametrize("changes, says", WRONG, ids=[next(iter(changes)) for changes, _ in WRONG])
+def test_moments_that_no_run_can_go_on_from(changes, says, trained, tmp_path):
+    """One line that names the checkpoint, and another one where there is another."""
+    moments = {key: value for key, value in (saved_moments(trained) | changes).items() if value is not None}
+    folder = tmp_path / "run" / "checkpoints" / "step-000004"
+    for fix in ("start again in another output", "resume from another checkpoint (resume="):
+        with pytest.raises(RunError, match=says) as refused:
+            load_into_a_fresh_one(moments, folder)
+        assert str(folder) in str(refused.value) and f"; fix: {fix}" in str(refused.value) and "\n" not in str(refused.value)
+        (folder.parent / "step-000002").mkdir(exist_ok=True)
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory):
+    """A project of sft whose run was killed after update 3."""
+    folder = tmp_path_factory.mktemp("interrupted")
+    child.project(folder, "sft", tiny_model(folder / "model"), shuffle="false", eval_every=100)
+    assert child.train(folder, patch=child.kill_after_save, arguments=(3,)).code == -signal.SIGKILL
+    return folder
+
+
+def test_not_finite_after_resuming(interrupted):
+    """The first update names the checkpoint, the second one its rows."""
+    result = child.train(interrupted, patch=child.infinite_loss, arguments=(4,))
+    error = result.err.splitlines()[-1]
+    assert result.code == 1 and "in update 4, the first after resuming from run/checkpoints/step-000003, before" in error
+    assert error.endswith("; fix: resume from another checkpoint (resume=run/checkpoints/step-000002)") and "data.jsonl" not in error
+    result = child.train(interrupted, patch=child.infinite_loss, arguments=(5,))
+    assert result.code == 1 and re.search(r"in update 5, before .*; rows: .*data\.jsonl:5, .*; fix: lower lr", result.err.splitlines()[-1])
+    assert checkpoint.newest(interrupted / "run", print).endswith("step-000004")
+
+
+def test_weights_that_no_run_can_go_on_from(interrupted):
+    path = checkpoint.newest(interrupted / "run", print)
+    weights = load_file(f"{path}/model.safetensors")
+    weights["model.norm.weight"][3] = torch.nan
+    files = {name: (interrupted / path / name).read_bytes() for name in os.listdir(path) if name != checkpoint.MANIFEST}
+
+    def write(folder):
+        for name, content in files.items():
+            Path(folder, name).write_bytes(content)
+        save_file(weights, os.path.join(folder, "model.safetensors"), {"format": "pt"})
+    checkpoint.write_sealed(path, write)
+    result = child.train(interrupted)
+    error = result.err.splitlines()[-1]
+    assert result.code == 1 and "Traceback" not in result.err
+    assert "/step-000004: lm.model.norm.weight holds numbers that are not finite" in error and error.startswith("error: checkpoint run/")
+
+
+# ---- one end for all
+
+TORCHRUN = {"LOCAL_RANK": "0", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4"}
+
+
+@pytest.mark.parametrize("environment, program, says", [
+    ({}, "train.py", "python train.py c.yml 'name=a b'"),
+    ({}, "../project/train.py", "python ../project/train.py c.yml 'name=a b'"),
+    (TORCHRUN, "train.py", "torchrun --nproc-per-node 4 train.py c.yml 'name=a b'"),
+    (TORCHRUN | {"WORLD_SIZE": "8"}, "train.py", "the same torchrun command on every machine, with train.py c.yml 'name=a b'")])
+def test_the_command_to_go_on(environment, program, says, monkeypatch):
+    for name in ("LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "argv", [program, "other"])
+    assert ranks.command(["c.yml", "name=a b"]) == says
+
+
+def test_one_line_of_all_processes(tmp_path, monkeypatch, capsys):
+    """Of the same error one line, of different ones each; a traceback only where nobody has told why the processes end."""
+    def end(rank, error):
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / str(rank) / "error.json"))
+        monkeypatch.setattr(sys, "argv", ["train.py"])
+        (tmp_path / str(rank)).mkdir(exist_ok=True)
+
+        def main(_):
+            raise error
+        with pytest.raises(SystemExit) as ended:
+            errors.run_program(main)
+        return ended.value.code
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        end(0, RuntimeError("a bug"))
+    assert [end(rank, errors.UserError("bad; fix: x")) for rank in range(3)] == [2, 2, 2]
+    assert end(3, RunError("full; fix: y")) == 1 and end(4, RuntimeError("connection closed by peer")) == 1
+    assert capsys.readouterr().err == "error: bad; fix: x\nerror: full; fix: y\n"
+    assert '"py_callstack": "error: bad; fix: x"' in (tmp_path / "2" / "error.json").read_text()
+
+
+def test_a_stop_under_torchrun(interrupted, tmp_path):
+    """One process gets SIGTERM twice at once, as from a scheduler and from torchrun: the update is saved, although torchrun ends the other
+    one as soon as this one leaves, and the printed command is torchrun's."""
+    child.project(tmp_path, "sft", interrupted / "model", save_every="null")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run([*launcher, str(ROOT / "tests" / "stopped_rank.py"), "config.yml"], cwd=tmp_path, timeout=100, text=True,
+                          capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
+    line = f"stopped by SIGTERM; continue with: torchrun --nproc-per-node 2 {ROOT}/train.py config.yml"
+    assert done.stderr.splitlines().count(line) == 1 and f"  traceback : {line}" in done.stderr.splitlines()
+    assert done.returncode == 1 and done.stderr.count("Traceback") == 1           # torchrun's own, always
+    path = checkpoint.newest(tmp_path / "run", print)
+    assert path.endswith("step-000002") and line in (tmp_path / "run" / "events.log").read_text()
