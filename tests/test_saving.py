@@ -515,6 +515,7 @@ def test_all_ranks_stop_where_a_save_cannot_be_made(patch, arguments, says, mode
 
 def test_rows_are_always_json(tmp_path):
     run = Run(str(tmp_path))
+    run.begin("", {}, {}, 0)
     half = "caf\udcc3 \ud83d"           # halves of surrogates, which a file with wrong bytes can give
     row = {"step": 1, "completion": half, "reward": float("nan"), "kl": float("-inf"), "ok": 0.5}
     run.append("samples.jsonl", row)
@@ -527,6 +528,7 @@ def test_rows_are_always_json(tmp_path):
 
 def test_the_summary_leaves_out_what_was_not_finite(tmp_path, capsys):
     run = Run(str(tmp_path))
+    run.begin("", {}, {}, 0)
     for step, loss in ((1, 2.0), (2, float("nan"))):
         run.append("metrics.jsonl", {"step": step, "split": "train", "loss": loss, "reward": 1.0})
     run.summary()
