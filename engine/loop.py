@@ -13,6 +13,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from data.errors import RunError, UserError
+from data.guard import handle, leave
 from data.pack import Example, order, pack
 from data.tokenise import stop_ids
 from engine import checkpoint
@@ -307,13 +308,14 @@ class Engine:
 
     def catch_signals(self) -> None:
         """The first SIGTERM or SIGINT asks for a stop after this update (or this part of the reference pass); the second one
-        exits at once."""
+        exits at once. Processes that a reward forks are ended by SIGTERM as usual. A Ctrl-C at the terminal reaches them too; they
+        go on, since the run still needs what they compute for this update."""
         def handler(number, frame):
             if self.signal:
-                os._exit(128 + number)
+                leave(128 + number)
             self.signal = number
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, handler)
+        handle(signal.SIGTERM, handler)
+        handle(signal.SIGINT, handler, in_child=lambda number, frame: None)
 
     def stop_requested(self) -> int | None:
         """The signal, if any rank got one: all ranks leave together."""
