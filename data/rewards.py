@@ -245,11 +245,12 @@ def _function(path, name, where):
 
 @functools.cache
 def _module(path, called):
-    """The module of a file, which is run once. The modules beside it can be imported; `called`: the file in errors."""
+    """The module of a file, which is run once. It can import the modules beside it. `called`: its name in errors."""
     if str(path.parent) not in sys.path:
         sys.path.append(str(path.parent))      # last, so that no module of ours is hidden
     spec = importlib.util.spec_from_file_location(_module_name(path), path)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)      # dataclasses look their module up
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module            # dataclasses look their module up
     try:
         with guarded(IMPORT_SECONDS, f"the import of {called}"):
             spec.loader.exec_module(module)
@@ -263,7 +264,7 @@ def _module(path, called):
 
 
 def _module_name(path):
-    """The name by which a started, not forked, process can import the file; another where that name is taken."""
+    """The name by which a process that was not forked can import the file; another where that name is taken."""
     name = path.stem
     if name.isidentifier() and name not in sys.modules:
         found = importlib.util.find_spec(name)
@@ -283,9 +284,9 @@ def _takes_columns(function):
 # ---- calling them ----
 
 def score(reward, prompts, completions, columns, timeout=None):
-    """One finite float, or None, per completion. `columns`: {name: list}; `timeout`: seconds for the call (None = CALL_SECONDS), kept
-    on the main thread of Unix only. Raises RunError, which names the reward, a prompt and its completion, if the function fails or
-    returns something else."""
+    """One finite float, or None, per completion. `columns`: {name: list}; `timeout`: seconds for the call (None
+    = CALL_SECONDS), kept on the main thread of Unix only. Raises RunError, which names the reward, a prompt and
+    its completion, if the function fails or returns something else."""
     timeout = CALL_SECONDS if timeout is None else timeout
     columns = {name: values for name, values in columns.items() if name not in ("prompts", "completions")}
     sample, failure, fix = 0, None, "correct the function"
@@ -348,7 +349,8 @@ def _culprit(reward, prompts, completions, columns, timeout):
 
 
 def printable(text):
-    """The text with what a terminal would obey (ESC, C1, marks of direction) and what no encoding knows (lone surrogates) escaped."""
+    """The text, in which what a terminal would obey (ESC, C1, marks of direction) and what no encoding knows
+    (lone surrogates) is escaped."""
     return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
 
 

@@ -308,8 +308,8 @@ class Engine:
 
     def catch_signals(self) -> None:
         """The first SIGTERM or SIGINT asks for a stop after this update (or this part of the reference pass); the second one
-        exits at once. Processes that a reward forks are ended by SIGTERM as usual. A Ctrl-C at the terminal reaches them too; they
-        go on, since the run still needs what they compute for this update."""
+        exits at once. SIGTERM ends processes that a reward forks, as usual. A Ctrl-C at the terminal reaches
+        them too, but they go on: the run still needs what they compute for this update."""
         def handler(number, frame):
             if self.signal:
                 leave(128 + number)
