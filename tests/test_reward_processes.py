@@ -146,6 +146,8 @@ def test_a_killed_run_leaves_no_processes(project):
         def reward(prompts, completions, **columns):
             pool = multiprocessing.get_context("fork").Pool(2)
             pool.apply(os.getpid)
+            pool.map_async(time.sleep, [99, 99])
+            time.sleep(0.3)
             with open("pids", "w") as file:
                 file.write(" ".join(str(process.pid) for process in pool._pool))
             os.kill(os.getpid(), signal.SIGKILL)
