@@ -13,7 +13,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from data.errors import RunError, UserError
-from data.guard import handle, leave
+from data.guard import handle, interrupt, leave
 from data.pack import Example, order, pack
 from data.tokenise import stop_ids
 from engine import checkpoint
@@ -307,13 +307,14 @@ class Engine:
     # ---- signals ----------------------------------------------------------------------------------------------------
 
     def catch_signals(self) -> None:
-        """The first SIGTERM or SIGINT asks for a stop after this update (or this part of the reference pass); the second one
-        exits at once. SIGTERM ends processes that a reward forks, as usual. A Ctrl-C at the terminal reaches
-        them too, but they go on: the run still needs what they compute for this update."""
+        """The first SIGTERM or SIGINT asks for a stop after this update (or this part of the reference pass, or
+        before a rollout's first update); the second one exits at once. SIGTERM ends processes that a reward
+        forks, as usual. At a Ctrl-C, which reaches them too, they leave it to the run to end them."""
         def handler(number, frame):
             if self.signal:
                 leave(128 + number)
             self.signal = number
+            interrupt()
         handle(signal.SIGTERM, handler)
         handle(signal.SIGINT, handler, in_child=lambda number, frame: None)
 

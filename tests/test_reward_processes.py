@@ -167,29 +167,42 @@ def is_alive(process):
         return False
 
 
-def test_ctrl_c_waits_for_the_processes_of_a_reward(project):
-    """At a terminal it reaches all of them."""
-    directory = project("""
-        import multiprocessing, os, signal, time
+SIGNALLED = """
+    import multiprocessing, os, signal, time
 
-        def work(text):
-            time.sleep(0.3)
-            return len(text) / 10
+    def work(text):
+        time.sleep(0.2)
+        return len(text) / 10
 
-        def reward(prompts, completions, **columns):
-            with multiprocessing.get_context("fork").Pool(2) as pool:
-                pool.apply(os.getpid)
-                values = pool.map_async(work, completions)
+    def reward(prompts, completions, **columns):
+        with multiprocessing.get_context("fork").Pool(2) as pool:
+            pool.apply(os.getpid)
+            values = pool.map_async(work, completions)
+            if os.path.exists("signal") and "step 1/" in open("stderr.txt").read():
                 time.sleep(0.1)
-                for process in pool._pool:
-                    os.kill(process.pid, signal.SIGINT)
-                os.kill(os.getpid(), signal.SIGINT)
-                return values.get()
-    """, save_every="null")
+                os.remove("signal")
+                for process in [*pool._pool, multiprocessing.current_process()]:
+                    os.kill(process.pid, signal.{})
+            return values.get()
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_signal_to_the_reward_s_processes_too(name, project):
+    """A Ctrl-C at a terminal reaches all of them, and so does the SIGTERM of a cluster."""
+    directory = project(SIGNALLED.format(name), save_every="null")
+    (directory / "signal").touch()
+    started = time.monotonic()
     result = child.train(directory)
-    assert result.code == 130 and "stopped by SIGINT; continue with" in result.err, result.err
-    assert "Traceback" not in result.err
+    number = getattr(signal, name)
+    assert result.code == 128 + number and f"stopped by {name}; continue with" in result.err, result.err
+    assert "Traceback" not in result.err and "step 2" not in result.err and time.monotonic() - started < 50
     assert os.listdir(directory / "run" / "checkpoints") == ["step-000001"]
+    assert child.train(directory).code == 0
+    undisturbed = project(REWARD, "undisturbed", save_every="null")
+    assert child.train(undisturbed).code == 0
+    assert metrics(directory / "run") == metrics(undisturbed / "run")
+    assert_same_weights(final_weights(directory / "run"), final_weights(undisturbed / "run"))
 
 
 def test_a_child_does_not_become_a_second_run(load):
