@@ -12,18 +12,17 @@ import importlib.util
 import inspect
 import math
 import re
-import signal
 import sys
-import threading
-import time
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
 from data.errors import RunError, UserError
+from data.guard import Interrupted, TimedOut, guarded
 
+CALL_SECONDS = 60.0                                # for one call of a reward
+IMPORT_SECONDS = 600.0                             # for its file, which may load a model
 GOLD = ("answer", "ground_truth", "solution")      # columns with the gold answer; the first one that a row has
 DIGITS = 40                                        # longer numbers are no answers
 ANSWER = 100                                       # characters; the same
@@ -148,7 +147,7 @@ def _all_golds(columns, count):
 
 
 def _no_gold(columns, where):
-    return UserError(f"no gold answer in {where}, columns found: {', '.join(columns) or 'none'}; "
+    return UserError(f"no gold answer in {where}, columns found: {printable(', '.join(columns)) or 'none'}; "
                      f"fix: give every row a column {', '.join(GOLD[:-1])} or {GOLD[-1]}, or use another reward")
 
 
@@ -233,38 +232,72 @@ def _reward(part, weight, where):
 def _function(path, name, where):
     if not path.is_file():
         raise UserError(f"{path} in {where} does not exist; fix: correct the path of the reward's file")
-    spec = importlib.util.spec_from_file_location(f"reward {path.resolve()}", path)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)      # dataclasses look their module up
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:  # noqa: BLE001  the user's code
-        raise UserError(f"{path} in {where} cannot be loaded ({_failure(error)}); fix: correct that file") from error
+    module = _module(path.resolve(), f"{path} in {where}")
     function = getattr(module, name, None)
     if not callable(function):
         known = [key for key, value in vars(module).items() if inspect.isfunction(value)]
         near = difflib.get_close_matches(name, known, n=1) or known
         raise UserError(f"no function {name!r} in {path}, named in {where}; fix: {f'write {near[0]}' if near else 'define it there'}")
-    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in inspect.signature(function).parameters.values()):
+    if not _takes_columns(function):
         raise UserError(f"{name} in {path} does not take the data's columns; fix: def {name}(prompts, completions, **columns)")
     return function
 
 
+@functools.cache
+def _module(path, called):
+    """The module of a file, which is run once. It can import the modules beside it. `called`: its name in errors."""
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))      # last, so that no module of ours is hidden
+    spec = importlib.util.spec_from_file_location(_module_name(path), path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module            # dataclasses look their module up
+    try:
+        with guarded(IMPORT_SECONDS, f"the import of {called}"):
+            spec.loader.exec_module(module)
+    except Interrupted:
+        raise
+    except BaseException as error:  # noqa: BLE001  the user's code
+        late = isinstance(error, TimedOut)
+        failure = f"its import took longer than {IMPORT_SECONDS:g} s" if late else _failure(error)
+        raise UserError(f"{called} cannot be loaded ({failure}); fix: correct that file") from error
+    return module
+
+
+def _module_name(path):
+    """The name by which a process that was not forked can import the file; another where that name is taken."""
+    name = path.stem
+    if name.isidentifier() and name not in sys.modules:
+        found = importlib.util.find_spec(name)
+        if found and found.origin == str(path):
+            return name
+    return f"reward {path}"
+
+
+def _takes_columns(function):
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):            # of a function in C
+        return False
+    return any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+
+
 # ---- calling them ----
 
-def score(reward, prompts, completions, columns, timeout=60.0):
-    """One finite float, or None, per completion. `columns`: {name: list}; `timeout`: seconds for the call, kept on the main thread of
-    Unix only. Raises RunError, which names the reward, a prompt and its completion, if the function fails or returns
-    something else."""
+def score(reward, prompts, completions, columns, timeout=None):
+    """One finite float, or None, per completion. `columns`: {name: list}; `timeout`: seconds for the call (None
+    = CALL_SECONDS), kept on the main thread of Unix only. Raises RunError, which names the reward, a prompt and
+    its completion, if the function fails or returns something else."""
+    timeout = CALL_SECONDS if timeout is None else timeout
     columns = {name: values for name, values in columns.items() if name not in ("prompts", "completions")}
     sample, failure, fix = 0, None, "correct the function"
     try:
-        with _time_limit(timeout):
+        with guarded(timeout, f"reward {reward.name}"):
             values = _call(reward, prompts, completions, columns)
-    except UserError:
+    except (UserError, Interrupted):
         raise
-    except _TimedOut:
+    except TimedOut:
         failure, fix = f"took longer than {timeout:g} s for {len(completions)} completions", "make it faster"
-    except (Exception, SystemExit) as error:  # noqa: BLE001  the user's code
+    except BaseException as error:  # noqa: BLE001  the user's code
         sample, failure = _culprit(reward, prompts, completions, columns, timeout), f"raised {_failure(error)}"
     else:
         if len(values) != len(completions):
@@ -294,7 +327,7 @@ def _number(value):
         return None
     try:
         number = math.nan if isinstance(value, (str, bytes)) else float(value)
-    except (TypeError, ValueError, OverflowError, RuntimeError):
+    except Exception:  # noqa: BLE001  the value may be of a class of the user's
         number = math.nan
     return number if math.isfinite(number) else _shown(value)
 
@@ -302,51 +335,40 @@ def _number(value):
 def _culprit(reward, prompts, completions, columns, timeout):
     """Number of the first sample that fails on its own; 0 if none does."""
     try:
-        with _time_limit(timeout):
+        with guarded(timeout, f"reward {reward.name}"):
             for i in range(len(completions)):
                 try:
                     _call(reward, prompts[i:i + 1], completions[i:i + 1], {name: values[i:i + 1] for name, values in columns.items()})
-                except (Exception, SystemExit):  # noqa: BLE001
+                except (TimedOut, Interrupted):
+                    raise
+                except BaseException:  # noqa: BLE001
                     return i
-    except _TimedOut:
+    except TimedOut:
         pass
     return 0
 
 
-class _TimedOut(BaseException):
-    """Not an Exception: the function's own `except Exception` must not stop it."""
-
-
-@contextmanager
-def _time_limit(seconds):
-    """Raise _TimedOut after `seconds`, again every second until the block ends; an outer timer goes on afterwards."""
-    if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(number, frame):
-        raise _TimedOut
-
-    started = time.monotonic()
-    handler = signal.signal(signal.SIGALRM, stop)
-    left, interval = signal.getitimer(signal.ITIMER_REAL)
-    signal.setitimer(signal.ITIMER_REAL, min(seconds, left or seconds), 1.0)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, signal.SIG_DFL if handler is None else handler)
-        if left:
-            signal.setitimer(signal.ITIMER_REAL, max(left - (time.monotonic() - started), 1e-6), interval)
+def printable(text):
+    """The text, in which what a terminal would obey (ESC, C1, marks of direction) and what no encoding knows
+    (lone surrogates) is escaped."""
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
 
 
 def _failure(error):
-    text = " ".join(str(error)[:400].split())
-    return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__
+    text = " ".join(_text(str, error)[:400].split())
+    return printable(f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__)
 
 
 def _shown(value):
-    """On one line, shortened; of text without control characters, which would reach the terminal."""
+    """On one line, shortened, without control characters."""
     if isinstance(value, str):
         return repr(value if len(value) <= 60 else value[:57] + "...")
-    return " ".join(repr(value)[:400].split())[:60]
+    return printable(" ".join(_text(repr, value)[:400].split())[:60])
+
+
+def _text(function, value):
+    """str or repr of a value of the user's, whose own methods may fail."""
+    try:
+        return function(value)
+    except Exception:  # noqa: BLE001
+        return f"(a {type(value).__name__})"

@@ -14,6 +14,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from data.errors import RunError, UserError
+from data.guard import handle, interrupt, leave
 from data.pack import Example, order, pack
 from data.tokenise import stop_ids
 from engine import checkpoint
@@ -410,18 +411,20 @@ class Engine:
     # ---- signals ----------------------------------------------------------------------------------------------------
 
     def catch_signals(self) -> None:
-        """The first SIGTERM or SIGINT asks for a stop after this update (or this part of the reference pass); the second one
-        exits at once. Under torchrun the second one may be the first again: a scheduler signals every process, and torchrun,
-        which got it too, passes it on."""
+        """The first SIGTERM or SIGINT asks for a stop after this update (or this part of the reference pass, or
+        before a rollout's first update); the second one exits at once. Under torchrun the second one may be the
+        first again: a scheduler signals every process, and torchrun, which got it too, passes it on. SIGTERM ends
+        processes that a reward forks, as usual. At a Ctrl-C, which reaches them too, they leave it to the run."""
         self.signalled, same_request = 0.0, 5.0 if "LOCAL_RANK" in os.environ else 0.0      # seconds
 
         def handler(number, frame):
-            if self.signal and time.monotonic() - self.signalled >= same_request:
-                os._exit(128 + number)
             if not self.signal:
                 self.signal, self.signalled = number, time.monotonic()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, handler)
+                interrupt()
+            elif time.monotonic() - self.signalled >= same_request:
+                leave(128 + number)
+        handle(signal.SIGTERM, handler)
+        handle(signal.SIGINT, handler, in_child=lambda number, frame: None)
 
     def stop_requested(self) -> int | None:
         """The signal, if any rank got one: all ranks leave together."""

@@ -18,7 +18,7 @@ from data.pack import Example, Response
 from data.rewards import load_reward, score
 from engine import checkpoint, lora
 from engine.load import is_adapter
-from engine.loop import Engine
+from engine.loop import Engine, Stopped
 from engine.model import build_policy, build_reward_model, shard
 from engine.ranks import from_main
 from engine.rollout import Rollout, sample, with_completions
@@ -138,8 +138,20 @@ class OnlineEngine(Engine):
         rollout.metrics = self.reward_metrics(rollout)
 
     def judge(self, rollout: Rollout) -> None:
-        judge(rollout, self.rewards, self.tokenizer, lambda *arguments: from_main(score, *arguments), lambda reward: self.collect(
-            self.reward_models[reward.name], rollout.examples, lambda example: len(example.responses)))
+        failure = None
+        try:
+            judge(rollout, self.rewards, self.tokenizer, lambda *arguments: from_main(score, *arguments), lambda reward: self.collect(
+                self.reward_models[reward.name], rollout.examples, lambda example: len(example.responses)))
+        except RunError as error:
+            failure = error
+        # A signal often reaches the processes that a reward has started, too, so its values may be wrong: they are not used
+        if stop := self.stop_requested():
+            done, every = self.step.index if self.step else self.first, self.config.save_every
+            if done > self.first and not (every and done % every == 0):
+                self.save(done)
+            raise Stopped(stop)
+        if failure:
+            raise failure
 
     def load_reward_model(self, reward):
         """The run of `rm` that a reward names, as a frozen RewardModel; it must have been trained with the policy's tokenizer."""

@@ -21,9 +21,9 @@ def clip_and_stop(engine):
             signal.raise_signal(signal.SIGTERM)
 
 
-def write_slowly(directory, function):
+def write_slowly(directory, function, trial=False):
     time.sleep(1)
-    write(directory, function)
+    write(directory, function, trial)
 
 
 Engine.clip_gradients, checkpoint.write_sealed = clip_and_stop, write_slowly

@@ -35,7 +35,10 @@ def called(node):
 
 
 def calls(node):
-    return {called(part) for part in ast.walk(node) if isinstance(part, ast.Call)}
+    """The functions called in a piece of code, and those handed to a call, which may call them."""
+    found = [part for part in ast.walk(node) if isinstance(part, ast.Call)]
+    handed = [argument for call in found for argument in call.args if isinstance(argument, (ast.Name, ast.Attribute))]
+    return {called(call) for call in found} | {getattr(part, "attr", getattr(part, "id", None)) for part in handed}
 
 
 def functions(trees):
