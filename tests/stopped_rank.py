@@ -1,5 +1,4 @@
-"""`torchrun tests/stopped_rank.py config.yml`: train.py, where rank 1 gets SIGTERM twice in update 2 and rank 0 takes a second to save."""
-import os
+"""`torchrun tests/stopped_rank.py config.yml`: train.py, where rank 1 gets SIGTERM twice in update 2 and rank 0 saves slowly."""
 import runpy
 import signal
 import sys
@@ -27,5 +26,4 @@ def write_slowly(directory, function, trial=False):
 
 
 Engine.clip_gradients, checkpoint.write_sealed = clip_and_stop, write_slowly
-assert os.environ["WORLD_SIZE"] == "2"
 runpy.run_path(str(ROOT / "train.py"), run_name="__main__")

@@ -134,6 +134,8 @@ def test_torchrun(whole, both):
 
 
 RESUMED = [("dpo", 1, 2), ("dpo", 2, 2), ("dpo", 2, 1), ("dpo", 2, 3), ("grpo", 2, 2), ("grpo", 2, 1)]
+# of grpo some gradients are so small that Adam makes their rounding a part of a step, and lr is 1e-3
+CLOSE = {"dpo": 1e-6, "grpo": 5e-6}
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +167,7 @@ def test_a_run_resumes_on_any_number_of_processes(algorithm, before, after, resu
     run = resumed[algorithm, before, after]
     assert json.loads((run / "run.json").read_text())["resumed_from_step"] == 3
     assert json.loads((run / "run.json").read_text())["world_size"] == after
-    for i, tolerance in enumerate((1e-6, 0.0) if before == after == 2 else (1e-6,)):
+    for i, tolerance in enumerate((CLOSE[algorithm], 0.0) if before == after == 2 else (CLOSE[algorithm],)):
         whole = both[algorithm][i]
         assert_same_weights(final_weights(run), final_weights(whole), tolerance)
         assert_same_weights(moments(run), moments(whole), tolerance)

@@ -84,6 +84,9 @@ MUTATIONS = {    # name: (file, text, what it becomes, the tests that must fail)
     "one completion's draws for another": (
         "engine/rollout.py", "(*keys[row[0]], row[1])", "(*keys[row[0]], row[1] + 1)",
         ["test_rollout.py::test_sampler_equals_a_plain_loop[qwen2-plain]"]),
+    "a collective in a loop over a set": (
+        "engine/checkpoint.py", "for key, tensor in state.items():", "for key, tensor in set(state.items()):",
+        ["test_ranks.py::test_no_collective_in_a_loop_over_a_set"]),
 }
 
 
