@@ -82,9 +82,7 @@ class Operations:
         self.before("save_file", inside)
         original(tensors, path, **options)
         if self.due("half of", inside):
-            self.fatal = None
-            cut(path, 0)
-            kill()
+            self.end_with_half(path, 0)
 
     def opener(self, original):
         def opened(path, mode="r", *arguments, **options):
@@ -100,18 +98,17 @@ class Operations:
 
         def closing():
             if not stream.closed and self.due("half of", self.inside(path)):
-                self.fatal = None
                 stream.flush()
-                cut(path, start)
-                kill()
+                self.end_with_half(path, start)
             close()
         stream.close = closing
 
-
-def cut(path: str, start: int) -> None:
-    """Take away the second half of what stands in a file after its first `start` bytes."""
-    size = os.path.getsize(path)
-    os.truncate(path, start + max(0, size - start) // 2)
+    def end_with_half(self, path, start: int) -> None:
+        """Take away the second half of what stands in a file after its first `start` bytes, and die."""
+        self.process = None                            # this is no operation of the run
+        size = os.path.getsize(path)
+        os.truncate(path, start + max(0, size - start) // 2)
+        kill()
 
 
 def kill() -> None:

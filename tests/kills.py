@@ -346,7 +346,8 @@ class Campaign:
             started = start(kind, directory, self.cold)
             found = disturb(kind, directory, started, number, moment)
             end = wait(started, directory)
-            early = {-number} if found == "loading" or kind.rows else set()       # no handler yet: the shell calls it 128 + number, too
+            # no handler yet, or none any more: the shell calls that 128 + number, too
+            early = {-number} if found in ("loading", "finished") or kind.rows else set()
             allowed = CODES[number] | early if found else {0}
             faults += judge(end, started.process.pid, allowed) + not_saved(kind, directory, started.since, end.code)
             if found is None and len(kills) == 0 and end.code == 0:
