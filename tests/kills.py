@@ -329,7 +329,8 @@ class Campaign:
         record |= {"faults": [fault._asdict() for fault in faults]}
         if faults:
             record["directory"] = str(directory)
-            print(f"{record['kind']}: {record.get('operation') or record['kills']}", *map(str, faults), directory, sep="\n    ", flush=True)
+            what = f"{record['kind']}: {record.get('operation', '')} {record['kills']}"
+            print(what, *map(str, faults), directory, sep="\n    ", flush=True)
         else:
             shutil.rmtree(directory)
         with self.lock:
@@ -367,17 +368,20 @@ class Campaign:
         shutil.rmtree(directory)
         return log.read_text().splitlines()
 
-    def operation_trial(self, kind: Kind, number: int, operation: str) -> dict:
-        """SIGKILL before the file operation `number`, and then the command to its end."""
+    def operation_trial(self, kind: Kind, number: int, operation: str, second: int | None = None) -> dict:
+        """SIGKILL before the file operation `number`, with `second` also before that one of the next run, and then the command to its
+        end."""
         since, directory = time.time(), self.fresh(f"{kind.name}-operation-{number}")
-        log = self.folder / f"{kind.name}-{number}.operations"
-        started = start(kind, directory, patch=file_operations.watch, arguments=(str(log), number))
-        end = wait(started, directory)
-        faults = judge(end, started.process.pid, {-9})
-        log.unlink()
-        found = phase(kind, directory)
+        log, kills, faults = self.folder / f"{kind.name}-{number}.operations", [], []
+        for fatal in filter(None, (number, second)):
+            started = start(kind, directory, patch=file_operations.watch, arguments=(str(log), fatal))
+            end = wait(started, directory)
+            faults += judge(end, started.process.pid, {-9} if fatal == number else {-9, 0})      # the second run is shorter
+            died = log.read_text().splitlines()[-1]
+            log.unlink()
+            if end.code == -9:
+                kills.append({"signal": "SIGKILL", "phase": phase(kind, directory), "code": end.code, "operation": f"{fatal} {died}"})
         faults += finish(kind, directory, self.expected[kind.name])
-        kills = [{"signal": "SIGKILL", "phase": found, "code": end.code}]
         return self.keep(directory, faults, kind=kind.name, number=number, operation=f"{number} {operation}", kills=kills,
                          seconds=round(time.time() - since, 2))
 
@@ -421,11 +425,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time (1)")
     parser.add_argument("--folder", help="where the runs lie, a new directory; default: a temporary one")
     parser.add_argument("--json", help="a file for every kill and its outcome")
-    parser.add_argument("--seed", type=int, default=0, help="random: of signals and moments (0)")
+    parser.add_argument("--seed", type=int, default=0, help="of signals and moments, of the second operation (0)")
     parser.add_argument("--count", type=int, default=200, help="random: signals that reached a run (200)")
     parser.add_argument("--cold", action="store_true", help="random: start every process anew, imports included (6 s more for each)")
     parser.add_argument("--stride", type=int, default=1, help="operations: every how manieth (1)")
     parser.add_argument("--first", type=int, help="operations: only so many of each kind")
+    parser.add_argument("--twice", action="store_true", help="operations: the next run is killed as well, before a random operation")
     parser.add_argument("--only", help="operations: only these numbers, separated by commas")
     options = parser.parse_args(argv)
     options.kinds = (options.kinds or ",".join(KINDS if options.mode == "random" else ("dpo", "grpo", "rm"))).split(",")
@@ -453,7 +458,13 @@ def operation_kills(campaign: Campaign, options, pool: ThreadPoolExecutor) -> No
         numbers = range(1, len(operations) + 1, options.stride)[:options.first]
         if options.only:
             numbers = map(int, options.only.split(","))
-        list(pool.map(lambda number: campaign.operation_trial(kind, number, operations[number - 1]), numbers))      # noqa: B023
+
+        def work(number, kind=kind, operations=operations):
+            rng = random.Random(f"{options.seed}-{number}")
+            second = rng.randint(1, len(operations) - number + 30) if options.twice else None      # and 30 to take the run up
+            campaign.operation_trial(kind, number, operations[number - 1], second)
+
+        list(pool.map(work, numbers))
 
 
 def main(argv: list[str]) -> int:
