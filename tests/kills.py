@@ -347,11 +347,13 @@ class Campaign:
             started = start(kind, directory, self.cold)
             found = disturb(kind, directory, started, number, moment)
             end = wait(started, directory)
+            if number == signal.SIGKILL and end.code == 0:
+                found = None                           # nothing survives it: the run had ended, and was only still listed
             # no handler yet, or none any more: the shell calls that 128 + number, too
             early = {-number} if found in ("loading", "finished") or kind.rows else set()
             allowed = CODES[number] | early if found else {0}
             faults += judge(end, started.process.pid, allowed) + not_saved(kind, directory, started.since, end.code)
-            if found is None and len(kills) == 0 and end.code == 0:
+            if found is None and not kills and end.code == 0:
                 self.seconds[kind.name] = time.time() - started.since      # the machine is quicker now than at the first run
             if found:
                 kills.append({"signal": number.name, "seconds": round(moment, 3), "phase": found, "code": end.code})
