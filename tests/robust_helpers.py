@@ -1,4 +1,4 @@
-"""`train.py` in a process of its own that can be killed, get signals and be patched, without six seconds of imports for each."""
+"""`train.py`, or another script, as a process that can be killed, get signals and be patched, without six seconds of imports."""
 import multiprocessing
 import os
 import runpy
@@ -13,36 +13,54 @@ import helpers
 ROOT = Path(__file__).resolve().parents[1]
 BASE = dict(batch_size=4, max_length=200, lr=1e-3, save_every=1, eval_every=2, epochs=2)    # 10 rows: 3 updates per epoch
 
+OUT, ERR = "stdout.txt", "stderr.txt"
+
 _server = multiprocessing.get_context("forkserver")
-_server.set_forkserver_preload(["robust_warm", "train", "engine.loop", "engine.online", "algorithms.dpo", "algorithms.sft", "data.dataset"])
+PRELOADED = ["robust_warm", "train", "evaluate", "sample", "engine.loop", "engine.online", "algorithms.dpo", "algorithms.sft",
+             "data.dataset"]
+_server.set_forkserver_preload(PRELOADED)
+
+
+def preload(*modules):
+    """Of use before the first process is started only."""
+    _server.set_forkserver_preload([*PRELOADED, *modules])
 
 
 def train(directory, *words, patch=None, arguments=()):
     """`python train.py config.yml words...` in `directory`. `patch(*arguments)`, a function of a module, runs there first.
 
     -> its exit code (negative: the signal that killed it) and what it printed: .code, .err, .out"""
-    out, err = Path(directory, "stdout.txt"), Path(directory, "stderr.txt")
     words = ["config.yml", *map(str, words)]
-    process = _server.Process(target=_child, args=(str(directory), words, str(out), str(err), patch, arguments))
+    process = start(directory, "train.py", words, patch, arguments)
+    process.join(100)
+    assert process.exitcode is not None, f"train.py {words} hangs: {Path(directory, ERR).read_text()}"
+    return SimpleNamespace(code=process.exitcode, out=Path(directory, OUT).read_text(), err=Path(directory, ERR).read_text())
+
+
+def start(directory, script, words, patch=None, arguments=()):
+    """`python SCRIPT words...` in `directory`, as the first process of a session of its own; what it prints goes to OUT and ERR there.
+    ERR appears when the script starts."""
+    for name in (OUT, ERR):
+        Path(directory, name).unlink(missing_ok=True)
+    process = _server.Process(target=_child, args=(str(directory), script, words, patch, arguments))
     # the server inherits this when the first process starts it
     with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT / "tests")]), HF_HUB_OFFLINE="1"):
         process.start()
-    process.join(100)
-    assert process.exitcode is not None, f"train.py {words} hangs: {err.read_text()}"
-    return SimpleNamespace(code=process.exitcode, out=out.read_text(), err=err.read_text())
+    return process
 
 
-def _child(directory, words, out, err, patch, arguments):
+def _child(directory, script, words, patch, arguments):
     import torch
     torch.set_num_threads(1)
+    os.setsid()
     os.chdir(directory)
     signal.signal(signal.SIGINT, signal.default_int_handler)      # a shell that runs pytest in the background has it ignored
-    for path, stream in ((out, 1), (err, 2)):
+    for path, stream in ((OUT, 1), (ERR, 2)):
         os.dup2(os.open(path, os.O_CREAT | os.O_TRUNC | os.O_WRONLY), stream)
     if patch:
         patch(*arguments)
-    sys.argv = ["train.py", *words]
-    runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+    sys.argv = [script, *words]
+    runpy.run_path(str(ROOT / script), run_name="__main__")
 
 
 def project(directory, algorithm, model, **values):

@@ -1,0 +1,494 @@
+"""Kill train.py, evaluate.py and sample.py; the same command must then end as if nothing had happened. Not part of the suite.
+
+    python tests/kills.py random --count 200                      SIGKILL, SIGINT, SIGTERM at random moments of whole runs
+    python tests/kills.py operations --kinds dpo,grpo,rm          SIGKILL before every file operation of a run
+
+A run ends well if the same command returns 0, whatever stood on the disk before is still there, and all results are bit for bit
+those of an undisturbed run. It exits with 1 if anything was lost or is different; `--json FILE` keeps every kill.
+"""
+import argparse
+import hashlib
+import itertools
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import file_operations
+import helpers
+import robust_helpers as child
+
+LIMIT = 120                                   # seconds after which a run hangs
+FAULTS = ("lost", "different", "hang", "traceback", "exit code", "left behind", "orphan")
+CODES = {signal.SIGKILL: {-9}, signal.SIGINT: {130, 0}, signal.SIGTERM: {143, 0}}      # 0: the run was in its last update
+PHASES = ("loading", "reference", "rollout", "updates", "rows", "saving", "finished")
+
+
+class Kind(NamedTuple):
+    """A command whose runs are disturbed: `python script words...` in a fresh directory."""
+    name: str
+    script: str
+    words: list[str]
+    rows: int = 0               # of a script that writes rows: how many there are in the end,
+    batch: int = 1              # and how many are written at a time
+    per_rollout: int = 0        # of an online algorithm: its updates per rollout
+    reference: bool = False     # whether a pass over the reference comes before the updates
+
+
+class Fault(NamedTuple):
+    """What went wrong after a kill: one of FAULTS, and the words for it."""
+    kind: str
+    text: str
+
+
+# ---- what is run ------------------------------------------------------------------------------------------------------
+
+OFFLINE = {"sft": ("sft", {}), "dpo": ("dpo", {}), "kto": ("kto", {}), "rm": ("rm", {}),
+           "lora": ("sft", dict(lora_r=4, lora_dropout=0.1)), "merge": ("dpo", dict(lora_r=4, merge="true"))}
+ONLINE = {"grpo": "grpo", "ppo": "ppo", "ppo_critic": "ppo", "dapo": "dapo"}      # ppo_critic: the critic starts as the reward model
+EVALUATE = ("evaluate", "evaluate_pairs")
+KINDS = (*OFFLINE, *ONLINE, *EVALUATE, "sample")
+
+
+def make_kinds(folder: Path, names: list[str], save_every: int) -> list[Kind]:
+    """The commands called `names`, with models and data in `folder`."""
+    model = helpers.tiny_model(folder / "model")
+    data = {}
+    for rows in {helpers.sft_rows, helpers.pair_rows, helpers.labelled_rows, helpers.prompt_rows}:
+        data[rows] = {"data": helpers.write_jsonl(folder / f"{rows.__name__}.jsonl", rows(10)),
+                      "eval_data": helpers.write_jsonl(folder / f"{rows.__name__}-eval.jsonl", rows(4, 50))}
+
+    def training(name, algorithm, **values):
+        values = {"algorithm": algorithm, "model": model, **data[helpers.ROWS[algorithm]], "output": "run", **child.BASE,
+                  **helpers.ONLINE.get(algorithm, {}), "save_every": save_every, **values}
+        config = helpers.write_config(folder / f"{name}.yml", **values)
+        per_rollout = 4 if algorithm in helpers.ONLINE else 0
+        return Kind(name, "train.py", [config], per_rollout=per_rollout, reference=algorithm in ("dpo", "kto"))
+
+    def finished(kind, name):
+        """The run of a kind that other kinds start from."""
+        directory = folder / name
+        directory.mkdir()
+        end = wait(start(kind, directory), directory)
+        assert end.code == 0, end.err
+        return str(directory / "run")
+
+    def make(name):
+        if name in OFFLINE:
+            algorithm, values = OFFLINE[name]
+            samples = {} if algorithm == "rm" else {"sample_every": 3}
+            return training(name, algorithm, **samples, **values)
+        if name in ONLINE:
+            reward = {"reward": finished(training("critic", "rm"), "critic")} if name == "ppo_critic" else {}
+            return training(name, ONLINE[name], max_steps=10, sample_every=3, **reward)
+        prompts = helpers.write_jsonl(folder / "many-prompts.jsonl", helpers.prompt_rows(24))
+        drawn = [f"data={prompts}", f"reward={helpers.REWARDS}:varied", "max_completion_length=30", "rollout_batch_size=8", "output=out"]
+        if name == "evaluate":
+            return Kind(name, "evaluate.py", [model, *drawn, "n=2"], rows=48, batch=8)
+        if name == "sample":
+            return Kind(name, "sample.py", [model, *drawn, "n=4"], rows=96, batch=8)
+        pairs = helpers.write_jsonl(folder / "many-pairs.jsonl", helpers.pair_rows(300))
+        other = helpers.tiny_model(folder / "other", seed=1)
+        return Kind(name, "evaluate.py", [model, f"data={pairs}", f"reference={other}", "output=out"], rows=300, batch=64)
+
+    return [make(name) for name in names]
+
+
+# ---- a process --------------------------------------------------------------------------------------------------------
+
+class Cold:
+    """A process started by the shell's command, with the interface of multiprocessing's."""
+
+    def __init__(self, kind: Kind, directory: Path):
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        with open(directory / child.OUT, "wb") as out, open(directory / child.ERR, "wb") as err:
+            self.process = subprocess.Popen([sys.executable, child.ROOT / kind.script, *kind.words], cwd=directory, stdout=out,
+                                            stderr=err, env=environment, start_new_session=True)
+        self.pid = self.process.pid
+
+    @property
+    def exitcode(self):
+        return self.process.poll()
+
+    def join(self, seconds):
+        try:
+            self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            pass
+
+
+class Started(NamedTuple):
+    process: object
+    since: float                # when its script began, on time.time()'s clock
+
+
+class End(NamedTuple):
+    code: int | None            # None: it hung, and was killed
+    err: str
+
+
+def start(kind: Kind, directory: Path, cold: bool = False, patch=None, arguments=()) -> Started:
+    if cold:
+        return Started(Cold(kind, directory), time.time())
+    process = child.start(directory, kind.script, kind.words, patch, arguments)
+    while not (directory / child.ERR).exists() and process.exitcode is None:
+        time.sleep(0.001)
+    return Started(process, time.time())
+
+
+def wait(started: Started, directory: Path) -> End:
+    process = started.process
+    process.join(LIMIT)
+    code = process.exitcode
+    if code is None:
+        os.kill(process.pid, signal.SIGKILL)
+        process.join(LIMIT)
+    return End(code, (directory / child.ERR).read_text(errors="replace"))
+
+
+def disturb(kind: Kind, directory: Path, started: Started, number: int, moment: float) -> str | None:
+    """Send a signal `moment` seconds after the start; -> the phase it came in, None if the run had ended. The process stands still while
+    the phase is looked up; Ctrl-C reaches its whole group, as on a terminal."""
+    process = started.process
+    process.join(max(0.0, moment - (time.time() - started.since)))
+    if process.exitcode is not None:
+        return None
+    try:
+        os.kill(process.pid, signal.SIGSTOP)
+        found = phase(kind, directory, started.since)
+        (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
+        os.kill(process.pid, signal.SIGCONT)
+    except ProcessLookupError:
+        return None
+    return found
+
+
+def orphans(pid: int) -> list[str]:
+    """The command lines of what a process has left in its session."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            session = int(path.read_text().rpartition(")")[2].split()[3])
+            if session == pid and int(path.parent.name) != pid:
+                found.append((path.parent / "cmdline").read_text().replace("\0", " "))
+        except OSError:
+            pass
+    return found
+
+
+# ---- what stands on the disk ------------------------------------------------------------------------------------------
+
+def phase(kind: Kind, directory: Path, since: float = 0.0) -> str:
+    """Where a process stands that started at `since`."""
+    made = directory / ("run" if kind.script == "train.py" else "out")
+    begun = [path for path in (*made.glob("run.json"), *made.glob("*settings.json")) if path.stat().st_mtime >= since - 0.02]
+    if leftovers(directory):
+        return "saving"
+    if not begun:
+        return "loading"
+    if kind.rows:
+        return "rows" if complete_rows(directory) < kind.rows else "finished"
+    if (made / "final").exists():
+        return "finished"
+    steps = [row["step"] for row in read_rows(made / "metrics.jsonl") if row["split"] == "train"]
+    if kind.reference and not steps and not list(directory.glob(".reference/*/part-*")):
+        return "reference"
+    return "rollout" if kind.per_rollout and max(steps, default=0) % kind.per_rollout == 0 else "updates"
+
+
+def leftovers(directory: Path) -> list[str]:
+    return sorted(str(path.relative_to(directory)) for path in directory.rglob("*.tmp*"))
+
+
+def read_rows(path: Path) -> list[dict]:
+    """The whole lines of a .jsonl file."""
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith(b"}\n")]
+
+
+def complete_rows(directory: Path) -> int:
+    return sum(len(read_rows(path)) for path in (directory / "out").glob("*results.jsonl"))
+
+
+def last_checkpoint(directory: Path) -> int:
+    """The step of the newest checkpoint of a run; 0 without one."""
+    return max((int(path.name[5:]) for path in directory.glob("run/checkpoints/step-*") if path.name[5:].isdigit()), default=0)
+
+
+def digests(folder: Path) -> dict:
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def results(kind: Kind, directory: Path) -> dict:
+    """Name -> content, or its digest, of everything that must not depend on what happened to a run."""
+    if kind.rows:
+        return {f"out/{name}": digest for name, digest in digests(directory / "out").items() if name.endswith((".json", ".jsonl"))}
+    run = directory / "run"
+    found = {}
+    for name in ("final", "classifier", f"checkpoints/step-{last_checkpoint(directory):06d}"):
+        found |= {f"run/{name}/{file}": digest for file, digest in digests(run / name).items()}
+    for name in ("config.yaml", "samples.jsonl"):
+        found[f"run/{name}"] = (run / name).read_text() if (run / name).exists() else None
+    for i, row in enumerate(read_rows(run / "metrics.jsonl")):
+        found[f"run/metrics.jsonl:{i + 1}"] = {key: value for key, value in row.items() if key not in helpers.CLOCK}
+    return found
+
+
+def compare(kind: Kind, directory: Path, expected: dict) -> list[Fault]:
+    found = results(kind, directory)
+    differing = sorted(key for key in found.keys() | expected.keys() if found.get(key) != expected.get(key))
+    faults = [Fault("different", f"{len(differing)} of {len(expected)}: {', '.join(differing[:5])}")] if differing else []
+    if left := leftovers(directory):
+        faults.append(Fault("left behind", ", ".join(left)))
+    return faults
+
+
+# ---- one trial --------------------------------------------------------------------------------------------------------
+
+def judge(end: End, pid: int, expected: set) -> list[Fault]:
+    """The faults of one process: it may end with the codes `expected` only, in silence, and leaves no other process."""
+    if end.code is None:
+        return [Fault("hang", last_line(end.err))]
+    faults = []
+    if end.code not in expected:
+        faults.append(Fault("exit code", f"{end.code}: {last_line(end.err)}"))
+    if "Traceback" in end.err:
+        faults.append(Fault("traceback", last_line(end.err)))
+    if left := orphans(pid):
+        faults.append(Fault("orphan", "; ".join(left)))
+    return faults
+
+
+def last_line(text: str) -> str:
+    return next((line for line in reversed(text.splitlines()) if line.strip()), "no output")
+
+
+def not_saved(kind: Kind, directory: Path, since: float, code: int) -> list[Fault]:
+    """A run that says it has stopped has saved its last update."""
+    begun = directory / "run" / "run.json"
+    if kind.rows or code not in (130, 143) or not begun.exists() or begun.stat().st_mtime < since - 0.02:
+        return []
+    last = max((row["step"] for row in read_rows(directory / "run" / "metrics.jsonl")), default=0)
+    saved = last_checkpoint(directory)
+    return [Fault("lost", f"stopped with {code} after update {last}, but the newest checkpoint is of {saved}")] if saved < last else []
+
+
+def finish(kind: Kind, directory: Path, expected: dict, cold: bool = False) -> list[Fault]:
+    """Run the command until it ends: it must do so at once, from the newest checkpoint or after the last whole rows, with the expected
+    results."""
+    saved, done = last_checkpoint(directory), complete_rows(directory)
+    had_final = (directory / "run" / "final").exists()
+    started = start(kind, directory, cold)
+    end = wait(started, directory)
+    faults = judge(end, started.process.pid, {0})
+    if end.code != 0:
+        return [*faults, Fault("lost", f"the same command does not end: {last_line(end.err)}")]
+    if not kind.rows and not had_final:
+        resumed = json.loads((directory / "run" / "run.json").read_text())["resumed_from_step"]
+        if resumed < saved:
+            faults.append(Fault("lost", f"resumed from step {resumed}, a checkpoint of {saved} was there"))
+    if kind.rows:
+        again = re.search(r"(\d+) of (\d+) rows are done already", end.err)
+        kept = int(again[1]) * kind.rows // int(again[2]) if again else 0
+        if kept < done - done % kind.batch:
+            faults.append(Fault("lost", f"{done} rows were whole, {kept} were kept"))
+    return faults + compare(kind, directory, expected)
+
+
+class Campaign:
+    """Trials of some kinds in fresh directories of `folder`, against an undisturbed run of each; `records` is what came of them."""
+
+    def __init__(self, folder: Path, kinds: list[Kind], cold: bool = False):
+        self.folder, self.kinds, self.cold = folder, kinds, cold
+        self.expected, self.seconds, self.records, self.lock = {}, {}, [], threading.Lock()
+        for kind in kinds:
+            directory = self.fresh(f"{kind.name}-undisturbed")
+            started = start(kind, directory, cold)
+            end = wait(started, directory)
+            assert end.code == 0 and not leftovers(directory), f"{kind.name}: {end}"
+            self.seconds[kind.name], self.expected[kind.name] = time.time() - started.since, results(kind, directory)
+
+    def fresh(self, name: str) -> Path:
+        directory = self.folder / name
+        directory.mkdir()
+        return directory
+
+    def keep(self, directory: Path, faults: list[Fault], **record) -> dict:
+        """Note a trial; its directory stays if something was wrong."""
+        record |= {"faults": [fault._asdict() for fault in faults]}
+        if faults:
+            record["directory"] = str(directory)
+            what = f"{record['kind']}: {record.get('operation', '')} {record['kills']}"
+            print(what, *map(str, faults), directory, sep="\n    ", flush=True)
+        else:
+            shutil.rmtree(directory)
+        with self.lock:
+            self.records.append(record)
+        return record
+
+    def random_trial(self, kind: Kind, seed: str) -> dict:
+        """One to three signals, each at a random moment of the command, and then the command to its end."""
+        rng, since, kills, faults = random.Random(seed), time.time(), [], []
+        directory = self.fresh(f"{kind.name}-{seed}")
+        for _ in range(rng.randint(1, 3)):
+            number = rng.choices((signal.SIGKILL, signal.SIGINT, signal.SIGTERM), (70, 15, 15))[0]
+            moment = rng.uniform(0, self.seconds[kind.name])
+            started = start(kind, directory, self.cold)
+            found = disturb(kind, directory, started, number, moment)
+            end = wait(started, directory)
+            if number == signal.SIGKILL and end.code == 0:
+                found = None                           # nothing survives it: the run had ended, and was only still listed
+            # no handler yet, or none any more: the shell calls that 128 + number, too
+            early = {-number} if found in ("loading", "finished") or kind.rows else set()
+            allowed = CODES[number] | early if found else {0}
+            faults += judge(end, started.process.pid, allowed) + not_saved(kind, directory, started.since, end.code)
+            if found is None and not kills and end.code == 0:
+                self.seconds[kind.name] = time.time() - started.since      # the machine is quicker now than at the first run
+            if found:
+                kills.append({"signal": number.name, "seconds": round(moment, 3), "phase": found, "code": end.code})
+            if end.code is None or not found:
+                break
+        faults += finish(kind, directory, self.expected[kind.name], self.cold)
+        return self.keep(directory, faults, kind=kind.name, seed=seed, kills=kills, seconds=round(time.time() - since, 2))
+
+    def operations(self, kind: Kind) -> list[str]:
+        """The file operations of an undisturbed run, in their order."""
+        directory, log = self.fresh(f"{kind.name}-counted"), self.folder / f"{kind.name}.operations"
+        end = wait(start(kind, directory, patch=file_operations.watch, arguments=(str(log),)), directory)
+        assert end.code == 0 and not compare(kind, directory, self.expected[kind.name]), end
+        shutil.rmtree(directory)
+        return log.read_text().splitlines()
+
+    def operation_trial(self, kind: Kind, number: int, operation: str, second: int | None = None) -> dict:
+        """SIGKILL before the file operation `number`, with `second` also before that one of the next run, and then the command to its
+        end."""
+        since, directory = time.time(), self.fresh(f"{kind.name}-operation-{number}")
+        log, kills, faults = self.folder / f"{kind.name}-{number}.operations", [], []
+        for fatal in filter(None, (number, second)):
+            started = start(kind, directory, patch=file_operations.watch, arguments=(str(log), fatal))
+            end = wait(started, directory)
+            faults += judge(end, started.process.pid, {-9} if fatal == number else {-9, 0})      # the second run is shorter
+            died = log.read_text().splitlines()[-1]
+            log.unlink()
+            if end.code == -9:
+                kills.append({"signal": "SIGKILL", "phase": phase(kind, directory), "code": end.code, "operation": f"{fatal} {died}"})
+        faults += finish(kind, directory, self.expected[kind.name])
+        return self.keep(directory, faults, kind=kind.name, number=number, operation=f"{number} {operation}", kills=kills,
+                         seconds=round(time.time() - since, 2))
+
+
+# ---- tables and the command line --------------------------------------------------------------------------------------
+
+def anonymous(operation: str) -> str:
+    """Without what differs between two runs and between the files of one kind."""
+    return re.sub(r"tmp-[0-9a-f]+", "tmp", re.sub(r"step-\d+", "step-N", re.sub(r"(?<=[/-])[0-9a-f]{16}", "DIGEST", operation)))
+
+
+def print_operations(kind: Kind, operations: list[str]) -> None:
+    """How many there are of each."""
+    print(f"{kind.name}: {len(operations)} file operations")
+    names = list(map(anonymous, operations))
+    for name in dict.fromkeys(names):
+        print(f"    {names.count(name):4}  first {names.index(name) + 1:4}  {name}")
+
+
+def table(campaign: Campaign) -> str:
+    """A row per kind: its kills, and the trials in which something was wrong."""
+    columns = ("kind", "runs", "kills", "KILL", "INT", "TERM", *PHASES, *FAULTS, "s/kill")
+    lines = []
+    everything = [(kind.name, [record for record in campaign.records if record["kind"] == kind.name]) for kind in campaign.kinds]
+    for name, records in [*everything, ("all", campaign.records)]:
+        kills = [kill for record in records for kill in record["kills"]]
+        signals = [sum(kill["signal"] == f"SIG{short}" for kill in kills) for short in ("KILL", "INT", "TERM")]
+        phases = [sum(kill["phase"] == word for kill in kills) for word in PHASES]
+        faults = [sum(any(fault["kind"] == word for fault in record["faults"]) for record in records) for word in FAULTS]
+        each = sum(record["seconds"] for record in records) / max(1, len(kills))
+        lines.append([name, len(records), len(kills), *signals, *phases, *faults, f"{each:.1f}"])
+    rows = [columns, ["---"] * len(columns), *lines]
+    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in rows)
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("mode", choices=("random", "operations"))
+    parser.add_argument("--kinds", help=f"separated by commas, of {', '.join(KINDS)}; default: all, of operations dpo,grpo,rm")
+    parser.add_argument("--save-every", type=int, default=2, help="updates between checkpoints (2)")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time (1)")
+    parser.add_argument("--folder", help="where the runs lie, a new directory; default: a temporary one")
+    parser.add_argument("--json", help="a file for every kill and its outcome")
+    parser.add_argument("--seed", type=int, default=0, help="of signals and moments, of the second operation (0)")
+    parser.add_argument("--count", type=int, default=200, help="random: signals that reached a run (200)")
+    parser.add_argument("--cold", action="store_true", help="random: start every process anew, imports included (6 s more for each)")
+    parser.add_argument("--stride", type=int, default=1, help="operations: every how manieth (1)")
+    parser.add_argument("--first", type=int, help="operations: only so many of each kind")
+    parser.add_argument("--twice", action="store_true", help="operations: the next run is killed as well, before a random operation")
+    parser.add_argument("--only", help="operations: only these numbers, separated by commas")
+    options = parser.parse_args(argv)
+    options.kinds = (options.kinds or ",".join(KINDS if options.mode == "random" else ("dpo", "grpo", "rm"))).split(",")
+    if unknown := set(options.kinds) - set(KINDS):
+        parser.error(f"unknown kinds: {', '.join(sorted(unknown))}")
+    return options
+
+
+def random_kills(campaign: Campaign, options, pool: ThreadPoolExecutor) -> None:
+    numbers = itertools.count()
+
+    def work(_):
+        while sum(len(record["kills"]) for record in list(campaign.records)) < options.count:
+            with campaign.lock:
+                number = next(numbers)
+            campaign.random_trial(campaign.kinds[number % len(campaign.kinds)], f"{options.seed}-{number}")
+
+    list(pool.map(work, range(options.jobs)))
+
+
+def operation_kills(campaign: Campaign, options, pool: ThreadPoolExecutor) -> None:
+    for kind in campaign.kinds:
+        operations = campaign.operations(kind)
+        print_operations(kind, operations)
+        numbers = range(1, len(operations) + 1, options.stride)[:options.first]
+        if options.only:
+            numbers = map(int, options.only.split(","))
+
+        def work(number, kind=kind, operations=operations):
+            rng = random.Random(f"{options.seed}-{number}")
+            second = rng.randint(1, len(operations) - number + 30) if options.twice else None      # and 30 to take the run up
+            campaign.operation_trial(kind, number, operations[number - 1], second)
+
+        list(pool.map(work, numbers))
+
+
+def main(argv: list[str]) -> int:
+    options, since = parse(argv), time.time()
+    child.preload("algorithms.grpo", "algorithms.ppo", "algorithms.dapo", "algorithms.kto", "algorithms.rm", "engine.value", "peft")
+    folder = Path(options.folder or tempfile.mkdtemp(prefix="kills-")).resolve()
+    folder.mkdir(exist_ok=True)
+    campaign = Campaign(folder, make_kinds(folder, options.kinds, options.save_every), options.cold)
+    print("seconds of an undisturbed run: " + ", ".join(f"{name} {value:.1f}" for name, value in campaign.seconds.items()), flush=True)
+    with ThreadPoolExecutor(options.jobs) as pool:
+        {"random": random_kills, "operations": operation_kills}[options.mode](campaign, options, pool)
+    wrong = [record for record in campaign.records if record["faults"]]
+    print(table(campaign))
+    print(f"{time.time() - since:.0f} s in all; {len(wrong)} of {len(campaign.records)} runs with a fault")
+    if options.json:
+        Path(options.json).write_text(json.dumps({
+            "arguments": argv, "seconds": round(time.time() - since, 1), "undisturbed": campaign.seconds,
+            "faults": len(wrong), "records": campaign.records}, indent=1) + "\n")
+    if not wrong and not options.folder:
+        shutil.rmtree(folder)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
