@@ -4,6 +4,11 @@ MODEL is a run (its final model, else its newest whole checkpoint), a model dire
 one turn; an empty line starts a new conversation. Without a chat template every line is completed as plain text. Of several models
 each answers every line, under its name and in its own conversation: `python chat.py example/tiny/model runs/tiny-dpo`.
 """
+import signal
+
+if __name__ == "__main__":      # an import that Ctrl-C ends has nothing to say; `run_program` handles it from then on
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import sys
 

@@ -5,6 +5,11 @@ MODEL is a run (its final model, else its newest whole checkpoint), a model dire
 line by line to <data>_eval_results.jsonl in `output` and their averages to <data>_eval_summary.json. The same command continues
 an interrupted evaluation; its numbers are those of an undisturbed one.
 """
+import signal
+
+if __name__ == "__main__":      # an import that Ctrl-C ends has nothing to say; `run_program` handles it from then on
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import json
 import math
 import os

@@ -7,6 +7,11 @@ Draws n completions per prompt, scores them and writes into `output`:
 Only completions that ended by themselves are kept. The same command continues an interrupted run; another min_reward draws
 nothing again.
 """
+import signal
+
+if __name__ == "__main__":      # an import that Ctrl-C ends has nothing to say; `run_program` handles it from then on
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import json
 import os
 from dataclasses import dataclass, replace
