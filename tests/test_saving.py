@@ -175,7 +175,7 @@ def test_every_file_is_synced_before_the_manifest_and_every_directory_after(tmp_
     (PermissionError(errno.EACCES, "Permission denied"), "make its directory writable"),
     (OSError(errno.EROFS, "Read-only file system"), "make its directory writable"),
     (RuntimeError("I/O error: Permission denied (os error 13)"), "make its directory writable"),
-    (FileNotFoundError(errno.ENOENT, "No such file or directory"), "check that the disk is there"),
+    (FileNotFoundError(errno.ENOENT, "No such file or directory"), "check that nothing else moves or removes"),
     (ValueError("GenerationConfig is invalid"), "correct the files of the start model"),
     (TypeError("not JSON serializable"), "correct the files of the start model"),
     (KeyError("model_type"), "correct the files of the start model"),
