@@ -1,5 +1,9 @@
-"""The exceptions whose text is meant for the user, and how a program ends with them."""
+"""The exceptions whose text is meant for the user, how a program ends with them, and text that a terminal can show."""
+import re
 import sys
+
+# C0, DEL and C1 steer a terminal, the bidirectional controls turn what it shows around, and half a surrogate cannot be written
+UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class UserError(Exception):
@@ -12,6 +16,16 @@ class RunError(UserError):
     exit_code = 1
 
 
+def printable(text: str, keep: str = "\n\t") -> str:
+    """Text from a file, a model or the user's code as a terminal may get it: control characters are escaped as in a Python string,
+    but for those in `keep`."""
+    def escape(match):
+        character = match[0]
+        return character if character in keep else repr(character)[1:-1]
+
+    return UNPRINTABLE.sub(escape, text)
+
+
 def run_program(main) -> None:
     """`main(arguments)`, whose UserError is one line on stderr and its exit code (with --debug its traceback), and Ctrl-C code 130."""
     try:
@@ -21,5 +35,5 @@ def run_program(main) -> None:
     except UserError as error:
         if "--debug" in sys.argv:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(printable(f"error: {error}", keep=""), file=sys.stderr)
         sys.exit(error.exit_code)

@@ -14,7 +14,7 @@ import time
 
 import yaml
 
-from data.errors import RunError, UserError
+from data.errors import RunError, UserError, printable
 from engine import checkpoint
 
 # a run may be continued with other values of these; every other key changes the numbers
@@ -153,6 +153,7 @@ class Run:
         """A sentence the user should read once; kept in events.log."""
         if self.main:
             self.erase()
+            text = printable(text, keep="")
             print(text, file=sys.stderr, flush=True)
             self.append("events.log", f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}")
 

@@ -20,7 +20,7 @@ from transformers import AttentionInterface
 from data.errors import UserError
 from data.pack import Batch, Example, Response, collate
 from engine import lora
-from engine.load import base_of, is_adapter, load_lm
+from engine.load import base_of, check_finite, first_line, is_adapter, load_lm
 
 VALUE_HEAD = "value_head.safetensors"        # beside the trunk of a reward model: {"v_head.summary.weight": (1, D)}
 LOGITS_AT_ONCE = {"cpu": 2 ** 22, "cuda": 2 ** 27}    # 16 MiB fits a CPU's cache, 512 MiB fills a GPU; whatever the batch
@@ -244,7 +244,13 @@ class Policy(nn.Module):
 
 def saved_head(path: str) -> torch.Tensor:
     """The head (1, D) of the reward model at `path`."""
-    return load_file(os.path.join(path, VALUE_HEAD))["v_head.summary.weight"]
+    file = os.path.join(path, VALUE_HEAD)
+    try:
+        head = load_file(file)["v_head.summary.weight"]
+    except Exception as error:  # noqa: BLE001  somebody else's file
+        raise UserError(f"model: {file} cannot be loaded ({first_line(error)}); fix: check the file") from error
+    check_finite([(VALUE_HEAD, head)], path)
+    return head
 
 
 class RewardModel(Policy):
@@ -351,7 +357,11 @@ def check_policy(policy: Policy, examples, mode: str, notice) -> None:
                 logits = lm(ids, use_cache=False, logits_to_keep=len(response.tokens) + 1).logits[0, :-1]
                 predicted = logits.float().log_softmax(-1).gather(1, ids[0, len(example.prompt):, None])[:, 0]
                 plain.append(predicted[torch.from_numpy(response.trained).to(policy.device)])
-    plain, tolerance = torch.cat(plain), 1e-3 if policy.precision == "fp32" else 0.25
+    plain = torch.cat(plain)
+    if not plain.isfinite().all():             # its weights are finite, which `load_lm` has seen to
+        raise UserError(f"model: its log-probs of {examples[0].where} are NaN or infinite, so its activations overflow; "
+                        "fix: precision=fp32, or another model")
+    tolerance = 1e-3 if policy.precision == "fp32" else 0.25
     for share in {"auto": (True, False), "true": (True,), "false": (False,)}[mode]:
         policy.share_prompt = share
         difference = (policy(policy.collate(examples)) - plain).abs()

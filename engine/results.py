@@ -11,16 +11,15 @@ from pathlib import Path
 from typing import get_type_hints
 
 import numpy as np
-from transformers import AutoConfig
 
 from data.dataset import load_datasets
-from data.errors import RunError, UserError
+from data.errors import RunError, UserError, printable
 from data.files import SUFFIXES, sha256
 from data.pack import Example
 from data.rewards import golds_of, load_reward, r1_zero, r1_zero_details, score
 from data.tokenise import Tokeniser
 from engine.config import FOREIGN, Common, cast, check_output, nearest, parse_argv, read_values, show
-from engine.load import base_of, load_tokenizer
+from engine.load import base_of, load_config, load_tokenizer
 from engine.logs import Run, read_config
 from engine.model import is_reward_model
 from engine.reference import model_key
@@ -103,17 +102,14 @@ def default_output(folder: str, settings) -> str:
 
 
 def notice(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    print(printable(text, keep=""), file=sys.stderr, flush=True)
 
 
 # ---- prompts ----------------------------------------------------------------------------------------------------------
 
 def with_lengths(settings, path: str):
     """The settings with numbers for max_length and max_completion_length, from what the model knows."""
-    try:
-        known = getattr(AutoConfig.from_pretrained(base_of(path)).get_text_config(), "max_position_embeddings", None) or 2 ** 30
-    except (OSError, ValueError):
-        known = 2 ** 30                    # loading the model will say what is wrong
+    known = getattr(load_config(base_of(path)).get_text_config(), "max_position_embeddings", None) or 2 ** 30
     if settings.max_length and settings.max_length > known:
         raise UserError(f"max_length is {settings.max_length}, but the model {path} knows only {known} positions; fix: lower max_length")
     most = settings.max_length or known
