@@ -17,7 +17,8 @@ from data.tokenise import Tokeniser, stop_ids
 from engine import lora
 from engine.checkpoint import model_path
 from engine.config import Common
-from engine.load import base_of, is_adapter, load_lm, load_tokenizer
+from engine.load import base_of, first_line, is_adapter, load_lm, load_tokenizer
+from engine.model import is_reward_model
 
 
 class Streamer(TextStreamer):
@@ -32,6 +33,8 @@ class Speaker:
 
     def __init__(self, name: str):
         path = model_path(name, lambda text: print(printable(text), file=sys.stderr))
+        if is_reward_model(path):
+            raise UserError(f"model: {name} is a reward model, which writes no text; fix: pass a policy")
         self.name, self.tokenizer = name, load_tokenizer(path)
         self.tokeniser, self.stops, self.messages = Tokeniser(self.tokenizer), stop_ids(self.tokenizer), []
         self.lm = load_lm(base_of(path), "auto", None).eval()
@@ -44,8 +47,15 @@ class Speaker:
         self.messages.append({"role": "user", "content": text})
         prompt = self.messages if self.tokenizer.chat_template else text
         ids = torch.tensor([self.tokeniser.prompt_ids(prompt)], device=self.lm.device)
-        output = self.lm.generate(ids, attention_mask=torch.ones_like(ids), eos_token_id=self.stops, pad_token_id=self.stops[0],
-                                  streamer=Streamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True), **options)
+        streamer = Streamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        try:
+            output = self.lm.generate(ids, attention_mask=torch.ones_like(ids), eos_token_id=self.stops, pad_token_id=self.stops[0],
+                                      streamer=streamer, **options)
+        except BrokenPipeError:
+            raise
+        except Exception as error:  # noqa: BLE001  somebody else's files, generation_config.json among them
+            raise UserError(f"model: {self.name} cannot write an answer ({first_line(error)}); fix: check its generation_config.json, "
+                            "or start a new conversation") from error
         reply = self.tokenizer.decode(output[0, ids.shape[1]:], skip_special_tokens=True)
         self.messages.append({"role": "assistant", "content": reply})
 

@@ -25,8 +25,9 @@ MAGIC = {      # how files begin that are often taken for data
 }
 FIXES = {"a Parquet file": "name it .parquet", "a web page": "download the file itself, not the page that shows it",
          "a pointer of Git LFS": "git lfs pull"}
-WINDOW = 2 ** 26      # bytes out of a gzip file, for which at least 1 / RATIO of that must have gone in
+WINDOW = 2 ** 26      # bytes out of a gzip file, of which about 1 / RATIO must have gone in
 RATIO = 200           # text with the same page in every row reaches 140, zeros reach 1,030
+AT_ONCE = 2 ** 17     # bytes that Python reads of a gzip file before it needs them
 PARQUET_RATIO = 1000
 SUFFIXES = (".jsonl", ".json", ".ndjson", ".csv", ".parquet", ".gz")
 
@@ -131,7 +132,7 @@ class _Unzipped(io.RawIOBase):
         self.written += count
         if self.written >= WINDOW:
             read_in = self.packed.tell()
-            if (read_in - self.read_in) * RATIO < self.written:
+            if (read_in - self.read_in + AT_ONCE) * RATIO < self.written:
                 raise UserError(f"the gzip file unpacks to more than {RATIO} times its size: {self.path}; "
                                 "fix: unpack it yourself, if that is meant")
             self.read_in, self.written = read_in, 0

@@ -133,6 +133,8 @@ def load_tokenizer(path: str):
     nor on the hub."""
     if is_adapter(path) and not os.path.exists(os.path.join(path, "tokenizer_config.json")):
         path = base_of(path)
+    if os.path.isfile(os.path.join(path, "config.yaml")) and not os.path.isfile(os.path.join(path, "tokenizer_config.json")):
+        raise UserError(f"model: {path} is a run without a whole final/ or checkpoint; fix: let it end, or pass another model")
     if os.path.isfile(os.path.join(path, "config.json")):
         load_config(path)                  # what is wrong with it is not the tokenizer's fault, which reads it too
     else:

@@ -12,9 +12,10 @@ from typing import get_type_hints
 
 import numpy as np
 
-from data.dataset import load_datasets
+from data.dataset import doubts, load_datasets
 from data.errors import RunError, UserError, printable
 from data.files import SUFFIXES, sha256
+from data.formats import Text
 from data.pack import Example
 from data.rewards import golds_of, load_reward, r1_zero, r1_zero_details, score
 from data.tokenise import Tokeniser
@@ -150,12 +151,16 @@ def load_prompts(settings, path: str, tokenizer, verifies_r1_zero: bool, notice)
 
 def as_turns(examples: list[Example], settings, tokenizer, notice) -> list[Example]:
     """Prompts of plain text as conversations."""
-    tokeniser, turns = Tokeniser(tokenizer), []
+    tokeniser, turns, control = Tokeniser(tokenizer), [], []
     for example in examples:
         messages = [{"role": "user", "content": example.extras["prompt"]}]
         ids = np.array(tokeniser.prompt_ids(messages), np.int32)
+        if tokeniser.holds_control_tokens(Text(messages, [], example.where)):
+            control.append(example.where)
         if len(ids) + settings.max_completion_length <= settings.max_length:
             turns.append(Example(ids, [], example.where, example.extras | {"prompt": messages}))
+    for line in doubts({"stop_inside": 0, "control_tokens": len(control), "first_control_tokens": next(iter(control), None)}):
+        notice(f"warning: {settings.data}: {line}")
     if len(turns) < len(examples):
         notice(f"{len(examples) - len(turns)} of {len(examples)} prompts dropped: longer than max_length with the chat template")
     if not turns:
