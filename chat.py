@@ -49,13 +49,13 @@ class Speaker:
         ids = torch.tensor([self.tokeniser.prompt_ids(prompt)], device=self.lm.device)
         streamer = Streamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         try:
-            output = self.lm.generate(ids, attention_mask=torch.ones_like(ids), eos_token_id=self.stops, pad_token_id=self.stops[0],
-                                      streamer=streamer, **options)
+            output = self.lm.generate(ids, attention_mask=torch.ones_like(ids), eos_token_id=self.stops,
+                                      pad_token_id=self.stops[0], streamer=streamer, **options)
         except BrokenPipeError:
             raise
         except Exception as error:  # noqa: BLE001  somebody else's files, generation_config.json among them
-            raise UserError(f"model: {self.name} cannot write an answer ({first_line(error)}); fix: check its generation_config.json, "
-                            "or start a new conversation") from error
+            raise UserError(f"model: {self.name} cannot write an answer ({first_line(error)}); "
+                            "fix: check its generation_config.json, or start a new conversation") from error
         reply = self.tokenizer.decode(output[0, ids.shape[1]:], skip_special_tokens=True)
         self.messages.append({"role": "assistant", "content": reply})
 
@@ -75,7 +75,7 @@ def main(argv: list[str]) -> None:
     options = {"max_new_tokens": args.max_new_tokens, "do_sample": False}
     if args.temperature > 0:
         options |= {"do_sample": True, "temperature": args.temperature, "top_p": 1.0, "top_k": 0}
-    with contextlib.suppress(KeyboardInterrupt, BrokenPipeError):           # both are ways to leave a conversation
+    with contextlib.suppress(KeyboardInterrupt, BrokenPipeError):       # both are ways to leave a conversation
         talk(speakers, options)
 
 
@@ -87,11 +87,12 @@ def talk(speakers: list[Speaker], options: dict) -> None:
         try:
             line = sys.stdin.readline()
         except UnicodeDecodeError as error:
-            raise UserError(f"the text is not UTF-8 (byte 0x{error.object[error.start]:02x}) in the standard input; "
+            byte = error.object[error.start]
+            raise UserError(f"the text is not UTF-8 (byte 0x{byte:02x}) in the standard input; "
                             "fix: iconv -f <its encoding> -t UTF-8") from error
         if not line:
             break
-        text = line.rstrip("\n").encode(errors="replace").decode()          # half a surrogate, of a terminal that is not UTF-8
+        text = line.rstrip("\n").encode(errors="replace").decode()      # half a surrogate cannot be tokenised
         for speaker in speakers:
             if not text.strip():
                 speaker.messages = []

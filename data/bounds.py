@@ -1,4 +1,4 @@
-"""A chat template is somebody else's program: how long it may compute for one row, and how much memory it may take."""
+"""A chat template is somebody else's program: how long it may compute for one row, and what memory it may take."""
 import os
 import signal
 import threading
@@ -8,7 +8,7 @@ from data.errors import UserError
 
 SECONDS = 3             # of computing, for one row; it takes milliseconds
 MEMORY = 2 ** 30        # bytes
-PER_CHARACTER = 32      # bytes more for every character of the rows: the text as it goes in, comes out and is cut
+PER_CHARACTER = 32      # bytes more for every character of the rows: as it goes in, comes out and is cut
 
 
 class _TooLong(BaseException):
@@ -17,8 +17,8 @@ class _TooLong(BaseException):
 
 @contextmanager
 def bounded(where, characters=0):
-    """A block that renders texts of so many characters. It gets a function that it tells of every row, `where` being the first one;
-    UserError, which names the row, where that takes more than SECONDS to 2 * SECONDS or the memory above.
+    """A block that renders texts of so many characters. It gets a function that it tells of every row, `where` being
+    the first one; UserError, which names the row, where that takes more than SECONDS to 2 * SECONDS or the memory above.
 
     Time is bounded on the main thread of Unix, memory on Linux."""
     timed = hasattr(signal, "setitimer") and threading.current_thread() is threading.main_thread()
@@ -35,15 +35,17 @@ def bounded(where, characters=0):
         seen = where
 
     limits = _limit_memory(MEMORY + PER_CHARACTER * characters)
-    if timed:       # what this process computes is counted: that a machine sleeps, or serves others, is not the template's fault
+    if timed:       # what this process computes is counted: that a machine sleeps is not the template's fault
         handler = signal.signal(signal.SIGVTALRM, tick)
         signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS, SECONDS)
     try:
         yield row
     except _TooLong:
-        raise UserError(f"the chat template takes longer than {SECONDS} s in {where}; fix: use another template") from None
+        fault = f"takes longer than {SECONDS} s"
+        raise UserError(f"the chat template {fault} in {where}; fix: use another template") from None
     except MemoryError:
-        raise UserError(f"the chat template takes more than {MEMORY >> 20} MiB in {where}; fix: use another template") from None
+        fault = f"takes more than {MEMORY >> 20} MiB"
+        raise UserError(f"the chat template {fault} in {where}; fix: use another template") from None
     finally:
         if timed:
             signal.setitimer(signal.ITIMER_VIRTUAL, 0)
@@ -52,7 +54,7 @@ def bounded(where, characters=0):
 
 
 def _limit_memory(size):
-    """Let this process take `size` bytes more than it has; what `_restore_memory` needs, None where there is no such limit."""
+    """Let this process take `size` bytes more than it has. Returns what `_restore_memory` needs; None: no such limit."""
     try:
         import resource
         limits = resource.getrlimit(resource.RLIMIT_AS)

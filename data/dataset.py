@@ -95,7 +95,8 @@ def build_dataset(source, kind, tokenizer, max_length, train_on="assistant", tru
     report = {"source": str(source), "sha256": sha256(path) if path else None, "read": read,
               "shape": ", ".join(f"{count:,} rows read as {shape}" for shape, count in shapes.most_common()),
               "dropped": dict(dropped), "first_dropped": first_dropped, "cut_rows": cut_rows,
-              "stop_inside": len(inside) if train_on == "assistant" else None, "first_stop_inside": next(iter(inside), None),
+              "stop_inside": len(inside) if train_on == "assistant" else None,
+              "first_stop_inside": next(iter(inside), None),
               "control_tokens": len(control), "first_control_tokens": next(iter(control), None),
               "duplicates": _duplicates(examples)}
     return Dataset(examples, report | _measures(examples))
@@ -230,10 +231,11 @@ def doubts(report):
     """What a report says of tokens that the tokenizer reads in the texts of rows."""
     lines = []
     if report["stop_inside"]:
-        lines.append(f"{report['stop_inside']} responses hold a stop token before their end (first: {report['first_stop_inside']})")
+        lines.append(f"{report['stop_inside']} responses hold a stop token before their end "
+                     f"(first: {report['first_stop_inside']})")
     if report["control_tokens"]:
-        lines.append(f"{report['control_tokens']} rows spell out a special token in a turn that is not trained, and generation will "
-                     f"read it as that token, too (first: {report['first_control_tokens']})")
+        lines.append(f"{report['control_tokens']} rows spell out a special token in a turn that is not trained, "
+                     f"and generation will read it as that token, too (first: {report['first_control_tokens']})")
     return lines
 
 
@@ -273,7 +275,7 @@ def _duplicates(examples):
 
 
 def _stop_inside(examples, stops):
-    """Where the responses are that have a stop token which a trained token follows: the model learns to write on after it."""
+    """Where the responses are that have a stop token which a trained token follows: the model learns to write on."""
     return [example.where for example in examples for response in example.responses
             if any((response.trained[1:] & (response.tokens[:-1] == stop)).any() for stop in stops)]
 

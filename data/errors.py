@@ -1,8 +1,8 @@
-"""The exceptions whose text is meant for the user, how a program ends with them, and text that a terminal can show."""
+"""The exceptions whose text is meant for the user, how a program ends with them, and what a terminal can show."""
 import re
 import sys
 
-# C0, DEL and C1 steer a terminal, the bidirectional controls turn what it shows around, and half a surrogate cannot be written
+# C0, DEL and C1 steer a terminal, bidirectional controls turn what it shows around, half a surrogate cannot be written
 UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
@@ -17,8 +17,8 @@ class RunError(UserError):
 
 
 def printable(text: str, keep: str = "\n\t") -> str:
-    """Text from a file, a model or the user's code as a terminal may get it: control characters are escaped as in a Python string,
-    but for those in `keep`."""
+    """Text from a file, a model or the user's code as a terminal may get it: control characters are escaped as in a
+    Python string, but for those in `keep`."""
     def escape(match):
         character = match[0]
         return character if character in keep else repr(character)[1:-1]

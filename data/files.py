@@ -16,15 +16,32 @@ from pathlib import Path
 from data.errors import UserError, printable
 
 MAGIC = {      # how files begin that are often taken for data
-    b"PK\x03\x04": "a zip archive (or a spreadsheet)", b"\x28\xb5\x2f\xfd": "a zstd archive", b"\xfd7zXZ\x00": "an xz archive",
-    b"BZh9": "a bzip2 archive", b"7z\xbc\xaf\x27\x1c": "a 7z archive", b"Rar!\x1a": "a rar archive", b"\x1f\x8b": "gzip within gzip",
-    b"%PDF-": "a PDF", b"\xd0\xcf\x11\xe0": "an old Office document", b"SQLite format 3\0": "an SQLite database",
-    b"ARROW1\0": "an Arrow file", b"PAR1\x15": "a Parquet file", b"\x89HDF": "an HDF5 file", b"\x93NUMPY": "a NumPy array",
-    b"\x80\x02": "a pickle", b"\x80\x04": "a pickle", b"\x80\x05": "a pickle", b"<!doctype": "a web page", b"<html": "a web page",
+    b"PK\x03\x04": "a zip archive (or a spreadsheet)",
+    b"\x28\xb5\x2f\xfd": "a zstd archive",
+    b"\xfd7zXZ\x00": "an xz archive",
+    b"BZh9": "a bzip2 archive",
+    b"7z\xbc\xaf\x27\x1c": "a 7z archive",
+    b"Rar!\x1a": "a rar archive",
+    b"\x1f\x8b": "gzip within gzip",
+    b"%PDF-": "a PDF",
+    b"\xd0\xcf\x11\xe0": "an old Office document",
+    b"SQLite format 3\0": "an SQLite database",
+    b"ARROW1\0": "an Arrow file",
+    b"PAR1\x15": "a Parquet file",
+    b"\x89HDF": "an HDF5 file",
+    b"\x93NUMPY": "a NumPy array",
+    b"\x80\x02": "a pickle",
+    b"\x80\x04": "a pickle",
+    b"\x80\x05": "a pickle",
+    b"<!doctype": "a web page",
+    b"<html": "a web page",
     b"version https://git-lfs": "a pointer of Git LFS",
 }
-FIXES = {"a Parquet file": "name it .parquet", "a web page": "download the file itself, not the page that shows it",
-         "a pointer of Git LFS": "git lfs pull"}
+FIXES = {
+    "a Parquet file": "name it .parquet",
+    "a web page": "download the file itself, not the page that shows it",
+    "a pointer of Git LFS": "git lfs pull",
+}
 WINDOW = 2 ** 26      # bytes out of a gzip file, of which about 1 / RATIO must have gone in
 RATIO = 200           # text with the same page in every row reaches 140, zeros reach 1,030
 AT_ONCE = 2 ** 17     # bytes that Python reads of a gzip file before it needs them
@@ -117,12 +134,12 @@ def _open(path):
 
 
 class _Unzipped(io.RawIOBase):
-    """What a gzip file holds. UserError where a part of it grows more than RATIO times: a few MB, made to fill the memory."""
+    """What a gzip file holds. UserError where a part of it grows more than RATIO times: made to fill the memory."""
 
     def __init__(self, path):
         self.path, self.packed = path, open(path, "rb")  # noqa: SIM115  closed below
         self.file = gzip.GzipFile(fileobj=self.packed, mode="rb")
-        self.read_in, self.written = 0, 0       # bytes of the file at the window's start; bytes that came out since
+        self.read_in, self.written = 0, 0       # bytes of the file at the window's start, bytes that came out since
 
     def readable(self):
         return True
@@ -319,8 +336,9 @@ def _parquet(path):
 
 
 def _check_parquet(path, metadata):
-    """UserError where a row group, which is read as a whole, is so much larger than the file that it was made to fill the memory."""
-    largest = max((metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups)), default=0)
+    """UserError where a row group, which is read as a whole, is out of all proportion to the file."""
+    sizes = [metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups)]
+    largest = max(sizes, default=0)
     if largest > WINDOW and largest > PARQUET_RATIO * path.stat().st_size:
         raise UserError(f"the Parquet file unpacks to more than {PARQUET_RATIO} times its size: {path}; "
                         "fix: write it again without compression, if that is meant")

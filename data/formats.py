@@ -312,7 +312,7 @@ def _with_columns(text, row, name, template):
             question = turns[0]["content"]
         text.prompt = template.replace("{question}", question)
         text.shape += ", put into prompt_template"
-    for column, value in row.items():                # a reward reads it, and what it says of the row is written to a file
+    for column, value in row.items():      # a reward reads it, and parts of it are written to a file
         _check_strings(value, column, text.where)
     verl = row.get("reward_model")
     truth = {"ground_truth": verl["ground_truth"]} if isinstance(verl, dict) and "ground_truth" in verl else {}

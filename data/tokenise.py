@@ -13,7 +13,7 @@ from data.bounds import bounded
 from data.errors import UserError
 from data.pack import Example, Response
 
-LONG, HEAD = 100, 32      # characters per token of max_length: a text is long from, and how much of its beginning is tried
+LONG, HEAD = 100, 32      # characters per token of max_length: from where a text is long, how much of it is tried
 
 
 class Tokeniser:
@@ -38,7 +38,8 @@ class Tokeniser:
             for text in texts:
                 row(text.where)
                 rendered.append(self._render(text))
-        rendered = [self._unless_too_long(item, text, max_length, truncate) for item, text in zip(rendered, texts)]
+        for i, text in enumerate(texts):
+            rendered[i] = self._unless_too_long(rendered[i], text, max_length, truncate)
         strings = []  # of all texts at once: fast tokenizers are much faster on many strings
         for item in rendered:
             if not isinstance(item, str):
@@ -60,26 +61,29 @@ class Tokeniser:
         return results
 
     def holds_control_tokens(self, text):
-        """Whether a message, not one that is trained, spells out a special token: the tokenizer reads it as that token, in generation
-        too, and the turn ends, or another one begins, within it. Plain strings may be meant so."""
+        """Whether a message, not one that is trained, spells out a special token: the tokenizer reads it as that token,
+        in generation too, and the turn ends, or another one begins, within it. Plain strings may be meant so."""
         if isinstance(text.prompt, str):
             return False
-        said = text.prompt + [turn for turns in text.responses for turn in turns if turn["role"] != "assistant"]
-        return any(self.control.search(turn["content"]) for turn in said)
+        said = [turn["content"] for turn in text.prompt]
+        for turns in text.responses:
+            said += [turn["content"] for turn in turns if turn["role"] != "assistant"]
+        return any(map(self.control.search, said))
 
     def _unless_too_long(self, item, text, max_length, truncate):
-        """What `_render` gave, or the reason to drop it: a book where max_length is 512 is not tokenised to its end."""
+        """What `_render` gave, or the reason to drop it: a book is not tokenised to its end for a max_length of 512."""
         if isinstance(item, str) or text.raw:
             return item
         prompt, responses = item
         strings = [string for pieces in responses for string, _ in pieces]
         if truncate != "prompt":
             strings.append(prompt)
-        return "longer than max_length" if any(self._too_long(string, max_length) for string in strings) else item
+        too_long = any(self._too_long(string, max_length) for string in strings)
+        return "longer than max_length" if too_long else item
 
     def _too_long(self, string, max_length):
-        """Of a long text: its beginning alone has twice as many tokens as there may be. What follows could change the last few of
-        these, not half of them."""
+        """Of a long text: its beginning alone has twice as many tokens as there may be. What follows could change the
+        last few of these, not half of them."""
         if len(string) < LONG * max_length:
             return False
         ids, = self._ids([string[:HEAD * max_length]])
@@ -88,8 +92,10 @@ class Tokeniser:
     def prompt_ids(self, prompt):
         """The ids (list of int) with which generation starts for a prompt, a string or messages: the same as in training."""
         try:
-            with bounded("the prompt"):
-                string = prompt if isinstance(prompt, str) else self._render_messages(prompt, True, "the prompt")
+            string = prompt
+            if not isinstance(prompt, str):
+                with bounded("the prompt"):
+                    string = self._render_messages(prompt, True, "the prompt")
         except _Refused as refused:
             raise UserError(f"the chat template refuses the prompt ({refused}); "
                             "fix: change its turns or use another template") from None
@@ -190,8 +196,8 @@ def _apply_template(tokenizer, messages, generation_prompt, where):
     except MemoryError:                    # `bounded` says so
         raise
     except Exception as error:  # noqa: BLE001  a template is a program
-        text = " ".join(str(error)[:400].split())[:200]
-        raise UserError(f"the chat template fails ({type(error).__name__}: {text}) in {where}; fix: use another template") from error
+        said = f"{type(error).__name__}: {' '.join(str(error)[:400].split())[:200]}"
+        raise UserError(f"the chat template fails ({said}) in {where}; fix: use another template") from error
 
 
 def _end_of_turn(tokenizer):
@@ -204,7 +210,8 @@ def _end_of_turn(tokenizer):
             messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": reply}]
             rendered = _apply_template(tokenizer, messages, False, where)
     except _Refused as refused:
-        raise UserError(f"the chat template cannot render {where} ({refused}); fix: use another chat template") from None
+        raise UserError(f"the chat template cannot render {where} ({refused}); "
+                        "fix: use another chat template") from None
     after = rendered[rendered.rfind(reply) + len(reply):]
     # White space can be an added token too (Gemma, Phi), but it ends no turn.
     tokens = [token for token in {*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens}

@@ -90,7 +90,7 @@ def forecast(common, config, train_set: list, tokens: int, online: bool = False)
     try:
         with torch.device("meta"):
             lm = AutoModelForCausalLM.from_config(settings)
-    except Exception as error:  # noqa: BLE001  somebody else's file: the library raises whatever it leads it to
+    except Exception as error:  # noqa: BLE001  somebody else's file: anything may be raised
         raise unloadable(base, error) from error
     matrices = sum(layer.weight.numel() for layer in lora.linear_layers(lm).values()) if common.load_in_4bit else 0
     if adapter or common.lora_r:

@@ -14,7 +14,7 @@ from data.files import kind_of
 
 ADAPTER = "adapter_config.json"      # in a directory with a LoRA adapter, in peft's format
 SETTINGS = ("config.json", "generation_config.json", "tokenizer_config.json")
-COUNTS = re.compile(r"\w*(layers?|experts?|blocks|labels)")     # keys of config.json: so many modules, or names, are made
+COUNTS = re.compile(r"\w*(layers?|experts?|blocks|labels)")     # keys of config.json: so many modules are made
 MOST = 10_000                        # of each; the largest models have hundreds
 logging.disable_progress_bar()       # of loading and saving weights: our console is one progress line
 
@@ -58,7 +58,7 @@ def load_lm(path: str, dtype=torch.float32, attn_implementation: str = "segments
     try:
         lm, info = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=attn_implementation,
                                                         output_loading_info=True, **options)
-    except Exception as error:  # noqa: BLE001  somebody else's files: the library raises whatever they lead it to
+    except Exception as error:  # noqa: BLE001  somebody else's files: anything may be raised
         raise unloadable(path, error) from error
     if missing := sorted(info["missing_keys"]):      # transformers would train them from random values
         raise UserError(f"model: {path} lacks {len(missing)} weights of a {type(lm).__name__} ({missing[0]}, ...); "
@@ -68,7 +68,7 @@ def load_lm(path: str, dtype=torch.float32, attn_implementation: str = "segments
 
 
 def load_config(path: str):
-    """The configuration of a model; UserError where there is none, or none that a model could be built from."""
+    """The configuration of a model; UserError where there is none, or none from which a model could be built."""
     try:
         check_settings(path)
         return AutoConfig.from_pretrained(path)
@@ -79,11 +79,14 @@ def load_config(path: str):
 
 
 def check_settings(path: str) -> None:
-    """UserError where a settings file of the model at `path` is no JSON object (transformers passes over some of these in silence), or
-    where it asks for a billion layers: transformers makes lists of that length when it only reads the file."""
+    """UserError where a settings file of the model at `path` is no JSON object (transformers passes over some of these
+    in silence), or asks for a billion layers: transformers makes lists of that length when it only reads the file."""
+    values = {}
     if os.path.isdir(path):
-        found = {name: read_object(os.path.join(path, name)) for name in SETTINGS if os.path.isfile(os.path.join(path, name))}
-        values = found.get("config.json", {})
+        for name in SETTINGS:
+            file = os.path.join(path, name)
+            found = read_object(file) if os.path.isfile(file) else {}
+            values = found if name == "config.json" else values
     else:
         try:
             values, _ = PreTrainedConfig.get_config_dict(path)
@@ -117,13 +120,14 @@ def check_finite(tensors, path: str) -> None:
         # one sum takes no memory; large weights may overflow it, so only then is every number looked at
         if tensor.is_floating_point() and not tensor.sum().isfinite() and not tensor.isfinite().all():
             kind = "NaN" if tensor.isnan().any() else "infinity"
-            raise UserError(f"model: {path} holds {kind} in {name}; fix: pass a model whose weights are all finite")
+            raise UserError(f"model: {path} holds {kind} in {name}; "
+                            "fix: pass a model whose weights are all finite")
 
 
 def unloadable(path: str, error: Exception) -> UserError:
     if isinstance(error, UnpicklingError):
-        return UserError(f"model: the weights in {path} are a pickle that asks for more than tensors, so it may hold code and is "
-                         "not loaded; fix: save them as safetensors")
+        return UserError(f"model: the weights in {path} are a pickle that asks for more than tensors, so it may hold "
+                         "code and is not loaded; fix: save them as safetensors")
     where = "cannot be loaded" if os.path.isdir(path) else "is neither a local directory nor reachable on the hub"
     return UserError(f"model: {path} {where} ({first_line(error)}); fix: check the name or the files in it")
 
@@ -133,15 +137,18 @@ def load_tokenizer(path: str):
     nor on the hub."""
     if is_adapter(path) and not os.path.exists(os.path.join(path, "tokenizer_config.json")):
         path = base_of(path)
-    if os.path.isfile(os.path.join(path, "config.yaml")) and not os.path.isfile(os.path.join(path, "tokenizer_config.json")):
-        raise UserError(f"model: {path} is a run without a whole final/ or checkpoint; fix: let it end, or pass another model")
-    if os.path.isfile(os.path.join(path, "config.json")):
-        load_config(path)                  # what is wrong with it is not the tokenizer's fault, which reads it too
+    has_run, has_tokenizer, has_model = (os.path.isfile(os.path.join(path, name))
+                                         for name in ("config.yaml", "tokenizer_config.json", "config.json"))
+    if has_run and not has_tokenizer:
+        raise UserError(f"model: {path} is a run without a whole final/ or checkpoint; "
+                        "fix: let it end, or pass another model")
+    if has_model:
+        load_config(path)                  # the tokenizer reads it too, and would be blamed
     else:
         check_settings(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
-        empty = not tokenizer("a").input_ids             # transformers makes an empty one where tokenizer.json is missing
+        empty = not tokenizer("a").input_ids      # transformers makes an empty one without tokenizer.json
     except Exception as error:  # noqa: BLE001  as above
         raise UserError(f"model: no tokenizer can be loaded from {path} ({first_line(error)}); "
                         "fix: check the name, or save the tokenizer beside the model") from error
@@ -153,10 +160,11 @@ def load_tokenizer(path: str):
 
 
 def first_line(error: Exception) -> str:
-    """What a library said, on one line; with the error's name where the text alone says little, such as 'heads'."""
+    """What a library said, on one line; with the error's name where the text alone says little."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
     text = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
     text = text if len(text) <= 300 else text[:297] + "..."
-    if text and (type(error) is Exception or isinstance(error, (OSError, ValueError, RuntimeError, SafetensorError))):
+    speaks = isinstance(error, (OSError, ValueError, RuntimeError, SafetensorError)) or type(error) is Exception
+    if text and speaks:
         return text
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

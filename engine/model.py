@@ -248,7 +248,8 @@ def saved_head(path: str) -> torch.Tensor:
     try:
         head = load_file(file)["v_head.summary.weight"]
     except Exception as error:  # noqa: BLE001  somebody else's file
-        raise UserError(f"model: {file} cannot be loaded ({first_line(error)}); fix: check the file") from error
+        said = first_line(error)
+        raise UserError(f"model: {file} cannot be loaded ({said}); fix: check the file") from error
     check_finite([(VALUE_HEAD, head)], path)
     return head
 
@@ -359,8 +360,8 @@ def check_policy(policy: Policy, examples, mode: str, notice) -> None:
                 plain.append(predicted[torch.from_numpy(response.trained).to(policy.device)])
     plain = torch.cat(plain)
     if not plain.isfinite().all():             # its weights are finite, which `load_lm` has seen to
-        raise UserError(f"model: its log-probs of {examples[0].where} are NaN or infinite, so its activations overflow; "
-                        "fix: precision=fp32, or another model")
+        raise UserError(f"model: its log-probs of {examples[0].where} are NaN or infinite, so its activations "
+                        "overflow; fix: precision=fp32, or another model")
     tolerance = 1e-3 if policy.precision == "fp32" else 0.25
     for share in {"auto": (True, False), "true": (True,), "false": (False,)}[mode]:
         policy.share_prompt = share

@@ -159,7 +159,8 @@ def as_turns(examples: list[Example], settings, tokenizer, notice) -> list[Examp
             control.append(example.where)
         if len(ids) + settings.max_completion_length <= settings.max_length:
             turns.append(Example(ids, [], example.where, example.extras | {"prompt": messages}))
-    for line in doubts({"stop_inside": 0, "control_tokens": len(control), "first_control_tokens": next(iter(control), None)}):
+    found = {"stop_inside": 0, "control_tokens": len(control), "first_control_tokens": next(iter(control), None)}
+    for line in doubts(found):
         notice(f"warning: {settings.data}: {line}")
     if len(turns) < len(examples):
         notice(f"{len(examples) - len(turns)} of {len(examples)} prompts dropped: longer than max_length with the chat template")
