@@ -10,25 +10,36 @@ if __name__ == "__main__":      # an import that Ctrl-C ends has nothing to say;
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
+import contextlib
 import sys
 
 import torch
 from transformers import TextStreamer
 from transformers.utils import logging
 
-from data.errors import UserError
+from data.errors import UserError, printable, run_program
 from data.tokenise import Tokeniser, stop_ids
 from engine import lora
 from engine.checkpoint import model_path
 from engine.config import Common
-from engine.load import base_of, is_adapter, load_lm, load_tokenizer
+from engine.load import base_of, first_line, is_adapter, load_lm, load_tokenizer
+from engine.model import is_reward_model
+
+
+class Streamer(TextStreamer):
+    """Prints a model's text as it comes, without the control characters that a terminal would obey."""
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        super().on_finalized_text(printable(text), stream_end)
 
 
 class Speaker:
     """A model and its conversation so far."""
 
     def __init__(self, name: str):
-        path = model_path(name, lambda text: print(text, file=sys.stderr))
+        path = model_path(name, lambda text: print(printable(text), file=sys.stderr))
+        if is_reward_model(path):
+            raise UserError(f"model: {name} is a reward model, which writes no text; fix: pass a policy")
         self.name, self.tokenizer = name, load_tokenizer(path)
         self.tokeniser, self.stops, self.messages = Tokeniser(self.tokenizer), stop_ids(self.tokenizer), []
         self.lm = load_lm(base_of(path), "auto", None).eval()
@@ -41,8 +52,15 @@ class Speaker:
         self.messages.append({"role": "user", "content": text})
         prompt = self.messages if self.tokenizer.chat_template else text
         ids = torch.tensor([self.tokeniser.prompt_ids(prompt)], device=self.lm.device)
-        output = self.lm.generate(ids, attention_mask=torch.ones_like(ids), eos_token_id=self.stops, pad_token_id=self.stops[0],
-                                  streamer=TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True), **options)
+        streamer = Streamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        try:
+            output = self.lm.generate(ids, attention_mask=torch.ones_like(ids), eos_token_id=self.stops,
+                                      pad_token_id=self.stops[0], streamer=streamer, **options)
+        except BrokenPipeError:
+            raise
+        except Exception as error:  # noqa: BLE001  somebody else's files, generation_config.json among them
+            raise UserError(f"model: {self.name} cannot write an answer ({first_line(error)}); "
+                            "fix: check its generation_config.json, or start a new conversation") from error
         reply = self.tokenizer.decode(output[0, ids.shape[1]:], skip_special_tokens=True)
         self.messages.append({"role": "assistant", "content": reply})
 
@@ -53,6 +71,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (default: 1)")
     parser.add_argument("--max-new-tokens", type=int, default=512)
     parser.add_argument("--seed", type=int, default=None)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args(argv)
     logging.set_verbosity_error()
     speakers = [Speaker(name) for name in args.model]
@@ -61,27 +80,32 @@ def main(argv: list[str]) -> None:
     options = {"max_new_tokens": args.max_new_tokens, "do_sample": False}
     if args.temperature > 0:
         options |= {"do_sample": True, "temperature": args.temperature, "top_p": 1.0, "top_k": 0}
+    with contextlib.suppress(KeyboardInterrupt, BrokenPipeError):       # both are ways to leave a conversation
+        talk(speakers, options)
+
+
+def talk(speakers: list[Speaker], options: dict) -> None:
+    """One turn per line of the standard input, until it ends."""
     interactive = sys.stdin.isatty()
     while True:
         print("> " if interactive else "", end="", flush=True)
-        line = sys.stdin.readline()
+        try:
+            line = sys.stdin.readline()
+        except UnicodeDecodeError as error:
+            byte = error.object[error.start]
+            raise UserError(f"the text is not UTF-8 (byte 0x{byte:02x}) in the standard input; "
+                            "fix: iconv -f <its encoding> -t UTF-8") from error
         if not line:
             break
-        text = line.rstrip("\n")
+        text = line.rstrip("\n").encode(errors="replace").decode()      # half a surrogate cannot be tokenised
         for speaker in speakers:
             if not text.strip():
                 speaker.messages = []
                 continue
             if len(speakers) > 1:
-                print(f"[{speaker.name}]", end=" ", flush=True)
+                print(printable(f"[{speaker.name}]"), end=" ", flush=True)
             speaker.answer(text, **options)
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except (KeyboardInterrupt, BrokenPipeError):
-        sys.exit(0)
+    run_program(main)

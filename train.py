@@ -52,8 +52,6 @@ def main(argv: list[str]) -> None:
         if start:
             ranks.from_main(run.check_data, report)
         policy = model.build_policy(common, tokenizer, start)
-        if start:      # before check_policy, which would take a checkpoint's NaN for a fault of the model
-            checkpoint.check_numbers(start, checkpoint.trained(policy))
         model.check_policy(policy, train_set, common.share_prompt, run.notice)
         if algorithm.MODEL == "reward":
             policy = model.build_reward_model(policy, start or common.model, common.seed, run.notice)

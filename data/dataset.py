@@ -25,7 +25,8 @@ class Dataset:
 
     source; sha256 (of a local file, else None); shape (how the columns were understood); read (rows); used (examples);
     dropped {reason: rows}; first_dropped {reason: where}; cut_rows (raw texts cut into pieces); stop_inside (responses with a
-    stop token before their end, None with train_on="all"); duplicates (repetitions of an earlier example); prompt_length,
+    stop token before their end, None with train_on="all") and first_stop_inside (where); control_tokens (rows in which another turn
+    holds a special token) and first_control_tokens (where); duplicates (repetitions of an earlier example); prompt_length,
     response_length (0 of prompts) and total (prompt + longest response), in tokens of the examples used: {"50", "90", "99"
     (percentiles), "max"}; of labelled examples also desirable and undesirable. Of several sources the sums of these, a list of sha256, and
     `sources`: the report of each.
@@ -53,6 +54,7 @@ def build_dataset(source, kind, tokenizer, max_length, train_on="assistant", tru
     rows = read_rows(path) if path else hub_rows(str(source), "responses" if kind == "prompts" else kind, hh == "messages", seed)
     tokeniser = Tokeniser(tokenizer)
     examples, read, cut_rows, dropped, first_dropped, shapes, first = [], 0, 0, Counter(), {}, Counter(), None
+    control = []      # where a turn that is not trained holds a special token
 
     def drop(reason, where):
         dropped[reason] += 1
@@ -77,6 +79,8 @@ def build_dataset(source, kind, tokenizer, max_length, train_on="assistant", tru
                 drop(result, text.where)
             else:
                 examples += _with_extras(result, text, kind)
+                if tokeniser.holds_control_tokens(text):
+                    control.append(text.where)
                 cut_rows += len(result) > 1
 
     if not examples:
@@ -87,10 +91,13 @@ def build_dataset(source, kind, tokenizer, max_length, train_on="assistant", tru
     if empty > 0.01 * read:
         raise UserError(f"{empty} of {read} rows of {source} have an empty response (first: {first_dropped['empty response']}); "
                         "fix: delete these rows or correct how the file was made")
+    inside = _stop_inside(examples, stop_ids(tokenizer)) if train_on == "assistant" else []
     report = {"source": str(source), "sha256": sha256(path) if path else None, "read": read,
               "shape": ", ".join(f"{count:,} rows read as {shape}" for shape, count in shapes.most_common()),
               "dropped": dict(dropped), "first_dropped": first_dropped, "cut_rows": cut_rows,
-              "stop_inside": _stop_inside(examples, stop_ids(tokenizer)) if train_on == "assistant" else None,
+              "stop_inside": len(inside) if train_on == "assistant" else None,
+              "first_stop_inside": next(iter(inside), None),
+              "control_tokens": len(control), "first_control_tokens": next(iter(control), None),
               "duplicates": _duplicates(examples)}
     return Dataset(examples, report | _measures(examples))
 
@@ -153,12 +160,16 @@ def combine(parts, weights, seed):
     for report in reversed(reports):
         first_dropped |= report["first_dropped"]
     stop_inside = [report["stop_inside"] for report in reports]
+    first = {}
+    for key in ("first_stop_inside", "first_control_tokens"):
+        first[key] = next((report[key] for report in reports if report[key]), None)
     return Dataset(examples, {
         "source": " + ".join(report["source"] for report in reports), "sha256": [report["sha256"] for report in reports],
         "read": sum(report["read"] for report in reports), "shape": "; ".join(report["shape"] for report in reports),
         "dropped": dict(sum((Counter(report["dropped"]) for report in reports), Counter())), "first_dropped": first_dropped,
         "cut_rows": sum(report["cut_rows"] for report in reports),
         "stop_inside": None if None in stop_inside else sum(stop_inside),
+        "control_tokens": sum(report["control_tokens"] for report in reports), **first,
         "duplicates": _duplicates([example for part in parts for example in part.examples]), "sources": reports} | _measures(examples))
 
 
@@ -199,7 +210,8 @@ def split_off(dataset, fraction, seed):
 
     return (part([example for i, example in enumerate(dataset.examples) if i not in chosen]),
             part([example for i, example in enumerate(dataset.examples) if i in chosen],      # what was dropped is told of once
-                 dropped={}, first_dropped={}, cut_rows=0, stop_inside=0, duplicates=0))
+                 dropped={}, first_dropped={}, cut_rows=0, duplicates=0,
+                 stop_inside=0, first_stop_inside=None, control_tokens=0, first_control_tokens=None))
 
 
 def _tell(report, notice):
@@ -211,8 +223,20 @@ def _tell(report, notice):
                f"{reason} (first: {report['first_dropped'][reason]})")
     if report["cut_rows"]:
         notice(f"{source}: {report['cut_rows']} texts cut into pieces of max_length tokens")
+    for line in doubts(report):
+        notice(f"warning: {source}: {line}")
+
+
+def doubts(report):
+    """What a report says of tokens that the tokenizer reads in the texts of rows."""
+    lines = []
     if report["stop_inside"]:
-        notice(f"warning: {source}: {report['stop_inside']} responses hold a stop token before their end")
+        lines.append(f"{report['stop_inside']} responses hold a stop token before their end "
+                     f"(first: {report['first_stop_inside']})")
+    if report["control_tokens"]:
+        lines.append(f"{report['control_tokens']} rows spell out a special token in a turn that is not trained, "
+                     f"and generation will read it as that token, too (first: {report['first_control_tokens']})")
+    return lines
 
 
 def _with_extras(examples, text, kind):
@@ -251,9 +275,9 @@ def _duplicates(examples):
 
 
 def _stop_inside(examples, stops):
-    """Responses with a stop token that a trained token follows: the model learns to write on after it."""
-    return sum(any((response.trained[1:] & (response.tokens[:-1] == stop)).any() for stop in stops)
-               for example in examples for response in example.responses)
+    """Where the responses are that have a stop token which a trained token follows: the model learns to write on."""
+    return [example.where for example in examples for response in example.responses
+            if any((response.trained[1:] & (response.tokens[:-1] == stop)).any() for stop in stops)]
 
 
 def _measures(examples):

@@ -1,8 +1,12 @@
-"""The exceptions whose text is meant for the user, and how a program ends with them."""
+"""The exceptions whose text is meant for the user, how a program ends with them, and what a terminal can show."""
 import json
 import os
+import re
 import sys
 import time
+
+# C0, DEL and C1 steer a terminal, bidirectional controls turn what it shows around, half a surrogate cannot be written
+UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class UserError(Exception):
@@ -15,6 +19,16 @@ class RunError(UserError):
     exit_code = 1
 
 
+def printable(text: str, keep: str = "\n\t") -> str:
+    """Text from a file, a model or the user's code as a terminal may get it: control characters are escaped as in a
+    Python string, but for those in `keep`."""
+    def escape(match):
+        character = match[0]
+        return character if character in keep else repr(character)[1:-1]
+
+    return UNPRINTABLE.sub(escape, text)
+
+
 def run_program(main) -> None:
     """`main(arguments)`, whose UserError is one line on stderr and its exit code (with --debug its traceback), and Ctrl-C
     code 130. Under torchrun the line stands once for all processes, and a process that another one's end broke is silent."""
@@ -25,7 +39,7 @@ def run_program(main) -> None:
     except UserError as error:
         if "--debug" in sys.argv:
             raise
-        tell(f"error: {error}")
+        tell(printable(f"error: {error}", keep=""))
         sys.exit(error.exit_code)
     except Exception:
         if "--debug" in sys.argv or not told():

@@ -6,14 +6,46 @@ import csv
 import difflib
 import gzip
 import hashlib
+import io
 import itertools
 import json
 import sys
 import zlib
 from pathlib import Path
 
-from data.errors import UserError
+from data.errors import UserError, printable
 
+MAGIC = {      # how files begin that are often taken for data
+    b"PK\x03\x04": "a zip archive (or a spreadsheet)",
+    b"\x28\xb5\x2f\xfd": "a zstd archive",
+    b"\xfd7zXZ\x00": "an xz archive",
+    b"BZh9": "a bzip2 archive",
+    b"7z\xbc\xaf\x27\x1c": "a 7z archive",
+    b"Rar!\x1a": "a rar archive",
+    b"\x1f\x8b": "gzip within gzip",
+    b"%PDF-": "a PDF",
+    b"\xd0\xcf\x11\xe0": "an old Office document",
+    b"SQLite format 3\0": "an SQLite database",
+    b"ARROW1\0": "an Arrow file",
+    b"PAR1\x15": "a Parquet file",
+    b"\x89HDF": "an HDF5 file",
+    b"\x93NUMPY": "a NumPy array",
+    b"\x80\x02": "a pickle",
+    b"\x80\x04": "a pickle",
+    b"\x80\x05": "a pickle",
+    b"<!doctype": "a web page",
+    b"<html": "a web page",
+    b"version https://git-lfs": "a pointer of Git LFS",
+}
+FIXES = {
+    "a Parquet file": "name it .parquet",
+    "a web page": "download the file itself, not the page that shows it",
+    "a pointer of Git LFS": "git lfs pull",
+}
+WINDOW = 2 ** 26      # bytes out of a gzip file, of which about 1 / RATIO must have gone in
+RATIO = 200           # text with the same page in every row reaches 140, zeros reach 1,030
+AT_ONCE = 2 ** 17     # bytes that Python reads of a gzip file before it needs them
+PARQUET_RATIO = 1000
 SUFFIXES = (".jsonl", ".json", ".ndjson", ".csv", ".parquet", ".gz")
 
 
@@ -28,7 +60,7 @@ def read_rows(path, base=None):
     try:
         for where, row in _reader(path)(path):
             if not isinstance(row, dict):
-                raise UserError(f"a row is not an object but {_kind(row)} in {where}; "
+                raise UserError(f"a row is not an object but {kind_of(row)} in {where}; "
                                 'fix: make every row an object such as {"prompt": "...", "response": "..."}')
             rows += 1
             yield where, row
@@ -69,22 +101,64 @@ def find_file(path, base=None):
 def _reader(path):
     """Choose by suffix; whatever the suffix, text that starts with { or [ is JSON."""
     suffix = Path(path.name.lower().removesuffix(".gz")).suffix
+    with _open(path) as file:
+        start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
+    if suffix == ".parquet" and start.startswith(b"PAR1"):
+        return _parquet
+    _check_magic(path, start)
     if suffix == ".parquet":
         return _parquet
     if suffix == ".csv":
         return _csv
-    with _open(path) as file:
-        first = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
+    first = start[:1]
     if suffix in SUFFIXES or first in (b"{", b"["):
         return _json_list if first == b"[" else _json_lines
     raise UserError(f"not a data file, neither known by its suffix nor JSON: {path}; "
                     f"fix: save it as one of {', '.join(SUFFIXES)}")
 
 
+def _check_magic(path, start):
+    """UserError where a file that should hold rows begins like something else."""
+    head = start.lower() if start.startswith(b"<") else start
+    kind = next((kind for magic, kind in MAGIC.items() if head.startswith(magic)), None)
+    kind = "a tar archive" if start[257:262] == b"ustar" else kind
+    if kind:
+        fix = FIXES.get(kind, "unpack or convert it to JSON lines")
+        raise UserError(f"not a data file but {kind}: {path}; fix: {fix}")
+
+
 def _open(path):
     with open(path, "rb") as file:
         zipped = file.read(2) == b"\x1f\x8b"
-    return gzip.open(path, "rb") if zipped else open(path, "rb")
+    return io.BufferedReader(_Unzipped(path), 2 ** 20) if zipped else open(path, "rb")
+
+
+class _Unzipped(io.RawIOBase):
+    """What a gzip file holds. UserError where a part of it grows more than RATIO times: made to fill the memory."""
+
+    def __init__(self, path):
+        self.path, self.packed = path, open(path, "rb")  # noqa: SIM115  closed below
+        self.file = gzip.GzipFile(fileobj=self.packed, mode="rb")
+        self.read_in, self.written = 0, 0       # bytes of the file at the window's start, bytes that came out since
+
+    def readable(self):
+        return True
+
+    def readinto(self, buffer):
+        count = self.file.readinto(buffer)
+        self.written += count
+        if self.written >= WINDOW:
+            read_in = self.packed.tell()
+            if (read_in - self.read_in + AT_ONCE) * RATIO < self.written:
+                raise UserError(f"the gzip file unpacks to more than {RATIO} times its size: {self.path}; "
+                                "fix: unpack it yourself, if that is meant")
+            self.read_in, self.written = read_in, 0
+        return count
+
+    def close(self):
+        self.file.close()
+        self.packed.close()
+        super().close()
 
 
 def _lines(path):
@@ -175,7 +249,7 @@ def _json_dict(path):
         line = text.count("\n", 0, text.index("{")) + 1
         yield f"{path}:{line}", document
         return
-    print(f"notice: {path}: the rows are the list under {key!r}", file=sys.stderr)
+    print(printable(f"notice: {path}: the rows are the list under {key!r}", keep=""), file=sys.stderr)
     position = text.index("{") + 1
     while True:  # walk over the dict's entries to find where the list starts, for the line numbers
         name, position = _decoder.raw_decode(text, _skip(text, position))
@@ -252,6 +326,7 @@ def _parquet(path):
     try:
         number = 0
         with pyarrow.parquet.ParquetFile(path) as file:
+            _check_parquet(path, file.metadata)
             for batch in file.iter_batches(batch_size=1000):
                 for row in batch.to_pylist():
                     number += 1
@@ -260,7 +335,17 @@ def _parquet(path):
         raise UserError(f"cannot read the Parquet file {path} ({str(error).splitlines()[0]}); fix: write it again") from None
 
 
-def _kind(value):
+def _check_parquet(path, metadata):
+    """UserError where a row group, which is read as a whole, is out of all proportion to the file."""
+    sizes = [metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups)]
+    largest = max(sizes, default=0)
+    if largest > WINDOW and largest > PARQUET_RATIO * path.stat().st_size:
+        raise UserError(f"the Parquet file unpacks to more than {PARQUET_RATIO} times its size: {path}; "
+                        "fix: write it again without compression, if that is meant")
+
+
+def kind_of(value):
+    """What a JSON value that is no object is called."""
     if value is None:
         return "null"
     return {list: "a list", str: "a string", bool: "true or false"}.get(type(value), "a number")

@@ -28,6 +28,7 @@ PAIRS = (("prompt", "chosen_response", "rejected_response"), ("prompt", "chosen"
          ("messages", "rejected_response"), ("messages", "rejected_messages"), ("", "chosen", "rejected"))  # "": no prompt column
 PROMPTS = (*WHOLE, "prompt", "question", "instruction", "query", "chosen")
 LABELS = ("label", "kto_tag")
+LARGEST = 3.4e38      # of a float32, in which a margin is used
 TEMPLATES = Path(__file__).parent / "prompts"
 SHAPES = {
     "responses": "messages; conversations; prompt + response or completion; question + answer; instruction + output; "
@@ -142,9 +143,9 @@ def _label(value, name, where):
 def _margin(value, where):
     try:
         number = math.nan if isinstance(value, bool) else float(value)      # float(): in CSV all is text
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
-    if not math.isfinite(number):
+    if not abs(number) <= LARGEST:
         raise UserError(f"the margin is {_shown(value)}, not a finite number, in {where}; fix: write a number such as 0.5")
     return number
 
@@ -311,10 +312,25 @@ def _with_columns(text, row, name, template):
             question = turns[0]["content"]
         text.prompt = template.replace("{question}", question)
         text.shape += ", put into prompt_template"
+    for column, value in row.items():      # a reward reads it, and parts of it are written to a file
+        _check_strings(value, column, text.where)
     verl = row.get("reward_model")
     truth = {"ground_truth": verl["ground_truth"]} if isinstance(verl, dict) and "ground_truth" in verl else {}
     text.extras = {"prompt": text.prompt, "columns": truth | row}
     return text
+
+
+def _check_strings(value, name, where):
+    """UserError where a string within the value of a column cannot be written as UTF-8."""
+    if isinstance(value, str):
+        read_string(value, name, where)
+    elif isinstance(value, dict):
+        for key, part in value.items():
+            _check_strings(key, f"a key of {name}", where)
+            _check_strings(part, name, where)
+    elif isinstance(value, list):
+        for part in value:
+            _check_strings(part, name, where)
 
 
 def _checked(text):

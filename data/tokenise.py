@@ -5,10 +5,15 @@ template renders it with the generation prompt. A response is tokenised on its o
 plain text, the template's end-of-turn for a conversation. In a conversation of several turns every assistant's turn is trained;
 they are found by rendering prefixes, so the template needs no marks.
 """
+import re
+
 import numpy as np
 
+from data.bounds import bounded
 from data.errors import UserError
 from data.pack import Example, Response
+
+LONG, HEAD = 100, 32      # characters per token of max_length: from where a text is long, how much of it is tried
 
 
 class Tokeniser:
@@ -19,6 +24,7 @@ class Tokeniser:
         self.lead = _lead(tokenizer)                          # usually [] or [bos]
         self.eos = tokenizer.eos_token_id
         self.end_of_turn, self.tail = _end_of_turn(tokenizer)  # such as "<|im_end|>" and what follows it, "\n"
+        self.control = _control_tokens(tokenizer)
 
     def encode(self, texts, max_length, train_on="assistant", truncate="none"):
         """For each of `texts`, in order: its examples (one; raw text may give several pieces), or the reason (str) to drop it.
@@ -27,7 +33,13 @@ class Tokeniser:
         (sft only). `truncate`: "none" drops what is too long, "prompt" keeps the end of its prompt instead.
         Raises UserError when the template cannot be used: missing, or it rewrites earlier turns.
         """
-        rendered = [self._render(text) for text in texts]
+        rendered = []
+        with bounded(texts[0].where if texts else "", sum(map(_characters, texts))) as row:
+            for text in texts:
+                row(text.where)
+                rendered.append(self._render(text))
+        for i, text in enumerate(texts):
+            rendered[i] = self._unless_too_long(rendered[i], text, max_length, truncate)
         strings = []  # of all texts at once: fast tokenizers are much faster on many strings
         for item in rendered:
             if not isinstance(item, str):
@@ -48,10 +60,42 @@ class Tokeniser:
                 results.append(_example(prompt, responses, text.where, max_length, train_on, truncate))
         return results
 
+    def holds_control_tokens(self, text):
+        """Whether a message, not one that is trained, spells out a special token: the tokenizer reads it as that token,
+        in generation too, and the turn ends, or another one begins, within it. Plain strings may be meant so."""
+        if isinstance(text.prompt, str):
+            return False
+        said = [turn["content"] for turn in text.prompt]
+        for turns in text.responses:
+            said += [turn["content"] for turn in turns if turn["role"] != "assistant"]
+        return any(map(self.control.search, said))
+
+    def _unless_too_long(self, item, text, max_length, truncate):
+        """What `_render` gave, or the reason to drop it: a book is not tokenised to its end for a max_length of 512."""
+        if isinstance(item, str) or text.raw:
+            return item
+        prompt, responses = item
+        strings = [string for pieces in responses for string, _ in pieces]
+        if truncate != "prompt":
+            strings.append(prompt)
+        too_long = any(self._too_long(string, max_length) for string in strings)
+        return "longer than max_length" if too_long else item
+
+    def _too_long(self, string, max_length):
+        """Of a long text: its beginning alone has twice as many tokens as there may be. What follows could change the
+        last few of these, not half of them."""
+        if len(string) < LONG * max_length:
+            return False
+        ids, = self._ids([string[:HEAD * max_length]])
+        return len(ids) > 2 * max_length
+
     def prompt_ids(self, prompt):
         """The ids (list of int) with which generation starts for a prompt, a string or messages: the same as in training."""
         try:
-            string = prompt if isinstance(prompt, str) else self._render_messages(prompt, True, "the prompt")
+            string = prompt
+            if not isinstance(prompt, str):
+                with bounded("the prompt"):
+                    string = self._render_messages(prompt, True, "the prompt")
         except _Refused as refused:
             raise UserError(f"the chat template refuses the prompt ({refused}); "
                             "fix: change its turns or use another template") from None
@@ -129,7 +173,7 @@ class Tokeniser:
         if not self.tokenizer.chat_template:
             raise UserError(f"a conversation in {where}, but the tokenizer has no chat template; "
                             "fix: use prompt and response strings or a tokenizer with a chat template")
-        return _apply_template(self.tokenizer, messages, generation_prompt)
+        return _apply_template(self.tokenizer, messages, generation_prompt, where)
 
 
 def stop_ids(tokenizer):
@@ -143,23 +187,30 @@ class _Refused(Exception):
     """The chat template raised an error for these messages: roles that do not alternate, no system turn allowed, ..."""
 
 
-def _apply_template(tokenizer, messages, generation_prompt):
+def _apply_template(tokenizer, messages, generation_prompt, where):
     import jinja2
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt)
     except jinja2.TemplateError as error:
-        raise _Refused((str(error).splitlines() or [""])[0]) from None
+        raise _Refused((str(error).splitlines() or [""])[0][:200]) from None
+    except MemoryError:                    # `bounded` says so
+        raise
+    except Exception as error:  # noqa: BLE001  a template is a program
+        said = f"{type(error).__name__}: {' '.join(str(error)[:400].split())[:200]}"
+        raise UserError(f"the chat template fails ({said}) in {where}; fix: use another template") from error
 
 
 def _end_of_turn(tokenizer):
     """(token with which the template ends an assistant's turn or None, all that it writes after the turn's text)."""
     if not tokenizer.chat_template:
         return None, ""
-    reply = "PROBE-OF-THE-END"
+    reply, where = "PROBE-OF-THE-END", "one question and its answer"
     try:
-        rendered = _apply_template(tokenizer, [{"role": "user", "content": "x"}, {"role": "assistant", "content": reply}], False)
+        with bounded(where):
+            messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": reply}]
+            rendered = _apply_template(tokenizer, messages, False, where)
     except _Refused as refused:
-        raise UserError(f"the chat template cannot render one question and its answer ({refused}); "
+        raise UserError(f"the chat template cannot render {where} ({refused}); "
                         "fix: use another chat template") from None
     after = rendered[rendered.rfind(reply) + len(reply):]
     # White space can be an added token too (Gemma, Phi), but it ends no turn.
@@ -168,6 +219,13 @@ def _end_of_turn(tokenizer):
     if not tokens:
         return None, after
     return min(tokens, key=lambda token: (after.find(token), -len(token))), after
+
+
+def _control_tokens(tokenizer):
+    """The pattern that finds a special token in a text."""
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    names = sorted({*special, *tokenizer.all_special_tokens}, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, names)) or "(?!)")      # the latter finds nothing
 
 
 def _lead(tokenizer):
@@ -179,6 +237,12 @@ def _lead(tokenizer):
 
 
 # ---- lengths ----
+
+def _characters(text):
+    if isinstance(text.prompt, str):
+        return 0                                 # no template
+    return sum(len(turn["content"]) for turns in (text.prompt, *text.responses) for turn in turns)
+
 
 def _example(prompt, responses, where, max_length, train_on, truncate):
     if not len(prompt):

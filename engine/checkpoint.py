@@ -22,7 +22,7 @@ from data.errors import RunError, UserError
 from data.files import sha256
 from data.tokenise import stop_ids
 from engine import lora
-from engine.load import first_line
+from engine.load import first_line, is_finite
 from engine.model import HEAD_BIAS, HEAD_WEIGHT, VALUE_HEAD
 from engine.ranks import distributed, from_main, sum_over_ranks
 
@@ -388,12 +388,9 @@ def write_checkpoint(directory, lm, tokenizer, weights: dict, moments: dict, tra
         json.dump(trainer, file)
 
 
-def is_finite(tensor: torch.Tensor) -> bool:
-    """Whether this rank's part of a tensor holds neither NaN nor infinity; without a copy of it."""
-    local = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
-    if local.numel() == 0:
-        return True
-    return bool(torch.stack(local.aminmax()).isfinite().all())
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """What this rank holds of a tensor."""
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
 
 
 def load_optimizer(directory: str, policy, optimizer) -> None:
@@ -454,7 +451,7 @@ def check_numbers(directory: str, tensors: dict) -> None:
         return
     bad = []
     for name, tensor in tensors.items():
-        part = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
+        part = local_part(tensor)
         negative = name.endswith(":exp_avg_sq") and (part < 0).any()
         bad.append(float(negative or not is_finite(part)))
     for name, count in zip(tensors, sum_over_ranks(bad, part.device)):

@@ -5,7 +5,7 @@ import os
 import socket
 
 LOCK = ".lock"
-held: dict[str, int] = {}                           # absolute path of a lock file -> its descriptor in this process
+held: dict[str, tuple] = {}                         # absolute path of a lock file -> (descriptor, directories made for it)
 os.register_at_fork(after_in_child=held.clear)      # what a forked child does at its end is no release of ours
 
 
@@ -18,6 +18,7 @@ def claim(directory: str, name: str = LOCK, wait: bool = False) -> str | None:
     A record lock (not flock): the system drops it when the process ends, however it ends, and a forked child does not inherit
     it, so an orphan of a reward function cannot hold the directory of a dead run."""
     path = os.path.abspath(os.path.join(directory, name))
+    made = missing(os.path.dirname(path))
     while path not in held:
         os.makedirs(directory, exist_ok=True)
         try:
@@ -33,11 +34,20 @@ def claim(directory: str, name: str = LOCK, wait: bool = False) -> str | None:
         if is_at(descriptor, path):
             os.ftruncate(descriptor, 0)
             os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
-            held[path] = descriptor
+            held[path] = descriptor, made
             atexit.register(release, directory, name)
         else:
             os.close(descriptor)      # its holder removed it between our open and our lock: try the next one
     return None
+
+
+def missing(directory: str) -> list[str]:
+    """The directories that must be made for `directory` to be there, the deepest first."""
+    found = []
+    while not os.path.isdir(directory) and directory != os.path.dirname(directory):
+        found.append(directory)
+        directory = os.path.dirname(directory)
+    return found
 
 
 def is_at(descriptor: int, path: str) -> bool:
@@ -49,15 +59,16 @@ def is_at(descriptor: int, path: str) -> bool:
 
 
 def release(directory: str, name: str = LOCK) -> None:
-    """Let others have the directory; without a file of a run in it, it goes."""
+    """Let others have the directory; where nothing was written into it, it goes, if `claim` has made it."""
     path = os.path.abspath(os.path.join(directory, name))
-    descriptor = held.pop(path, None)
-    if descriptor is None:
+    if path not in held:
         return
+    descriptor, made = held.pop(path)
     if is_at(descriptor, path):
         os.unlink(path)
     os.close(descriptor)
-    try:
-        os.rmdir(directory)
-    except OSError:
-        pass                          # it holds a run
+    for folder in made:
+        try:
+            os.rmdir(folder)
+        except OSError:
+            break                     # it holds a run

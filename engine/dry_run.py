@@ -4,26 +4,26 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
-from data.dataset import load_datasets
-from data.errors import UserError
+from data.dataset import doubts, load_datasets
+from data.errors import printable
 from data.pack import Example, Response, order, pack
 from engine import lora
 from engine.checkpoint import model_path
 from engine.config import describe
-from engine.load import base_of, is_adapter, load_tokenizer
+from engine.load import base_of, is_adapter, load_config, load_tokenizer, unloadable
 from engine.model import LOGITS_AT_ONCE
 
 
 def dry_run(run_config, kind: str, world: int = 1) -> None:
     """Print configuration, data audit, the first example, batch arithmetic and a memory forecast; UserError as training would."""
     common, config = run_config.common, run_config.config
-    common = replace(common, model=model_path(common.model, print))
+    common = replace(common, model=model_path(common.model, notice))
     lora.quantization(common, torch.device("cuda" if torch.cuda.is_available() else "cpu"), torch.bfloat16)
     section("configuration", describe(run_config))
     tokenizer = load_tokenizer(common.model)
-    train_set, eval_set, reports = load_datasets(common, config, kind, tokenizer, notice=lambda text: print("  " + text))
+    train_set, eval_set, reports = load_datasets(common, config, kind, tokenizer, notice)
     for name, report in reports.items():
         if report:
             section(f"{name} data", audit(report))
@@ -50,13 +50,19 @@ def dry_run(run_config, kind: str, world: int = 1) -> None:
     print("\nnothing was trained (--dry-run)")
 
 
+def notice(text: str) -> None:
+    print("  " + printable(text, keep=""))
+
+
 def section(title: str, lines: list[str]) -> None:
-    print(f"\n{title}\n  " + "\n  ".join(lines))
+    shown = [printable(line) for line in lines]
+    print(f"\n{title}\n  " + "\n  ".join(shown))
 
 
 def audit(report: dict) -> list[str]:
     lines = [f"{report['source']}: {report['read']} rows read, {report['used']} examples used"]
     lines += [f"dropped {count}: {reason} (first: {report['first_dropped'][reason]})" for reason, count in report["dropped"].items()]
+    lines += doubts(report)
     for name in ("prompt_length", "response_length", "total"):
         lengths = report[name]
         lines.append(f"{name:<16} tokens: median {lengths['50']}, 90 % {lengths['90']}, 99 % {lengths['99']}, longest {lengths['max']}")
@@ -80,12 +86,12 @@ def marked(example, tokenizer) -> list[str]:
 def forecast(common, config, train_set: list, tokens: int, online: bool = False) -> list[str]:
     """Weights, gradients, optimizer, reference and the largest micro-batch, in GB, from the model's configuration alone."""
     adapter, base = is_adapter(common.model), base_of(common.model)
+    settings = load_config(base)
     try:
-        settings = AutoConfig.from_pretrained(base)
         with torch.device("meta"):
             lm = AutoModelForCausalLM.from_config(settings)
-    except (OSError, ValueError) as error:
-        raise UserError(f"model: {common.model} cannot be read ({str(error).splitlines()[0]}); fix: check the name") from error
+    except Exception as error:  # noqa: BLE001  somebody else's file: anything may be raised
+        raise unloadable(base, error) from error
     matrices = sum(layer.weight.numel() for layer in lora.linear_layers(lm).values()) if common.load_in_4bit else 0
     if adapter or common.lora_r:
         lora.attach(lm, lora.saved_settings(common.model, common) if adapter else lora.new_settings(common, lm))

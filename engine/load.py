@@ -1,16 +1,22 @@
 """Models and tokenizers from a local directory or the hub; one plain line for whatever cannot be trained."""
 import json
 import os
+import re
+from pickle import UnpicklingError
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedConfig
 from transformers.utils import cached_file, logging
 
 from data.errors import UserError
+from data.files import kind_of
 
 ADAPTER = "adapter_config.json"      # in a directory with a LoRA adapter, in peft's format
 MODES = {"do_sample", "num_beams", "use_cache", "return_dict_in_generate"}    # other settings depend on these
+SETTINGS = ("config.json", "generation_config.json", "tokenizer_config.json")
+COUNTS = re.compile(r"\w*(layers?|experts?|blocks|labels)")     # keys of config.json: so many modules are made
+MOST = 10_000                        # of each; the largest models have hundreds
 logging.disable_progress_bar()       # of loading and saving weights: our console is one progress line
 
 
@@ -39,29 +45,29 @@ def base_of(path: str) -> str:
 def load_lm(path: str, dtype=torch.float32, attn_implementation: str = "segments", **options):
     """A causal LM from a local directory or the hub; UserError for what is not one. `dtype` is fp32 for whatever is trained;
     `options` are more of from_pretrained's."""
-    local = os.path.isdir(path)
     if is_adapter(path):
         raise UserError(f"{path} holds a LoRA adapter, not a model; fix: pass its base model, or a run of it with merge: true")
-    if not local and (os.path.exists(path) or path.startswith((".", "/")) or path.count("/") > 1):
+    if not os.path.isdir(path) and (os.path.exists(path) or path.startswith((".", "/")) or path.count("/") > 1):
         raise UserError(f"model: {path} is not a directory with a model; fix: pass a model directory or a hub name owner/name")
+    config = load_config(path)
+    kinds = config.architectures
+    kinds = kinds if kinds and isinstance(kinds, list) else ["CausalLM"]
+    if getattr(config, "quantization_config", None):
+        raise UserError(f"model: {path} is quantized and cannot be trained; fix: pass the unquantized model")
+    if type(config) not in AutoModelForCausalLM._model_mapping or not any("CausalLM" in kind or "LMHead" in kind for kind in kinds):
+        raise UserError(f"model: {path} is a {config.model_type} ({kinds[0]}), not a causal language model; fix: pass a causal LM")
+    settings, changed = generation_settings(path)
+    if changed:
+        options["generation_config"] = GenerationConfig(**settings)
     try:
-        config = AutoConfig.from_pretrained(path)
-        if getattr(config, "quantization_config", None):
-            raise UserError(f"model: {path} is quantized and cannot be trained; fix: pass the unquantized model")
-        kinds = config.architectures or ["CausalLM"]
-        if type(config) not in AutoModelForCausalLM._model_mapping or not any("CausalLM" in kind or "LMHead" in kind for kind in kinds):
-            raise UserError(f"model: {path} is a {config.model_type} ({kinds[0]}), not a causal language model; fix: pass a causal LM")
-        settings, changed = generation_settings(path)
-        if changed:
-            options["generation_config"] = GenerationConfig(**settings)
         lm, info = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=attn_implementation,
                                                         output_loading_info=True, **options)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:      # the last two: sizes differ, a file is cut off
-        where = "cannot be loaded" if local else "is neither a local directory nor reachable on the hub"
-        raise UserError(f"model: {path} {where} ({first_line(error)}); fix: check the name or the files in it") from error
+    except Exception as error:  # noqa: BLE001  somebody else's files: anything may be raised
+        raise unloadable(path, error) from error
     if missing := sorted(info["missing_keys"]):      # transformers would train them from random values
         raise UserError(f"model: {path} lacks {len(missing)} weights of a {type(lm).__name__} ({missing[0]}, ...); "
                         "fix: pass a complete causal LM")
+    check_finite(lm.named_parameters(), path)
     return lm
 
 
@@ -73,12 +79,7 @@ def generation_settings(path: str) -> tuple[dict, str]:
         file = cached_file(path, "generation_config.json")
     except OSError:                                        # it has none
         file = cached_file(path, "config.json")
-    try:
-        with open(file, encoding="utf-8") as content:
-            given = dict(json.load(content))
-    except (OSError, ValueError, TypeError) as error:
-        reason = first_line(error)
-        raise UserError(f"model: {file} cannot be read ({reason}); fix: correct this file") from error
+    given = read_object(file)
     if os.path.basename(file) == "config.json":
         given = {key: given[key] for key in given.keys() & vars(GenerationConfig()).keys()}
     if can_be_saved(given):
@@ -115,22 +116,108 @@ def can_be_saved(settings: dict) -> bool:
     return True
 
 
+def load_config(path: str):
+    """The configuration of a model; UserError where there is none, or none from which a model could be built."""
+    try:
+        check_settings(path)
+        return AutoConfig.from_pretrained(path)
+    except UserError:
+        raise
+    except Exception as error:  # noqa: BLE001  as above
+        raise unloadable(path, error) from error
+
+
+def check_settings(path: str) -> None:
+    """UserError where a settings file of the model at `path` is no JSON object (transformers passes over some of these
+    in silence), or asks for a billion layers: transformers makes lists of that length when it only reads the file."""
+    values = {}
+    if os.path.isdir(path):
+        for name in SETTINGS:
+            file = os.path.join(path, name)
+            found = read_object(file) if os.path.isfile(file) else {}
+            values = found if name == "config.json" else values
+    else:
+        try:
+            values, _ = PreTrainedConfig.get_config_dict(path)
+        except Exception:  # noqa: BLE001  no such name, or no answer: loading will say which
+            return
+    check_counts(values, os.path.join(path, "config.json"))
+
+
+def read_object(file: str) -> dict:
+    try:
+        with open(file, encoding="utf-8") as content:
+            found = json.load(content)
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"model: {file} cannot be read ({first_line(error)}); fix: check the file") from error
+    if not isinstance(found, dict):
+        raise UserError(f"model: {file} holds {kind_of(found)} instead of an object; fix: check the file")
+    return found
+
+
+def check_counts(values: dict, file: str) -> None:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            check_counts(value, file)
+        elif isinstance(value, int) and COUNTS.fullmatch(key) and value > MOST:
+            raise UserError(f"model: {key} is {value} in {file}, more than {MOST}; fix: check the file")
+
+
+def check_finite(tensors, path: str) -> None:
+    """UserError where one of the (name, tensor) pairs of the model at `path` holds NaN or infinity."""
+    for name, tensor in tensors:
+        if tensor.is_floating_point() and not is_finite(tensor):
+            kind = "NaN" if tensor.isnan().any() else "infinity"
+            raise UserError(f"model: {path} holds {kind} in {name}; "
+                            "fix: pass a model whose weights are all finite")
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether a tensor holds neither NaN nor infinity; without a copy of it."""
+    return tensor.numel() == 0 or bool(torch.stack(tensor.aminmax()).isfinite().all())
+
+
+def unloadable(path: str, error: Exception) -> UserError:
+    if isinstance(error, UnpicklingError):
+        return UserError(f"model: the weights in {path} are a pickle that asks for more than tensors, so it may hold "
+                         "code and is not loaded; fix: save them as safetensors")
+    where = "cannot be loaded" if os.path.isdir(path) else "is neither a local directory nor reachable on the hub"
+    return UserError(f"model: {path} {where} ({first_line(error)}); fix: check the name or the files in it")
+
+
 def load_tokenizer(path: str):
     """The tokenizer beside a model (beside its base, where an adapter has none); UserError for a name that is neither a directory
     nor on the hub."""
     if is_adapter(path) and not os.path.exists(os.path.join(path, "tokenizer_config.json")):
         path = base_of(path)
+    has_run, has_tokenizer, has_model = (os.path.isfile(os.path.join(path, name))
+                                         for name in ("config.yaml", "tokenizer_config.json", "config.json"))
+    if has_run and not has_tokenizer:
+        raise UserError(f"model: {path} is a run without a whole final/ or checkpoint; "
+                        "fix: let it end, or pass another model")
+    if has_model:
+        load_config(path)                  # the tokenizer reads it too, and would be blamed
+    else:
+        check_settings(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        empty = not tokenizer("a").input_ids      # transformers makes an empty one without tokenizer.json
+    except Exception as error:  # noqa: BLE001  as above
         raise UserError(f"model: no tokenizer can be loaded from {path} ({first_line(error)}); "
                         "fix: check the name, or save the tokenizer beside the model") from error
     if tokenizer.eos_token_id is None:
         raise UserError(f"model: the tokenizer of {path} has no eos token, so no response could end; fix: set eos_token")
-    if not tokenizer("a").input_ids:      # transformers makes an empty one where tokenizer.json is missing
+    if empty:
         raise UserError(f"model: the tokenizer of {path} has no vocabulary; fix: save tokenizer.json beside the model")
     return tokenizer
 
 
 def first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+    """What a library said, on one line; with the error's name where the text alone says little."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+    text = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    text = text if len(text) <= 300 else text[:297] + "..."
+    speaks = isinstance(error, (OSError, ValueError, RuntimeError, SafetensorError)) or type(error) is Exception
+    if text and speaks:
+        return text
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

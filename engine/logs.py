@@ -13,7 +13,7 @@ import shlex
 import sys
 import time
 
-from data.errors import RunError, UserError
+from data.errors import RunError, UserError, printable
 from engine import checkpoint
 from engine.fingerprint import check_unchanged
 
@@ -152,6 +152,7 @@ class Run:
         """A sentence the user should read once; kept in events.log."""
         if self.main:
             self.erase()
+            text = printable(text, keep="")
             print(text, file=sys.stderr, flush=True)
             self.append("events.log", f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}")
 

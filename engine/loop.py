@@ -18,7 +18,7 @@ from data.guard import handle, interrupt, leave
 from data.pack import Example, order, pack
 from data.tokenise import stop_ids
 from engine import checkpoint
-from engine.load import base_of, generation_settings
+from engine.load import base_of, generation_settings, is_finite
 from engine.logs import Run
 from engine.model import RewardModel, build_policy
 from engine.ranks import distributed, from_all_ranks, from_main, sum_over_ranks
@@ -344,7 +344,7 @@ class Engine:
                 tensors[name] = tensor
                 for key, value in self.optimizer.state.get(tensor, {}).items():
                     tensors[f"{key} of {name}"] = value
-        faults = [float(not checkpoint.is_finite(tensor)) for tensor in tensors.values()]
+        faults = [float(not is_finite(checkpoint.local_part(tensor))) for tensor in tensors.values()]
         counts = sum_over_ranks(faults, self.policy.device)
         bad = [name for name, count in zip(tensors, counts) if count]
         if not bad and self.step and self.step.examples:

@@ -9,14 +9,13 @@ import importlib.util
 import os
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
 from data.errors import UserError
-from engine.load import ADAPTER, first_line, load_lm
+from engine.load import ADAPTER, MOST, check_finite, first_line, load_lm, unloadable
 
 PREFIX = "base_model.model."         # peft's names in files, relative to its wrapper around the LM
 
@@ -43,12 +42,15 @@ def new_settings(config, lm):
 
 def saved_settings(path: str, config):
     """The LoraConfig in the adapter directory `path`. Dropout is no part of an adapter: the configuration's holds."""
+    peft = library()
     try:
-        found = library().PeftConfig.from_pretrained(path)
-    except (ValueError, TypeError, KeyError) as error:
+        found = peft.PeftConfig.from_pretrained(path)
+    except Exception as error:  # noqa: BLE001  somebody else's file
         raise UserError(f"model: {path}/{ADAPTER} cannot be read ({first_line(error)}); fix: check the file") from error
     if found.peft_type != "LORA":
         raise UserError(f"model: {path} holds a {found.peft_type} adapter; fix: pass a LoRA adapter")
+    if not isinstance(found.r, int) or not 0 < found.r <= MOST:         # peft would take memory for any rank
+        raise UserError(f"model: r is {found.r} in {path}/{ADAPTER}; fix: check the file")
     found.inference_mode, found.lora_dropout = False, config.lora_dropout
     return found
 
@@ -77,7 +79,11 @@ def attach(lm, adapter, seed: int = 0, weights: dict | None = None):
     peft = library()
     with torch.random.fork_rng([lm.device] if lm.device.type == "cuda" else []):
         torch.manual_seed(seed)
-        tuner = peft.LoraModel(lm, adapter, "default")
+        try:
+            tuner = peft.LoraModel(lm, adapter, "default")
+        except Exception as error:  # noqa: BLE001  the settings may be somebody else's
+            raise UserError(f"model: this adapter cannot be put into the model ({first_line(error)}); "
+                            f"fix: check {ADAPTER}, or the lora_ keys") from error
     for parameter in lm.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()          # peft makes them in the precision of the weights beside them
@@ -87,7 +93,7 @@ def attach(lm, adapter, seed: int = 0, weights: dict | None = None):
     if weights is not None:
         try:
             result = peft.set_peft_model_state_dict(lm, weights)
-        except RuntimeError as error:
+        except Exception as error:  # noqa: BLE001  as above
             raise UserError(f"model: the adapter does not fit its base model ({first_line(error)}); fix: check {ADAPTER}") from error
         lacking = {name for name, parameter in lm.named_parameters() if parameter.requires_grad} & set(result.missing_keys)
         if lacking or result.unexpected_keys:
@@ -105,8 +111,9 @@ def attach_saved(lm, path: str, config, check: bool) -> None:
                  "lora_targets": ", ".join(target_names(lm, config.lora_targets))}
     try:
         weights = library().utils.load_peft_weights(path, device="cpu")
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"model: the adapter in {path} cannot be loaded ({first_line(error)}); fix: check its files") from error
+    except Exception as error:  # noqa: BLE001  as above
+        raise unloadable(path, error) from error
+    check_finite(weights.items(), path)
     attach(lm, adapter, weights={name.removeprefix(PREFIX): tensor for name, tensor in weights.items()})
     if check and config.lora_r:
         adapted = {name.rpartition(".")[2] for name, module in lm.named_modules() if hasattr(module, "lora_A")}

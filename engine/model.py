@@ -20,7 +20,7 @@ from transformers import AttentionInterface
 from data.errors import UserError
 from data.pack import Batch, Example, Response, collate
 from engine import lora
-from engine.load import base_of, is_adapter, load_lm
+from engine.load import base_of, check_finite, first_line, is_adapter, load_lm
 
 VALUE_HEAD = "value_head.safetensors"        # beside a reward model's trunk, with these two: (1, D) and (1,)
 HEAD_WEIGHT, HEAD_BIAS = "v_head.summary.weight", "v_head.summary.bias"
@@ -246,13 +246,18 @@ class Policy(nn.Module):
 def saved_head(path: str, notice) -> torch.Tensor:
     """The head (1, D) of the reward model at `path`. Ours has no bias: a notice says that one is left out."""
     file = os.path.join(path, VALUE_HEAD)
-    tensors = load_file(file)
+    try:
+        tensors = load_file(file)
+    except Exception as error:  # noqa: BLE001  somebody else's file
+        said = first_line(error)
+        raise UserError(f"model: {file} cannot be loaded ({said}); fix: check the file") from error
     if HEAD_WEIGHT not in tensors:
         found = ", ".join(tensors) or "nothing"
         raise UserError(f"model: {file} holds {found}, not {HEAD_WEIGHT}; fix: pass a reward model")
     if HEAD_BIAS in tensors and tensors[HEAD_BIAS].any():
         bias = float(tensors[HEAD_BIAS])
         notice(f"{file}: its bias {bias:.4g}, the same for every response, is left out of the scores")
+    check_finite([(VALUE_HEAD, tensors[HEAD_WEIGHT])], path)
     return tensors[HEAD_WEIGHT]
 
 
@@ -360,7 +365,11 @@ def check_policy(policy: Policy, examples, mode: str, notice) -> None:
                 logits = lm(ids, use_cache=False, logits_to_keep=len(response.tokens) + 1).logits[0, :-1]
                 predicted = logits.float().log_softmax(-1).gather(1, ids[0, len(example.prompt):, None])[:, 0]
                 plain.append(predicted[torch.from_numpy(response.trained).to(policy.device)])
-    plain, tolerance = torch.cat(plain), 1e-3 if policy.precision == "fp32" else 0.25
+    plain = torch.cat(plain)
+    if not plain.isfinite().all():             # its weights are finite, which `load_lm` has seen to
+        raise UserError(f"model: its log-probs of {examples[0].where} are NaN or infinite, so its activations "
+                        "overflow; fix: precision=fp32, or another model")
+    tolerance = 1e-3 if policy.precision == "fp32" else 0.25
     for share in {"auto": (True, False), "true": (True,), "false": (False,)}[mode]:
         policy.share_prompt = share
         difference = (policy(policy.collate(examples)) - plain).abs()

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import get_type_hints
 
 import numpy as np
-from transformers import AutoConfig
 
-from data.dataset import load_datasets
-from data.errors import RunError, UserError
+from data.dataset import doubts, load_datasets
+from data.errors import RunError, UserError, printable
 from data.files import SUFFIXES
+from data.formats import Text
 from data.pack import Example
 from data.rewards import golds_of, load_reward, r1_zero, r1_zero_details, score
 from data.tokenise import Tokeniser
@@ -23,7 +23,7 @@ from engine.claim import LOCK, claim
 from engine.config import FOREIGN, Common, cast, check_output, nearest, parse_argv, read_values, show
 from engine.directory import read_config
 from engine.fingerprint import fingerprints
-from engine.load import base_of, load_tokenizer
+from engine.load import base_of, load_config, load_tokenizer
 from engine.logs import Run
 from engine.model import is_reward_model
 from engine.rollout import Rollout, Sampling, sample, with_completions
@@ -105,17 +105,14 @@ def default_output(folder: str, settings) -> str:
 
 
 def notice(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    print(printable(text, keep=""), file=sys.stderr, flush=True)
 
 
 # ---- prompts ----------------------------------------------------------------------------------------------------------
 
 def with_lengths(settings, path: str):
     """The settings with numbers for max_length and max_completion_length, from what the model knows."""
-    try:
-        known = getattr(AutoConfig.from_pretrained(base_of(path)).get_text_config(), "max_position_embeddings", None) or 2 ** 30
-    except (OSError, ValueError):
-        known = 2 ** 30                    # loading the model will say what is wrong
+    known = getattr(load_config(base_of(path)).get_text_config(), "max_position_embeddings", None) or 2 ** 30
     if settings.max_length and settings.max_length > known:
         raise UserError(f"max_length is {settings.max_length}, but the model {path} knows only {known} positions; fix: lower max_length")
     most = settings.max_length or known
@@ -156,12 +153,17 @@ def load_prompts(settings, path: str, tokenizer, verifies_r1_zero: bool, notice)
 
 def as_turns(examples: list[Example], settings, tokenizer, notice) -> list[Example]:
     """Prompts of plain text as conversations."""
-    tokeniser, turns = Tokeniser(tokenizer), []
+    tokeniser, turns, control = Tokeniser(tokenizer), [], []
     for example in examples:
         messages = [{"role": "user", "content": example.extras["prompt"]}]
         ids = np.array(tokeniser.prompt_ids(messages), np.int32)
+        if tokeniser.holds_control_tokens(Text(messages, [], example.where)):
+            control.append(example.where)
         if len(ids) + settings.max_completion_length <= settings.max_length:
             turns.append(Example(ids, [], example.where, example.extras | {"prompt": messages}))
+    found = {"stop_inside": 0, "control_tokens": len(control), "first_control_tokens": next(iter(control), None)}
+    for line in doubts(found):
+        notice(f"warning: {settings.data}: {line}")
     if len(turns) < len(examples):
         notice(f"{len(examples) - len(turns)} of {len(examples)} prompts dropped: longer than max_length with the chat template")
     if not turns:

@@ -81,7 +81,7 @@ def test_a_claim_ends_with_its_process(hold, tmp_path):
     process.wait()
     assert claim(run) is None and os.listdir(run) == [".lock"]
     release(run)
-    assert not os.path.exists(run)
+    assert os.listdir(run) == []
 
 
 def test_a_forked_child_keeps_no_claim(tmp_path):
@@ -143,8 +143,9 @@ def test_two_trainings_at_once(model, tmp_path):
 
 def test_a_refused_run_leaves_no_directory(model, tmp_path):
     child.project(tmp_path, "sft", model)
-    assert child.train(tmp_path, "data=nowhere.jsonl").code == 2
-    assert not (tmp_path / "run").exists()
+    for output in ("run", "new/folder/run"):
+        assert child.train(tmp_path, "data=nowhere.jsonl", f"output={output}").code == 2
+    assert not (tmp_path / "run").exists() and not (tmp_path / "new").exists()
 
 
 def test_two_evaluations_at_once(hold, model, tmp_path):
