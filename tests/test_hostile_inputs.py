@@ -495,6 +495,7 @@ def test_names_and_messages_in_the_console(refused, tmp_path, capfd):
     out = capfd.readouterr().out
     assert "refuses it: no\\x1b[2J\\x07 (first: d.jsonl:1)" in out and not RAW.search(out)
     run = Run(str(tmp_path))
+    run.begin("", {}, {}, 0)
     run.notice(f"read {name} {ESCAPES}")
     results.notice(f"read {name} {ESCAPES}")
     err = capfd.readouterr().err
