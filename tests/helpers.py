@@ -147,9 +147,11 @@ def final_weights(run):
 
 
 def trained_weights(run):
-    """Those of final/, a reward model's head included."""
+    """Those of final/, a reward model's head included, without the bias of 0 that other projects read."""
     head = Path(run) / "final" / "value_head.safetensors"
-    return final_weights(run) | (load_file(head) if head.exists() else {})
+    weights = final_weights(run) | (load_file(head) if head.exists() else {})
+    weights.pop("v_head.summary.bias", None)
+    return weights
 
 
 def assert_same_weights(ours, theirs, tolerance=0.0):
