@@ -1,5 +1,6 @@
 """What tests share: a tokenizer and tiny models built in memory, small data files, runs of train.py here or as a process."""
 import json
+import math
 import os
 import signal
 import subprocess
@@ -152,9 +153,59 @@ def trained_weights(run):
     return final_weights(run) | (load_file(head) if head.exists() else {})
 
 
-def assert_same_weights(ours, theirs, tolerance=0.0):
+# ---- two computations of the same updates ----
+# AdamW divides a gradient by its own size. Where a gradient is rounding itself (a bias of the keys has none: the softmax does not see it),
+# its sign is that of the rounding, and two exact runs move that weight by up to 2 lr apart in every update. So weights of two runs have no
+# close bound; their gradients do, and each run's weights are, to the rounding of fp32, what AdamW makes of its own gradients.
+
+def watch_updates(monkeypatch):
+    """-> a dictionary that runs in this process fill: directory -> (the start weights, the clipped gradients of every update), both by the
+    names that weights have in final/."""
+    from engine.loop import Engine
+    seen, clip = {}, Engine.clip_gradients
+
+    def clip_gradients(engine):
+        clip(engine)
+        if engine.step.index:
+            trained = {name.removeprefix("lm.").replace("value_head", "v_head.summary"): parameter
+                       for name, parameter in engine.policy.named_parameters() if parameter.grad is not None}
+            start = {name: parameter.detach().clone() for name, parameter in trained.items()}
+            _, gradients = seen.setdefault(Path(engine.run.directory), (start, []))
+            gradients.append({name: parameter.grad.clone() for name, parameter in trained.items()})
+
+    monkeypatch.setattr(Engine, "clip_gradients", clip_gradients)
+    return seen
+
+
+def assert_same_gradients(ours, theirs, tolerance):
+    """Per update a dictionary; no number differs by more than `tolerance` times the norm of all."""
+    assert len(ours) == len(theirs)
+    for update, (one, other) in enumerate(zip(ours, theirs), 1):
+        norm = math.sqrt(sum(float((gradient.double() ** 2).sum()) for gradient in other.values()))
+        assert norm > 0
+        assert_same_weights(one, other, tolerance * norm, f"gradients of update {update}, norm {norm:g}")
+
+
+def after_adam(start, gradients, lr):
+    """What AdamW without decay (betas 0.9 and 0.999, eps 1e-8) makes of one tensor, from the paper's algorithm and in fp64."""
+    weights, first, second = start.double(), 0.0, 0.0
+    for update, gradient in enumerate(gradients, 1):
+        first = 0.9 * first + 0.1 * gradient.double()
+        second = 0.999 * second + 0.001 * gradient.double() ** 2
+        weights = weights - lr * first / (1 - 0.9 ** update) / ((second / (1 - 0.999 ** update)).sqrt() + 1e-8)
+    return weights
+
+
+def assert_adam_made(weights, start, gradients, lr=1e-3):
+    """`weights` are those that AdamW makes of the start weights and of the gradients of every update; those without gradients are left
+    out. A thousandth of an update may be missing: fp32 rounds every weight (of about 1) to 6e-8 in every update."""
+    made = {name: after_adam(tensor, [update[name] for update in gradients], lr) for name, tensor in start.items()}
+    assert_same_weights({name: weights[name].double() for name in made}, made, lr / 1000)
+
+
+def assert_same_weights(ours, theirs, tolerance=0.0, what=""):
     """Of two dictionaries; without a tolerance bit for bit."""
     assert ours.keys() == theirs.keys()
     differences = {name: float((ours[name] - theirs[name]).abs().max()) for name in ours}
     wrong = {name: difference for name, difference in differences.items() if not difference <= tolerance}
-    assert not wrong, wrong
+    assert not wrong, (what, wrong)
