@@ -202,7 +202,6 @@ def assert_same_gradients(ours, theirs, first=1e-6, later=1e-5):
     assert len(ours) == len(theirs)
     for update, (one, other) in enumerate(zip(ours, theirs), 1):
         norm = math.sqrt(sum(float((gradient.double() ** 2).sum()) for gradient in other.values()))
-        assert norm > 0
         bound = norm * (first if update == 1 else later)
         assert_same_weights(one, other, bound, f"gradients of update {update}, whose norm is {norm:g}")
 
