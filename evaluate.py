@@ -106,10 +106,10 @@ def summary_of_completions(rows: list[dict]) -> dict:
 
 
 def summary_of_pairs(rows: list[dict]) -> dict:
-    # rows of an evaluation begun before there were ties have none
+    ties = sum(row["metrics"].get("tie", False) for row in rows)       # rows of an earlier version do not say
     margins = [row["metrics"]["margin"] for row in rows]
     return {"num_examples": len(rows), **rate("accuracy", [row["metrics"]["accuracy"] for row in rows], len(rows)),
-            "ties": sum(row["metrics"].get("tie", False) for row in rows), "avg_margin": mean(margins), "avg_margin_95": around_mean(margins)}
+            "ties": ties, "avg_margin": mean(margins), "avg_margin_95": around_mean(margins)}
 
 
 def right(metrics: dict) -> float:
