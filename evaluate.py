@@ -111,9 +111,10 @@ def summary_of_completions(rows: list[dict]) -> dict:
 
 
 def summary_of_pairs(rows: list[dict]) -> dict:
+    ties = sum(row["metrics"].get("tie", False) for row in rows)       # rows of an earlier version do not say
     margins = [row["metrics"]["margin"] for row in rows]
     return {"num_examples": len(rows), **rate("accuracy", [row["metrics"]["accuracy"] for row in rows], len(rows)),
-            "ties": margins.count(0.0), "avg_margin": mean(margins), "avg_margin_95": around_mean(margins)}
+            "ties": ties, "avg_margin": mean(margins), "avg_margin_95": around_mean(margins)}
 
 
 def right(metrics: dict) -> float:
@@ -168,15 +169,18 @@ def preferences(settings: Config, path: str, name: str) -> tuple[list[dict], dic
     results = Results(settings.output, name, used, len(examples), 1, PAIRS_AT_ONCE, notice)
     if results.left:
         models = [load_frozen(where, tokenizer, examples, notice) for where in (path, other) if where]
+        tie = models[0].tolerance                 # up to this difference the side that is preferred would be decided by rounding
     for first, last in results.left:
         part = examples[first:last]
         values, *minus = ([pair.tolist() for pair in scores(model, part)] for model in models)
         rows = []
         for i, example in enumerate(part):
             chosen, rejected = (value - sum(other[i][k] for other in minus) for k, value in enumerate(values[i]))
+            margin = chosen - rejected
             texts = [tokenizer.decode(tokens) for tokens in (example.prompt, *(response.tokens for response in example.responses))]
             rows.append({"id": first + i, **dict(zip(("prompt", "chosen", "rejected"), texts)), "metrics": {
-                "accuracy": float(chosen > rejected), "chosen": chosen, "rejected": rejected, "margin": chosen - rejected}})
+                "accuracy": float(margin > tie), "tie": abs(margin) <= tie, "chosen": chosen, "rejected": rejected,
+                "margin": margin}})
         results.add(rows)
     return results.rows, used
 

@@ -12,7 +12,9 @@ Metrics:  loss                                both terms
           nll_loss                            token mean of -log pi(y_w|x)
           rewards/chosen, rewards/rejected    beta * summed log-probs
           rewards/margins                     chosen - rejected
-          rewards/accuracies                  share of pairs with margin > 0: also at step 0 not one half, long responses lose
+          rewards/accuracies                  share of pairs with margin > beta * 1e-4 (bf16: beta * 0.05):
+                                              less is rounding, a tie, not a win. Also at step 0
+                                              not one half, long responses lose
           logps/chosen, logps/rejected        summed log-probs under the policy
 Differs:  nothing in the loss; like the authors' code, sums in the first term and a token mean in the second.
 Run:      python train.py example/tiny-cpo.yml
@@ -33,8 +35,9 @@ class Config:
     label_smoothing: float = 0.0   # share of pairs assumed to be labelled the wrong way round
 
 
-def cpo_loss(policy_chosen_logps, policy_rejected_logps, beta=0.1, label_smoothing=0.0):
-    """Two (B,) summed log-probs -> (losses (B,), metrics); nothing is reduced. The likelihood term is added by `train`."""
+def cpo_loss(policy_chosen_logps, policy_rejected_logps, beta=0.1, label_smoothing=0.0, tie=0.0):
+    """Two (B,) summed log-probs -> (losses (B,), metrics); nothing is reduced. The likelihood term is added by `train`.
+    `tie`: log-probs that differ by less are equal."""
     chosen_rewards = beta * policy_chosen_logps                                         # (B,)
     rejected_rewards = beta * policy_rejected_logps                                     # (B,)
     margins = chosen_rewards - rejected_rewards                                         # (B,)
@@ -44,7 +47,7 @@ def cpo_loss(policy_chosen_logps, policy_rejected_logps, beta=0.1, label_smoothi
         "rewards/chosen": chosen_rewards,
         "rewards/rejected": rejected_rewards,
         "rewards/margins": margins,
-        "rewards/accuracies": margins > 0,
+        "rewards/accuracies": margins > beta * tie,
         "logps/chosen": policy_chosen_logps,
         "logps/rejected": policy_rejected_logps,
     }
@@ -56,7 +59,7 @@ def train(engine, config):
 
     def forward(batch):
         logps = policy(batch)                                                              # (N,)
-        losses, metrics = cpo_loss(*batch.pairs(batch.sum(logps)), config.beta, config.label_smoothing)
+        losses, metrics = cpo_loss(*batch.pairs(batch.sum(logps)), config.beta, config.label_smoothing, policy.tolerance)
         nll = -batch.chosen(logps)                                                         # (tokens of the chosen responses,)
         return losses, nll, metrics | {"nll_loss": nll}
 

@@ -16,7 +16,8 @@ Metrics:  loss                                log 2 = 0.6931 at step 0, where po
           nll_loss                            token mean of -log pi(y_w|x)
           rewards/chosen, rewards/rejected    implicit rewards; 0 at step 0
           rewards/margins                     chosen - rejected; 0 at step 0
-          rewards/accuracies                  share of pairs with margin > 0; a tie is not a win: 0 at step 0, but for rounding
+          rewards/accuracies                  share of pairs with margin > beta * 1e-4 (bf16: beta * 0.05):
+                                              less is rounding, a tie, not a win; 0 at step 0
           logps/chosen, logps/rejected        summed log-probs under the policy. Both usually fall: the loss only widens their
                                               distance. rpo_alpha > 0 keeps the chosen ones up
 Differs:  AdamW with a linear schedule where the paper's code uses RMSprop; label smoothing is cDPO's, which the paper lacks.
@@ -41,8 +42,9 @@ class Config:
 
 
 def dpo_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps,
-             beta=0.1, label_smoothing=0.0):
-    """Four (B,) summed log-probs -> (losses (B,), metrics); nothing is reduced."""
+             beta=0.1, label_smoothing=0.0, tie=0.0):
+    """Four (B,) summed log-probs -> (losses (B,), metrics); nothing is reduced.
+    `tie`: log-ratios that differ by less are equal."""
     chosen_rewards = beta * (policy_chosen_logps - reference_chosen_logps)              # (B,) eq. 5
     rejected_rewards = beta * (policy_rejected_logps - reference_rejected_logps)        # (B,)
     margins = chosen_rewards - rejected_rewards                                         # (B,)
@@ -52,7 +54,7 @@ def dpo_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps,
         "rewards/chosen": chosen_rewards,
         "rewards/rejected": rejected_rewards,
         "rewards/margins": margins,
-        "rewards/accuracies": margins > 0,
+        "rewards/accuracies": margins > beta * tie,
         "logps/chosen": policy_chosen_logps,
         "logps/rejected": policy_rejected_logps,
     }
@@ -68,7 +70,7 @@ def train(engine, config):
         reference_logps = reference(batch) if reference else 0 * logps.detach()            # (N,)
         policy_chosen_logps, policy_rejected_logps = batch.pairs(batch.sum(logps))         # (B,), (B,)
         losses, metrics = dpo_loss(policy_chosen_logps, policy_rejected_logps, *batch.pairs(batch.sum(reference_logps)),
-                                   config.beta, config.label_smoothing)
+                                   config.beta, config.label_smoothing, policy.tolerance)
         nll = -batch.chosen(logps)                                                         # (tokens of the chosen responses,)
         return losses, nll, metrics | {"nll_loss": nll}
 

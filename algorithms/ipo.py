@@ -12,7 +12,9 @@ Divided:  by the pairs of the whole update, over all micro-batches and ranks.
 Metrics:  loss                                1 / (2 beta)^2 = 25 at step 0 with beta 0.1, where policy = reference
           rewards/chosen, rewards/rejected    beta * log-ratio, of means like the loss; 0 at step 0
           rewards/margins                     chosen - rejected; 0 at step 0, and 0.5 is what the loss pulls it to
-          rewards/accuracies                  share of pairs with margin > 0; a tie is not a win: 0 at step 0, but for rounding
+          rewards/accuracies                  share of pairs with margin > beta * 1e-4 (bf16: beta * 0.05)
+                                              * (1 / |y_w| + 1 / |y_l|), but for sums: less is rounding, a
+                                              tie, not a win; 0 at step 0
           logps/chosen, logps/rejected        mean log-probs under the policy
 Differs:  the paper sums over tokens (average_log_prob: false); its authors advise means, so that the margin does not depend on
           length. With means 1 / (2 beta) is in nats per token: beta 0.1 asks for 5 of them, so 0.1 to 1 is the useful range.
@@ -32,8 +34,10 @@ class Config:
     reference: str | None = None   # model directory or hub name; none: the start model
 
 
-def ipo_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps, beta=0.1):
-    """Four (B,) mean (or summed) log-probs -> (losses (B,), metrics); nothing is reduced."""
+def ipo_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps,
+             beta=0.1, tie=0.0):
+    """Four (B,) mean (or summed) log-probs -> (losses (B,), metrics); nothing is reduced.
+    `tie`: log-ratios that differ by less are equal."""
     chosen_logratios = policy_chosen_logps - reference_chosen_logps                     # (B,)
     rejected_logratios = policy_rejected_logps - reference_rejected_logps               # (B,)
     losses = (chosen_logratios - rejected_logratios - 1 / (2 * beta)) ** 2              # (B,) eq. 17
@@ -41,7 +45,7 @@ def ipo_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps,
         "rewards/chosen": beta * chosen_logratios,
         "rewards/rejected": beta * rejected_logratios,
         "rewards/margins": beta * (chosen_logratios - rejected_logratios),
-        "rewards/accuracies": chosen_logratios > rejected_logratios,
+        "rewards/accuracies": chosen_logratios - rejected_logratios > tie,
         "logps/chosen": policy_chosen_logps,
         "logps/rejected": policy_rejected_logps,
     }
@@ -54,7 +58,10 @@ def train(engine, config):
 
     def forward(batch):
         per_response = batch.mean if config.average_log_prob else batch.sum                # (N,) -> (2 B,)
-        return ipo_loss(*batch.pairs(per_response(policy(batch))), *batch.pairs(per_response(reference(batch))), config.beta)
+        logps, tie = policy(batch), policy.tolerance                                       # (N,), and how well a sum is known
+        if config.average_log_prob:
+            tie = sum(batch.pairs(tie / logps.new_tensor(batch.lengths)))                  # (B,)
+        return ipo_loss(*batch.pairs(per_response(logps)), *batch.pairs(per_response(reference(batch))), config.beta, tie)
 
     for step in engine.steps():                                    # one optimizer update
         for batch in step:                                         # one micro-batch

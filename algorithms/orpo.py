@@ -15,7 +15,8 @@ Metrics:  loss                                both terms
           log_odds_ratio                      its log-sigmoid; -0.6931 where both responses are equally likely
           rewards/chosen, rewards/rejected    beta * mean log-probs
           rewards/margins                     chosen - rejected
-          rewards/accuracies                  share of pairs with margin > 0
+          rewards/accuracies                  share of pairs with margin > beta * 1e-4 (bf16: beta * 0.05)
+                                              * (1 / |y_w| + 1 / |y_l|): less is rounding, a tie, not a win
           logps/chosen, logps/rejected        mean log-probs under the policy
 Differs:  the likelihood is of the response, as in the paper's eq. 2; the authors' code (and TRL) add the prompt's tokens by default.
           1 - P is computed as log1mexp in fp32 with P below 1 - 1e-7, so that a certain response gives no infinity.
@@ -44,8 +45,9 @@ def log_odds(logps):
     return logps - log1mexp
 
 
-def orpo_loss(policy_chosen_logps, policy_rejected_logps, beta=0.1):
-    """Two (B,) mean log-probs -> (losses (B,), metrics); nothing is reduced. The likelihood term is added by `train`."""
+def orpo_loss(policy_chosen_logps, policy_rejected_logps, beta=0.1, tie=0.0):
+    """Two (B,) mean log-probs -> (losses (B,), metrics); nothing is reduced. The likelihood term is added by `train`.
+    `tie`: log-probs that differ by less are equal."""
     log_odds_chosen = log_odds(policy_chosen_logps) - log_odds(policy_rejected_logps)   # (B,) eq. 4
     log_odds_ratio = F.logsigmoid(log_odds_chosen)                                      # (B,)
     losses = -beta * log_odds_ratio                                                     # (B,) eq. 7, times lambda as in eq. 6
@@ -55,7 +57,7 @@ def orpo_loss(policy_chosen_logps, policy_rejected_logps, beta=0.1):
         "rewards/chosen": beta * policy_chosen_logps,
         "rewards/rejected": beta * policy_rejected_logps,
         "rewards/margins": beta * (policy_chosen_logps - policy_rejected_logps),
-        "rewards/accuracies": policy_chosen_logps > policy_rejected_logps,
+        "rewards/accuracies": policy_chosen_logps - policy_rejected_logps > tie,
         "logps/chosen": policy_chosen_logps,
         "logps/rejected": policy_rejected_logps,
     }
@@ -67,7 +69,8 @@ def train(engine, config):
 
     def forward(batch):
         logps = policy(batch)                                                              # (N,)
-        losses, metrics = orpo_loss(*batch.pairs(batch.mean(logps)), config.beta)
+        tie = sum(batch.pairs(policy.tolerance / logps.new_tensor(batch.lengths)))         # (B,) how well the means are known
+        losses, metrics = orpo_loss(*batch.pairs(batch.mean(logps)), config.beta, tie)
         nll = -batch.chosen(logps)                                                         # (tokens of the chosen responses,)
         return losses, nll, metrics | {"nll_loss": nll}
 

@@ -13,7 +13,8 @@ Metrics:  loss                                1.3133 where both means are equal,
           nll_loss                            token mean of -log pi(y_w|x)
           rewards/chosen, rewards/rejected    beta * mean log-probs
           rewards/margins                     chosen - rejected, without simpo_gamma
-          rewards/accuracies                  share of pairs with margin > 0
+          rewards/accuracies                  share of pairs with margin > beta * 1e-4 (bf16: beta * 0.05)
+                                              * (1 / |y_w| + 1 / |y_l|): less is rounding, a tie, not a win
           logps/chosen, logps/rejected        mean log-probs under the policy
 Differs:  label smoothing and cpo_alpha are later additions; both are off. The paper tunes gamma as a share of beta (0.3 to 0.6).
 Run:      python train.py example/tiny-simpo.yml
@@ -35,8 +36,9 @@ class Config:
     label_smoothing: float = 0.0   # share of pairs assumed to be labelled the wrong way round
 
 
-def simpo_loss(policy_chosen_logps, policy_rejected_logps, beta=2.0, simpo_gamma=1.0, label_smoothing=0.0):
-    """Two (B,) mean log-probs -> (losses (B,), metrics); nothing is reduced. The likelihood term is added by `train`."""
+def simpo_loss(policy_chosen_logps, policy_rejected_logps, beta=2.0, simpo_gamma=1.0, label_smoothing=0.0, tie=0.0):
+    """Two (B,) mean log-probs -> (losses (B,), metrics); nothing is reduced. The likelihood term is added by `train`.
+    `tie`: log-probs that differ by less are equal."""
     chosen_rewards = beta * policy_chosen_logps                                         # (B,) eq. 4
     rejected_rewards = beta * policy_rejected_logps                                     # (B,)
     margins = chosen_rewards - rejected_rewards                                         # (B,)
@@ -46,7 +48,7 @@ def simpo_loss(policy_chosen_logps, policy_rejected_logps, beta=2.0, simpo_gamma
         "rewards/chosen": chosen_rewards,
         "rewards/rejected": rejected_rewards,
         "rewards/margins": margins,
-        "rewards/accuracies": margins > 0,
+        "rewards/accuracies": margins > beta * tie,
         "logps/chosen": policy_chosen_logps,
         "logps/rejected": policy_rejected_logps,
     }
@@ -58,7 +60,8 @@ def train(engine, config):
 
     def forward(batch):
         logps = policy(batch)                                                              # (N,)
-        losses, metrics = simpo_loss(*batch.pairs(batch.mean(logps)), config.beta, config.simpo_gamma, config.label_smoothing)
+        tie = sum(batch.pairs(policy.tolerance / logps.new_tensor(batch.lengths)))         # (B,) how well the means are known
+        losses, metrics = simpo_loss(*batch.pairs(batch.mean(logps)), config.beta, config.simpo_gamma, config.label_smoothing, tie)
         nll = -batch.chosen(logps)                                                         # (tokens of the chosen responses,)
         return losses, nll, metrics | {"nll_loss": nll}
 

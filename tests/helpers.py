@@ -1,5 +1,6 @@
 """What tests share: a tokenizer and tiny models built in memory, small data files, runs of train.py here or as a process."""
 import json
+import math
 import os
 import signal
 import subprocess
@@ -154,9 +155,82 @@ def trained_weights(run):
     return weights
 
 
-def assert_same_weights(ours, theirs, tolerance=0.0):
+# ---- two computations of the same updates ----
+# AdamW divides a gradient by its own size. Where a gradient is nothing but rounding (that of a bias of the keys is, for the
+# softmax does not see it), its sign is that of the rounding, and two exact runs move this weight up to 2 lr apart in every
+# update, on one CPU and not on another. So the weights of two runs have no close bound. Their gradients have one, and the
+# weights of each run are, but for the rounding of fp32, what AdamW makes of its own gradients: both are asserted.
+
+def name_in_final(name):
+    """A trained parameter's name in the files of weights; a critic's is the same."""
+    return name.removeprefix("lm.").replace("value_head", "v_head.summary")
+
+
+def watch_updates(monkeypatch):
+    """-> a dictionary that runs in this process fill: directory -> (the start weights, the clipped gradients of every update),
+    both by the names that weights have in final/; those of a critic by theirs."""
+    from engine.loop import Engine
+    seen, clip = {}, Engine.clip_gradients
+
+    def clip_gradients(engine):
+        clip(engine)
+        if engine.step.index:
+            trained = {name_in_final(name): parameter for name, parameter in engine.policy.named_parameters()
+                       if parameter.grad is not None}
+            start = {name: parameter.detach().clone() for name, parameter in trained.items()}
+            _, gradients = seen.setdefault(Path(engine.run.directory), (start, []))
+            gradients.append({name: parameter.grad.clone() for name, parameter in trained.items()})
+
+    monkeypatch.setattr(Engine, "clip_gradients", clip_gradients)
+    return seen
+
+
+def saved_gradients(run, updates):
+    """Of a run that saved a checkpoint after every update: its clipped gradients as they stand in AdamW's first moments."""
+    before, gradients = {}, []
+    for update in range(1, updates + 1):
+        state = load_file(Path(run) / "checkpoints" / f"step-{update:06d}" / "optimizer.safetensors")
+        moments = {name_in_final(name.removesuffix(":exp_avg")): tensor.double() for name, tensor in state.items()
+                   if name.endswith(":exp_avg")}
+        gradients.append({name: 10 * tensor - 9 * before.get(name, 0.0) for name, tensor in moments.items()})
+        before = moments
+    return gradients
+
+
+def assert_same_gradients(ours, theirs, first=1e-6, later=1e-5):
+    """Per update a dictionary; no number differs by more than that share of the norm of all. The first update starts from equal
+    weights, so that fp32's rounding (6e-8) is all that there is; later ones from weights that AdamW has moved apart, above all
+    those that the loss hardly sees."""
+    assert len(ours) == len(theirs)
+    for update, (one, other) in enumerate(zip(ours, theirs), 1):
+        norm = math.sqrt(sum(float((gradient.double() ** 2).sum()) for gradient in other.values()))
+        bound = norm * (first if update == 1 else later)
+        assert_same_weights(one, other, bound, f"gradients of update {update}, whose norm is {norm:g}")
+
+
+def after_adam(start, gradients, lr):
+    """What AdamW without decay (betas 0.9 and 0.999, eps 1e-8) makes of one tensor, from the paper's algorithm and in fp64."""
+    weights, first, second = start.double(), 0.0, 0.0
+    for update, gradient in enumerate(gradients, 1):
+        first = 0.9 * first + 0.1 * gradient.double()
+        second = 0.999 * second + 0.001 * gradient.double() ** 2
+        weights = weights - lr * first / (1 - 0.9 ** update) / ((second / (1 - 0.999 ** update)).sqrt() + 1e-8)
+    return weights
+
+
+def assert_adam_made(weights, start, gradients, lr=1e-3):
+    """`weights` are what AdamW makes of the start weights and the gradients of every update, as far as `weights` names them. A
+    thousandth of an update may be missing: every update rounds a weight of about 1 to 6e-8."""
+    made = {}
+    for name in start.keys() & weights.keys():
+        made[name] = after_adam(start[name], [update[name] for update in gradients], lr)
+    assert made
+    assert_same_weights({name: weights[name].double() for name in made}, made, lr / 1000)
+
+
+def assert_same_weights(ours, theirs, tolerance=0.0, what=""):
     """Of two dictionaries; without a tolerance bit for bit."""
     assert ours.keys() == theirs.keys()
     differences = {name: float((ours[name] - theirs[name]).abs().max()) for name in ours}
     wrong = {name: difference for name, difference in differences.items() if not difference <= tolerance}
-    assert not wrong, wrong
+    assert not wrong, (what, wrong)

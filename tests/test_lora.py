@@ -13,14 +13,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers import (
+    assert_adam_made,
+    assert_same_gradients,
     assert_same_weights,
     byte_tokenizer,
     final_weights,
     metrics,
     pair_rows,
+    saved_gradients,
     sft_rows,
     tiny_model,
     train_here,
+    watch_updates,
     write_config,
     write_jsonl,
 )
@@ -269,14 +273,15 @@ def test_a_run_directory_is_a_model(adapter, train):
         assert_same_weights(final_weights(plain), load_file(Path(base_of(str(run / "final"))) / "model.safetensors"))
 
 
-def test_two_processes_equal_one(base, tmp_path):
+def test_two_processes_equal_one(base, tmp_path, monkeypatch):
     """FSDP2 with frozen weights and an adapter in one group."""
-    runs = []
+    runs, updates = [], watch_updates(monkeypatch)
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         data = {"data": write_jsonl(tmp_path / "d.jsonl", pair_rows(10)), "eval_data": write_jsonl(tmp_path / "e.jsonl", pair_rows(4, 10))}
         path = write_config(tmp_path / name / "c.yml", algorithm="dpo", model=base, **data, output=tmp_path / name / "run", batch_size=3,
-                            lr=1e-2, max_length=256, eval_every=2, save_every=2, sample_every=4, merge="true", **LORA)
+                            lr=1e-2, schedule="constant", warmup=0, weight_decay=0, max_length=256, eval_every=2, save_every=1, keep=9,
+                            sample_every=4, merge="true", **LORA)
         if name == "one":
             train_here(path)
         else:
@@ -285,9 +290,20 @@ def test_two_processes_equal_one(base, tmp_path):
         runs.append(tmp_path / name / "run")
     for ours, theirs in zip(metrics(runs[1]) + metrics(runs[1], "eval"), metrics(runs[0]) + metrics(runs[0], "eval"), strict=True):
         assert ours.pop("split") == theirs.pop("split") and ours == pytest.approx(theirs, rel=2e-5, abs=2e-5)
-    assert_same_weights(final_weights(runs[1]), final_weights(runs[0]), 1e-5)
-    adapters = [load_file(run / "checkpoints" / "step-000004" / "adapter_model.safetensors") for run in runs]
-    assert_same_weights(*adapters, 1e-5)
+    start, expected = updates[runs[0]]
+    gradients = saved_gradients(runs[1], updates=4)
+    assert_same_gradients(gradients, expected)
+    adapter = {}
+    for name, tensor in load_file(runs[1] / "checkpoints" / "step-000004" / "adapter_model.safetensors").items():
+        adapter[name.removeprefix("base_model.model.").replace(".weight", ".default.weight")] = tensor
+    assert adapter.keys() == start.keys()
+    assert_adam_made(adapter, start, gradients, lr=1e-2)
+    final, before = final_weights(runs[1]), load_file(Path(base) / "model.safetensors")
+    for name in adapter:
+        if "lora_A" in name:
+            product = adapter[name.replace("lora_A", "lora_B")] @ adapter[name]
+            name = name.replace("lora_A.default.", "")
+            assert torch.allclose(final[name], before[name] + LORA["lora_alpha"] / LORA["lora_r"] * product, atol=1e-6)
 
 
 # ---- 4-bit, forecast and errors

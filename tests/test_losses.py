@@ -86,6 +86,23 @@ def test_worked_metrics(name, inputs, expected):
     assert averages(metrics) == pytest.approx(expected, abs=1e-6)
 
 
+@pytest.mark.parametrize("name", ["dpo", "ipo", "orpo", "simpo", "cpo", "rm"])
+def test_a_difference_of_rounding_size_is_a_tie(name):
+    """Of five pairs the first wins; without `tie`, the first two. Nothing else depends on it."""
+    rejected = torch.full((5,), -1.0, dtype=torch.float64)
+    inputs = [rejected + torch.tensor([.03, .01, 0, -.01, -.03]), rejected]
+    if name in ("dpo", "ipo"):
+        inputs += [rejected, rejected]
+    for beta in {"rm": [{}]}.get(name, [{"beta": 0.1}, {"beta": 2.0}]):
+        (losses, metrics), (plain, others) = LOSSES[name](*inputs, **beta, tie=.02), LOSSES[name](*inputs, **beta)
+        accuracy = "accuracy" if name == "rm" else "rewards/accuracies"
+        assert metrics.pop(accuracy).tolist() == [True, False, False, False, False]
+        assert others.pop(accuracy).tolist() == [True, True, False, False, False]
+        assert torch.equal(losses, plain) and averages(metrics) == averages(others)
+        each = torch.tensor([.02, .02, .02, .004, .004])               # a tie may be each pair's own
+        assert not LOSSES[name](*[x.flip(0) for x in inputs], **beta, tie=each.flip(0))[1][accuracy][:4].any()
+
+
 # ---- step 0, where policy = reference, or where both responses are equally likely ----
 
 def vectors(count, size=7, seed=0):

@@ -10,6 +10,8 @@ from helpers import (
     ONLINE,
     REWARDS,
     SAMPLED,
+    assert_adam_made,
+    assert_same_gradients,
     assert_same_weights,
     byte_tokenizer,
     config_of,
@@ -18,6 +20,7 @@ from helpers import (
     prompt_rows,
     random_lm,
     train_here,
+    watch_updates,
     write_config,
     write_jsonl,
 )
@@ -46,6 +49,11 @@ def files(tmp_path_factory):
     byte_tokenizer().save_pretrained(folder / "model")
     return {"model": str(folder / "model"), "data": write_jsonl(folder / "prompts.jsonl", prompt_rows(8)),
             "eval": write_jsonl(folder / "eval.jsonl", prompt_rows(5, 8))}
+
+
+@pytest.fixture
+def updates(monkeypatch):
+    return watch_updates(monkeypatch)
 
 
 @pytest.fixture
@@ -203,10 +211,10 @@ def punished(completions):
 
 
 def plain_loop(model, seen, reward, advantages, loss_of, skip=False, temperature=0.8, lr=1e-3, max_grad_norm=1.0):
-    """-> the metrics of every update, and the trained policy."""
+    """-> the metrics of every update, and its clipped gradients."""
     policy, reference = (AutoModelForCausalLM.from_pretrained(model, attn_implementation="eager").eval() for _ in range(2))
     optimizer = torch.optim.AdamW(policy.parameters(), lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, foreach=False)
-    rows, logged = prompt_rows(8), []
+    rows, logged, gradients = prompt_rows(8), [], []
     for number, rollout in enumerate(seen.rollouts):
         sampled = {}
         for group, (answer, responses) in enumerate(rollout):
@@ -248,10 +256,11 @@ def plain_loop(model, seen, reward, advantages, loss_of, skip=False, temperature
             norm = math.sqrt(sum(float((parameter.grad.double() ** 2).sum()) for parameter in policy.parameters()))
             for parameter in policy.parameters():
                 parameter.grad *= min(1.0, max_grad_norm / (norm + 1e-6))
+            gradients.append({name: parameter.grad.clone() for name, parameter in policy.named_parameters()})
             optimizer.step()
             entropies = [-logp.item() for completion in completions for logp in completion.logps]
             logged.append({"loss": loss.item(), "grad_norm": norm, "entropy": sum(entropies) / len(entropies), **known})
-    return logged, policy
+    return logged, gradients
 
 
 NARROW = dict(epsilon=0.02, epsilon_high=0.02)      # so that clipping is at work
@@ -279,17 +288,19 @@ CASES = {    # name: (algorithm, its keys, the reward, advantages, loss of the c
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_updates_equal_a_plain_loop(files, run, seen, name):
+def test_updates_equal_a_plain_loop(files, run, seen, updates, name):
     """Four updates from one rollout, groups cut by small micro-batches, and two of the next, with which max_steps ends the run."""
     algorithm, options, reward, advantages, loss_of = CASES[name]
     keys = ONLINE[algorithm] | options | {"reward": f"{REWARDS}:{reward.__name__}"}
     result = run(name, algorithm, **keys, max_steps=6, temperature=0.8, max_grad_norm=0.7, micro_batch_tokens=90)
     assert len(seen.rollouts) == 2 and [place for place, _ in seen.updates] == [0, 0, 0, 0, 1, 1]
-    expected, policy = plain_loop(files["model"], seen, reward, advantages, loss_of, "mask_truncated_completions" in options,
-                                  max_grad_norm=0.7)
+    expected, expected_gradients = plain_loop(files["model"], seen, reward, advantages, loss_of,
+                                              "mask_truncated_completions" in options, max_grad_norm=0.7)
     logged = metrics(result)
     close(logged, expected, 1e-5)
-    assert_same_weights(final_weights(result), policy.state_dict(), 1e-4)      # AdamW magnifies the rounding of tiny gradients
+    start, gradients = updates[result]
+    assert_same_gradients(gradients, expected_gradients)
+    assert_adam_made(final_weights(result), start, gradients)
     assert max(row["grad_norm"] for row in expected) > 0.7                   # clipping the gradients was at work
     region = "cispo_clip_ratio" if algorithm == "cispo" else "clip_ratio/region_mean"
     assert logged[0][region] == logged[4][region] == 0 and max(row[region] for row in logged) > 0      # and that of the ratios
@@ -304,7 +315,7 @@ def once(algorithm):
 
 
 @pytest.mark.parametrize("algorithm", ONLINE)
-def test_the_cut_into_micro_batches_changes_nothing(run, seen, algorithm):
+def test_the_cut_into_micro_batches_changes_nothing(run, seen, updates, algorithm):
     """One micro-batch = groups cut in pieces, prompts laid out for each completion, layers recomputed, completions decoded two at a time.
     In the only update from a rollout the ratio is 1 to the bit."""
     one = run("one", algorithm, **once(algorithm), micro_batch_tokens=100_000, max_steps=3)
@@ -313,7 +324,9 @@ def test_the_cut_into_micro_batches_changes_nothing(run, seen, algorithm):
     other = run("other", algorithm, **once(algorithm), max_steps=3, micro_batch_tokens=90, rollout_batch_size=2, share_prompt="false",
                 attn_implementation="dense", gradient_checkpointing="true")
     close(metrics(other), metrics(one), 1e-5)
-    assert_same_weights(final_weights(other), final_weights(one), 1e-4)      # lr is 1e-3: a tenth of an update
+    start, gradients = updates[other]
+    assert_same_gradients(gradients, updates[one][1])
+    assert_adam_made(final_weights(other), start, gradients)
 
 
 # ---- held-out prompts ----

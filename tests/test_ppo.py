@@ -13,6 +13,8 @@ import pytest
 import torch
 from helpers import (
     ROOT,
+    assert_adam_made,
+    assert_same_gradients,
     assert_same_weights,
     byte_tokenizer,
     config_of,
@@ -21,8 +23,10 @@ from helpers import (
     metrics,
     pair_rows,
     random_lm,
+    saved_gradients,
     tiny_model,
     train_here,
+    watch_updates,
     write_config,
     write_jsonl,
 )
@@ -150,7 +154,14 @@ def options_of(files, **values):
 
 
 @pytest.fixture(scope="module")
-def run(files):
+def updates():
+    """Of every run in this process, see `watch_updates`."""
+    with pytest.MonkeyPatch.context() as patch:
+        yield watch_updates(patch)
+
+
+@pytest.fixture(scope="module")
+def run(files, updates):
     """run(name, key=value, ...) -> the directory of a run that is made only once."""
     done = {}
 
@@ -188,7 +199,7 @@ def plain_forward(lm, head, prompt, tokens, temperature, trunk=None):
 
 def plain_run(files, directory, rewards_of, temperature, gamma, lam, kl_coef, penalty, vf_coef, clip, clip_value, seed=3):
     """The updates of the run in `directory` from the completions that its checkpoints hold, one completion at a time.
-    -> rows of metrics, the policy's weights"""
+    -> rows of metrics, and the clipped gradients of every update by our names"""
     tokenizer = byte_tokenizer()
     prompts = [tokenizer.apply_chat_template(json.loads(line)["prompt"], tokenize=True, add_generation_prompt=True, return_dict=False)
                for line in Path(files.data).read_text().splitlines()]
@@ -196,7 +207,9 @@ def plain_run(files, directory, rewards_of, temperature, gamma, lam, kl_coef, pe
     head = torch.zeros(1, 32, requires_grad=True)
     parameters = [*lm.parameters(), *trunk.model.parameters(), head]
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.0)
-    found = []
+    names = {f"critic_trunk.lm.{name}": parameter for name, parameter in trunk.model.named_parameters()}
+    names |= {"critic_head.weight": head, **dict(lm.named_parameters())}
+    found, gradients = [], []
     for number in range(2):
         given = stored_rollout(directory, 4 * number + 1)
         texts = [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in given["tokens"]]
@@ -250,28 +263,31 @@ def plain_run(files, directory, rewards_of, temperature, gamma, lam, kl_coef, pe
                     add("val/ratio", ratio)
                     add("val/ratio_var", (ratio - 1) ** 2)
             norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            gradients.append({name: parameter.grad.clone() for name, parameter in names.items()})
             optimizer.step()
             optimizer.zero_grad(set_to_none=False)      # where all values are clipped their gradient is 0, and Adam's momentum goes on
             found.append({name: total / count for name, total in sums.items()} | of_rollout | {"grad_norm": float(norm)})
-    return found, lm.state_dict()
+    return found, gradients
 
 
 def letters(texts, rows):
     return [sum(map(ord, text)) * (3 + row) % 97 / 40 - 1 for text, row in zip(texts, rows)]
 
 
-def test_a_run_equals_plain_loops(files, run):
+def test_a_run_equals_plain_loops(files, run, updates):
     """Two rollouts, each with two passes in two parts; every formula again, in separate code, one token at a time."""
     numbers = dict(temperature=.7, gamma=.9, lam=.8, kl_coef=.2, vf_coef=.5)
     directory = run("plain", **numbers, cliprange=.002, cliprange_value=.01, missing_eos_penalty=.7)
-    expected, weights = plain_run(files, directory, letters, **numbers, clip=.002, clip_value=.01, penalty=.7)
+    expected, expected_gradients = plain_run(files, directory, letters, **numbers, clip=.002, clip_value=.01, penalty=.7)
     found = metrics(directory)
     assert len(found) == 8
     for ours, theirs in zip(found, expected, strict=True):
         assert {name: ours[name] for name in theirs} == pytest.approx(theirs, abs=1e-5, rel=1e-5), ours["step"]
     assert any(0 < row["policy/clipfrac_avg"] < 1 for row in found) and any(0 < row["val/clipfrac_avg"] < 1 for row in found)
     assert 0 < found[0]["val/num_eos_tokens"] < 5      # both kinds occur
-    assert_same_weights(final_weights(directory), {name: weights[name] for name in final_weights(directory)}, 1e-5)
+    start, gradients = updates[directory]
+    assert_same_gradients(gradients, expected_gradients)
+    assert_adam_made(final_weights(directory) | critic_of(directory, 8), start, gradients)
 
 
 def test_the_first_update_from_a_rollout(run):
@@ -340,14 +356,14 @@ def test_num_sample_generations(base, run):
 
 
 @pytest.mark.parametrize("key", ["rollout_batch_size", "local_rollout_forward_batch_size"])
-def test_rollout_batch_size_and_its_alias(files, base, run, key, monkeypatch):
+def test_rollout_batch_size_and_its_alias(files, base, run, updates, key, monkeypatch):
     sizes, decode = [], rollout.decode
     monkeypatch.setattr(rollout, "decode", lambda lm, prompts, *rest: sizes.append(len(prompts)) or decode(lm, prompts, *rest))
     assert load_config([write_config(files.folder / "alias.yml", **options_of(files, **{key: 2}))]).config.rollout_batch_size == 2
     assert load_config([str(files.folder / "alias.yml"), f"{key}=3"]).config.rollout_batch_size == 3
     again = run(f"size-{key}", **{key: 2})
     assert sizes == [2, 2, 1] * 2
-    assert_same_weights(final_weights(again), final_weights(base), 2e-5)
+    assert_same_gradients(updates[again][1], updates[base][1])
 
 
 def test_an_alias_and_its_key_are_one(files):
@@ -509,16 +525,18 @@ def test_resume_is_exact(files, run, base, lora, name, steps, tmp_path):
             assert_same_weights(ours, theirs)
 
 
-def test_the_cut_into_micro_batches_changes_nothing(base, run):
+def test_the_cut_into_micro_batches_changes_nothing(base, run, updates):
     for name, values in {"small": dict(micro_batch_tokens=2), "separate": dict(share_prompt="false"),
                          "recomputed": dict(gradient_checkpointing="true")}.items():
         other = run(name, **values)
         for ours, theirs in zip(metrics(other), metrics(base), strict=True):
             assert ours.pop("split") == theirs.pop("split") and ours == pytest.approx(theirs, rel=1e-5, abs=1e-5)
-        assert_same_weights(final_weights(other), final_weights(base), 2e-5)
+        start, gradients = updates[other]
+        assert_same_gradients(gradients, updates[base][1])
+        assert_adam_made(final_weights(other) | critic_of(other, 8), start, gradients)
 
 
-def test_two_processes_equal_one(files, run, reward_runs):
+def test_two_processes_equal_one(files, run, updates, reward_runs):
     """Where the critic shares the policy's trunk, and where it is a reward model of another architecture."""
     cases = {"shared": dict(share_value_trunk="true"), "other": dict(reward=reward_runs["rm-llama"])}
     paths = [write_config(files.folder / f"{name}-2.yml", **options_of(files, output=files.folder / f"{name}-2", **values))
@@ -531,5 +549,6 @@ def test_two_processes_equal_one(files, run, reward_runs):
         one, two = run(f"{name}-1", **values), files.folder / f"{name}-2"
         for ours, theirs in zip(metrics(two), metrics(one), strict=True):
             assert ours.pop("split") == theirs.pop("split") and ours == pytest.approx(theirs, rel=2e-5, abs=2e-5)
-        assert_same_weights(final_weights(two), final_weights(one), 1e-4)      # a tenth of one update: Adam enlarges rounding
-        assert_same_weights(critic_of(two, 8), critic_of(one, 8), 1e-4)
+        gradients = saved_gradients(two, updates=8)
+        assert_same_gradients(gradients, updates[one][1])
+        assert_adam_made(final_weights(two) | critic_of(two, 8), updates[one][0], gradients)
