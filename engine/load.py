@@ -169,7 +169,7 @@ def check_finite(tensors, path: str) -> None:
         if tensor.is_floating_point() and not is_finite(tensor):
             kind = "NaN" if tensor.isnan().any() else "infinity"
             raise UserError(f"model: {path} holds {kind} in {name}; "
-                            "fix: pass a model whose weights are all finite")
+                            "fix: pass a model (or resume from a checkpoint) whose weights are all finite")
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
