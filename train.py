@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 
 from data.errors import run_program
+from engine import console
 from engine.config import as_yaml, help_text, load_config
 
 
@@ -61,4 +62,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run_program(main)
+    run_program(main, console.close)

@@ -12,10 +12,14 @@ class RunError(UserError):
     exit_code = 1
 
 
-def run_program(main) -> None:
-    """`main(arguments)`, whose UserError is one line on stderr and its exit code (with --debug its traceback), and Ctrl-C code 130."""
+def run_program(main, close=lambda: None) -> None:
+    """`main(arguments)`, whose UserError is one line on stderr and its exit code (with --debug its traceback), and Ctrl-C code 130.
+    `close()` comes before that line: it leaves the console as an error finds it best, without progress bars."""
     try:
-        main(sys.argv[1:])
+        try:
+            main(sys.argv[1:])
+        finally:
+            close()
     except KeyboardInterrupt:
         sys.exit(130)
     except UserError as error:

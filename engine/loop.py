@@ -4,6 +4,7 @@ An algorithm calls `engine.steps()`, iterates each `Step`, and may touch `engine
 `engine.reference(path)`, `engine.clip_gradients()`, `engine.eval_batches(step)` and `engine.mean(sum, count)`; where its loss
 needs more of an update than its micro-batches, also `train_set`, `eval_set`, `updates()`, `batches(examples)` and `notice(text)`.
 """
+import contextlib
 import math
 import os
 import signal
@@ -16,6 +17,7 @@ from data.errors import RunError, UserError
 from data.pack import Example, order, pack
 from data.tokenise import stop_ids
 from engine import checkpoint
+from engine.console import per_second
 from engine.logs import Run
 from engine.model import RewardModel, build_policy
 from engine.ranks import distributed, from_main, sum_over_ranks
@@ -43,7 +45,7 @@ class Engine:
         if start:
             checkpoint.load_optimizer(start, policy, self.optimizer)
         self.step, self.grad_norm, self.signal = None, None, None
-        self.since, self.tokens_seen = time.time(), 0
+        self.since, self.tokens_seen = time.perf_counter(), 0
         self.plan, self.planned_epoch = None, None            # the rows of every update of one epoch
         self.catch_signals()
 
@@ -89,7 +91,8 @@ class Engine:
     def steps(self):
         """Iterate the updates of the run, from the one after the checkpoint; after the last one the final model is written."""
         self.check_total()
-        self.since = time.time()
+        self.since = time.perf_counter()
+        self.run.console.start(self.first, self.total)
         if self.first == 0 and self.eval_set:
             self.step = Step(self, 0, [])
             yield self.step
@@ -102,7 +105,7 @@ class Engine:
     def update(self, index: int, examples: list, more: dict | None = None):
         """Yield the Step of one update, and do what lies between two of them: learning rate, logging (with `more` metrics), samples,
         checkpoints, signals."""
-        started = time.time()
+        started, shown = time.perf_counter(), {}
         self.step = Step(self, index, examples)
         lr = self.learning_rate(index)
         for group in self.optimizer.param_groups:
@@ -113,14 +116,15 @@ class Engine:
             raise RunError(f"no weight moved in the first update (gradient norm {self.grad_norm:.3g}, lr {lr:g}); fix: raise lr")
         tokens = sum(example.size(self.policy.share_prompt) for example in examples)
         self.tokens_seen += tokens
-        if index % self.config.log_every == 0 or index in (1, self.total):
+        logged = index % self.config.log_every == 0 or index in (1, self.total)
+        if logged:
             averages = self.step.averages("train") | (more or {})
             self.run.append("metrics.jsonl", {
                 "step": index, "split": "train", "epoch": round(index / self.draws_per_epoch / self.per_draw, 4), **averages,
-                "grad_norm": self.grad_norm, "lr": lr, "tokens_per_second": round(tokens / (time.time() - started), 1)})
+                "grad_norm": self.grad_norm, "lr": lr, "tokens_per_second": round(per_second(tokens, started), 1)})
             shown = {name: averages[name] for name in dict.fromkeys(["loss", self.progress]) if name in averages}
-            rate = f"{self.tokens_seen / (time.time() - self.since):.0f} tokens/s"
-            self.run.progress("step", index, self.total, rate, shown, self.since, self.first)
+        rate = f"{per_second(self.tokens_seen, self.since):.0f} tokens/s"
+        self.run.console.progress(index, self.total, rate, shown, self.since, self.first, line=logged)
         self.record_evaluation(self.step)
         if self.sample_every and (index % self.sample_every == 0 or index == self.total):
             self.write_samples(index)
@@ -178,18 +182,22 @@ class Engine:
             raise RunError(f"loss {loss:g}, gradient norm {self.grad_norm:g} in update {self.step.index}, before the weights were touched; "
                            f"rows: {shown}; last checkpoint: {last[-1] if last else 'none'}; fix: lower lr or look at these rows")
 
-    def batches(self, examples: list):
-        """Micro-batches of any examples, which all ranks share among them."""
+    def batches(self, examples: list, label: str | None = None):
+        """Micro-batches of any examples, which all ranks share among them; `label` names their bar on a terminal."""
+        since = time.perf_counter()
         for start in range(0, len(examples), self.config.batch_size):
-            for members in self.deal(examples[start:start + self.config.batch_size]):
+            block = examples[start:start + self.config.batch_size]
+            for members in self.deal(block):
                 yield self.policy.collate(members)
+            if label:
+                self.run.console.count(label, start + len(block), len(examples), " rows/s", since)
 
     def eval_batches(self, step: Step, examples: list | None = None):
         """The micro-batches of the held-out rows (or of `examples`, which stand for them) if an evaluation is due at this step,
         without gradients; else nothing."""
         if self.eval_set and (step.index % self.eval_every == 0 or step.index == self.total):
             with torch.no_grad():                  # holds for the caller's loop body too, which runs while this is suspended
-                yield from self.batches(self.eval_set if examples is None else examples)
+                yield from self.batches(self.eval_set if examples is None else examples, "held-out rows")
 
     def mean(self, total: float, count: float) -> float:
         """total / count, each summed over all ranks first."""
@@ -205,10 +213,10 @@ class Engine:
     @torch.no_grad()
     def collect(self, function, examples: list, size, label: str | None = None) -> list:
         """`function(batch)`, a number for each of the batch's responses or tokens, for all `examples`: per example a tensor of
-        `size(example)` numbers on the CPU. Each rank computes its share; `label` names the progress line."""
+        `size(example)` numbers on the CPU. Each rank computes its share; `label` names its progress."""
         ends = torch.tensor([0, *map(size, examples)]).cumsum(0).tolist()
         offsets = dict(zip(map(id, examples), ends))
-        numbers, since = torch.zeros(ends[-1], device=self.policy.device), time.time()
+        numbers, since = torch.zeros(ends[-1], device=self.policy.device), time.perf_counter()
         for start in range(0, len(examples), self.config.batch_size):
             block = examples[start:start + self.config.batch_size]
             for members in self.deal(block):
@@ -216,12 +224,11 @@ class Engine:
                 for example, part in zip(members, values.split([size(example) for example in members])):
                     numbers[offsets[id(example)]:offsets[id(example)] + len(part)] = part
             done = start + len(block)
-            if label and (done == len(examples) or self.run.terminal or start // self.config.batch_size % 100 == 99):
-                rate = f"{done / (time.time() - since):.1f} rows/s"
-                self.run.progress(label, done, len(examples), rate, {}, since)
+            if label:
+                line = done == len(examples) or start // self.config.batch_size % 100 == 99
+                self.run.console.count(label, done, len(examples), " rows/s", since, line=line)
             if label and (stop := self.stop_requested()):
                 raise Stopped(stop)
-        self.run.erase()
         if self.world > 1:
             torch.distributed.all_reduce(numbers)
         return list(numbers.cpu().split([size(example) for example in examples])) if examples else []
@@ -310,6 +317,8 @@ class Engine:
         exits at once."""
         def handler(number, frame):
             if self.signal:
+                with contextlib.suppress(RuntimeError):      # it came in the middle of a write to the terminal
+                    self.run.erase()
                 os._exit(128 + number)
             self.signal = number
         for number in (signal.SIGTERM, signal.SIGINT):

@@ -1,0 +1,212 @@
+"""What is seen of a run while it goes on: a line for every update, notices, and on a terminal bars below them.
+
+A terminal shows a bar of the run and, below it, one of what is being counted (rows of the reference pass, completions, held-out
+rows), which disappears when it is done. Elsewhere (a file, a pipe, TERM=dumb) there are the same lines and nothing else. A console
+that can no longer be written to stops no run: what it would show stands in metrics.jsonl and events.log.
+"""
+import contextlib
+import math
+import os
+import threading
+import time
+import weakref
+
+from tqdm import tqdm
+from tqdm.utils import disp_len, disp_trim
+
+BAR = 12                         # columns of the shortest bar with its frame
+PAUSE = 0.1                      # seconds between two drawings of a counter
+CONSOLES = weakref.WeakSet()     # those of this process
+
+
+# ---- numbers and their room -------------------------------------------------------------------------------------------
+
+def clock(seconds: float) -> str:
+    """`0:12`, `1:23:45`, `4 d 20 h`."""
+    minutes, second = divmod(max(0, int(seconds)), 60)
+    hours, minute = divmod(minutes, 60)
+    days, hour = divmod(hours, 24)
+    if days:
+        return f"{days} d {hour} h"
+    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
+
+
+def per_second(count: float, since: float) -> float:
+    """`count` per second since `since`, a time.perf_counter(); 0 if the clock has not moved on."""
+    elapsed = time.perf_counter() - since
+    return count / elapsed if elapsed > 0 else 0.0
+
+
+def time_left(done: int, total: int, since: float) -> str:
+    """How long `total` more will take, where `done` have taken the time since `since`."""
+    elapsed = max(0.0, time.perf_counter() - since)
+    return f"{clock(elapsed / max(1, done) * max(0, total))} left"
+
+
+def fitting(head: str, left: str, rate: str, values: list[str], columns: float) -> tuple[str, str]:
+    """(head, the other parts) in at most `columns`, two of which stand between them. Parts are left out whole, since a number cut in
+    the middle reads as another one: the rate first, then the time left; the last of `values` stays longest."""
+    kept = [part for part in (left, rate, *values) if part]
+    for least in (rate, left, *values):
+        if disp_len("  ".join([head, *kept])) <= columns:
+            break
+        if least:
+            kept.remove(least)
+    if disp_len(head) > columns:
+        head = disp_trim(head, max(0, int(columns) - 3)) + "..."
+    return head, "  ".join(kept)
+
+
+# ---- the terminal -----------------------------------------------------------------------------------------------------
+
+def can_redraw(stream) -> bool:
+    """Whether a line of this stream can be written over."""
+    with contextlib.suppress(AttributeError, ValueError):      # closed before the start (None), or later
+        return stream.isatty() and os.environ.get("TERM") != "dumb"
+    return False
+
+
+def columns_of(stream) -> int:
+    """The columns of this terminal that are used: all but the last one, after which some terminals begin a new line."""
+    columns = 0
+    with contextlib.suppress(OSError, ValueError):
+        columns = os.get_terminal_size(stream.fileno()).columns
+    if columns <= 0:                                           # some terminals of CI systems have 0
+        columns = 80
+    return max(1, columns - 1)
+
+
+class Bar(tqdm):
+    """A bar at the bottom of a terminal, `head |###   | rest`, as wide as the window is when it is drawn."""
+
+    monitor_interval = 0            # no thread beside the training: rewards may fork
+
+    def __init__(self, stream, done: int, total: int, head: str, rest: str = ""):
+        self.head, self.rest, self.stream = head, rest, stream
+        super().__init__(total=total, initial=done, file=stream, leave=False, nrows=20, delay=0)
+
+    def __str__(self):
+        return self.format_meter(self.n, self.total, 0, columns_of(self.stream), ascii=self.ascii, colour=self.colour,
+                                 bar_format="{head} |{bar}| {rest}", head=self.head, rest=self.rest)
+
+    @staticmethod
+    def status_printer(file):
+        """What writes over the line: it clears to the end of the line and not, as tqdm, with as many spaces as there were characters,
+        which would be too many in a window made narrower."""
+        def show(text):
+            file.write(f"\r{text}\033[K")
+            file.flush()
+        return show
+
+
+# tqdm's own lock is shared with forked processes: one that is killed while it holds it would stop the run
+Bar.set_lock(threading.RLock())
+
+
+class Console:
+    """Lines and bars on `stream`; nothing if that is None."""
+
+    def __init__(self, stream):
+        self.stream, self.terminal = stream, can_redraw(stream)
+        self.bar, self.shown = None, []
+        self.counter, self.counted, self.drawn = None, None, -math.inf
+        CONSOLES.add(self)
+
+    def say(self, text: str) -> None:
+        """Write a text of one or more lines, above the bars."""
+        if self.stream:
+            with self.writing():
+                Bar.write(text, file=self.stream)
+                self.stream.flush()
+
+    def start(self, done: int, total: int) -> None:
+        """Show the bar of a run that has made `done` of its `total` updates."""
+        self.close()
+        if self.terminal:
+            with self.writing():
+                self.bar = Bar(self.stream, done, total, f"step {done}/{total}")
+
+    def progress(self, done: int, total: int, rate: str, values: dict, since: float, first: int, line: bool) -> None:
+        """Move the run's bar to update `done` of `total`, of which this process began with `first` at the time `since`, and with `line`
+        write `step 7/24  1:51 left  2133 tokens/s  loss 0.4231  …`. The bar keeps the values of the last line."""
+        parts = [f"step {done}/{total}", time_left(done - first, total - done, since), rate]
+        shown = [f"{name} {value:.4g}" for name, value in values.items()]
+        with self.writing():
+            if self.bar:
+                columns = columns_of(self.stream)
+                self.shown = shown if line else self.shown
+                self.bar.n = done
+                self.bar.head, self.bar.rest = fitting(*parts, self.shown, columns - BAR)
+            if line:
+                self.line(*parts, shown)
+            elif self.bar:
+                self.bar.refresh()
+
+    def line(self, head: str, left: str, rate: str, values: list[str]) -> None:
+        head, rest = fitting(head, left, rate, values, columns_of(self.stream) if self.terminal else math.inf)
+        self.say(f"{head}  {rest}".rstrip())
+
+    def count(self, label: str, done: int, total: int, unit: str, since: float, first: int = 0, line: bool = False) -> None:
+        """On a terminal a bar of `done` of `total` things, which ends with the last one; elsewhere, with `line`, a line."""
+        fresh = done - first
+        parts = [f"{label} {done}/{total}", time_left(fresh, total - done, since), f"{per_second(fresh, since):.1f}{unit}"]
+        if not self.terminal:
+            if line:
+                self.line(*parts, [])
+            return
+        with self.writing():
+            if done >= total or label != self.counted:
+                self.close_counter()
+            now = time.perf_counter()
+            if done >= total or now - self.drawn < PAUSE:
+                return
+            head, rest = fitting(*parts, [], columns_of(self.stream) - BAR)
+            if not self.counter:
+                self.counter, self.counted = Bar(self.stream, done, total, head, rest), label
+            self.counter.n, self.counter.head, self.counter.rest = done, head, rest
+            self.counter.refresh()
+            self.drawn = now
+
+    def close_counter(self) -> None:
+        if self.counter:
+            self.counter.close()
+            self.counter, self.counted, self.drawn = None, None, -math.inf
+
+    @contextlib.contextmanager
+    def cleared(self):
+        """The bars are not on the terminal in this block, whose own output gets lines of its own."""
+        with self.writing():
+            for bar in filter(None, (self.counter, self.bar)):
+                bar.clear()
+        yield
+        with self.writing():
+            for bar in filter(None, (self.bar, self.counter)):
+                bar.refresh()
+
+    def close(self) -> None:
+        """Remove the bars; what is printed next has a line of its own."""
+        with self.writing():
+            self.close_counter()
+            if self.bar:
+                self.bar.close()
+                self.bar = None
+
+    @contextlib.contextmanager
+    def writing(self):
+        """A stream that cannot be written to (its terminal is gone, its pipe closed, its disk full) is given up."""
+        try:
+            yield
+        except (OSError, ValueError):
+            stream, self.stream, self.terminal = self.stream, None, False
+            for bar in filter(None, (self.counter, self.bar)):
+                bar.disable = True
+            self.bar = self.counter = None
+            # what the stream still holds, and whatever else is written to it, must not fail either
+            with contextlib.suppress(OSError, ValueError, AttributeError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def close() -> None:
+    """Remove all bars of this process, before it ends."""
+    for console in list(CONSOLES):
+        console.close()
