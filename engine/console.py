@@ -43,18 +43,20 @@ def time_left(done: int, total: int, since: float) -> str:
     return f"{clock(elapsed / max(1, done) * max(0, total))} left"
 
 
-def fitting(head: str, left: str, rate: str, values: list[str], columns: float) -> tuple[str, str]:
-    """(head, the other parts) in at most `columns`, two of which stand between them. Parts are left out whole, since a number cut in
-    the middle reads as another one: the rate first, then the time left; the last of `values` stays longest."""
-    kept = [part for part in (left, rate, *values) if part]
-    for least in (rate, left, *values):
-        if disp_len("  ".join([head, *kept])) <= columns:
+def cut(text: str, columns: float) -> str:
+    """The text in at most `columns`; dots mark that something is missing."""
+    return text if disp_len(text) <= columns else disp_trim(text, max(0, columns - 3)) + "..."
+
+
+def fitting(parts: list[str], leave_out: list[str], columns: float) -> str:
+    """The parts, with two spaces before each, in at most `columns`. Where there is no room, parts are left out in the order of
+    `leave_out`, whole: a number cut in the middle reads as another number."""
+    kept = [f"  {part}" for part in parts if part]
+    for part in filter(None, leave_out):
+        if disp_len("".join(kept)) <= columns:
             break
-        if least:
-            kept.remove(least)
-    if disp_len(head) > columns:
-        head = disp_trim(head, max(0, int(columns) - 3)) + "..."
-    return head, "  ".join(kept)
+        kept.remove(f"  {part}")
+    return "".join(kept)
 
 
 # ---- the terminal -----------------------------------------------------------------------------------------------------
@@ -77,17 +79,23 @@ def columns_of(stream) -> int:
 
 
 class Bar(tqdm):
-    """A bar at the bottom of a terminal, `head |###   | rest`, as wide as the window is when it is drawn."""
+    """A bar at the bottom of a terminal, `head |###   |  parts`, as wide as the window is when it is drawn."""
 
     monitor_interval = 0            # no thread beside the training: rewards may fork
 
-    def __init__(self, stream, done: int, total: int, head: str, rest: str = ""):
-        self.head, self.rest, self.stream = head, rest, stream
+    def __init__(self, stream, done: int, total: int, head: str):
+        self.stream, self.text = stream, (head, [], [])
         super().__init__(total=total, initial=done, file=stream, leave=False, nrows=20, delay=0)
 
+    def set(self, done: int, head: str, parts: list[str], leave_out: list[str]) -> None:
+        self.n, self.text = done, (head, parts, leave_out)
+
     def __str__(self):
-        return self.format_meter(self.n, self.total, 0, columns_of(self.stream), ascii=self.ascii, colour=self.colour,
-                                 bar_format="{head} |{bar}| {rest}", head=self.head, rest=self.rest)
+        columns = columns_of(self.stream)
+        head, parts, leave_out = self.text
+        rest = fitting(parts, leave_out, columns - BAR - disp_len(head))
+        return self.format_meter(self.n, self.total, 0, columns, ascii=self.ascii, colour=self.colour,
+                                 bar_format="{head} |{bar}|{rest}", head=cut(head, columns - 4), rest=rest)
 
     @staticmethod
     def status_printer(file):
@@ -114,7 +122,7 @@ class Console:
 
     def say(self, text: str) -> None:
         """Write a text of one or more lines, above the bars."""
-        if self.stream:
+        if self.stream is not None:
             with self.writing():
                 Bar.write(text, file=self.stream)
                 self.stream.flush()
@@ -129,30 +137,29 @@ class Console:
     def progress(self, done: int, total: int, rate: str, values: dict, since: float, first: int, line: bool) -> None:
         """Move the run's bar to update `done` of `total`, of which this process began with `first` at the time `since`, and with `line`
         write `step 7/24  1:51 left  2133 tokens/s  loss 0.4231  …`. The bar keeps the values of the last line."""
-        parts = [f"step {done}/{total}", time_left(done - first, total - done, since), rate]
-        shown = [f"{name} {value:.4g}" for name, value in values.items()]
+        head, left = f"step {done}/{total}", time_left(done - first, total - done, since)
+        if line:
+            self.shown = [f"{name} {value:.4g}" for name, value in values.items()]
         with self.writing():
             if self.bar:
-                columns = columns_of(self.stream)
-                self.shown = shown if line else self.shown
-                self.bar.n = done
-                self.bar.head, self.bar.rest = fitting(*parts, self.shown, columns - BAR)
+                self.bar.set(done, head, [left, rate, *self.shown], [rate, *self.shown, left])
             if line:
-                self.line(*parts, shown)
+                self.line(head, [left, rate, *self.shown], [rate, left, *self.shown])
             elif self.bar:
                 self.bar.refresh()
 
-    def line(self, head: str, left: str, rate: str, values: list[str]) -> None:
-        head, rest = fitting(head, left, rate, values, columns_of(self.stream) if self.terminal else math.inf)
-        self.say(f"{head}  {rest}".rstrip())
+    def line(self, head: str, parts: list[str], leave_out: list[str]) -> None:
+        columns = columns_of(self.stream) if self.terminal else math.inf
+        self.say(cut(head, columns) + fitting(parts, leave_out, columns - disp_len(head)))
 
     def count(self, label: str, done: int, total: int, unit: str, since: float, first: int = 0, line: bool = False) -> None:
         """On a terminal a bar of `done` of `total` things, which ends with the last one; elsewhere, with `line`, a line."""
         fresh = done - first
-        parts = [f"{label} {done}/{total}", time_left(fresh, total - done, since), f"{per_second(fresh, since):.1f}{unit}"]
+        head, left = f"{label} {done}/{total}", time_left(fresh, total - done, since)
+        rate = f"{per_second(fresh, since):.1f}{unit}"
         if not self.terminal:
             if line:
-                self.line(*parts, [])
+                self.line(head, [left, rate], [])
             return
         with self.writing():
             if done >= total or label != self.counted:
@@ -160,10 +167,9 @@ class Console:
             now = time.perf_counter()
             if done >= total or now - self.drawn < PAUSE:
                 return
-            head, rest = fitting(*parts, [], columns_of(self.stream) - BAR)
             if not self.counter:
-                self.counter, self.counted = Bar(self.stream, done, total, head, rest), label
-            self.counter.n, self.counter.head, self.counter.rest = done, head, rest
+                self.counter, self.counted = Bar(self.stream, done, total, head), label
+            self.counter.set(done, head, [left, rate], [rate, left])
             self.counter.refresh()
             self.drawn = now
 
