@@ -14,7 +14,8 @@ import weakref
 from tqdm import tqdm
 from tqdm.utils import disp_len, disp_trim
 
-BAR = 12                         # columns of the shortest bar with its frame
+BAR = 9                          # columns of the shortest bar with its frame
+TYPED = 4                        # columns kept free after a bar, where the terminal shows ^C^C
 PAUSE = 0.1                      # seconds between two drawings of a counter
 CONSOLES = weakref.WeakSet()     # those of this process
 
@@ -91,7 +92,7 @@ class Bar(tqdm):
         self.n, self.text = done, (head, parts, leave_out)
 
     def __str__(self):
-        columns = columns_of(self.stream)
+        columns = max(1, columns_of(self.stream) - TYPED)
         head, parts, leave_out = self.text
         rest = fitting(parts, leave_out, columns - BAR - disp_len(head))
         return self.format_meter(self.n, self.total, 0, columns, ascii=self.ascii, colour=self.colour,
