@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 
 from data.errors import UserError, run_program
 from data.hub import SHORT
+from engine import console
 from engine.checkpoint import model_path
 from engine.load import load_tokenizer
 from engine.model import is_reward_model
@@ -186,4 +187,4 @@ def preferences(settings: Config, path: str, name: str) -> tuple[list[dict], dic
 
 
 if __name__ == "__main__":
-    run_program(main)
+    run_program(main, console.close)

@@ -17,6 +17,7 @@ import os
 from dataclasses import dataclass, replace
 
 from data.errors import RunError, UserError, run_program
+from engine import console
 from engine.checkpoint import model_path
 from engine.results import Settings, complete, default_output, help_text, notice, read_settings, write
 
@@ -104,4 +105,4 @@ def turn(row: dict) -> dict:
 
 
 if __name__ == "__main__":
-    run_program(main)
+    run_program(main, console.close)

@@ -7,6 +7,7 @@ import sys
 from dataclasses import asdict, replace
 
 from data.errors import give_reason, run_program
+from engine import console
 from engine.config import as_yaml, help_text, load_config
 
 
@@ -81,4 +82,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run_program(main)
+    run_program(main, console.close)

@@ -29,11 +29,15 @@ def printable(text: str, keep: str = "\n\t") -> str:
     return UNPRINTABLE.sub(escape, text)
 
 
-def run_program(main) -> None:
+def run_program(main, close=lambda: None) -> None:
     """`main(arguments)`, whose UserError is one line on stderr and its exit code (with --debug its traceback), and Ctrl-C
-    code 130. Under torchrun the line stands once for all processes, and a process that another one's end broke is silent."""
+    code 130. Under torchrun the line stands once for all processes, and a process that another one's end broke is silent.
+    `close()` comes before that line: it leaves the console as an error finds it best, without progress bars."""
     try:
-        main(sys.argv[1:])
+        try:
+            main(sys.argv[1:])
+        finally:
+            close()
     except KeyboardInterrupt:
         sys.exit(130)
     except UserError as error:

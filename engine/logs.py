@@ -2,7 +2,7 @@
 
     config.yaml run.json metrics.jsonl samples.jsonl events.log checkpoints/ final/
 
-Only rank 0 writes. The console is a view of metrics.jsonl: one progress line on a terminal, plain lines elsewhere.
+Only rank 0 writes. The console (console.py) is a view of metrics.jsonl.
 """
 import json
 import math
@@ -15,6 +15,7 @@ import time
 
 from data.errors import RunError, UserError, printable
 from engine import checkpoint
+from engine.console import Console
 from engine.fingerprint import check_unchanged
 
 ROWS = ("metrics.jsonl", "samples.jsonl")
@@ -26,10 +27,10 @@ class Run:
     """Writes one run's files and prints its console; does nothing on ranks other than 0."""
 
     def __init__(self, directory: str, main: bool = True):
-        self.directory, self.main, self.started = directory, main, time.time()
+        self.directory, self.main = directory, main
+        self.console = Console(sys.stderr if main else None)
         self.begun, self.early = False, []             # whether the directory is a run, and what to log when it is one
         self.newer = []                                # checkpoints of later steps than the one this run goes on from
-        self.terminal, self.line = sys.stderr.isatty(), ""
 
     def path(self, *names: str) -> str:
         return os.path.join(self.directory, *names)
@@ -151,23 +152,9 @@ class Run:
     def notice(self, text: str) -> None:
         """A sentence the user should read once; kept in events.log."""
         if self.main:
-            self.erase()
             text = printable(text, keep="")
-            print(text, file=sys.stderr, flush=True)
+            self.console.say(text)
             self.append("events.log", f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}")
-
-    def progress(self, label: str, done: int, total: int, rate: str, values: dict, since: float, first: int = 0) -> None:
-        """`step 20/100  0:12 left  1.2k tokens/s  loss 0.4231  …`: overwritten in place on a terminal, a plain line elsewhere."""
-        if not self.main:
-            return
-        left = (time.time() - since) / max(1, done - first) * (total - done)
-        shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
-        line = f"{label} {done}/{total}  {int(left // 60)}:{int(left % 60):02d} left  {rate}  {shown}".rstrip()
-        if self.terminal:
-            print("\r\033[K" + line, end="", file=sys.stderr, flush=True)
-            self.line = line
-        else:
-            print(line, file=sys.stderr, flush=True)
 
     def summary(self, chat: bool = True) -> None:
         """What the run changed on held-out rows (else on its own rows), where the model lies and how to talk to it."""
@@ -176,20 +163,20 @@ class Run:
         rows = [json.loads(line) for line in self.rows("metrics.jsonl")]
         split = "eval" if any(row["split"] == "eval" for row in rows) else "train"
         first, *_, last = [row for row in rows if row["split"] == split] * 2
-        print(f"\n{'held-out rows' if split == 'eval' else 'training rows'}: step {first['step']} -> step {last['step']}")
+        self.erase()
+        console = Console(sys.stdout)
+        console.say(f"\n{'held-out rows' if split == 'eval' else 'training rows'}: step {first['step']} -> step {last['step']}")
         hidden = ("step", "split", "epoch", "lr", "grad_norm", "tokens_per_second")
         # an update of kto may lack one class; what was not finite is null
         known = [name for name in first if None not in (first[name], last.get(name))]
         for name in [name for name in known if name not in hidden]:
-            print(f"  {name:<20} {first[name]:9.4f} -> {last[name]:9.4f}")
-        print(f"model    {self.path('final')}\n" + (f"chat     python chat.py {self.directory}\n" if chat else "")
-              + f"metrics  {self.path('metrics.jsonl')}")
+            console.say(f"  {name:<20} {first[name]:9.4f} -> {last[name]:9.4f}")
+        console.say(f"model    {self.path('final')}\n" + (f"chat     python chat.py {self.directory}\n" if chat else "")
+                    + f"metrics  {self.path('metrics.jsonl')}")
 
     def erase(self) -> None:
-        """End the progress line on a terminal, so that what is printed next has a line of its own."""
-        if self.terminal and self.line:
-            print(file=sys.stderr)
-            self.line = ""
+        """Remove the bars from the terminal, so that what is printed next has a line of its own."""
+        self.console.close()
 
 
 def step_of_row(line: str) -> int | None:

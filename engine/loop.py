@@ -4,6 +4,7 @@ An algorithm calls `engine.steps()`, iterates each `Step`, and may touch `engine
 `engine.reference(path)`, `engine.clip_gradients()`, `engine.eval_batches(step)` and `engine.mean(sum, count)`; where its loss
 needs more of an update than its micro-batches, also `train_set`, `eval_set`, `updates()`, `batches(examples)` and `notice(text)`.
 """
+import contextlib
 import math
 import os
 import shutil
@@ -18,6 +19,7 @@ from data.guard import handle, interrupt, leave
 from data.pack import Example, order, pack
 from data.tokenise import stop_ids
 from engine import checkpoint
+from engine.console import per_second
 from engine.load import base_of, generation_settings, is_finite
 from engine.logs import Run
 from engine.model import RewardModel, build_policy
@@ -48,7 +50,7 @@ class Engine:
         if start:
             checkpoint.load_optimizer(start, policy, self.optimizer)
         self.step, self.grad_norm, self.signal = None, None, None
-        self.since, self.tokens_seen = time.time(), 0
+        self.since, self.tokens_seen = time.perf_counter(), 0
         self.plan, self.planned_epoch = None, None            # the rows of every update of one epoch
         self.catch_signals()
 
@@ -94,7 +96,8 @@ class Engine:
     def steps(self):
         """Iterate the updates of the run, from the one after the checkpoint; after the last one the final model is written."""
         self.check_total()
-        self.since = time.time()
+        self.since = time.perf_counter()
+        self.run.console.start(self.first, self.total)
         if self.first == 0 and self.eval_set:
             self.step = Step(self, 0, [])
             yield self.step
@@ -107,7 +110,7 @@ class Engine:
     def update(self, index: int, examples: list, more: dict | None = None):
         """Yield the Step of one update, and do what lies between two of them: learning rate, logging (with `more` metrics), samples,
         checkpoints, signals."""
-        started = time.time()
+        started, shown = time.perf_counter(), {}
         self.step = Step(self, index, examples)
         lr = self.learning_rate(index)
         for group in self.optimizer.param_groups:
@@ -118,14 +121,15 @@ class Engine:
             raise RunError(f"no weight moved in the first update (gradient norm {self.grad_norm:.3g}, lr {lr:g}); fix: raise lr")
         tokens = sum(example.size(self.policy.share_prompt) for example in examples)
         self.tokens_seen += tokens
-        if index % self.config.log_every == 0 or index in (1, self.total):
+        logged = index % self.config.log_every == 0 or index in (1, self.total)
+        if logged:
             averages = self.step.averages("train") | (more or {})
             self.run.append("metrics.jsonl", {
                 "step": index, "split": "train", "epoch": round(index / self.draws_per_epoch / self.per_draw, 4), **averages,
-                "grad_norm": self.grad_norm, "lr": lr, "tokens_per_second": round(tokens / (time.time() - started), 1)})
+                "grad_norm": self.grad_norm, "lr": lr, "tokens_per_second": round(per_second(tokens, started), 1)})
             shown = {name: averages[name] for name in dict.fromkeys(["loss", self.progress]) if name in averages}
-            rate = f"{self.tokens_seen / (time.time() - self.since):.0f} tokens/s"
-            self.run.progress("step", index, self.total, rate, shown, self.since, self.first)
+        rate = f"{per_second(self.tokens_seen, self.since):.0f} tokens/s"
+        self.run.console.progress(index, self.total, rate, shown, self.since, self.first, line=logged)
         self.record_evaluation(self.step)
         if self.sample_every and (index % self.sample_every == 0 or index == self.total):
             self.write_samples(index)
@@ -192,18 +196,22 @@ class Engine:
             raise RunError(f"{what}, before the weights were touched; rows: {shown}; last checkpoint: "
                            f"{last[-1] if last else 'none'}; fix: lower lr or look at these rows")
 
-    def batches(self, examples: list):
-        """Micro-batches of any examples, which all ranks share among them."""
+    def batches(self, examples: list, label: str | None = None):
+        """Micro-batches of any examples, which all ranks share among them; `label` names their bar on a terminal."""
+        since = time.perf_counter()
         for start in range(0, len(examples), self.config.batch_size):
-            for members in self.deal(examples[start:start + self.config.batch_size]):
+            block = examples[start:start + self.config.batch_size]
+            for members in self.deal(block):
                 yield self.policy.collate(members)
+            if label:
+                self.run.console.count(label, start + len(block), len(examples), " rows/s", since)
 
     def eval_batches(self, step: Step, examples: list | None = None):
         """The micro-batches of the held-out rows (or of `examples`, which stand for them) if an evaluation is due at this step,
         without gradients; else nothing."""
         if self.eval_set and (step.index % self.eval_every == 0 or step.index == self.total):
             with torch.no_grad():                  # holds for the caller's loop body too, which runs while this is suspended
-                yield from self.batches(self.eval_set if examples is None else examples)
+                yield from self.batches(self.eval_set if examples is None else examples, "held-out rows")
 
     def mean(self, total: float, count: float) -> float:
         """total / count, each summed over all ranks first."""
@@ -236,24 +244,22 @@ class Engine:
         """The log-probs of every response's trained tokens, by `response_key`, fp32 and on the CPU. `store` gets them in parts,
         one every SEAL_SECONDS and one at a stop, so that a pass which is stopped goes on where it was."""
         table, unsealed, size = {}, {}, self.config.batch_size
-        since = sealed = time.monotonic()
+        since = sealed = time.perf_counter()
         for start in range(0, len(examples), size):
             block = examples[start:start + size]
             for example, logps in zip(block, self.collect(model, block, lambda example: example.num_trained)):
                 lengths = [int(response.trained.sum()) for response in example.responses]
                 unsealed.update(zip(response_keys(example), logps.split(lengths)))
             done = start + len(block)
-            if done == len(examples) or self.run.terminal or start // size % 100 == 99:
-                rate = f"{done / max(1e-9, time.monotonic() - since):.1f} rows/s"
-                self.run.progress("reference log-probs", done, len(examples), rate, {}, since)
+            line = done == len(examples) or start // size % 100 == 99
+            self.run.console.count("reference log-probs", done, len(examples), " rows/s", since, line=line)
             stop = self.stop_requested()
-            age = from_main(lambda: time.monotonic() - sealed)      # noqa: B023  one clock decides for all ranks
+            age = from_main(lambda: time.perf_counter() - sealed)      # noqa: B023  one clock decides for all ranks
             if stop or age > SEAL_SECONDS or done == len(examples):
                 from_main(write_part, store, unsealed)
-                table, unsealed, sealed = table | unsealed, {}, time.monotonic()
+                table, unsealed, sealed = table | unsealed, {}, time.perf_counter()
             if stop:
                 raise Stopped(stop)
-        self.run.erase()
         return table
 
     @torch.no_grad()
@@ -422,6 +428,8 @@ class Engine:
                 self.signal, self.signalled = number, time.monotonic()
                 interrupt()
             elif time.monotonic() - self.signalled >= same_request:
+                with contextlib.suppress(RuntimeError):      # it came in the middle of a write to the terminal
+                    self.run.erase()
                 leave(128 + number)
         handle(signal.SIGTERM, handler)
         handle(signal.SIGINT, handler, in_child=lambda number, frame: None)

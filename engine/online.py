@@ -17,6 +17,7 @@ from data.errors import RunError
 from data.pack import Example, Response
 from data.rewards import load_reward, score
 from engine import checkpoint, lora
+from engine.console import per_second
 from engine.load import is_adapter
 from engine.loop import Engine, Stopped
 from engine.model import build_policy, build_reward_model, shard
@@ -42,7 +43,8 @@ class OnlineEngine(Engine):
         self.check_total()
         if samples and not self.config.sample_every:
             self.sample_every = self.per_draw * math.ceil(self.total / self.per_draw / samples)
-        self.since = time.time()
+        self.since = time.perf_counter()
+        self.run.console.start(self.first, self.total)
         for number in range(self.first // self.per_draw, math.ceil(self.total / self.per_draw)):
             start = number * self.per_draw                                       # updates made before this rollout
             if self.first <= start:
@@ -104,11 +106,10 @@ class OnlineEngine(Engine):
     def complete(self, rows: list[int], prompts: list[Example], key: tuple, copies: int, label: str) -> list[Example]:
         """The examples `prompts[i] for i in rows` with `copies` sampled responses each. Each rank samples its share of the prompts;
         then all have all."""
-        since, mine = time.time(), rows[self.rank::self.world]
+        since, mine = time.perf_counter(), rows[self.rank::self.world]
 
         def report(done, total):
-            if self.run.terminal:
-                self.run.progress(f"{label}: completions", done, total, f"{done / (time.time() - since):.1f}/s", {}, since)
+            self.run.console.count(f"{label}: completions", done, total, "/s", since)
 
         found = sample(self.policy, self.tokenizer, [prompts[i].prompt for i in mine], [(self.config.seed, *key, i) for i in mine],
                        copies, self.sampling, report)
@@ -138,10 +139,16 @@ class OnlineEngine(Engine):
         rollout.metrics = self.reward_metrics(rollout)
 
     def judge(self, rollout: Rollout) -> None:
+        def by_function(*arguments):
+            return from_main(score, *arguments)
+
+        def by_model(reward):
+            return self.collect(self.reward_models[reward.name], rollout.examples, lambda example: len(example.responses))
+
         failure = None
         try:
-            judge(rollout, self.rewards, self.tokenizer, lambda *arguments: from_main(score, *arguments), lambda reward: self.collect(
-                self.reward_models[reward.name], rollout.examples, lambda example: len(example.responses)))
+            with self.run.console.cleared():      # a reward may print
+                judge(rollout, self.rewards, self.tokenizer, by_function, by_model)
         except RunError as error:
             failure = error
         # A signal often reaches the processes that a reward has started, too, so its values may be wrong: they are not used
@@ -184,7 +191,7 @@ class OnlineEngine(Engine):
             return (epochs * len(self.train_set) + rest * self.config.batch_size) * self.num_generations
 
         done = completions(rollout.number + 1)
-        return {"episode": done, "eps": (done - completions(self.first // self.per_draw)) / (time.time() - self.since)}
+        return {"episode": done, "eps": per_second(done - completions(self.first // self.per_draw), self.since)}
 
     @staticmethod
     def spread(rewards):

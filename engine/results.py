@@ -192,9 +192,10 @@ def complete(settings, path: str, name: str, notice) -> tuple[list[dict], dict]:
     for first, last in results.left:
         part, keys = examples[first:last], [(settings.seed, i) for i in range(first, last)]
         found = sample(policy, tokenizer, [example.prompt for example in part], keys, settings.n, settings,
-                       lambda done, _: results.run.terminal and results.show(first * settings.n + done))      # noqa: B023
+                       lambda done, _: results.show(first * settings.n + done, line=False))      # noqa: B023
         rollout = Rollout(0, [with_completions(*both) for both in zip(part, found)])
-        judge(rollout, rewards, tokenizer, score, lambda reward: scores(models[reward.name], rollout.examples))      # noqa: B023
+        with results.run.console.cleared():      # a reward may print
+            judge(rollout, rewards, tokenizer, score, lambda reward: scores(models[reward.name], rollout.examples))      # noqa: B023
         results.add(completion_rows(rollout, first, rewards, verifies_r1_zero, tokenizer))
     return results.rows, used
 
@@ -234,7 +235,7 @@ class Results:
 
     def __init__(self, output: str, name: str, used: dict, total: int, each: int, batch: int, notice):
         self.path, known = (os.path.join(output, f"{name}_{what}") for what in ("results.jsonl", "settings.json"))
-        self.run, self.since, self.total, self.each = Run(output), time.time(), total, each
+        self.run, self.since, self.total, self.each = Run(output), time.perf_counter(), total, each
         used = json.loads(json.dumps(used))
         try:
             if holder := claim(output, f".{name}{LOCK}"):
@@ -274,14 +275,11 @@ class Results:
         except OSError as error:
             raise RunError(f"cannot write {self.path} ({error.strerror}); fix: free disk space and run the same command again") from error
         self.rows += rows
-        self.show(len(self.rows))
+        self.show(len(self.rows), line=True)
 
-    def show(self, done: int) -> None:
-        """The progress line, at `done` rows."""
-        fresh, total = done - self.first * self.each, self.total * self.each
-        self.run.progress("row", done, total, f"{fresh / (time.time() - self.since):.1f} rows/s", {}, self.since, self.first * self.each)
-        if len(self.rows) == total:
-            self.run.erase()
+    def show(self, done: int, line: bool) -> None:
+        """Progress, at `done` rows."""
+        self.run.console.count("row", done, self.total * self.each, " rows/s", self.since, self.first * self.each, line)
 
 
 def write(path: str, text: str) -> None:

@@ -1,0 +1,232 @@
+"""What is seen of a run while it goes on: a line for every update, notices, and on a terminal bars below.
+
+A terminal shows a bar of the run and, below it, one of what is being counted (rows of the reference pass,
+completions, held-out rows), which disappears when it is done. Elsewhere (a file, a pipe, TERM=dumb) there are
+the same lines and nothing else. A console that can no longer be written to stops no run: what it would show
+stands in metrics.jsonl and events.log.
+"""
+import contextlib
+import math
+import os
+import threading
+import time
+import weakref
+
+from tqdm import tqdm
+from tqdm.utils import disp_len, disp_trim
+
+BAR = 9                          # columns of the shortest bar with its frame
+TYPED = 4                        # columns kept free after a bar, where the terminal shows ^C^C
+PAUSE = 0.1                      # seconds between two drawings of a counter
+CONSOLES = weakref.WeakSet()     # those of this process
+
+
+# ---- numbers and their room --------------------------------------------------------------------------
+
+def clock(seconds: float) -> str:
+    """`0:12`, `1:23:45`, `4 d 20 h`."""
+    minutes, second = divmod(max(0, int(seconds)), 60)
+    hours, minute = divmod(minutes, 60)
+    days, hour = divmod(hours, 24)
+    if days:
+        return f"{days} d {hour} h"
+    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
+
+
+def per_second(count: float, since: float) -> float:
+    """`count` per second since `since`, a time.perf_counter(); 0 if the clock has not moved on."""
+    elapsed = time.perf_counter() - since
+    return count / elapsed if elapsed > 0 else 0.0
+
+
+def time_left(done: int, left: int, since: float) -> str:
+    """How long `left` more will take, where `done` have taken the time since `since`."""
+    elapsed = max(0.0, time.perf_counter() - since)
+    return f"{clock(elapsed / max(1, done) * max(0, left))} left"
+
+
+def cut(text: str, columns: float) -> str:
+    """The text in at most `columns`; dots mark that something is missing."""
+    if disp_len(text) <= columns:
+        return text
+    return disp_trim(text, max(0, columns - 3)) + "..."
+
+
+def counted(label: str, done: int, total: int, columns: float) -> str:
+    """`step 7/24` in at most `columns`, the numbers whole."""
+    numbers = f" {done}/{total}"
+    return cut(label, columns - len(numbers)) + numbers
+
+
+def fitting(parts: list[str], leave_out: list[str], columns: float) -> str:
+    """The parts, with two spaces before each, in at most `columns`. Where there is no room, parts are left out
+    in the order of `leave_out`, whole: a number cut in the middle reads as another number."""
+    kept = [f"  {part}" for part in parts]
+    for part in leave_out:
+        if disp_len("".join(kept)) <= columns:
+            break
+        kept.remove(f"  {part}")
+    return "".join(kept)
+
+
+# ---- the terminal ------------------------------------------------------------------------------------
+
+def can_redraw(stream) -> bool:
+    """Whether a line of this stream can be written over."""
+    with contextlib.suppress(AttributeError, ValueError):      # closed before the start (None), or later
+        return stream.isatty() and os.environ.get("TERM") != "dumb"
+    return False
+
+
+def columns_of(stream) -> int:
+    """The columns of this terminal that are used: after the last one some terminals begin a new line."""
+    columns = 0
+    with contextlib.suppress(OSError, ValueError):
+        columns = os.get_terminal_size(stream.fileno()).columns
+    if columns <= 0:                                           # some terminals of CI systems have 0
+        columns = 80
+    return max(1, columns - 1)
+
+
+class Bar(tqdm):
+    """A bar at the bottom of a terminal, `step 7/24 |###   |  parts`, as wide as the window of now."""
+
+    monitor_interval = 0            # no thread beside the training: rewards may fork
+
+    def __init__(self, stream, label: str, done: int, total: int):
+        self.stream, self.label, self.parts, self.leave_out = stream, label, [], []
+        super().__init__(total=total, initial=done, file=stream, leave=False, nrows=20, delay=0)
+
+    def set(self, done: int, parts: list[str], leave_out: list[str]) -> None:
+        self.n, self.parts, self.leave_out = done, parts, leave_out
+
+    def __str__(self):
+        columns = max(1, columns_of(self.stream) - TYPED)
+        head = counted(self.label, self.n, self.total, columns - 4)
+        rest = fitting(self.parts, self.leave_out, columns - BAR - disp_len(head))
+        elapsed = 0                 # its own times and rates are not used: its clock may run backwards
+        return self.format_meter(self.n, self.total, elapsed, columns, ascii=self.ascii, colour=self.colour,
+                                 bar_format="{head} |{bar}|{rest}", head=head, rest=rest)
+
+    @staticmethod
+    def status_printer(file):
+        """What writes over the line. It clears to the end of the line; tqdm writes as many spaces as there
+        were characters, which would be too many in a window made narrower."""
+        def show(text):
+            file.write(f"\r{text}\033[K")
+            file.flush()
+        return show
+
+
+# tqdm's own lock is shared with forked processes: one that is killed while it holds it would stop the run
+Bar.set_lock(threading.RLock())
+
+
+class Console:
+    """Lines and bars on `stream`; nothing if that is None."""
+
+    def __init__(self, stream):
+        self.stream, self.terminal = stream, can_redraw(stream)
+        self.bar, self.shown = None, []
+        self.counter, self.drawn = None, -math.inf
+        CONSOLES.add(self)
+
+    def say(self, text: str) -> None:
+        """Write a text of one or more lines, above the bars."""
+        if self.stream is not None:
+            with self.writing():
+                Bar.write(text, file=self.stream)
+                self.stream.flush()
+
+    def line(self, label: str, done: int, total: int, parts: list[str], leave_out: list[str]) -> None:
+        columns = columns_of(self.stream) if self.terminal else math.inf
+        head = counted(label, done, total, columns)
+        self.say(cut(head + fitting(parts, leave_out, columns - disp_len(head)), columns))
+
+    def start(self, done: int, total: int) -> None:
+        """Show the bar of a run that has made `done` of its `total` updates."""
+        self.close()
+        if self.terminal:
+            with self.writing():
+                self.bar = Bar(self.stream, "step", done, total)
+
+    def progress(self, done: int, total: int, rate: str, values: dict, since: float, first: int, line: bool):
+        """Move the run's bar to update `done` of `total`, of which `first` were made before the time `since`;
+        with `line` write `step 7/24  1:51 left  2133 tokens/s  loss 0.4231  …`. The bar keeps the last line's
+        values. A narrow window keeps the last value in the line, and the time left in the bar."""
+        left = time_left(done - first, total - done, since)
+        if line:
+            self.shown = [f"{name} {value:.4g}" for name, value in values.items()]
+        parts = [left, rate, *self.shown]
+        with self.writing():
+            if self.bar:
+                self.bar.set(done, parts, [rate, *self.shown, left])
+            if line:
+                self.line("step", done, total, parts, [rate, left, *self.shown])
+            elif self.bar:
+                self.bar.refresh()
+
+    def count(self, label: str, done: int, total: int, unit: str, since: float, first: int = 0, line=False):
+        """On a terminal a bar of `done` of `total` things, which ends with the last one; elsewhere, with
+        `line`, a line. `first` of them were done before the time `since`."""
+        left = time_left(done - first, total - done, since)
+        rate = f"{per_second(done - first, since):.1f}{unit}"
+        if self.terminal:
+            self.move_counter(label, done, total, [left, rate], [rate, left])
+        elif line:
+            self.line(label, done, total, [left, rate], [])
+
+    def move_counter(self, label: str, done: int, total: int, parts: list[str], leave_out: list[str]):
+        with self.writing():
+            if done >= total or (self.counter and label != self.counter.label):
+                self.close_counter()
+            now = time.perf_counter()
+            if done < total and now - self.drawn >= PAUSE:
+                self.counter = self.counter or Bar(self.stream, label, done, total)
+                self.counter.set(done, parts, leave_out)
+                self.counter.refresh()
+                self.drawn = now
+
+    def close_counter(self) -> None:
+        if self.counter:
+            self.counter.close()
+            self.counter, self.drawn = None, -math.inf
+
+    @contextlib.contextmanager
+    def cleared(self):
+        """The bars are not on the terminal in this block, whose own output gets lines of its own."""
+        with self.writing():
+            for bar in filter(None, [self.counter, self.bar]):
+                bar.clear()
+        yield
+        with self.writing():
+            for bar in filter(None, [self.bar, self.counter]):
+                bar.refresh()
+
+    def close(self) -> None:
+        """Remove the bars; what is printed next has a line of its own."""
+        with self.writing():
+            self.close_counter()
+            if self.bar:
+                self.bar.close()
+                self.bar = None
+
+    @contextlib.contextmanager
+    def writing(self):
+        """A stream that cannot be written to (no terminal or reader any more, a full disk) is given up."""
+        try:
+            yield
+        except (OSError, ValueError):
+            stream, self.stream, self.terminal = self.stream, None, False
+            for bar in filter(None, [self.counter, self.bar]):
+                bar.disable = True
+            self.bar = self.counter = None
+            # what the stream still holds, and whatever else is written to it, must not fail either
+            with contextlib.suppress(OSError, ValueError, AttributeError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def close() -> None:
+    """Remove all bars of this process, before it ends."""
+    for console in list(CONSOLES):
+        console.close()
