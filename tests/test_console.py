@@ -20,7 +20,7 @@ import robust_helpers as child
 from helpers import prompt_rows, tiny_model, write_jsonl
 
 import evaluate
-from data.rewards import _time_limit
+from data.guard import _time_limit
 from engine import console
 from engine.console import Console, clock, counted, cut, fitting
 
@@ -311,7 +311,7 @@ def test_a_forked_process_that_dies_in_a_drawing_does_not_stop_the_run(stream):
             assert time.monotonic() < deadline or os.kill(process, signal.SIGKILL), "it waits for a lock"
             time.sleep(0.01)
         try:
-            with _time_limit(10):
+            with _time_limit(10, "the console"):
                 shown.progress(1, 9, "7 tokens/s", {"loss": 0.5}, time.perf_counter(), 0, line=True)
         except BaseException as late:      # with a lock that can be taken, so that the test can end
             console.Bar.set_lock(threading.RLock())
@@ -361,7 +361,7 @@ def test_an_offline_run_stopped_and_continued_on_a_terminal(model, tmp_path):
     child.project(tmp_path, "dpo", model, log_every=2, max_steps=5)
     code, text = train(tmp_path, 80, patch=child.signal_in_update, arguments=(signal.SIGTERM, 3))
     *lines, last = Screen(80, text).lines()
-    assert code == 143 and last == "stopped by SIGTERM; continue with: python train.py config.yml"
+    assert code == 143 and last == f"stopped by SIGTERM; continue with: python {child.ROOT}/train.py config.yml"
     assert [line.split("  ")[0] for line in lines if line[:5] == "step "] == ["step 1/5", "step 2/5"]
     assert "reference log-probs 4/14 |" in text and "step 3/5 |" in text
     assert not [line for line in lines if "|" in line or line.startswith("reference log-probs ")]
