@@ -178,7 +178,7 @@ def our_engine(job: dict, keys: dict):
     model.check_policy(policy, train_set, common.share_prompt, run.notice)
     if algorithm.MODEL == "reward":
         policy = model.build_reward_model(policy, common.model, common.seed)
-    run.begin(as_yaml(common, config), report, 0)
+    run.begin(as_yaml(common, config), report, {}, 0)
     kind = OnlineEngine if algorithm.DATA == "prompts" else Engine
     engine = kind(common, policy, tokenizer, train_set, eval_set, run, algorithm.PROGRESS)
     engine.save_final = lambda: None

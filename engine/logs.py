@@ -44,6 +44,7 @@ class Run:
         self.newer = [path for path in checkpoint.checkpoints(self.directory) if checkpoint.step_of(path) > step]
         goes_back = any(checkpoint.broken(path) is None for path in self.newer)
         try:
+            os.makedirs(self.directory, exist_ok=True)
             checkpoint.tidy(self.directory)
             self.write("config.yaml", config_yaml)
             for name in ROWS:
