@@ -363,21 +363,20 @@ def test_dpo_starts_at_log_two(run):
 @pytest.mark.parametrize("algorithm", ["dpo", "ipo"])
 def test_rounding_wins_no_pair(run, monkeypatch, algorithm):
     """The reference's log-probs are off by what another CPU, or another cut into micro-batches, may make of them."""
-    original, generator = Engine.frozen_logps, torch.Generator().manual_seed(0)
+    original, generator = Engine.collect, torch.Generator().manual_seed(0)
 
     def rounded(*arguments):
-        return {key: logps + 1e-6 * torch.randn(logps.shape, generator=generator) for key, logps in original(*arguments).items()}
+        return [logps + 1e-6 * torch.randn(logps.shape, generator=generator) for logps in original(*arguments)]
 
-    monkeypatch.setattr(Engine, "frozen_logps", rounded)
+    monkeypatch.setattr(Engine, "collect", rounded)
     first, second = metrics(run("rounded", algorithm, max_steps=2))
     assert first["rewards/margins"] != 0 and first["rewards/accuracies"] == 0 < second["rewards/accuracies"]
 
 
 @pytest.mark.parametrize("error", [3e-4, -3e-4])
 def test_a_wrong_reference_stops_the_run(run, tmp_path, monkeypatch, error):
-    original = Engine.frozen_logps
-    monkeypatch.setattr(Engine, "frozen_logps",
-                        lambda *arguments: {key: logps + error for key, logps in original(*arguments).items()})
+    original = Engine.collect
+    monkeypatch.setattr(Engine, "collect", lambda *arguments: [logps + error for logps in original(*arguments)])
     with pytest.raises(RunError, match="policy and reference differ"):
         run("wrong", "dpo", max_steps=1)
     assert metrics(tmp_path / "wrong") == []
