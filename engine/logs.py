@@ -87,8 +87,15 @@ class Run:
                 os.remove(self.path(name + REPLACED))
 
     def check_started(self, digests: dict) -> None:
-        """UserError where a file, a model or a hub commit that the configuration names is not what it was at the start."""
-        check_unchanged(self.started_with().get("digests", {}), digests, self.directory)
+        """UserError where a file, a model or a hub commit that the configuration names is not what it was at the start; a notice
+        where the libraries, threads or processes are others, with which numbers are equal to rounding only."""
+        started = self.started_with()
+        check_unchanged(started.get("digests", {}), digests, self.directory)
+        before, now = arithmetic(started), arithmetic(environment())
+        changed = [f"{name} {before[name]} -> {now[name]}" for name in now if before.get(name, now[name]) != now[name]]
+        if changed:
+            self.notice(f"since the run in {self.directory} started: {', '.join(changed)}; "
+                        "its numbers go on equal to rounding, not bit for bit")
 
     def check_data(self, reports: dict) -> None:
         """The order of the data is a function of the step, so a run can only go on with the same rows."""
@@ -103,16 +110,18 @@ class Run:
         """run.json; UserError if it cannot be read, since nothing then tells whether data and models are still the same."""
         try:
             started = json.loads(self.text("run.json"))
-            if isinstance(started.get("data"), dict) and isinstance(started.get("digests", {}), dict):
+            if is_started(started):
                 return started
             fault = "not what a run writes"
-        except (OSError, ValueError, AttributeError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             fault = getattr(error, "strerror", None) or "not JSON"
         raise UserError(f"output: {self.path('run.json')} is damaged ({fault}), so whether data and models are the same cannot be "
                         "known; fix: restore it, or start a new run with another output")
 
     def check_there(self) -> None:
         """RunError if the directory was deleted or moved while the run was writing into it."""
+        if not self.begun:
+            return
         try:
             os.stat(self.path("config.yaml"))
         except (FileNotFoundError, NotADirectoryError):
@@ -160,9 +169,10 @@ class Run:
         """What the run changed on held-out rows (else on its own rows), where the model lies and how to talk to it."""
         if not self.main:
             return
-        rows = [json.loads(line) for line in self.rows("metrics.jsonl")]
-        split = "eval" if any(row["split"] == "eval" for row in rows) else "train"
-        first, *_, last = [row for row in rows if row["split"] == split] * 2
+        rows = [json.loads(line) for line in self.rows("metrics.jsonl") if step_of_row(line) is not None]
+        split = "eval" if any(row.get("split") == "eval" for row in rows) else "train"
+        rows = [row for row in rows if row.get("split") == split] or [{"step": "?"}]      # the file of a finished run may be lost
+        first, last = rows[0], rows[-1]
         self.erase()
         console = Console(sys.stdout)
         console.say(f"\n{'held-out rows' if split == 'eval' else 'training rows'}: step {first['step']} -> step {last['step']}")
@@ -177,6 +187,22 @@ class Run:
     def erase(self) -> None:
         """Remove the bars from the terminal, so that what is printed next has a line of its own."""
         self.console.close()
+
+
+def is_started(found) -> bool:
+    """Whether something read from run.json has the form in which a run writes it."""
+    if not isinstance(found, dict) or not isinstance(found.get("data"), dict):
+        return False
+    reports = [report for report in found["data"].values() if report is not None]
+    parts = [found.get("digests", {}), found.get("versions", {}), found.get("machine", {}), *reports]
+    parts += parts[0].values() if isinstance(parts[0], dict) else []
+    return all(isinstance(part, dict) for part in parts) and all("sha256" in report for report in reports)
+
+
+def arithmetic(started: dict) -> dict:
+    """What numbers depend on in their last bits."""
+    threads = {"threads": started.get("machine", {}).get("threads"), "processes": started.get("world_size")}
+    return {name: value for name, value in {**started.get("versions", {}), **threads}.items() if value is not None}
 
 
 def step_of_row(line: str) -> int | None:

@@ -255,7 +255,7 @@ class OnlineEngine(Engine):
 
     def evaluated(self) -> set:
         rows = map(json.loads, self.run.rows("metrics.jsonl"))
-        return {row["step"] for row in rows if row["split"] == "eval"}
+        return {row["step"] for row in rows if row.get("split") == "eval"}
 
     def write_samples(self, index: int, count: int = 4) -> None:
         """The first completion of the rollout's first prompts, with its reward."""
