@@ -55,7 +55,7 @@ def build_dataset(source, kind, tokenizer, max_length, train_on="assistant", tru
     rows = read_rows(path) if path else hub_rows(str(source), "responses" if kind == "prompts" else kind, hh == "messages", seed)
     tokeniser = Tokeniser(tokenizer)
     examples, read, cut_rows, dropped, first_dropped, shapes, first = [], 0, 0, Counter(), {}, Counter(), None
-    control = []      # where a turn that is not trained holds a special token
+    control = []      # `where` of the rows in which a turn that is not trained holds a special token
 
     def drop(reason, where):
         dropped[reason] += 1
@@ -161,6 +161,7 @@ def combine(parts, weights, seed):
     for report in reversed(reports):
         first_dropped |= report["first_dropped"]
     stop_inside = [report["stop_inside"] for report in reports]
+    control_tokens = sum(report["control_tokens"] for report in reports)
     first = {}
     for key in ("first_stop_inside", "first_control_tokens"):
         first[key] = next((report[key] for report in reports if report[key]), None)
@@ -170,7 +171,7 @@ def combine(parts, weights, seed):
         "dropped": dict(sum((Counter(report["dropped"]) for report in reports), Counter())), "first_dropped": first_dropped,
         "cut_rows": sum(report["cut_rows"] for report in reports),
         "stop_inside": None if None in stop_inside else sum(stop_inside),
-        "control_tokens": sum(report["control_tokens"] for report in reports), **first,
+        "control_tokens": control_tokens, **first,
         "duplicates": _duplicates([example for part in parts for example in part.examples]), "sources": reports} | _measures(examples))
 
 

@@ -5,6 +5,7 @@ template renders it with the generation prompt. A response is tokenised on its o
 plain text, the template's end-of-turn for a conversation. In a conversation of several turns every assistant's turn is trained;
 they are found by rendering prefixes, so the template needs no marks.
 """
+import itertools
 import re
 
 import numpy as np
@@ -78,7 +79,7 @@ class Tokeniser:
         if isinstance(item, str) or text.raw:
             return item
         prompt, responses = item
-        strings = [string for pieces in responses for string, _ in pieces]
+        strings = [string for string, _ in itertools.chain(*responses)]
         if truncate != "prompt":
             strings.append(prompt)
         too_long = any(self._too_long(string, max_length) for string in strings)
@@ -244,7 +245,8 @@ def _lead(tokenizer):
 def _characters(text):
     if isinstance(text.prompt, str):
         return 0                                 # no template
-    return sum(len(turn["content"]) for turns in (text.prompt, *text.responses) for turn in turns)
+    turns = [*text.prompt, *itertools.chain(*text.responses)]
+    return sum(len(turn["content"]) for turn in turns)
 
 
 def _example(prompt, responses, where, max_length, train_on, truncate):

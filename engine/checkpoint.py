@@ -29,7 +29,7 @@ from engine.ranks import distributed, from_main, sum_over_ranks
 MANIFEST = "manifest.json"
 WEIGHTS = ".safetensors"
 ROLLOUT = "rollout.safetensors"              # of a checkpoint between two updates of the same rollout
-MOMENTS = "exp_avg", "exp_avg_sq"            # of AdamW
+MOMENTS = "exp_avg", "exp_avg_sq"            # AdamW's names
 CRITIC = "critic.safetensors"                # of a checkpoint of a policy with a critic: its trained weights
 
 

@@ -224,7 +224,7 @@ class Console:
             for bar in filter(None, [self.counter, self.bar]):
                 bar.disable = True
             self.bar = self.counter = None
-            # what the stream still holds, and whatever else is written to it, must not fail either
+            # text that the stream still holds, or that others write to it, must not fail either
             with contextlib.suppress(OSError, ValueError, AttributeError):
                 nowhere = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(nowhere, stream.fileno())

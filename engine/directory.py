@@ -186,7 +186,7 @@ def changed_rates(directory: str, config_yaml: str) -> str | None:
     changed = [key for key in ("max_steps", "epochs") if old.get(key) != new.get(key)]
     if not changed:
         return None
-    warmup_is_a_share = 0 < float(new["warmup"]) < 1      # of all updates
+    warmup_is_a_share = 0 < float(new["warmup"]) < 1      # else a number of updates
     if new["schedule"] == "constant" and not warmup_is_a_share:
         return None
     was = ", ".join(f"{key} was {old.get(key)} and is {new.get(key)}" for key in changed)

@@ -1,5 +1,6 @@
 """The processes of a run: one, or one per device under `torchrun`."""
 import datetime
+import itertools
 import os
 import shlex
 import sys
@@ -53,7 +54,7 @@ def from_all_ranks(values: list) -> list:
         return values
     parts = [None] * dist.get_world_size()
     dist.all_gather_object(parts, values)
-    return [value for part in parts for value in part]
+    return list(itertools.chain(*parts))
 
 
 def distributed() -> tuple[int, int]:
