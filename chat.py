@@ -6,7 +6,8 @@ each answers every line, under its name and in its own conversation: `python cha
 """
 import signal
 
-if __name__ == "__main__":      # an import that Ctrl-C ends has nothing to say; `run_program` handles it from then on
+if __name__ == "__main__":
+    # Ctrl-C during the imports ends the program without a traceback; `run_program` handles it afterwards
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
@@ -80,7 +81,7 @@ def main(argv: list[str]) -> None:
     options = {"max_new_tokens": args.max_new_tokens, "do_sample": False}
     if args.temperature > 0:
         options |= {"do_sample": True, "temperature": args.temperature, "top_p": 1.0, "top_k": 0}
-    with contextlib.suppress(KeyboardInterrupt, BrokenPipeError):       # both are ways to leave a conversation
+    with contextlib.suppress(KeyboardInterrupt, BrokenPipeError):      # both are ways to end a conversation
         talk(speakers, options)
 
 

@@ -7,7 +7,8 @@ an interrupted evaluation; its numbers are those of an undisturbed one.
 """
 import signal
 
-if __name__ == "__main__":      # an import that Ctrl-C ends has nothing to say; `run_program` handles it from then on
+if __name__ == "__main__":
+    # Ctrl-C during the imports ends the program without a traceback; `run_program` handles it afterwards
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import json
@@ -112,7 +113,7 @@ def summary_of_completions(rows: list[dict]) -> dict:
 
 
 def summary_of_pairs(rows: list[dict]) -> dict:
-    ties = sum(row["metrics"].get("tie", False) for row in rows)       # rows of an earlier version do not say
+    ties = sum(row["metrics"].get("tie", False) for row in rows)      # rows of earlier versions have no "tie"
     margins = [row["metrics"]["margin"] for row in rows]
     return {"num_examples": len(rows), **rate("accuracy", [row["metrics"]["accuracy"] for row in rows], len(rows)),
             "ties": ties, "avg_margin": mean(margins), "avg_margin_95": around_mean(margins)}
@@ -170,7 +171,7 @@ def preferences(settings: Config, path: str, name: str) -> tuple[list[dict], dic
     results = Results(settings.output, name, used, len(examples), 1, PAIRS_AT_ONCE, notice)
     if results.left:
         models = [load_frozen(where, tokenizer, examples, notice) for where in (path, other) if where]
-        tie = models[0].tolerance                 # up to this difference the side that is preferred would be decided by rounding
+        tie = models[0].tolerance      # a smaller difference may be rounding, so neither side is preferred
     for first, last in results.left:
         part = examples[first:last]
         values, *minus = ([pair.tolist() for pair in scores(model, part)] for model in models)
@@ -179,9 +180,10 @@ def preferences(settings: Config, path: str, name: str) -> tuple[list[dict], dic
             chosen, rejected = (value - sum(other[i][k] for other in minus) for k, value in enumerate(values[i]))
             margin = chosen - rejected
             texts = [tokenizer.decode(tokens) for tokens in (example.prompt, *(response.tokens for response in example.responses))]
-            rows.append({"id": first + i, **dict(zip(("prompt", "chosen", "rejected"), texts)), "metrics": {
-                "accuracy": float(margin > tie), "tie": abs(margin) <= tie, "chosen": chosen, "rejected": rejected,
-                "margin": margin}})
+            metrics = {"accuracy": float(margin > tie), "tie": abs(margin) <= tie,
+                       "chosen": chosen, "rejected": rejected, "margin": margin}
+            named = dict(zip(("prompt", "chosen", "rejected"), texts))
+            rows.append({"id": first + i, **named, "metrics": metrics})
         results.add(rows)
     return results.rows, used
 

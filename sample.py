@@ -9,7 +9,8 @@ nothing again.
 """
 import signal
 
-if __name__ == "__main__":      # an import that Ctrl-C ends has nothing to say; `run_program` handles it from then on
+if __name__ == "__main__":
+    # Ctrl-C during the imports ends the program without a traceback; `run_program` handles it afterwards
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import json

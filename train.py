@@ -1,4 +1,5 @@
-"""Train a model: `python train.py example/tiny-dpo.yml lr=2e-5`, or `torchrun --nproc-per-node 8 train.py …` for several GPUs.
+"""Train a model: `python train.py example/tiny-dpo.yml lr=2e-5`, or for several GPUs
+`torchrun --nproc-per-node 8 train.py …`.
 
 This file only wires the parts together; the update rule is in `algorithms/<name>.py`.
 """
@@ -19,7 +20,7 @@ def main(argv: list[str]) -> None:
     from data.dataset import load_datasets
     from engine import checkpoint, load, logs, model, ranks, value
     from engine.claim import release
-    from engine.directory import changed_rates, choose_directory
+    from engine.directory import changed_rates, choose_directory, tell
     from engine.fingerprint import fingerprints
     from engine.loop import Engine, Stopped
     from engine.online import OnlineEngine
@@ -33,11 +34,12 @@ def main(argv: list[str]) -> None:
     rank, world = ranks.distributed()
     place = None
     try:
-        # a run as start model is its final/ or newest checkpoint of now: a resumed run must start from the same one
-        start_model = ranks.from_main(checkpoint.model_path, common.model, lambda text: print(text, file=sys.stderr))
+        # a run named as start model stands for its model of now, and a resumed run must start from the same
+        start_model = ranks.from_main(checkpoint.model_path, common.model, tell)
         common = replace(common, model=start_model)
         values = asdict(common) | asdict(config)
-        config_yaml = as_yaml(replace(common, resume="auto"), config)      # how this process was started is not the run's business
+        # the stored configuration always says resume: auto, since `resume` concerns this process only
+        config_yaml = as_yaml(replace(common, resume="auto"), config)
         place = ranks.from_main(choose_directory, common.output, run_config.stem, common.resume, config_yaml)
         start = place.start
         run = logs.Run(place.directory, main=rank == 0)
@@ -73,7 +75,7 @@ def main(argv: list[str]) -> None:
         words = argv if common.resume == "auto" else [*argv, f"resume={place.directory}"]
         line = f"{stop}; continue with: {ranks.command(words)}"
         give_reason(line)
-        ranks.from_main(run.notice, line)              # torchrun ends all processes when the first one leaves
+        ranks.from_main(run.notice, line)      # all wait: torchrun ends all when the first one leaves
         sys.exit(stop.exit_code)
     finally:
         if place and rank == 0:

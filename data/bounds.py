@@ -1,4 +1,4 @@
-"""A chat template is somebody else's program: how long it may compute for one row, and what memory it may take."""
+"""Limits of time per row and of memory for a chat template, which is somebody else's program."""
 import os
 import signal
 import threading
@@ -6,9 +6,9 @@ from contextlib import contextmanager
 
 from data.errors import UserError
 
-SECONDS = 3             # of computing, for one row; it takes milliseconds
+SECONDS = 3             # computing time for one row, which usually takes milliseconds
 MEMORY = 2 ** 30        # bytes
-PER_CHARACTER = 32      # bytes more for every character of the rows: as it goes in, comes out and is cut
+PER_CHARACTER = 32      # more bytes for every character of the rows: it goes in, comes out and is cut
 
 
 class _TooLong(BaseException):
@@ -17,10 +17,11 @@ class _TooLong(BaseException):
 
 @contextmanager
 def bounded(where, characters=0):
-    """A block that renders texts of so many characters. It gets a function that it tells of every row, `where` being
-    the first one; UserError, which names the row, where that takes more than SECONDS to 2 * SECONDS or the memory above.
+    """Limit a block that renders texts of so many `characters`. The block gets a function and calls it with
+    the name of every row that it begins; `where` names the first one. UserError, which names the row, where
+    one row takes more than SECONDS to 2 * SECONDS, or the block more than the memory above.
 
-    Time is bounded on the main thread of Unix, memory on Linux."""
+    Time is limited on the main thread of Unix, memory on Linux."""
     timed = hasattr(signal, "setitimer") and threading.current_thread() is threading.main_thread()
     seen = None
 
@@ -35,7 +36,7 @@ def bounded(where, characters=0):
         seen = where
 
     limits = _limit_memory(MEMORY + PER_CHARACTER * characters)
-    if timed:       # what this process computes is counted: that a machine sleeps is not the template's fault
+    if timed:       # the timer counts computing time: a sleeping machine is not the template's fault
         handler = signal.signal(signal.SIGVTALRM, tick)
         signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS, SECONDS)
     try:
@@ -54,7 +55,8 @@ def bounded(where, characters=0):
 
 
 def _limit_memory(size):
-    """Let this process take `size` bytes more than it has. Returns what `_restore_memory` needs; None: no such limit."""
+    """Let this process take `size` bytes more than it has. Returns the limits for `_restore_memory`, or None
+    where the system has none."""
     try:
         import resource
         limits = resource.getrlimit(resource.RLIMIT_AS)

@@ -25,8 +25,9 @@ class Dataset:
 
     source; sha256 (of a local file, else None); shape (how the columns were understood); read (rows); used (examples);
     dropped {reason: rows}; first_dropped {reason: where}; cut_rows (raw texts cut into pieces); stop_inside (responses with a
-    stop token before their end, None with train_on="all") and first_stop_inside (where); control_tokens (rows in which another turn
-    holds a special token) and first_control_tokens (where); duplicates (repetitions of an earlier example); prompt_length,
+    stop token before their end, None with train_on="all") and first_stop_inside (where); control_tokens (rows
+    in which a turn that is not trained holds a special token) and first_control_tokens (where); duplicates
+    (repetitions of an earlier example); prompt_length,
     response_length (0 of prompts) and total (prompt + longest response), in tokens of the examples used: {"50", "90", "99"
     (percentiles), "max"}; of labelled examples also desirable and undesirable. Of several sources the sums of these, a list of sha256, and
     `sources`: the report of each.
@@ -54,7 +55,7 @@ def build_dataset(source, kind, tokenizer, max_length, train_on="assistant", tru
     rows = read_rows(path) if path else hub_rows(str(source), "responses" if kind == "prompts" else kind, hh == "messages", seed)
     tokeniser = Tokeniser(tokenizer)
     examples, read, cut_rows, dropped, first_dropped, shapes, first = [], 0, 0, Counter(), {}, Counter(), None
-    control = []      # where a turn that is not trained holds a special token
+    control = []      # `where` of the rows in which a turn that is not trained holds a special token
 
     def drop(reason, where):
         dropped[reason] += 1
@@ -160,6 +161,7 @@ def combine(parts, weights, seed):
     for report in reversed(reports):
         first_dropped |= report["first_dropped"]
     stop_inside = [report["stop_inside"] for report in reports]
+    control_tokens = sum(report["control_tokens"] for report in reports)
     first = {}
     for key in ("first_stop_inside", "first_control_tokens"):
         first[key] = next((report[key] for report in reports if report[key]), None)
@@ -169,7 +171,7 @@ def combine(parts, weights, seed):
         "dropped": dict(sum((Counter(report["dropped"]) for report in reports), Counter())), "first_dropped": first_dropped,
         "cut_rows": sum(report["cut_rows"] for report in reports),
         "stop_inside": None if None in stop_inside else sum(stop_inside),
-        "control_tokens": sum(report["control_tokens"] for report in reports), **first,
+        "control_tokens": control_tokens, **first,
         "duplicates": _duplicates([example for part in parts for example in part.examples]), "sources": reports} | _measures(examples))
 
 
@@ -228,14 +230,15 @@ def _tell(report, notice):
 
 
 def doubts(report):
-    """What a report says of tokens that the tokenizer reads in the texts of rows."""
+    """Sentences about special tokens that were found within the texts of rows; [] if there are none."""
     lines = []
     if report["stop_inside"]:
         lines.append(f"{report['stop_inside']} responses hold a stop token before their end "
                      f"(first: {report['first_stop_inside']})")
     if report["control_tokens"]:
-        lines.append(f"{report['control_tokens']} rows spell out a special token in a turn that is not trained, "
-                     f"and generation will read it as that token, too (first: {report['first_control_tokens']})")
+        first = report["first_control_tokens"]
+        lines.append(f"{report['control_tokens']} rows spell out a special token in a turn that is not "
+                     f"trained, and generation will read it as that token, too (first: {first})")
     return lines
 
 
@@ -275,9 +278,15 @@ def _duplicates(examples):
 
 
 def _stop_inside(examples, stops):
-    """Where the responses are that have a stop token which a trained token follows: the model learns to write on."""
-    return [example.where for example in examples for response in example.responses
-            if any((response.trained[1:] & (response.tokens[:-1] == stop)).any() for stop in stops)]
+    """`where` of every response in which a trained token follows a stop token: the model learns to write on
+    after it."""
+    found = []
+    for example in examples:
+        for response in example.responses:
+            before, next_is_trained = response.tokens[:-1], response.trained[1:]
+            if any((next_is_trained & (before == stop)).any() for stop in stops):
+                found.append(example.where)
+    return found
 
 
 def _measures(examples):

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from data.errors import UserError, printable
 
-MAGIC = {      # how files begin that are often taken for data
+MAGIC = {      # the first bytes of files that are often taken for data
     b"PK\x03\x04": "a zip archive (or a spreadsheet)",
     b"\x28\xb5\x2f\xfd": "a zstd archive",
     b"\xfd7zXZ\x00": "an xz archive",
@@ -42,7 +42,7 @@ FIXES = {
     "a web page": "download the file itself, not the page that shows it",
     "a pointer of Git LFS": "git lfs pull",
 }
-WINDOW = 2 ** 26      # bytes out of a gzip file, of which about 1 / RATIO must have gone in
+WINDOW = 2 ** 26      # bytes unpacked from a gzip file, for which about 1 / RATIO of it must have been read
 RATIO = 200           # text with the same page in every row reaches 140, zeros reach 1,030
 AT_ONCE = 2 ** 17     # bytes that Python reads of a gzip file before it needs them
 PARQUET_RATIO = 1000
@@ -134,12 +134,14 @@ def _open(path):
 
 
 class _Unzipped(io.RawIOBase):
-    """What a gzip file holds. UserError where a part of it grows more than RATIO times: made to fill the memory."""
+    """The contents of a gzip file. UserError where a part of it grows more than RATIO times: it may be made
+    to fill the memory."""
 
     def __init__(self, path):
         self.path, self.packed = path, open(path, "rb")  # noqa: SIM115  closed below
         self.file = gzip.GzipFile(fileobj=self.packed, mode="rb")
-        self.read_in, self.written = 0, 0       # bytes of the file at the window's start, bytes that came out since
+        self.read_in = 0      # bytes of the file that were read when the window began
+        self.written = 0      # bytes unpacked since then
 
     def readable(self):
         return True
@@ -336,7 +338,7 @@ def _parquet(path):
 
 
 def _check_parquet(path, metadata):
-    """UserError where a row group, which is read as a whole, is out of all proportion to the file."""
+    """UserError where a row group, which is read as a whole, is more than PARQUET_RATIO times the file."""
     sizes = [metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups)]
     largest = max(sizes, default=0)
     if largest > WINDOW and largest > PARQUET_RATIO * path.stat().st_size:
@@ -345,7 +347,7 @@ def _check_parquet(path, metadata):
 
 
 def kind_of(value):
-    """What a JSON value that is no object is called."""
+    """A name for the kind of a JSON value that is not an object."""
     if value is None:
         return "null"
     return {list: "a list", str: "a string", bool: "true or false"}.get(type(value), "a number")

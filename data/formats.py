@@ -28,7 +28,7 @@ PAIRS = (("prompt", "chosen_response", "rejected_response"), ("prompt", "chosen"
          ("messages", "rejected_response"), ("messages", "rejected_messages"), ("", "chosen", "rejected"))  # "": no prompt column
 PROMPTS = (*WHOLE, "prompt", "question", "instruction", "query", "chosen")
 LABELS = ("label", "kto_tag")
-LARGEST = 3.4e38      # of a float32, in which a margin is used
+LARGEST = 3.4e38      # a margin becomes a float32, which holds no larger number
 TEMPLATES = Path(__file__).parent / "prompts"
 SHAPES = {
     "responses": "messages; conversations; prompt + response or completion; question + answer; instruction + output; "

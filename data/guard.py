@@ -1,9 +1,9 @@
-"""The user's own Python code, run so that it comes to an end, cannot end the run, and leaves the process as
-it was.
+"""Run the user's own Python code so that it comes to an end, cannot end the run, and leaves the process as it
+was.
 
-`with guarded(seconds, what):` stands around an import or a call of it. The code may start processes; they
-take the default action at a signal and end with the run. This is no sandbox: the code can do whatever its
-user can.
+`with guarded(seconds, what):` stands around an import or a call of that code. The code may start processes;
+they take the default action at a signal and end with the run. This is no sandbox: the code can do whatever
+its user can.
 """
 import ctypes
 import os
@@ -18,8 +18,8 @@ import torch
 
 from data.errors import RunError
 
-ALARMS = 10                              # further ones, a second apart, for code that swallows the first
-ENDING = "_exit", "execv", "execve"      # of os: how code ends its process without an exception
+ALARMS = 10                              # more alarms, a second apart, for code that swallows the first
+ENDING = "_exit", "execv", "execve"      # functions of os that end a process without an exception
 leave = os._exit                         # guarded code finds another function under that name
 
 
@@ -28,7 +28,7 @@ class TimedOut(BaseException):
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C, in distinction from a KeyboardInterrupt that the code raises itself."""
+    """Ctrl-C, as opposed to a KeyboardInterrupt that the code raises itself."""
 
 
 def _interrupt(number, frame):
@@ -42,16 +42,16 @@ def _on_main_thread():
 # ---- signals, in this process only ----
 
 _handlers = {}                # signal -> (our handler in this process, its replacement in a forked child)
-_owner = None                 # the process that handles them
-_fork = threading.local()     # what a child has to know of its fork
+_owner = None                 # the number of the process that handles them
+_fork = threading.local()     # what a child has to know about its fork
 _prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
 PR_SET_PDEATHSIG = 1
 
 
 def handle(number: int, handler, in_child=signal.SIG_DFL):
     """Let `handler` handle a signal in this process, and `in_child` in processes forked from it: our handler
-    would keep a child alive, and multiprocessing.Pool would wait for its workers for ever. -> the handler
-    before."""
+    would keep a child alive, and multiprocessing.Pool would wait for its workers for ever. Returns the
+    handler before."""
     global _owner
     if _owner is None and hasattr(os, "register_at_fork"):
         os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_in_child)
@@ -61,7 +61,7 @@ def handle(number: int, handler, in_child=signal.SIG_DFL):
 
 
 def _before_fork():
-    # Python forgets the signals that reach a child before its hook runs, so they have to wait
+    # Python forgets the signals that reach a child before its hook runs, so block them until then
     _fork.mask = signal.pthread_sigmask(signal.SIG_BLOCK, _handlers)
     _fork.parent = os.getpid() if _on_main_thread() else None
 
@@ -74,11 +74,11 @@ def _in_child():
     for number, (handler, in_child) in _handlers.items():
         if signal.getsignal(number) is handler:
             signal.signal(number, in_child)
-    # To Linux a parent is a thread, and only the main one ends with the process. A child's own children are
-    # left alone: whoever forks twice wants to outlive us.
+    # In Linux a parent is a thread, and only the main thread ends with the process. A child's own children
+    # are left alone: code that forks twice wants to outlive us.
     if _prctl and _fork.parent == _owner:
         _prctl(PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGTERM))
-        if os.getppid() != _owner:      # it has ended already
+        if os.getppid() != _owner:      # the parent has ended already
             leave(1)
     _after_fork()
 
@@ -87,9 +87,9 @@ def _in_child():
 
 @contextmanager
 def _time_limit(seconds, what):
-    """Raise TimedOut after `seconds`, again every second until the block ends, and after it if it swallowed
-    that. If it does not end either, the process does, with one line. An outer timer goes on afterwards. Other
-    threads than the main one, and Windows, have no limit."""
+    """Raise TimedOut after `seconds`, again every second until the block ends, and after the block if it has
+    swallowed that. After ALARMS more, end the process, with one line. An outer timer continues afterwards.
+    Threads other than the main one, and Windows, have no limit."""
     if not hasattr(signal, "setitimer") or not _on_main_thread():
         yield
         return
@@ -110,7 +110,7 @@ def _time_limit(seconds, what):
     try:
         yield
     except Exception:
-        if not alarms:                 # else the code made its own exception of ours
+        if not alarms:                 # else the code has turned our exception into its own
             raise
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
@@ -123,7 +123,8 @@ def _time_limit(seconds, what):
 
 def interrupt() -> None:
     """End the guarded code that runs now, if any does, as if its time were over."""
-    if signal.SIGALRM in _handlers and signal.getsignal(signal.SIGALRM) is _handlers[signal.SIGALRM][0]:
+    handler, _ = _handlers.get(signal.SIGALRM, (None, None))
+    if handler and signal.getsignal(signal.SIGALRM) is handler:
         signal.setitimer(signal.ITIMER_REAL, 1e-3, 1.0)
 
 
@@ -137,8 +138,8 @@ def _give_up(text):
 
 @contextmanager
 def _one_process():
-    """Let os._exit and its like raise SystemExit in this process; children end by them as usual. A child that
-    comes out of the block (by sys.exit, or by returning) ends there: it must not go on as a second run."""
+    """Let the functions of ENDING raise SystemExit in this process; in its children they work as usual. A
+    child that leaves the block (by sys.exit, or by returning) ends there, or it would be a second run."""
     originals = {name: getattr(os, name) for name in ENDING}
     process = os.getpid()
 
@@ -177,7 +178,7 @@ def _attribute(owner, name):
     return partial(getattr, owner, name), partial(setattr, owner, name)
 
 
-# pairs: what to read, and what puts it back
+# pairs of functions: one reads a value, one puts it back
 KEPT = [
     (_directory, lambda path: path and os.chdir(path)),
     _attribute(sys, "stdout"),
@@ -186,8 +187,9 @@ KEPT = [
     (torch.get_default_dtype, torch.set_default_dtype),
     (torch.get_default_device, lambda _: torch.set_default_device(None)),      # we never set one
     (torch.get_num_threads, torch.set_num_threads),
-    _attribute(torch.backends.cuda.matmul, "fp32_precision"),       # torch.get_float32_matmul_precision raises
-    _attribute(torch.backends.mkldnn.matmul, "fp32_precision"),     # where code has set these
+    # torch.get_float32_matmul_precision raises where code has set these two
+    _attribute(torch.backends.cuda.matmul, "fp32_precision"),
+    _attribute(torch.backends.mkldnn.matmul, "fp32_precision"),
     (torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms),
 ]
 KEPT_SIGNALS = [(partial(signal.getsignal, number), partial(signal.signal, number))
@@ -196,6 +198,7 @@ KEPT_SIGNALS = [(partial(signal.getsignal, number), partial(signal.signal, numbe
 
 @contextmanager
 def _unchanged():
+    """Put back the values of KEPT and KEPT_SIGNALS after the block; in it Ctrl-C raises Interrupted."""
     kept = KEPT + KEPT_SIGNALS if _on_main_thread() else KEPT
     values = [read() for read, _ in kept]
     if _on_main_thread() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
@@ -210,9 +213,9 @@ def _unchanged():
 
 @contextmanager
 def guarded(seconds: float, what: str):
-    """Run the block, code of the user's, for at most `seconds`, and put back the working directory, signal
-    handlers, standard streams and torch's defaults. It raises what the code raises, TimedOut after its time,
-    Interrupted at Ctrl-C, and SystemExit where the code calls os._exit. `what`: subject of the last line of a
-    run that can only be stopped by ending the process."""
+    """Run the block, which is the user's code, for at most `seconds`, and put back the working directory,
+    signal handlers, standard streams and torch's defaults. It raises what the code raises, TimedOut after its
+    time, Interrupted at Ctrl-C, and SystemExit where the code calls os._exit. `what` is the subject of the
+    line with which the process ends if the code cannot be stopped otherwise."""
     with _unchanged(), _one_process(), _time_limit(seconds, what):
         yield

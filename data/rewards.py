@@ -21,8 +21,8 @@ from pathlib import Path
 from data.errors import RunError, UserError
 from data.guard import Interrupted, TimedOut, guarded
 
-CALL_SECONDS = 60.0                                # for one call of a reward
-IMPORT_SECONDS = 600.0                             # for its file, which may load a model
+CALL_SECONDS = 60.0                                # limit for one call of a reward
+IMPORT_SECONDS = 600.0                             # limit for the import of its file, which may load a model
 GOLD = ("answer", "ground_truth", "solution")      # columns with the gold answer; the first one that a row has
 DIGITS = 40                                        # longer numbers are no answers
 ANSWER = 100                                       # characters; the same
@@ -245,7 +245,8 @@ def _function(path, name, where):
 
 @functools.cache
 def _module(path, called):
-    """The module of a file, which is run once. It can import the modules beside it. `called`: its name in errors."""
+    """The module of a file, which is run once and can import the modules beside it. `called` is its name in
+    errors."""
     if str(path.parent) not in sys.path:
         sys.path.append(str(path.parent))      # last, so that no module of ours is hidden
     spec = importlib.util.spec_from_file_location(_module_name(path), path)
@@ -264,7 +265,8 @@ def _module(path, called):
 
 
 def _module_name(path):
-    """The name by which a process that was not forked can import the file; another where that name is taken."""
+    """The name by which a process that was not forked can import the file; another name where that one is
+    taken."""
     name = path.stem
     if name.isidentifier() and name not in sys.modules:
         found = importlib.util.find_spec(name)
@@ -276,7 +278,7 @@ def _module_name(path):
 def _takes_columns(function):
     try:
         parameters = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):            # of a function in C
+    except (TypeError, ValueError):            # functions in C may have no signature
         return False
     return any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
 
@@ -284,9 +286,9 @@ def _takes_columns(function):
 # ---- calling them ----
 
 def score(reward, prompts, completions, columns, timeout=None):
-    """One finite float, or None, per completion. `columns`: {name: list}; `timeout`: seconds for the call (None
-    = CALL_SECONDS), kept on the main thread of Unix only. Raises RunError, which names the reward, a prompt and
-    its completion, if the function fails or returns something else."""
+    """One finite float, or None, per completion. `columns`: {name: list}; `timeout`: seconds for the call
+    (None = CALL_SECONDS), limited on the main thread of Unix only. Raises RunError, which names the reward, a
+    prompt and its completion, if the function fails or returns something else."""
     timeout = CALL_SECONDS if timeout is None else timeout
     columns = {name: values for name, values in columns.items() if name not in ("prompts", "completions")}
     sample, failure, fix = 0, None, "correct the function"
@@ -349,8 +351,8 @@ def _culprit(reward, prompts, completions, columns, timeout):
 
 
 def printable(text):
-    """The text, in which what a terminal would obey (ESC, C1, marks of direction) and what no encoding knows
-    (lone surrogates) is escaped."""
+    """The text with those characters escaped that a terminal would obey (ESC, C1, marks of direction) or that
+    no encoding has (lone surrogates)."""
     return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
 
 
@@ -367,7 +369,7 @@ def _shown(value):
 
 
 def _text(function, value):
-    """str or repr of a value of the user's, whose own methods may fail."""
+    """`function`, str or repr, of a value of the user's, whose own methods may fail."""
     try:
         return function(value)
     except Exception:  # noqa: BLE001

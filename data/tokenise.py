@@ -5,6 +5,7 @@ template renders it with the generation prompt. A response is tokenised on its o
 plain text, the template's end-of-turn for a conversation. In a conversation of several turns every assistant's turn is trained;
 they are found by rendering prefixes, so the template needs no marks.
 """
+import itertools
 import re
 
 import numpy as np
@@ -13,7 +14,8 @@ from data.bounds import bounded
 from data.errors import UserError
 from data.pack import Example, Response
 
-LONG, HEAD = 100, 32      # characters per token of max_length: from where a text is long, how much of it is tried
+LONG = 100      # characters per token of max_length, from which on a text is long ...
+HEAD = 32       # ... and how many of them are tokenised, to see whether it is too long
 
 
 class Tokeniser:
@@ -61,8 +63,9 @@ class Tokeniser:
         return results
 
     def holds_control_tokens(self, text):
-        """Whether a message, not one that is trained, spells out a special token: the tokenizer reads it as that token,
-        in generation too, and the turn ends, or another one begins, within it. Plain strings may be meant so."""
+        """Whether a message that is not trained spells out a special token: the tokenizer reads it as that
+        token, in generation too, so the turn ends, or another one begins, within it. In plain strings that
+        may be meant."""
         if isinstance(text.prompt, str):
             return False
         said = [turn["content"] for turn in text.prompt]
@@ -71,19 +74,20 @@ class Tokeniser:
         return any(map(self.control.search, said))
 
     def _unless_too_long(self, item, text, max_length, truncate):
-        """What `_render` gave, or the reason to drop it: a book is not tokenised to its end for a max_length of 512."""
+        """`item`, which `_render` returned, or the reason to drop it: a book need not be tokenised to its end
+        for a max_length of 512."""
         if isinstance(item, str) or text.raw:
             return item
         prompt, responses = item
-        strings = [string for pieces in responses for string, _ in pieces]
+        strings = [string for string, _ in itertools.chain(*responses)]
         if truncate != "prompt":
             strings.append(prompt)
         too_long = any(self._too_long(string, max_length) for string in strings)
         return "longer than max_length" if too_long else item
 
     def _too_long(self, string, max_length):
-        """Of a long text: its beginning alone has twice as many tokens as there may be. What follows could change the
-        last few of these, not half of them."""
+        """Whether a text is long and its beginning alone has twice as many tokens as there may be. What
+        follows could change the last few of these, not half of them."""
         if len(string) < LONG * max_length:
             return False
         ids, = self._ids([string[:HEAD * max_length]])
@@ -225,7 +229,7 @@ def _control_tokens(tokenizer):
     """The pattern that finds a special token in a text."""
     special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     names = sorted({*special, *tokenizer.all_special_tokens}, key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, names)) or "(?!)")      # the latter finds nothing
+    return re.compile("|".join(map(re.escape, names)) or "(?!)")      # (?!) matches nothing
 
 
 def _lead(tokenizer):
@@ -241,7 +245,8 @@ def _lead(tokenizer):
 def _characters(text):
     if isinstance(text.prompt, str):
         return 0                                 # no template
-    return sum(len(turn["content"]) for turns in (text.prompt, *text.responses) for turn in turns)
+    turns = [*text.prompt, *itertools.chain(*text.responses)]
+    return sum(len(turn["content"]) for turn in turns)
 
 
 def _example(prompt, responses, where, max_length, train_on, truncate):

@@ -29,7 +29,7 @@ from engine.ranks import distributed, from_main, sum_over_ranks
 MANIFEST = "manifest.json"
 WEIGHTS = ".safetensors"
 ROLLOUT = "rollout.safetensors"              # of a checkpoint between two updates of the same rollout
-MOMENTS = "exp_avg", "exp_avg_sq"            # of AdamW
+MOMENTS = "exp_avg", "exp_avg_sq"            # AdamW's names
 CRITIC = "critic.safetensors"                # of a checkpoint of a policy with a critic: its trained weights
 
 
@@ -60,7 +60,7 @@ def write_sealed(directory: str, write, trial: bool = False) -> None:
         os.rename(temporary, directory)
         sync(os.path.dirname(directory) or ".")
         shutil.rmtree(previous, ignore_errors=True)
-    except Exception as error:     # of the disk, or of a tokenizer or configuration that cannot be written
+    except Exception as error:     # the disk fails, or a tokenizer or configuration cannot be written
         if os.path.isdir(previous) and not os.path.exists(directory):
             os.rename(previous, directory)
         shutil.rmtree(temporary, ignore_errors=True)
@@ -125,7 +125,8 @@ def read_manifest(directory: str) -> dict[str, tuple[int, str]] | None:
 
 
 def broken(directory: str, ending: str = "") -> str | None:
-    """What is wrong with a sealed directory (with those of its files that have this ending), naming the file; None if it is whole."""
+    """What is wrong with a sealed directory, naming the file; None if it is whole. With `ending` only the
+    files that end so are checked."""
     manifest = read_manifest(directory)
     if manifest is None:
         return f"{os.path.join(directory, MANIFEST)} is missing or unreadable"
@@ -164,21 +165,24 @@ def newest(run_directory: str, notice) -> str | None:
 
 
 def finished(run_directory: str) -> bool:
-    """Whether a run has its final model. Its other files are the user's: to edit or add one makes no run unfinished."""
+    """Whether a run has its final model. The user may edit the other files in `final/`, or add some: the run
+    stays finished."""
     return weights_fault(os.path.join(run_directory, "final")) is None
 
 
 def weights_fault(directory: str) -> str | None:
-    """What is wrong with the weights of a sealed directory; None if they are whole, whatever became of its other files."""
+    """What is wrong with the weights of a sealed directory; None if they are whole, even if its other files
+    are not."""
     if os.path.isfile(os.path.join(directory, MANIFEST)):
         return broken(directory, WEIGHTS)
     held = os.listdir(directory) if os.path.isdir(directory) else []
-    return None if any(name.endswith(WEIGHTS) for name in held) else f"{directory} holds no weights"
+    has_weights = any(name.endswith(WEIGHTS) for name in held)
+    return None if has_weights else f"{directory} holds no weights"
 
 
 def model_path(name: str, notice) -> str:
-    """The directory with the model of a run: its `final/`, else its newest whole checkpoint; any other name as it is. A notice
-    says where it is not the final model as the run wrote it."""
+    """The directory with the model of a run: its `final/`, else its newest whole checkpoint. Any other name
+    is returned as it is. A notice tells if a run's model is not its final model as the run wrote it."""
     final = os.path.join(name, "final")
     fault = weights_fault(final)
     if fault is None:
@@ -193,7 +197,8 @@ def model_path(name: str, notice) -> str:
 
 
 def set_aside(directory: str) -> str | None:
-    """Where files of a sealed directory were edited, added or damaged, move it out of the way of its successor; -> its new path."""
+    """If files of a sealed directory were edited, added or damaged, rename it to make room for its successor.
+    Returns its new path, or None."""
     if not os.path.isdir(directory):
         return None
     added = set(files_below(directory)) - {MANIFEST, *(read_manifest(directory) or {})}
@@ -207,15 +212,16 @@ def set_aside(directory: str) -> str | None:
 
 
 def tidy(run_directory: str) -> None:
-    """Remove what an interrupted save left behind. Where it had moved the old directory away and not yet put the new one in its
-    place, the old one comes back."""
+    """Remove what an interrupted save left behind. If it had moved the old directory away, but had not put
+    the new one in its place, put the old one back."""
     for folder in (run_directory, os.path.join(run_directory, "checkpoints")):
         names = os.listdir(folder) if os.path.isdir(folder) else []
         for name in names:
             target, mark, _ = name.partition(".tmp-")
             path = os.path.join(folder, name)
-            if mark and name.endswith("-old") and not os.path.exists(os.path.join(folder, target)):
-                os.rename(path, os.path.join(folder, target))
+            place = os.path.join(folder, target)
+            if mark and name.endswith("-old") and not os.path.exists(place):
+                os.rename(path, place)
             elif mark:
                 shutil.rmtree(path, ignore_errors=True)
             elif name.endswith(".tmp"):
@@ -230,7 +236,7 @@ def clean(run_directory: str, keep: int) -> None:
 
 
 def remove(path: str) -> None:
-    """Remove a checkpoint: in one rename it is none any more, whenever the process dies."""
+    """Remove a checkpoint. It is renamed first: a process that dies here leaves no half checkpoint."""
     leftover = f"{path}.tmp-{secrets.token_hex(4)}"
     os.rename(path, leftover)
     shutil.rmtree(leftover, ignore_errors=True)
@@ -275,7 +281,7 @@ def outline(policy) -> dict:
 
 
 def written(state: dict) -> dict:
-    """What of a state is written: all of it, or nothing of an `outline`."""
+    """The tensors of a state that are written to a file: all of them, or none of an `outline`."""
     return {name: tensor for name, tensor in state.items() if not tensor.is_meta}
 
 
@@ -293,7 +299,7 @@ def in_dtype(state: dict, dtype: torch.dtype) -> dict:
 
 
 def precision(state: dict) -> torch.dtype:
-    """That of the weights, all of which have the same."""
+    """The dtype of the weights, which all have the same."""
     return next(tensor.dtype for tensor in state.values() if tensor.is_floating_point())
 
 
@@ -394,16 +400,18 @@ def local_part(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def load_optimizer(directory: str, policy, optimizer) -> None:
-    """Put the saved moments back beside the parameters, sharded as those are: every rank cuts its part out of the file, so
-    none waits for another. RunError on every rank where they do not fit the parameters or hold impossible numbers."""
+    """Put the saved moments back beside the parameters, sharded as those are. Every rank cuts its part out of
+    the file, so none waits for another. RunError on every rank where the moments do not fit the parameters or
+    hold impossible numbers."""
     parameters, loaded = trained(policy), {}
     for name, state in fitting_moments(directory, parameters).items():
         parameter = parameters[name]
         for key, tensor in state.items():
-            tensor = tensor.to(parameter.device)                   # the step too: the fused AdamW keeps it there
+            tensor = tensor.to(parameter.device)         # the step too: the fused AdamW keeps it there
             if key in MOMENTS and isinstance(parameter, DTensor):
                 mesh, placements = parameter.device_mesh, parameter.placements
-                tensor = distribute_tensor(tensor, mesh, placements, src_data_rank=None)     # None: not a collective
+                # with None this is no collective call
+                tensor = distribute_tensor(tensor, mesh, placements, src_data_rank=None)
             state[key] = loaded[f"{name}:{key}"] = tensor
         optimizer.state[parameter] = state
     check_numbers(directory, parameters | loaded)
@@ -415,8 +423,9 @@ def trained(policy) -> dict:
 
 
 def fitting_moments(directory: str, parameters: dict) -> dict:
-    """By a parameter's name its saved {"step", "exp_avg", "exp_avg_sq"}, on the CPU; without parameters that never had a
-    gradient, such as the LM head of a reward model. RunError where the file does not fit the parameters."""
+    """{parameter's name: {"step", "exp_avg", "exp_avg_sq"}} as saved, on the CPU. Parameters that never had a
+    gradient, such as the LM head of a reward model, have no entry. RunError where the file does not fit the
+    parameters."""
     path = os.path.join(directory, "optimizer.safetensors")
 
     def refuse(fault):
@@ -445,8 +454,8 @@ def fitting_moments(directory: str, parameters: dict) -> dict:
 
 
 def check_numbers(directory: str, tensors: dict) -> None:
-    """RunError, on every rank, where one of a checkpoint's tensors, by name, is not finite, or a mean of squares is negative.
-    Each rank looks at its own part."""
+    """RunError, on every rank, where one of a checkpoint's `tensors` (by name) is not finite, or a mean of
+    squares is negative. Each rank looks at its own part."""
     if not tensors:
         return
     bad = []
@@ -457,8 +466,8 @@ def check_numbers(directory: str, tensors: dict) -> None:
     for name, count in zip(tensors, sum_over_ranks(bad, part.device)):
         if count:
             kind = "negative or not finite" if name.endswith(":exp_avg_sq") else "not finite"
-            raise RunError(f"checkpoint {directory}: {name} holds numbers that are {kind}, so the run cannot go on from "
-                           f"it; fix: {instead_of(directory)}")
+            raise RunError(f"checkpoint {directory}: {name} holds numbers that are {kind}, so the run cannot "
+                           f"go on from it; fix: {instead_of(directory)}")
 
 
 def instead_of(directory: str) -> str:

@@ -5,20 +5,22 @@ import os
 import socket
 
 LOCK = ".lock"
-held: dict[str, tuple] = {}                         # absolute path of a lock file -> (descriptor, directories made for it)
-os.register_at_fork(after_in_child=held.clear)      # what a forked child does at its end is no release of ours
+held: dict[str, tuple] = {}      # absolute path of a lock file -> (descriptor, directories made for it)
+os.register_at_fork(after_in_child=held.clear)      # a forked child must not release our claims when it ends
 
 
 def claim(directory: str, name: str = LOCK, wait: bool = False) -> str | None:
-    """Make `directory` this process's, until it ends or calls `release`; create it where it is not there.
+    """Claim `directory` for this process, until it ends or calls `release`; create it where it is not there.
 
-    Returns None, or what is known of the other process that has it. `wait`: wait for that process instead. OSError where the
-    directory cannot be written.
+    Returns None, or what is known of the other process that has it. With `wait` it waits for that process
+    instead. OSError where the directory cannot be written.
 
-    A record lock (not flock): the system drops it when the process ends, however it ends, and a forked child does not inherit
-    it, so an orphan of a reward function cannot hold the directory of a dead run."""
+    The lock is a record lock, not flock's: the system drops it when the process ends, however it ends, and a
+    forked child does not inherit it, so an orphan of a reward function cannot hold the directory of a dead
+    run."""
     path = os.path.abspath(os.path.join(directory, name))
     made = missing(os.path.dirname(path))
+    operation = fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB
     while path not in held:
         os.makedirs(directory, exist_ok=True)
         try:
@@ -26,14 +28,15 @@ def claim(directory: str, name: str = LOCK, wait: bool = False) -> str | None:
         except FileNotFoundError:
             continue                  # its holder removed the directory between our two calls
         try:
-            fcntl.lockf(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            fcntl.lockf(descriptor, operation)
         except (BlockingIOError, PermissionError):
             holder = os.read(descriptor, 200).decode(errors="replace")
             os.close(descriptor)
             return holder or "another process"
         if is_at(descriptor, path):
             os.ftruncate(descriptor, 0)
-            os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
+            owner = f"process {os.getpid()} on {socket.gethostname()}"
+            os.write(descriptor, owner.encode())
             held[path] = descriptor, made
             atexit.register(release, directory, name)
         else:
@@ -59,7 +62,7 @@ def is_at(descriptor: int, path: str) -> bool:
 
 
 def release(directory: str, name: str = LOCK) -> None:
-    """Let others have the directory; where nothing was written into it, it goes, if `claim` has made it."""
+    """Let others have the directory. If `claim` made it and nothing was written into it, remove it."""
     path = os.path.abspath(os.path.join(directory, name))
     if path not in held:
         return

@@ -61,7 +61,7 @@ class Common:
     deterministic: bool = False            # bit-identical reruns on CUDA too, slower
     eval_every: int | None = None          # updates between evaluations; null = ten times per run
     save_every: int | None = 500           # updates between checkpoints; null = only when a signal stops the run
-    save_dtype: Literal["fp32", "bf16"] = "fp32"     # of the weights in final/; checkpoints are always fp32
+    save_dtype: Literal["fp32", "bf16"] = "fp32"     # dtype of final/; checkpoints are always fp32
     keep: int = 2                          # newest checkpoints that stay on disk
     resume: str = "auto"                   # auto = continue an unfinished run in output, never, or a checkpoint's directory
     log_every: int = 1                     # updates between lines of metrics

@@ -1,9 +1,9 @@
-"""What is seen of a run while it goes on: a line for every update, notices, and on a terminal bars below.
+"""The console of a run: a line for every update, notices, and on a terminal bars below them.
 
-A terminal shows a bar of the run and, below it, one of what is being counted (rows of the reference pass,
+A terminal shows a bar of the run and, below it, a bar of what is being counted (rows of the reference pass,
 completions, held-out rows), which disappears when it is done. Elsewhere (a file, a pipe, TERM=dumb) there are
-the same lines and nothing else. A console that can no longer be written to stops no run: what it would show
-stands in metrics.jsonl and events.log.
+the same lines and nothing else. A console that can no longer be written to does not stop the run:
+metrics.jsonl and events.log hold what it would show.
 """
 import contextlib
 import math
@@ -18,7 +18,7 @@ from tqdm.utils import disp_len, disp_trim
 BAR = 9                          # columns of the shortest bar with its frame
 TYPED = 4                        # columns kept free after a bar, where the terminal shows ^C^C
 PAUSE = 0.1                      # seconds between two drawings of a counter
-CONSOLES = weakref.WeakSet()     # those of this process
+CONSOLES = weakref.WeakSet()     # all consoles of this process
 
 
 # ---- numbers and their room --------------------------------------------------------------------------
@@ -40,9 +40,10 @@ def per_second(count: float, since: float) -> float:
 
 
 def time_left(done: int, left: int, since: float) -> str:
-    """How long `left` more will take, where `done` have taken the time since `since`."""
+    """How long `left` more will take, if `done` have taken the time since `since`."""
     elapsed = max(0.0, time.perf_counter() - since)
-    return f"{clock(elapsed / max(1, done) * max(0, left))} left"
+    each = elapsed / max(1, done)
+    return f"{clock(each * max(0, left))} left"
 
 
 def cut(text: str, columns: float) -> str:
@@ -59,8 +60,8 @@ def counted(label: str, done: int, total: int, columns: float) -> str:
 
 
 def fitting(parts: list[str], leave_out: list[str], columns: float) -> str:
-    """The parts, with two spaces before each, in at most `columns`. Where there is no room, parts are left out
-    in the order of `leave_out`, whole: a number cut in the middle reads as another number."""
+    """The parts, with two spaces before each, in at most `columns`. Where there is no room, whole parts are
+    left out, in the order of `leave_out`: a number cut in the middle reads as another number."""
     kept = [f"  {part}" for part in parts]
     for part in leave_out:
         if disp_len("".join(kept)) <= columns:
@@ -73,23 +74,23 @@ def fitting(parts: list[str], leave_out: list[str], columns: float) -> str:
 
 def can_redraw(stream) -> bool:
     """Whether a line of this stream can be written over."""
-    with contextlib.suppress(AttributeError, ValueError):      # closed before the start (None), or later
+    with contextlib.suppress(AttributeError, ValueError):      # the stream is None, or it was closed
         return stream.isatty() and os.environ.get("TERM") != "dumb"
     return False
 
 
 def columns_of(stream) -> int:
-    """The columns of this terminal that are used: after the last one some terminals begin a new line."""
+    """How many columns of this terminal to use: not the last, after which some terminals begin a new line."""
     columns = 0
     with contextlib.suppress(OSError, ValueError):
         columns = os.get_terminal_size(stream.fileno()).columns
-    if columns <= 0:                                           # some terminals of CI systems have 0
+    if columns <= 0:                # some terminals of CI systems say 0
         columns = 80
     return max(1, columns - 1)
 
 
 class Bar(tqdm):
-    """A bar at the bottom of a terminal, `step 7/24 |###   |  parts`, as wide as the window of now."""
+    """A bar at the bottom of a terminal, `step 7/24 |###   |  parts`, as wide as the window is now."""
 
     monitor_interval = 0            # no thread beside the training: rewards may fork
 
@@ -104,26 +105,26 @@ class Bar(tqdm):
         columns = max(1, columns_of(self.stream) - TYPED)
         head = counted(self.label, self.n, self.total, columns - 4)
         rest = fitting(self.parts, self.leave_out, columns - BAR - disp_len(head))
-        elapsed = 0                 # its own times and rates are not used: its clock may run backwards
+        elapsed = 0                 # we show no times or rates of tqdm: its clock may run backwards
         return self.format_meter(self.n, self.total, elapsed, columns, ascii=self.ascii, colour=self.colour,
                                  bar_format="{head} |{bar}|{rest}", head=head, rest=rest)
 
     @staticmethod
     def status_printer(file):
-        """What writes over the line. It clears to the end of the line; tqdm writes as many spaces as there
-        were characters, which would be too many in a window made narrower."""
+        """A function that overwrites the line. It clears to the end of the line; tqdm would write as many
+        spaces as there were characters, which are too many after the window was made narrower."""
         def show(text):
             file.write(f"\r{text}\033[K")
             file.flush()
         return show
 
 
-# tqdm's own lock is shared with forked processes: one that is killed while it holds it would stop the run
+# tqdm's own lock is shared with forked processes: a child killed while it holds that lock would stop the run
 Bar.set_lock(threading.RLock())
 
 
 class Console:
-    """Lines and bars on `stream`; nothing if that is None."""
+    """Writes lines and bars to `stream`; writes nothing if that is None."""
 
     def __init__(self, stream):
         self.stream, self.terminal = stream, can_redraw(stream)
@@ -132,7 +133,7 @@ class Console:
         CONSOLES.add(self)
 
     def say(self, text: str) -> None:
-        """Write a text of one or more lines, above the bars."""
+        """Write one or more lines above the bars."""
         if self.stream is not None:
             with self.writing():
                 Bar.write(text, file=self.stream)
@@ -141,7 +142,8 @@ class Console:
     def line(self, label: str, done: int, total: int, parts: list[str], leave_out: list[str]) -> None:
         columns = columns_of(self.stream) if self.terminal else math.inf
         head = counted(label, done, total, columns)
-        self.say(cut(head + fitting(parts, leave_out, columns - disp_len(head)), columns))
+        rest = fitting(parts, leave_out, columns - disp_len(head))
+        self.say(cut(head + rest, columns))
 
     def start(self, done: int, total: int) -> None:
         """Show the bar of a run that has made `done` of its `total` updates."""
@@ -167,8 +169,8 @@ class Console:
                 self.bar.refresh()
 
     def count(self, label: str, done: int, total: int, unit: str, since: float, first: int = 0, line=False):
-        """On a terminal a bar of `done` of `total` things, which ends with the last one; elsewhere, with
-        `line`, a line. `first` of them were done before the time `since`."""
+        """Show that `done` of `total` things are done: on a terminal in a bar, which ends with the last one;
+        elsewhere, with `line`, in a line. `first` of them were done before the time `since`."""
         left = time_left(done - first, total - done, since)
         rate = f"{per_second(done - first, since):.1f}{unit}"
         if self.terminal:
@@ -178,7 +180,8 @@ class Console:
 
     def move_counter(self, label: str, done: int, total: int, parts: list[str], leave_out: list[str]):
         with self.writing():
-            if done >= total or (self.counter and label != self.counter.label):
+            other_label = self.counter and label != self.counter.label
+            if done >= total or other_label:
                 self.close_counter()
             now = time.perf_counter()
             if done < total and now - self.drawn >= PAUSE:
@@ -194,7 +197,7 @@ class Console:
 
     @contextlib.contextmanager
     def cleared(self):
-        """The bars are not on the terminal in this block, whose own output gets lines of its own."""
+        """Take the bars off the terminal for this block, so that what it prints has lines of its own."""
         with self.writing():
             for bar in filter(None, [self.counter, self.bar]):
                 bar.clear()
@@ -213,7 +216,7 @@ class Console:
 
     @contextlib.contextmanager
     def writing(self):
-        """A stream that cannot be written to (no terminal or reader any more, a full disk) is given up."""
+        """Give up a stream that cannot be written to: its terminal or reader is gone, or its disk is full."""
         try:
             yield
         except (OSError, ValueError):
@@ -221,9 +224,10 @@ class Console:
             for bar in filter(None, [self.counter, self.bar]):
                 bar.disable = True
             self.bar = self.counter = None
-            # what the stream still holds, and whatever else is written to it, must not fail either
+            # text that the stream still holds, or that others write to it, must not fail either
             with contextlib.suppress(OSError, ValueError, AttributeError):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, stream.fileno())
 
 
 def close() -> None:

@@ -1,7 +1,9 @@
-"""What a run depends on besides its configuration's words: the contents of every file, model and hub commit that they name.
+"""Digests of every file, model and hub commit that a configuration names.
 
-A run that goes on with another start model, reference, reward file or prompt template under the same name would be two halves of
-two runs. So `run.json` holds a digest of each, and a resumed run compares them before it loads anything."""
+A run that continued with another start model, reference, reward file or prompt template under the same name
+would be two halves of two runs. So `run.json` holds a digest of each, and a resumed run compares them before
+it loads anything.
+"""
 import functools
 import os
 import re
@@ -13,19 +15,26 @@ from data.files import sha256
 from engine import checkpoint
 from engine.load import base_of, is_adapter
 
-ENDINGS = (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt")      # weights, configuration, tokenizer, templates
-NO_INPUT = ("generation_config.json", checkpoint.MANIFEST, "trainer.json", "optimizer.safetensors", checkpoint.ROLLOUT)
-NOT_HERE = ("algorithm", "data", "eval_data", "output", "resume")      # data files have digests of their own, in their reports
+# weights, configuration, tokenizer and templates in a model directory end so ...
+ENDINGS = (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt")
+# ... and these files beside them change no number of a run that starts from the model
+NO_INPUT = ("generation_config.json", checkpoint.MANIFEST, "trainer.json", "optimizer.safetensors",
+            checkpoint.ROLLOUT)
+# keys without digests here; the reports of the data files hold the digests of those
+NOT_HERE = ("algorithm", "data", "eval_data", "output", "resume")
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def fingerprints(values: dict) -> dict[str, dict[str, str]]:
-    """{key: {file: sha256}} for every text in `values` that names a file, a file's function (`file.py:name`), a model directory
-    (an adapter's base and a run's model included) or a model of the hub (its commit); several names stand between commas."""
+    """{key: {file: sha256}} for every string in `values` that names a file, a function in a file
+    (`file.py:name`), a model directory (with an adapter's base, and the model of a run) or a model of the hub
+    ({name: commit}). A string may hold several names between commas."""
     found = {}
     for key, value in values.items():
+        if key in NOT_HERE or not isinstance(value, str):
+            continue
         digests = {}
-        for name in value.split(",") if isinstance(value, str) and key not in NOT_HERE else ():
+        for name in value.split(","):
             digests |= contents(name.strip())
         if digests:
             found[key] = digests
@@ -41,17 +50,26 @@ def contents(name: str) -> dict[str, str]:
         return {path: digest_of(path)}
     if os.path.isdir(name):
         return model_files(checkpoint.model_path(name, lambda text: None))
-    config = try_to_load_from_cache(name, "config.json") if HUB_NAME.fullmatch(name) else None
-    return {name: os.path.basename(os.path.dirname(config))} if isinstance(config, str) else {}
+    if not HUB_NAME.fullmatch(name):
+        return {}
+    config = try_to_load_from_cache(name, "config.json")
+    if not isinstance(config, str):                # not in the cache
+        return {}
+    commit = os.path.basename(os.path.dirname(config))
+    return {name: commit}
 
 
 def model_files(directory: str) -> dict[str, str]:
+    """{file: sha256} of the model in a directory, and of its base if it is an adapter."""
     digests = {}
     for name in sorted(os.listdir(directory)):
         path = os.path.join(directory, name)
-        if name.endswith(ENDINGS) and name not in NO_INPUT and os.path.isfile(path):
+        is_input = name.endswith(ENDINGS) and name not in NO_INPUT
+        if is_input and os.path.isfile(path):
             digests[path] = digest_of(path)
-    return digests | contents(base_of(directory)) if is_adapter(directory) else digests
+    if is_adapter(directory):
+        digests |= contents(base_of(directory))
+    return digests
 
 
 def digest_of(path: str) -> str:
@@ -66,7 +84,7 @@ def digest_at(path: str, size: int, modified: int) -> str:
 
 
 def check_unchanged(started: dict, now: dict, directory: str) -> None:
-    """UserError that names the first file which is not what it was when the run in `directory` started."""
+    """UserError that names the first file that has changed since the run in `directory` started."""
     for key in started.keys() & now.keys():
         before, after = started[key], now[key]
         for path in sorted(before.keys() | after.keys()):

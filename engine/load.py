@@ -15,8 +15,8 @@ from data.files import kind_of
 ADAPTER = "adapter_config.json"      # in a directory with a LoRA adapter, in peft's format
 MODES = {"do_sample", "num_beams", "use_cache", "return_dict_in_generate"}    # other settings depend on these
 SETTINGS = ("config.json", "generation_config.json", "tokenizer_config.json")
-COUNTS = re.compile(r"\w*(layers?|experts?|blocks|labels)")     # keys of config.json: so many modules are made
-MOST = 10_000                        # of each; the largest models have hundreds
+COUNTS = re.compile(r"\w*(layers?|experts?|blocks|labels)")     # keys of config.json that count modules
+MOST = 10_000                        # limit of these counts; the largest models have hundreds
 logging.disable_progress_bar()       # of loading and saving weights: our console is one progress line
 
 
@@ -47,15 +47,18 @@ def load_lm(path: str, dtype=torch.float32, attn_implementation: str = "segments
     `options` are more of from_pretrained's."""
     if is_adapter(path):
         raise UserError(f"{path} holds a LoRA adapter, not a model; fix: pass its base model, or a run of it with merge: true")
-    if not os.path.isdir(path) and (os.path.exists(path) or path.startswith((".", "/")) or path.count("/") > 1):
+    is_path = os.path.exists(path) or path.startswith((".", "/")) or path.count("/") > 1
+    if is_path and not os.path.isdir(path):
         raise UserError(f"model: {path} is not a directory with a model; fix: pass a model directory or a hub name owner/name")
     config = load_config(path)
     kinds = config.architectures
     kinds = kinds if kinds and isinstance(kinds, list) else ["CausalLM"]
     if getattr(config, "quantization_config", None):
         raise UserError(f"model: {path} is quantized and cannot be trained; fix: pass the unquantized model")
-    if type(config) not in AutoModelForCausalLM._model_mapping or not any("CausalLM" in kind or "LMHead" in kind for kind in kinds):
-        raise UserError(f"model: {path} is a {config.model_type} ({kinds[0]}), not a causal language model; fix: pass a causal LM")
+    known = type(config) in AutoModelForCausalLM._model_mapping
+    if not known or not any("CausalLM" in kind or "LMHead" in kind for kind in kinds):
+        raise UserError(f"model: {path} is a {config.model_type} ({kinds[0]}), not a causal language model; "
+                        "fix: pass a causal LM")
     settings, changed = generation_settings(path)
     if changed:
         options["generation_config"] = GenerationConfig(**settings)
@@ -72,8 +75,8 @@ def load_lm(path: str, dtype=torch.float32, attn_implementation: str = "segments
 
 
 def generation_settings(path: str) -> tuple[dict, str]:
-    """(the generation settings of a model, without what transformers would refuse to save; a sentence about
-    what was changed for that, "" if nothing). They stand in generation_config.json, of older models in
+    """(the generation settings of a model, without those that transformers would refuse to save; a sentence
+    about what was changed for that, "" if nothing). They are in generation_config.json, for older models in
     config.json."""
     try:
         file = cached_file(path, "generation_config.json")
@@ -84,7 +87,7 @@ def generation_settings(path: str) -> tuple[dict, str]:
         given = {key: given[key] for key in given.keys() & vars(GenerationConfig()).keys()}
     if can_be_saved(given):
         return given, ""
-    # who gives a temperature and says nothing of do_sample means sampling; who says do_sample: false does not
+    # a temperature without do_sample means sampling; with do_sample: false it does not
     choices = [given] if isinstance(given.get("do_sample"), bool) else [given, given | {"do_sample": True}]
     parts = [savable_part(choice) for choice in choices]
     kept = min(parts, key=lambda part: len(given.keys() - part.keys()))
@@ -95,7 +98,7 @@ def generation_settings(path: str) -> tuple[dict, str]:
 
 
 def savable_part(given: dict) -> dict:
-    """Generation settings, one after the other as long as they go together."""
+    """The generation settings that can be saved together: each one is kept if it fits those before it."""
     kept = {}
     for key in sorted(given, key=lambda key: key not in MODES):
         if can_be_saved(kept | {key: given[key]}):
@@ -117,7 +120,7 @@ def can_be_saved(settings: dict) -> bool:
 
 
 def load_config(path: str):
-    """The configuration of a model; UserError where there is none, or none from which a model could be built."""
+    """The configuration of a model; UserError where there is none, or no model could be built from it."""
     try:
         check_settings(path)
         return AutoConfig.from_pretrained(path)
@@ -128,8 +131,9 @@ def load_config(path: str):
 
 
 def check_settings(path: str) -> None:
-    """UserError where a settings file of the model at `path` is no JSON object (transformers passes over some of these
-    in silence), or asks for a billion layers: transformers makes lists of that length when it only reads the file."""
+    """UserError where a settings file of the model at `path` is no JSON object (transformers ignores some of
+    these in silence), or where it asks for a billion layers: transformers makes lists of that length when it
+    only reads the file."""
     values = {}
     if os.path.isdir(path):
         for name in SETTINGS:
@@ -179,9 +183,11 @@ def is_finite(tensor: torch.Tensor) -> bool:
 
 def unloadable(path: str, error: Exception) -> UserError:
     if isinstance(error, UnpicklingError):
-        return UserError(f"model: the weights in {path} are a pickle that asks for more than tensors, so it may hold "
-                         "code and is not loaded; fix: save them as safetensors")
-    where = "cannot be loaded" if os.path.isdir(path) else "is neither a local directory nor reachable on the hub"
+        return UserError(f"model: the weights in {path} are a pickle that asks for more than tensors, so it "
+                         "may hold code and is not loaded; fix: save them as safetensors")
+    where = "is neither a local directory nor reachable on the hub"
+    if os.path.isdir(path):
+        where = "cannot be loaded"
     return UserError(f"model: {path} {where} ({first_line(error)}); fix: check the name or the files in it")
 
 
@@ -217,7 +223,7 @@ def first_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
     text = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
     text = text if len(text) <= 300 else text[:297] + "..."
-    speaks = isinstance(error, (OSError, ValueError, RuntimeError, SafetensorError)) or type(error) is Exception
-    if text and speaks:
+    says_enough = isinstance(error, (OSError, ValueError, RuntimeError, SafetensorError))
+    if text and (says_enough or type(error) is Exception):
         return text
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -19,8 +19,8 @@ from engine.console import Console
 from engine.fingerprint import check_unchanged
 
 ROWS = ("metrics.jsonl", "samples.jsonl")
-REPLACED = ".replaced"         # beside a file of rows, until a run that went back saves: the file before that
-DAMAGED = ".damaged"           # beside a file of rows: the file before lines that are no rows were left out
+REPLACED = ".replaced"     # ending of a copy of a file of rows, kept from when a run goes back until it saves
+DAMAGED = ".damaged"       # ending of a copy of a file of rows with the lines that were no rows
 
 
 class Run:
@@ -29,19 +29,21 @@ class Run:
     def __init__(self, directory: str, main: bool = True):
         self.directory, self.main = directory, main
         self.console = Console(sys.stderr if main else None)
-        self.begun, self.early = False, []             # whether the directory is a run, and what to log when it is one
-        self.newer = []                                # checkpoints of later steps than the one this run goes on from
+        self.begun = False           # whether the directory is a run
+        self.early = []              # what to log as soon as it is one
+        self.newer = []              # checkpoints of later steps than the one this run continues from
 
     def path(self, *names: str) -> str:
         return os.path.join(self.directory, *names)
 
     def begin(self, config_yaml: str, reports: dict, digests: dict, step: int) -> None:
-        """Make the directory a run, or take up the one there from `step` on: tidy what an interrupted save left, and cut the
-        rows of updates that will be done again. Where a run goes back behind whole checkpoints, these and their rows stay until
-        `replace`: only then can the run go on without them."""
+        """Make the directory a run, or continue the one there from `step` on: remove what an interrupted save
+        left, and cut the rows of updates that will be done again. Where a run goes back behind whole
+        checkpoints, these and their rows stay until `replace`: before that the run still needs them."""
         if not self.main:
             return
-        self.newer = [path for path in checkpoint.checkpoints(self.directory) if checkpoint.step_of(path) > step]
+        saved = checkpoint.checkpoints(self.directory)
+        self.newer = [path for path in saved if checkpoint.step_of(path) > step]
         goes_back = any(checkpoint.broken(path) is None for path in self.newer)
         try:
             os.makedirs(self.directory, exist_ok=True)
@@ -59,9 +61,10 @@ class Run:
             self.append("events.log", line)
 
     def take_up(self, name: str, step: int, goes_back: bool) -> None:
-        """Cut a file of rows after `step`. What is cut of whole checkpoints, and what is no row, is kept beside it."""
+        """Cut a file of rows after `step`. A copy of it is kept if lines are no rows, or if it `goes_back`
+        behind whole checkpoints."""
         kept = self.path(name + REPLACED)
-        if os.path.exists(kept):                       # of a run that went back and then saved nothing: as if it had not been
+        if os.path.exists(kept):       # a run went back and then saved nothing, so its rows do not count
             os.replace(kept, self.path(name))
         lines, damaged = [], 0
         for line in self.rows(name):
@@ -70,29 +73,44 @@ class Run:
             if at is not None and at <= step and step > 0:
                 lines.append(line)
         if damaged:
-            self.notice(f"{self.path(name)}: {damaged} lines are no rows of this run and are left out; the file as it was is "
-                        f"{self.path(name)}{DAMAGED}")
+            path = self.path(name)
+            self.notice(f"{path}: {damaged} lines are no rows of this run and are left out; "
+                        f"the file as it was is {path}{DAMAGED}")
         for wanted, ending in ((damaged, DAMAGED), (goes_back, REPLACED)):
             if wanted:
                 self.write(name + ending, self.text(name))
         self.write(name, "".join(lines))
 
     def replace(self, saved: str | None = None) -> None:
-        """After the first checkpoint `saved` (or final model) of a run that went back: remove what it has replaced."""
+        """Remove what a run that went back has replaced, once it has saved a checkpoint (at the path `saved`)
+        or its final model."""
         for path in self.newer:
             if path != saved:
                 checkpoint.remove(path)
         self.newer = []
         for name in ROWS:
-            if os.path.exists(self.path(name + REPLACED)):
-                os.remove(self.path(name + REPLACED))
+            kept = self.path(name + REPLACED)
+            if os.path.exists(kept):
+                os.remove(kept)
 
     def check_started(self, digests: dict) -> None:
-        """UserError where a file, a model or a hub commit that the configuration names is not what it was at the start."""
-        check_unchanged(self.started_with().get("digests", {}), digests, self.directory)
+        """UserError where a file, a model or a hub commit that the configuration names has changed since the
+        run started. A notice where libraries, threads or processes have changed: numbers are then equal to
+        rounding only."""
+        started = self.started_with()
+        check_unchanged(started.get("digests", {}), digests, self.directory)
+        before, now = arithmetic(started), arithmetic(environment())
+        changed = []
+        for name, value in now.items():
+            if before.get(name, value) != value:
+                changed.append(f"{name} {before[name]} -> {value}")
+        if changed:
+            self.notice(f"since the run in {self.directory} started: {', '.join(changed)}; "
+                        "its numbers go on equal to rounding, not bit for bit")
 
     def check_data(self, reports: dict) -> None:
-        """The order of the data is a function of the step, so a run can only go on with the same rows."""
+        """UserError where a data file has changed since the start. The order of the data is a function of the
+        step, so a run can only continue with the same rows."""
         started = self.started_with()["data"]
         for split, report in reports.items():
             before = started.get(split)
@@ -101,38 +119,44 @@ class Run:
                                 "fix: restore the file, or choose another output")
 
     def started_with(self) -> dict:
-        """run.json; UserError if it cannot be read, since nothing then tells whether data and models are still the same."""
+        """run.json; UserError if it cannot be read: without it nothing tells whether data and models are
+        still the same."""
         try:
             started = json.loads(self.text("run.json"))
-            if isinstance(started.get("data"), dict) and isinstance(started.get("digests", {}), dict):
+            if is_started(started):
                 return started
             fault = "not what a run writes"
-        except (OSError, ValueError, AttributeError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             fault = getattr(error, "strerror", None) or "not JSON"
-        raise UserError(f"output: {self.path('run.json')} is damaged ({fault}), so whether data and models are the same cannot be "
-                        "known; fix: restore it, or start a new run with another output")
+        path = self.path("run.json")
+        raise UserError(f"output: {path} is damaged ({fault}), so whether data and models are the same "
+                        "cannot be known; fix: restore it, or start a new run with another output")
 
     def check_there(self) -> None:
         """RunError if the directory was deleted or moved while the run was writing into it."""
+        if not self.begun:
+            return
         try:
             os.stat(self.path("config.yaml"))
         except (FileNotFoundError, NotADirectoryError):
             raise RunError(f"output: {self.directory} was deleted or moved during the run; "
                            "fix: put it back and run the same command again") from None
         except OSError:
-            pass                                       # a network disk that does not answer now may answer at the next save
+            pass                         # a network disk that does not answer now may answer at the next save
 
     def write(self, name: str, text: str) -> None:
-        with open(self.path(name + ".tmp"), "w", encoding="utf-8") as file:
+        temporary = self.path(name + ".tmp")
+        with open(temporary, "w", encoding="utf-8") as file:
             file.write(text)
-        os.replace(self.path(name + ".tmp"), self.path(name))
+        os.replace(temporary, self.path(name))
 
     def rows(self, name: str) -> list[str]:
-        """The complete lines of a .jsonl file of this run; a kill may have cut the last one, a power failure left zeros."""
+        """The complete lines of a .jsonl file of this run. A kill may have cut the last line, and a power
+        failure may have left zeros."""
         if not os.path.exists(self.path(name)):
             return []
-        lines = [line + "\n" for line in self.text(name).split("\n")[:-1]]      # texts may hold other line breaks
-        return [line for line in lines if line.startswith("{") and line.endswith("}\n")]
+        lines = self.text(name).split("\n")[:-1]           # not splitlines: texts may hold other line breaks
+        return [line + "\n" for line in lines if line.startswith("{") and line.endswith("}")]
 
     def text(self, name: str) -> str:
         with open(self.path(name), encoding="utf-8", errors="replace", newline="\n") as file:
@@ -143,41 +167,74 @@ class Run:
             self.early.append(row)                     # the directory is not a run yet
         elif self.main:
             try:
-                # half a surrogate, which UTF-8 lacks, becomes \udc80, in JSON the same text
+                line = row if isinstance(row, str) else as_json(row)
+                # UTF-8 has no half surrogates: they are written as \udc80, which JSON reads as the same text
                 with open(self.path(name), "a", encoding="utf-8", errors="backslashreplace") as file:
-                    file.write((row if isinstance(row, str) else as_json(row)) + "\n")
+                    file.write(line + "\n")
             except OSError as error:
-                raise RunError(f"cannot write {self.path(name)} ({error.strerror}); checkpoints are untouched; "
+                path = self.path(name)
+                raise RunError(f"cannot write {path} ({error.strerror}); checkpoints are untouched; "
                                "fix: free disk space and run the same command again") from error
 
     def notice(self, text: str) -> None:
         """A sentence the user should read once; kept in events.log."""
         if self.main:
             text = printable(text, keep="")
+            now = time.strftime("%Y-%m-%d %H:%M:%S")
             self.console.say(text)
-            self.append("events.log", f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}")
+            self.append("events.log", f"{now} {text}")
 
     def summary(self, chat: bool = True) -> None:
-        """What the run changed on held-out rows (else on its own rows), where the model lies and how to talk to it."""
+        """Print what the run changed on held-out rows (else on its own rows), where the model is, and with
+        `chat` how to talk to it."""
         if not self.main:
             return
-        rows = [json.loads(line) for line in self.rows("metrics.jsonl")]
-        split = "eval" if any(row["split"] == "eval" for row in rows) else "train"
-        first, *_, last = [row for row in rows if row["split"] == split] * 2
+        rows = [json.loads(line) for line in self.rows("metrics.jsonl") if step_of_row(line) is not None]
+        held_out = [row for row in rows if row.get("split") == "eval"]
+        trained = [row for row in rows if row.get("split") == "train"]
+        title = "held-out rows" if held_out else "training rows"
+        shown = held_out or trained or [{"step": "?"}]      # the file of a finished run may be lost
+        first, last = shown[0], shown[-1]
         self.erase()
         console = Console(sys.stdout)
-        console.say(f"\n{'held-out rows' if split == 'eval' else 'training rows'}: step {first['step']} -> step {last['step']}")
+        console.say(f"\n{title}: step {first['step']} -> step {last['step']}")
         hidden = ("step", "split", "epoch", "lr", "grad_norm", "tokens_per_second")
-        # an update of kto may lack one class; what was not finite is null
-        known = [name for name in first if None not in (first[name], last.get(name))]
-        for name in [name for name in known if name not in hidden]:
-            console.say(f"  {name:<20} {first[name]:9.4f} -> {last[name]:9.4f}")
-        console.say(f"model    {self.path('final')}\n" + (f"chat     python chat.py {self.directory}\n" if chat else "")
-                    + f"metrics  {self.path('metrics.jsonl')}")
+        for name in first:
+            # an update of kto may lack one class; what was not finite is null
+            known = first[name] is not None and last.get(name) is not None
+            if known and name not in hidden:
+                console.say(f"  {name:<20} {first[name]:9.4f} -> {last[name]:9.4f}")
+        console.say(f"model    {self.path('final')}")
+        if chat:
+            console.say(f"chat     python chat.py {self.directory}")
+        console.say(f"metrics  {self.path('metrics.jsonl')}")
 
     def erase(self) -> None:
         """Remove the bars from the terminal, so that what is printed next has a line of its own."""
         self.console.close()
+
+
+def is_started(found) -> bool:
+    """Whether something read from run.json has the form in which a run writes it."""
+    if not isinstance(found, dict) or not isinstance(found.get("data"), dict):
+        return False
+    reports = [report for report in found["data"].values() if report is not None]
+    digests = found.get("digests", {})
+    parts = [digests, found.get("versions", {}), found.get("machine", {}), *reports]
+    if isinstance(digests, dict):
+        parts += digests.values()
+    if not all(isinstance(part, dict) for part in parts):
+        return False
+    return all("sha256" in report for report in reports)
+
+
+def arithmetic(started: dict) -> dict:
+    """{name: value} of what numbers depend on in their last bits: versions, threads and processes."""
+    machine = started.get("machine", {})
+    found = dict(started.get("versions", {}))
+    found["threads"] = machine.get("threads")
+    found["processes"] = started.get("world_size")
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def step_of_row(line: str) -> int | None:
@@ -206,11 +263,15 @@ def environment() -> dict:
     """What a reader needs to reproduce the run: versions, command, machine."""
     import torch
     import transformers
+    versions = {"python": platform.python_version(), "torch": torch.__version__,
+                "transformers": transformers.__version__}
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    machine = {"system": platform.platform(), "processor": platform.machine(), "cores": os.cpu_count(),
+               "threads": torch.get_num_threads(), "gpu": gpu}
     return {
         "command": redact(" ".join(["python", *map(shlex.quote, sys.argv)])),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__},
-        "machine": {"system": platform.platform(), "processor": platform.machine(), "cores": os.cpu_count(),
-                    "threads": torch.get_num_threads(), "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None},
+        "versions": versions,
+        "machine": machine,
         "world_size": int(os.environ.get("WORLD_SIZE", 1)),
     }

@@ -24,7 +24,16 @@ from engine.load import base_of, generation_settings, is_finite
 from engine.logs import Run
 from engine.model import RewardModel, build_policy
 from engine.ranks import distributed, from_all_ranks, from_main, sum_over_ranks
-from engine.reference import Reference, lacking, model_key, packed, read_table, response_keys, unpacked, write_part
+from engine.reference import (
+    Reference,
+    lacking,
+    model_key,
+    packed,
+    read_table,
+    response_keys,
+    unpacked,
+    write_part,
+)
 from engine.rollout import Sampling, sample
 from engine.step import Step
 
@@ -126,7 +135,8 @@ class Engine:
             averages = self.step.averages("train") | (more or {})
             self.run.append("metrics.jsonl", {
                 "step": index, "split": "train", "epoch": round(index / self.draws_per_epoch / self.per_draw, 4), **averages,
-                "grad_norm": self.grad_norm, "lr": lr, "tokens_per_second": round(per_second(tokens, started), 1)})
+                "grad_norm": self.grad_norm, "lr": lr,
+                "tokens_per_second": round(per_second(tokens, started), 1)})
             shown = {name: averages[name] for name in dict.fromkeys(["loss", self.progress]) if name in averages}
         rate = f"{per_second(self.tokens_seen, self.since):.0f} tokens/s"
         self.run.console.progress(index, self.total, rate, shown, self.since, self.first, line=logged)
@@ -168,7 +178,7 @@ class Engine:
             if not is_start_model or self.first > 0:
                 policy = build_policy(self.config, self.tokenizer, path or self.config.model, frozen=True)
             computed = self.frozen_logps(policy, missing, store)
-            # another run may have stored the same in the meantime: then both go on with what a resumed run will find
+            # another run may have stored the same meanwhile: then both use what a resumed run will find
             table = computed | unpacked(*from_main(packed, read_table, store, wanted, self.notice))
         reference = Reference(table)
         if is_start_model and self.first == 0:
@@ -185,11 +195,14 @@ class Engine:
         loss, = sum_over_ranks([sum(losses)], self.policy.device)
         if not (math.isfinite(loss) and math.isfinite(self.grad_norm)):
             what = f"loss {loss:g}, gradient norm {self.grad_norm:g} in update {self.step.index}"
-            if self.start and self.step.index == self.first + 1:      # the checkpoint is all that this run has shown
-                raise RunError(f"{what}, the first after resuming from {self.start}, before the weights were touched; "
-                               f"fix: {checkpoint.instead_of(self.start)}")
-            bad = [examples for loss, (_, examples) in zip(losses, self.step.losses) if not math.isfinite(loss)]
-            rows = from_all_ranks([example.where for examples in bad for example in examples])
+            if self.start and self.step.index == self.first + 1:      # so the checkpoint may be the fault
+                raise RunError(f"{what}, the first after resuming from {self.start}, before the weights were "
+                               f"touched; fix: {checkpoint.instead_of(self.start)}")
+            bad = []
+            for loss, (_, examples) in zip(losses, self.step.losses):
+                if not math.isfinite(loss):
+                    bad += [example.where for example in examples]
+            rows = from_all_ranks(bad)
             rows = rows or [example.where for example in self.step.examples]
             shown = ", ".join(rows[:8]) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
             last = checkpoint.checkpoints(self.run.directory)
@@ -197,7 +210,7 @@ class Engine:
                            f"{last[-1] if last else 'none'}; fix: lower lr or look at these rows")
 
     def batches(self, examples: list, label: str | None = None):
-        """Micro-batches of any examples, which all ranks share among them; `label` names their bar on a terminal."""
+        """Micro-batches of any examples, which the ranks share; `label` names their bar on a terminal."""
         since = time.perf_counter()
         for start in range(0, len(examples), self.config.batch_size):
             block = examples[start:start + self.config.batch_size]
@@ -241,20 +254,23 @@ class Engine:
         return list(numbers.cpu().split([size(example) for example in examples])) if examples else []
 
     def frozen_logps(self, model, examples: list, store: str) -> dict:
-        """The log-probs of every response's trained tokens, by `response_key`, fp32 and on the CPU. `store` gets them in parts,
-        one every SEAL_SECONDS and one at a stop, so that a pass which is stopped goes on where it was."""
+        """The log-probs of every response's trained tokens, by `response_key`, fp32 and on the CPU. They are
+        written to `store` in parts, one every SEAL_SECONDS and one at a stop, so that a pass that was stopped
+        continues where it was."""
         table, unsealed, size = {}, {}, self.config.batch_size
         since = sealed = time.perf_counter()
         for start in range(0, len(examples), size):
             block = examples[start:start + size]
-            for example, logps in zip(block, self.collect(model, block, lambda example: example.num_trained)):
+            collected = self.collect(model, block, lambda example: example.num_trained)
+            for example, logps in zip(block, collected):
                 lengths = [int(response.trained.sum()) for response in example.responses]
                 unsealed.update(zip(response_keys(example), logps.split(lengths)))
             done = start + len(block)
             line = done == len(examples) or start // size % 100 == 99
             self.run.console.count("reference log-probs", done, len(examples), " rows/s", since, line=line)
             stop = self.stop_requested()
-            age = from_main(lambda: time.perf_counter() - sealed)      # noqa: B023  one clock decides for all ranks
+            # one clock decides for all ranks
+            age = from_main(lambda: time.perf_counter() - sealed)      # noqa: B023
             if stop or age > SEAL_SECONDS or done == len(examples):
                 from_main(write_part, store, unsealed)
                 table, unsealed, sealed = table | unsealed, {}, time.perf_counter()
@@ -385,7 +401,7 @@ class Engine:
             from_main(self.write_final, weights)
         except UserError:
             if self.config.merge:
-                self.save(self.total)             # what merging needs has gone; the adapter at least is kept
+                self.save(self.total)             # the merge may have failed: at least the adapter is kept
             raise
 
     def write_final(self, weights: dict, trial: bool = False) -> int:
@@ -417,10 +433,11 @@ class Engine:
     # ---- signals ----------------------------------------------------------------------------------------------------
 
     def catch_signals(self) -> None:
-        """The first SIGTERM or SIGINT asks for a stop after this update (or this part of the reference pass, or
-        before a rollout's first update); the second one exits at once. Under torchrun the second one may be the
-        first again: a scheduler signals every process, and torchrun, which got it too, passes it on. SIGTERM ends
-        processes that a reward forks, as usual. At a Ctrl-C, which reaches them too, they leave it to the run."""
+        """The first SIGTERM or SIGINT asks for a stop after this update (or this part of the reference pass,
+        or before a rollout's first update); the second one exits at once. Under torchrun the second one may
+        be the first again: a scheduler signals every process, and torchrun, which got it too, passes it on.
+        SIGTERM ends processes that a reward forks, as usual. They ignore a Ctrl-C, which reaches them too:
+        the run handles it."""
         self.signalled, same_request = 0.0, 5.0 if "LOCAL_RANK" in os.environ else 0.0      # seconds
 
         def handler(number, frame):
@@ -428,7 +445,7 @@ class Engine:
                 self.signal, self.signalled = number, time.monotonic()
                 interrupt()
             elif time.monotonic() - self.signalled >= same_request:
-                with contextlib.suppress(RuntimeError):      # it came in the middle of a write to the terminal
+                with contextlib.suppress(RuntimeError):      # the signal came during a write to the terminal
                     self.run.erase()
                 leave(128 + number)
         handle(signal.SIGTERM, handler)

@@ -366,9 +366,9 @@ def check_policy(policy: Policy, examples, mode: str, notice) -> None:
                 predicted = logits.float().log_softmax(-1).gather(1, ids[0, len(example.prompt):, None])[:, 0]
                 plain.append(predicted[torch.from_numpy(response.trained).to(policy.device)])
     plain = torch.cat(plain)
-    if not plain.isfinite().all():             # its weights are finite, which `load_lm` has seen to
-        raise UserError(f"model: its log-probs of {examples[0].where} are NaN or infinite, so its activations "
-                        "overflow; fix: precision=fp32, or another model")
+    if not plain.isfinite().all():             # the weights are finite: `load_lm` has checked them
+        raise UserError(f"model: its log-probs of {examples[0].where} are NaN or infinite, so its "
+                        "activations overflow; fix: precision=fp32, or another model")
     tolerance = 1e-3 if policy.precision == "fp32" else 0.25
     for share in {"auto": (True, False), "true": (True,), "false": (False,)}[mode]:
         policy.share_prompt = share

@@ -143,7 +143,8 @@ class OnlineEngine(Engine):
             return from_main(score, *arguments)
 
         def by_model(reward):
-            return self.collect(self.reward_models[reward.name], rollout.examples, lambda example: len(example.responses))
+            model = self.reward_models[reward.name]
+            return self.collect(model, rollout.examples, lambda example: len(example.responses))
 
         failure = None
         try:
@@ -151,7 +152,7 @@ class OnlineEngine(Engine):
                 judge(rollout, self.rewards, self.tokenizer, by_function, by_model)
         except RunError as error:
             failure = error
-        # A signal often reaches the processes that a reward has started, too, so its values may be wrong: they are not used
+        # a signal often reaches the processes that a reward started, so its values may be wrong: drop them
         if stop := self.stop_requested():
             done, every = self.step.index if self.step else self.first, self.config.save_every
             if done > self.first and not (every and done % every == 0):
@@ -191,7 +192,8 @@ class OnlineEngine(Engine):
             return (epochs * len(self.train_set) + rest * self.config.batch_size) * self.num_generations
 
         done = completions(rollout.number + 1)
-        return {"episode": done, "eps": per_second(done - completions(self.first // self.per_draw), self.since)}
+        before = completions(self.first // self.per_draw)
+        return {"episode": done, "eps": per_second(done - before, self.since)}
 
     @staticmethod
     def spread(rewards):
@@ -255,7 +257,7 @@ class OnlineEngine(Engine):
 
     def evaluated(self) -> set:
         rows = map(json.loads, self.run.rows("metrics.jsonl"))
-        return {row["step"] for row in rows if row["split"] == "eval"}
+        return {row["step"] for row in rows if row.get("split") == "eval"}
 
     def write_samples(self, index: int, count: int = 4) -> None:
         """The first completion of the rollout's first prompts, with its reward."""

@@ -1,5 +1,6 @@
 """The processes of a run: one, or one per device under `torchrun`."""
 import datetime
+import itertools
 import os
 import shlex
 import sys
@@ -27,8 +28,8 @@ def stop_processes() -> None:
 
 
 def from_main(function, *arguments):
-    """`function(*arguments)`, called on rank 0 only, on every rank; so is the UserError it raises. After any other
-    exception, which rank 0 raises, the others leave without a word instead of waiting for it."""
+    """Call `function(*arguments)` on rank 0 only; every rank returns its result, or raises its UserError. Any
+    other exception is raised on rank 0, and the other ranks exit without a message instead of waiting."""
     if not dist.is_initialized():
         return function(*arguments)
     box, fault = [None], None
@@ -53,7 +54,7 @@ def from_all_ranks(values: list) -> list:
         return values
     parts = [None] * dist.get_world_size()
     dist.all_gather_object(parts, values)
-    return [value for part in parts for value in part]
+    return list(itertools.chain(*parts))
 
 
 def distributed() -> tuple[int, int]:
@@ -71,7 +72,7 @@ def sum_over_ranks(values: list[float], device) -> list[float]:
 
 
 def command(words: list[str]) -> str:
-    """The command that starts this program again with the arguments `words`, alone or under torchrun as now."""
+    """The command that starts this program again with the arguments `words`, under torchrun if it is now."""
     program, here = shlex.join([sys.argv[0], *words]), os.environ.get("LOCAL_WORLD_SIZE")
     if "LOCAL_RANK" not in os.environ:
         return f"python {program}"

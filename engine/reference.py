@@ -89,16 +89,18 @@ def read_table(store: str, wanted: set, notice) -> dict:
 
 
 def write_part(store: str, computed: dict) -> None:
-    """Seal `computed` as a part of `store`. One process at a time writes into it, so whatever is half there was left by one that
-    was killed."""
-    tensors = {"keys": torch.tensor([list(key) for key in computed], dtype=torch.uint8),
-               "lengths": torch.tensor([len(logps) for logps in computed.values()]),
+    """Seal `computed` as a part of `store`. One process at a time writes into it, so a half-written part was
+    left by a process that was killed."""
+    keys = [list(key) for key in computed]
+    lengths = [len(logps) for logps in computed.values()]
+    tensors = {"keys": torch.tensor(keys, dtype=torch.uint8), "lengths": torch.tensor(lengths),
                "logps": torch.cat(list(computed.values()))}
     part = os.path.join(store, "part-" + hashlib.sha256(b"".join(computed)).hexdigest()[:16])
     try:
         claim(store, wait=True)
     except OSError as error:
-        raise RunError(f"cannot write {store} ({error.strerror}); fix: make it writable, or choose another output") from error
+        raise RunError(f"cannot write {store} ({error.strerror}); "
+                       "fix: make it writable, or choose another output") from error
     try:
         checkpoint.tidy(store)
         if checkpoint.broken(part):

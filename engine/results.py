@@ -161,7 +161,8 @@ def as_turns(examples: list[Example], settings, tokenizer, notice) -> list[Examp
             control.append(example.where)
         if len(ids) + settings.max_completion_length <= settings.max_length:
             turns.append(Example(ids, [], example.where, example.extras | {"prompt": messages}))
-    found = {"stop_inside": 0, "control_tokens": len(control), "first_control_tokens": next(iter(control), None)}
+    first = control[0] if control else None
+    found = {"stop_inside": 0, "control_tokens": len(control), "first_control_tokens": first}
     for line in doubts(found):
         notice(f"warning: {settings.data}: {line}")
     if len(turns) < len(examples):
@@ -195,7 +196,8 @@ def complete(settings, path: str, name: str, notice) -> tuple[list[dict], dict]:
                        lambda done, _: results.show(first * settings.n + done, line=False))      # noqa: B023
         rollout = Rollout(0, [with_completions(*both) for both in zip(part, found)])
         with results.run.console.cleared():      # a reward may print
-            judge(rollout, rewards, tokenizer, score, lambda reward: scores(models[reward.name], rollout.examples))      # noqa: B023
+            judge(rollout, rewards, tokenizer, score,
+                  lambda reward: scores(models[reward.name], rollout.examples))      # noqa: B023
         results.add(completion_rows(rollout, first, rewards, verifies_r1_zero, tokenizer))
     return results.rows, used
 
@@ -239,7 +241,8 @@ class Results:
         used = json.loads(json.dumps(used))
         try:
             if holder := claim(output, f".{name}{LOCK}"):
-                raise UserError(f"output: {output} is in use by {holder}; fix: wait for its end, or choose another output")
+                raise UserError(f"output: {output} is in use by {holder}; "
+                                "fix: wait for its end, or choose another output")
             old = json.loads(Path(known).read_text(encoding="utf-8")) if os.path.exists(known) else {}
             differing = sorted(key for key in old.keys() | used.keys() if old.get(key) != used.get(key))
             if os.path.exists(self.path) and differing:
@@ -279,7 +282,8 @@ class Results:
 
     def show(self, done: int, line: bool) -> None:
         """Progress, at `done` rows."""
-        self.run.console.count("row", done, self.total * self.each, " rows/s", self.since, self.first * self.each, line)
+        first, total = self.first * self.each, self.total * self.each
+        self.run.console.count("row", done, total, " rows/s", self.since, first, line)
 
 
 def write(path: str, text: str) -> None:

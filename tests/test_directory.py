@@ -119,12 +119,13 @@ def test_the_default_name_passes_over_a_directory_in_use(hold, tmp_path, monkeyp
 
 def test_two_trainings_at_once(model, tmp_path):
     """The same command twice: one line for the one that comes second, and the first is the run it would have been alone."""
-    child.project(tmp_path, "sft", model)
     alone = child.train(child.project(tmp_path / "alone", "sft", model))
+    files = {key: tmp_path / "alone" / f"{key.partition('_')[0]}.jsonl" for key in ("data", "eval_data")}
+    folders = [child.project(tmp_path / name, "sft", model, output=tmp_path / "run", **files) for name in ("one", "two")]
     results = [None, None]
 
     def start(number, *words):
-        results[number] = child.train(tmp_path, *words)
+        results[number] = child.train(folders[number], *words)
     threads = [threading.Thread(target=start, args=(0,)), threading.Thread(target=start, args=(1, "lr=5e-3"))]
     for thread in threads:
         thread.start()
@@ -132,7 +133,7 @@ def test_two_trainings_at_once(model, tmp_path):
         thread.join()
     assert alone.code == 0 and sorted(result.code for result in results) == [0, 2]
     refused = next(result for result in results if result.code == 2)
-    assert len(errors(refused)) == 1 and "output: run " in errors(refused)[0]
+    assert len(errors(refused)) == 1 and f"output: {tmp_path}/run " in errors(refused)[0]
     rate = "0.001" if results[0].code == 0 else "0.005"
     assert f"lr: {rate}\n" in (tmp_path / "run" / "config.yaml").read_text()
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 10      # six updates, four evaluations
@@ -305,7 +306,9 @@ def test_another_number_of_updates_is_told_where_rates_depend_on_it(schedule, wa
 # ---- damaged files of a run
 
 @pytest.mark.parametrize("damage", [lambda path: path.unlink(), lambda path: path.write_text("{"), lambda path: path.write_text("[]"),
-                                    lambda path: path.write_bytes(path.read_bytes()[:40]), lambda path: path.write_text('{"data": 3}')])
+                                    lambda path: path.write_bytes(path.read_bytes()[:40]), lambda path: path.write_text('{"data": 3}'),
+                                    lambda path: path.write_text('{"data": {"train": 3}}'),
+                                    lambda path: path.write_text('{"data": {}, "digests": {"model": 3}}')])
 def test_a_damaged_run_json(damage, model, tmp_path):
     interrupted(tmp_path, "sft", model)
     damage(tmp_path / "run" / "run.json")
@@ -324,6 +327,25 @@ def test_damaged_rows_are_kept_aside(model, tmp_path):
     assert (tmp_path / "run" / "metrics.jsonl.damaged").read_bytes() == spoiled
     steps = [json.loads(line)["step"] for line in path.read_text().splitlines()]
     assert steps == [0, 1, 2, 2, 3, 4, 4, 5, 6, 6]
+
+
+def test_other_libraries_are_told(model, tmp_path):
+    interrupted(tmp_path, "sft", model)
+    path = tmp_path / "run" / "run.json"
+    started = json.loads(path.read_text())
+    started["versions"]["torch"], started["world_size"] = "2.0.0", 8
+    path.write_text(json.dumps(started))
+    result = child.train(tmp_path)
+    assert result.code == 0 and f"since the run in run started: torch 2.0.0 -> {torch.__version__}, processes 8 -> 1; " in result.err
+
+
+def test_a_finished_run_without_its_rows(finished):
+    for text in (None, '{"step": 3}\n[]\n{"split": 1}\n'):
+        (finished / "run" / "metrics.jsonl").unlink(missing_ok=True)
+        if text:
+            (finished / "run" / "metrics.jsonl").write_text(text)
+        result = child.train(finished)
+        assert result.code == 0 and "model    run/final" in result.out and "Traceback" not in result.err
 
 
 def remove_the_run(step):
