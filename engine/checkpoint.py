@@ -224,8 +224,6 @@ def tidy(run_directory: str) -> None:
                 os.rename(path, place)
             elif mark:
                 shutil.rmtree(path, ignore_errors=True)
-            elif name.endswith(".tmp"):
-                os.remove(path)
 
 
 def clean(run_directory: str, keep: int) -> None:

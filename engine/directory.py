@@ -46,7 +46,7 @@ def differing(directory: str, config_yaml: str, free: set = FREE) -> list[str]:
 def is_free(directory: str) -> bool:
     """Whether a directory is empty, or holds only what a run leaves if it is killed before it has written its
     config.yaml."""
-    return all(name == LOCK or name.endswith(".tmp") for name in os.listdir(directory))
+    return set(os.listdir(directory)) <= {LOCK, "config.yaml.tmp"}
 
 
 def choose_directory(output: str | None, stem: str, resume: str, config_yaml: str) -> Place:

@@ -22,6 +22,8 @@ ROWS = ("metrics.jsonl", "samples.jsonl")
 REPLACED = ".replaced"     # ending of a copy of a file of rows, kept from when a run goes back until it saves
 DAMAGED = ".damaged"       # ending of a copy of a file of rows with the lines that were no rows
 
+LEFTOVERS = [f"{name}{ending}.tmp" for name in ROWS for ending in (REPLACED, DAMAGED)]
+
 
 class Run:
     """Writes one run's files and prints its console; does nothing on ranks other than 0."""
@@ -49,6 +51,9 @@ class Run:
             os.makedirs(self.directory, exist_ok=True)
             checkpoint.tidy(self.directory)
             self.write("config.yaml", config_yaml)
+            for name in LEFTOVERS:
+                if os.path.exists(self.path(name)):
+                    os.remove(self.path(name))
             for name in ROWS:
                 self.take_up(name, step, goes_back)
             started = {**environment(), "data": reports, "digests": digests, "resumed_from_step": step}

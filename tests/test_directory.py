@@ -167,6 +167,17 @@ def test_a_kill_before_config_yaml_is_whole_blocks_nothing(model, tmp_path):
     assert not [path for path in (tmp_path / "run").rglob("*") if ".tmp" in path.name or path.name == ".lock"]
 
 
+def test_files_of_the_user_are_not_taken_for_leftovers(model, tmp_path):
+    child.project(tmp_path, "sft", model, max_steps=1)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tmp").write_text("mine")
+    assert "run is not empty and is not a run" in child.train(tmp_path).err
+    (tmp_path / "run" / "thesis.tmp").rename(tmp_path / "thesis.tmp")
+    assert child.train(tmp_path, patch=child.signal_in_update, arguments=(signal.SIGKILL, 1)).code == -signal.SIGKILL
+    (tmp_path / "thesis.tmp").rename(tmp_path / "run" / "thesis.tmp")
+    assert child.train(tmp_path).code == 0 and (tmp_path / "run" / "thesis.tmp").read_text() == "mine"
+
+
 # ---- what is finished stays
 
 def test_an_edited_final_model_stays(finished):
