@@ -92,7 +92,10 @@ def updates():
 @pytest.fixture(scope="module")
 def both(config, updates):
     """Algorithm -> the directories of its run with one process and with two; all of the latter under one torchrun."""
-    one, two = ({algorithm: config(f"{algorithm}-{count}", algorithm) for algorithm in ROWS} for count in (1, 2))
+    two = {algorithm: config(f"{algorithm}-2", algorithm) for algorithm in ROWS}
+    one = {}
+    for algorithm in ROWS:      # `updates` has the gradients of these runs; those of dpo are resumed, as two processes
+        one[algorithm] = config(f"{algorithm}-1", algorithm, save_every=1 if algorithm == "dpo" else 3)
     for path in one.values():
         train_here(path)
     torchrun(2, "tests/all_algorithms.py", *two.values())
