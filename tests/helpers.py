@@ -197,33 +197,35 @@ def saved_gradients(run, updates):
     return gradients
 
 
-def assert_same_gradients(ours, theirs, first=1e-6, later=1e-5):
-    """Per update a dictionary; no number differs by more than that share of the norm of all. The first update starts from equal
-    weights, so that fp32's rounding (6e-8) is all that there is; later ones from weights that AdamW has moved apart, above all
-    those that the loss hardly sees."""
+def assert_same_gradients(ours, theirs, first=1e-6, later=1e-5, least=0.0):
+    """Per update a dictionary; no number differs by more than that share of the norm of all, or by `least`. The first update starts
+    from equal weights, so that fp32's rounding (6e-8) is all that there is; later ones from weights that AdamW has moved apart,
+    above all those that the loss hardly sees."""
     assert len(ours) == len(theirs)
     for update, (one, other) in enumerate(zip(ours, theirs), 1):
         norm = math.sqrt(sum(float((gradient.double() ** 2).sum()) for gradient in other.values()))
-        bound = norm * (first if update == 1 else later)
+        bound = max(least, norm * (first if update == 1 else later))
         assert_same_weights(one, other, bound, f"gradients of update {update}, whose norm is {norm:g}")
 
 
-def after_adam(start, gradients, lr):
-    """What AdamW without decay (betas 0.9 and 0.999, eps 1e-8) makes of one tensor, from the paper's algorithm and in fp64."""
+def after_adam(start, gradients, lr, decay=0.0):
+    """What AdamW (betas 0.9 and 0.999, eps 1e-8) makes of one tensor, from the paper's algorithm and in fp64."""
     weights, first, second = start.double(), 0.0, 0.0
     for update, gradient in enumerate(gradients, 1):
         first = 0.9 * first + 0.1 * gradient.double()
         second = 0.999 * second + 0.001 * gradient.double() ** 2
-        weights = weights - lr * first / (1 - 0.9 ** update) / ((second / (1 - 0.999 ** update)).sqrt() + 1e-8)
+        step = first / (1 - 0.9 ** update) / ((second / (1 - 0.999 ** update)).sqrt() + 1e-8)
+        weights = weights - lr * decay * weights - lr * step
     return weights
 
 
-def assert_adam_made(weights, start, gradients, lr=1e-3):
+def assert_adam_made(weights, start, gradients, lr=1e-3, decay=0.0):
     """`weights` are what AdamW makes of the start weights and the gradients of every update, as far as `weights` names them. A
-    thousandth of an update may be missing: every update rounds a weight of about 1 to 6e-8."""
+    thousandth of an update may be missing: every update rounds a weight of about 1 to 6e-8. Only matrices decay."""
     made = {}
     for name in start.keys() & weights.keys():
-        made[name] = after_adam(start[name], [update[name] for update in gradients], lr)
+        rate = decay if start[name].ndim > 1 else 0.0
+        made[name] = after_adam(start[name], [update[name] for update in gradients], lr, rate)
     assert made
     assert_same_weights({name: weights[name].double() for name in made}, made, lr / 1000)
 
