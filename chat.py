@@ -6,7 +6,7 @@ each answers every line, under its name and in its own conversation: `python cha
 """
 import signal
 
-if __name__ == "__main__":
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     # Ctrl-C during the imports ends the program without a traceback; `run_program` handles it afterwards
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 

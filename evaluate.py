@@ -7,7 +7,7 @@ an interrupted evaluation; its numbers are those of an undisturbed one.
 """
 import signal
 
-if __name__ == "__main__":
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     # Ctrl-C during the imports ends the program without a traceback; `run_program` handles it afterwards
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 

@@ -2,6 +2,7 @@
 import json
 import os
 import re
+import signal
 import sys
 import time
 
@@ -36,22 +37,40 @@ def run_program(main, close=lambda: None) -> None:
     --debug with a traceback), Ctrl-C with code 130. Under torchrun one process prints the line, and a process
     that fails because another one ended prints nothing. `close()` is called before the line is printed, to
     remove progress bars."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:      # as the program had it for its imports
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    code = exit_code(main, close)
+    if "LOCAL_RANK" in os.environ:
+        # A thread of gloo's may still free a tensor. Python aborts the process if it is finalizing then, and torchrun
+        # takes that for a failed run, so this process leaves without finalizing.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    if code:
+        sys.exit(code)
+
+
+def exit_code(main, close) -> int:
+    """The code with which a program ends that calls `main`; its last line is on stderr already."""
     try:
         try:
             main(sys.argv[1:])
         finally:
             close()
     except KeyboardInterrupt:
-        sys.exit(130)
+        return 130
+    except SystemExit as end:
+        return end.code or 0
     except UserError as error:
         if "--debug" in sys.argv:
             raise
         tell(printable(f"error: {error}", keep=""))
-        sys.exit(error.exit_code)
+        return error.exit_code
     except Exception:
         if "--debug" in sys.argv or not told():
             raise
-        sys.exit(1)
+        return 1
+    return 0
 
 
 def tell(line: str) -> None:

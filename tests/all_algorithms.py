@@ -12,11 +12,18 @@ if os.environ.get("PYTHONHASHSEED") != os.environ["RANK"]:
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train  # noqa: E402
+from data.errors import run_program  # noqa: E402
 from engine import ranks  # noqa: E402
 
 stop = ranks.stop_processes
 ranks.start_processes(deterministic=False)
 ranks.start_processes, ranks.stop_processes = (lambda deterministic: None), (lambda: None)
-for config in sys.argv[1:]:
-    train.main([config])
-stop()
+
+
+def main(configs):
+    for config in configs:
+        train.main([config])
+    stop()
+
+
+run_program(main)

@@ -265,6 +265,8 @@ def judge(end: End, pid: int, expected: set) -> list[Fault]:
         faults.append(Fault("exit code", f"{end.code}: {last_line(end.err)}"))
     if "Traceback" in end.err:
         faults.append(Fault("traceback", last_line(end.err)))
+    if orphans(pid):
+        time.sleep(2)                             # one that is ending is none
     if left := orphans(pid):
         faults.append(Fault("orphan", "; ".join(left)))
     return faults
