@@ -192,10 +192,10 @@ def phase(kind: Kind, directory: Path, since: float = 0.0) -> str:
     """Where a process stands that started at `since`."""
     made = directory / ("run" if kind.script == "train.py" else "out")
     begun = [path for path in (*made.glob("run.json"), *made.glob("*settings.json")) if path.stat().st_mtime >= since - 0.02]
+    if not begun:
+        return "loading"                          # whatever an earlier process has left
     if leftovers(directory):
         return "saving"
-    if not begun:
-        return "loading"
     if kind.rows:
         return "rows" if complete_rows(directory) < kind.rows else "finished"
     if (made / "final").exists():
