@@ -44,6 +44,7 @@ def main(argv: list[str]) -> None:
         start = place.start
         run = logs.Run(place.directory, main=rank == 0)
         if place.finished:
+            ranks.from_main(run.take_back)
             run.notice(f"{place.directory} is finished already: nothing is trained, nothing in it is touched")
             return run.summary(chat=algorithm.MODEL != "reward")
         if start:
@@ -61,7 +62,10 @@ def main(argv: list[str]) -> None:
         if algorithm.MODEL == "actor_critic":
             policy = value.build_actor_critic(policy, common, config, tokenizer, start, run.notice)
         step = checkpoint.load_trainer(start)["step"] if start else 0
-        ranks.from_main(lambda: run.begin(config_yaml, report, fingerprints(values), step))
+        digests = ranks.from_main(fingerprints, values)      # once more: loading may have fetched a model of the hub
+        if start:
+            digests = ranks.from_main(run.check_digests, digests)
+        ranks.from_main(run.begin, config_yaml, report, digests, step)
         run.notice(f"run {place.directory}" + (f", resumed from {start}" if start else ""))
         if world > 1:
             model.shard(policy)

@@ -17,7 +17,8 @@ Metrics:  loss                                log 2 = 0.6931 at step 0, where po
           rewards/chosen, rewards/rejected    implicit rewards; 0 at step 0
           rewards/margins                     chosen - rejected; 0 at step 0
           rewards/accuracies                  share of pairs with margin > beta * 1e-4 (bf16: beta * 0.05):
-                                              less is rounding, a tie, not a win; 0 at step 0
+                                              less is rounding, a tie, not a win; 0 at step 0, but for
+                                              the rounding of sums above 1,000 nats and of bf16
           logps/chosen, logps/rejected        summed log-probs under the policy. Both usually fall: the loss only widens their
                                               distance. rpo_alpha > 0 keeps the chosen ones up
 Differs:  AdamW with a linear schedule where the paper's code uses RMSprop; label smoothing is cDPO's, which the paper lacks.

@@ -14,7 +14,8 @@ Metrics:  loss                                1 / (2 beta)^2 = 25 at step 0 with
           rewards/margins                     chosen - rejected; 0 at step 0, and 0.5 is what the loss pulls it to
           rewards/accuracies                  share of pairs with margin > beta * 1e-4 (bf16: beta * 0.05)
                                               * (1 / |y_w| + 1 / |y_l|), but for sums: less is rounding, a
-                                              tie, not a win; 0 at step 0
+                                              tie, not a win; 0 at step 0, but for the rounding of
+                                              sums above 1,000 nats and of bf16
           logps/chosen, logps/rejected        mean log-probs under the policy
 Differs:  the paper sums over tokens (average_log_prob: false); its authors advise means, so that the margin does not depend on
           length. With means 1 / (2 beta) is in nats per token: beta 0.1 asks for 5 of them, so 0.1 to 1 is the useful range.

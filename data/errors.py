@@ -1,4 +1,5 @@
 """The exceptions with a text for the user, how a program ends with them, and what a terminal can show."""
+import atexit
 import json
 import os
 import re
@@ -43,6 +44,7 @@ def run_program(main, close=lambda: None) -> None:
     if "LOCAL_RANK" in os.environ:
         # A thread of gloo's may still free a tensor. Python aborts the process if it is finalizing then, and torchrun
         # takes that for a failed run, so this process leaves without finalizing.
+        atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -60,6 +62,9 @@ def exit_code(main, close) -> int:
     except KeyboardInterrupt:
         return 130
     except SystemExit as end:
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+            return 1
         return end.code or 0
     except UserError as error:
         if "--debug" in sys.argv:

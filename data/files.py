@@ -4,11 +4,13 @@ A reader of our own because every error must name the file and the line: `where`
 """
 import csv
 import difflib
+import functools
 import gzip
 import hashlib
 import io
 import itertools
 import json
+import os
 import sys
 import zlib
 from pathlib import Path
@@ -121,7 +123,7 @@ def _check_magic(path, start):
     """UserError where a file that should hold rows begins like something else."""
     head = start.lower() if start.startswith(b"<") else start
     kind = next((kind for magic, kind in MAGIC.items() if head.startswith(magic)), None)
-    kind = "a tar archive" if start[257:262] == b"ustar" else kind
+    kind = "a tar archive" if start[257:262] == b"ustar" and b"\0" in start[:257] else kind
     if kind:
         fix = FIXES.get(kind, "unpack or convert it to JSON lines")
         raise UserError(f"not a data file but {kind}: {path}; fix: {fix}")
@@ -360,3 +362,14 @@ def sha256(path):
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def digest_of(path):
+    """sha256 of a file, computed once per process as long as the file stays as it is."""
+    status = os.stat(path)
+    return _digest_at(os.path.abspath(path), status.st_size, status.st_mtime_ns)
+
+
+@functools.cache
+def _digest_at(path, size, modified):
+    return sha256(path)

@@ -178,11 +178,23 @@ def _attribute(owner, name):
     return partial(getattr, owner, name), partial(setattr, owner, name)
 
 
+_replaced = []      # streams of the user's: when Python frees one, it closes the stream of ours below it
+
+
+def _stream(name):
+    def put_back(stream):
+        _replaced.append(getattr(sys, name))
+        with suppress(AttributeError, ValueError):      # of None, and of a stream that was closed or detached
+            stream.write("")
+            setattr(sys, name, stream)
+    return partial(getattr, sys, name), put_back
+
+
 # pairs of functions: one reads a value, one puts it back
 KEPT = [
     (_directory, lambda path: path and os.chdir(path)),
-    _attribute(sys, "stdout"),
-    _attribute(sys, "stderr"),
+    _stream("stdout"),
+    _stream("stderr"),
     (torch.is_grad_enabled, torch.set_grad_enabled),
     (torch.get_default_dtype, torch.set_default_dtype),
     (torch.get_default_device, lambda _: torch.set_default_device(None)),      # we never set one

@@ -8,6 +8,7 @@ a number is short before any arithmetic begins.
 """
 import difflib
 import functools
+import hashlib
 import importlib.util
 import inspect
 import math
@@ -272,7 +273,8 @@ def _module_name(path):
         found = importlib.util.find_spec(name)
         if found and found.origin == str(path):
             return name
-    return f"reward {path}"
+    # no dots: pickle would look for a package. A forked process finds the module by this name, too
+    return f"reward_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
 
 
 def _takes_columns(function):

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoModelForSequenceClassification
 
 from data.errors import RunError, UserError
-from data.files import sha256
+from data.files import digest_of, sha256
 from data.tokenise import stop_ids
 from engine import lora
 from engine.load import first_line, is_finite
@@ -138,7 +138,7 @@ def broken(directory: str, ending: str = "") -> str | None:
             return f"{path} is missing"
         if os.path.getsize(path) != size:
             return f"{path} has {os.path.getsize(path)} bytes instead of {size}"
-        if sha256(path) != digest:
+        if digest_of(path) != digest:
             return f"{path} is damaged (its sha256 differs from the manifest)"
     return None
 
@@ -207,7 +207,11 @@ def set_aside(directory: str) -> str | None:
     number = 1
     while os.path.exists(f"{directory}-{number}"):
         number += 1
-    os.rename(directory, f"{directory}-{number}")
+    try:
+        os.rename(directory, f"{directory}-{number}")
+    except OSError as error:
+        raise RunError(f"cannot rename {directory}, in which files were changed ({error.strerror}); "
+                       "fix: move it away and run the same command again") from error
     return f"{directory}-{number}"
 
 
@@ -236,7 +240,10 @@ def clean(run_directory: str, keep: int) -> None:
 def remove(path: str) -> None:
     """Remove a checkpoint. It is renamed first: a process that dies here leaves no half checkpoint."""
     leftover = f"{path}.tmp-{secrets.token_hex(4)}"
-    os.rename(path, leftover)
+    try:
+        os.rename(path, leftover)
+    except OSError:
+        return                      # the disk refuses; a checkpoint too many hurts nobody
     shutil.rmtree(leftover, ignore_errors=True)
 
 
@@ -409,7 +416,8 @@ def load_optimizer(directory: str, policy, optimizer) -> None:
             if key in MOMENTS and isinstance(parameter, DTensor):
                 mesh, placements = parameter.device_mesh, parameter.placements
                 # with None this is no collective call
-                tensor = distribute_tensor(tensor, mesh, placements, src_data_rank=None)
+                # clone: a part may be a view, which keeps the whole tensor in memory
+                tensor = distribute_tensor(tensor, mesh, placements, src_data_rank=None).clone()
             state[key] = loaded[f"{name}:{key}"] = tensor
         optimizer.state[parameter] = state
     check_numbers(directory, parameters | loaded)

@@ -1,10 +1,14 @@
 """One process per directory: what two processes write into one directory is nobody's result."""
 import atexit
+import errno
 import fcntl
 import os
 import socket
+import sys
 
 LOCK = ".lock"
+LOCKED = (errno.EAGAIN, errno.EACCES)
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 held: dict[str, tuple] = {}      # absolute path of a lock file -> (descriptor, directories made for it)
 os.register_at_fork(after_in_child=held.clear)      # a forked child must not release our claims when it ends
 
@@ -29,10 +33,16 @@ def claim(directory: str, name: str = LOCK, wait: bool = False) -> str | None:
             continue                  # its holder removed the directory between our two calls
         try:
             fcntl.lockf(descriptor, operation)
-        except (BlockingIOError, PermissionError):
-            holder = os.read(descriptor, 200).decode(errors="replace")
-            os.close(descriptor)
-            return holder or "another process"
+        except OSError as error:
+            if error.errno in LOCKED:
+                holder = os.read(descriptor, 200).decode(errors="replace")
+                os.close(descriptor)
+                return holder or "another process"
+            if error.errno not in NO_LOCKS:
+                os.close(descriptor)
+                raise
+            print(f"notice: {directory} lies on a file system without locks; start no second process in it",
+                  file=sys.stderr)
         if is_at(descriptor, path):
             os.ftruncate(descriptor, 0)
             owner = f"process {os.getpid()} on {socket.gethostname()}"

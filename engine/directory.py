@@ -112,8 +112,10 @@ def place_at(directory: str, explicit: bool, resume: str, config_yaml: str, noti
         return None
     if explicit:
         check_same(directory, config_yaml, "output")
+    if not explicit and (resume != "auto" or differing(directory, config_yaml)):
+        return None
     done = checkpoint.finished(directory)
-    if resume == "auto" and not differing(directory, config_yaml):
+    if resume == "auto":
         if not done:
             return Place(directory, newest_whole(directory, notice))
         if explicit:

@@ -4,25 +4,24 @@ A run that continued with another start model, reference, reward file or prompt 
 would be two halves of two runs. So `run.json` holds a digest of each, and a resumed run compares them before
 it loads anything.
 """
-import functools
 import os
 import re
 
 from huggingface_hub import try_to_load_from_cache
 
 from data.errors import UserError
-from data.files import sha256
+from data.files import digest_of
 from engine import checkpoint
 from engine.load import base_of, is_adapter
 
-# weights, configuration, tokenizer and templates in a model directory end so ...
-ENDINGS = (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt")
-# ... and these files beside them change no number of a run that starts from the model
-NO_INPUT = ("generation_config.json", checkpoint.MANIFEST, "trainer.json", "optimizer.safetensors",
-            checkpoint.ROLLOUT)
+# the files of a model directory that change numbers: weights, configuration, tokenizer and templates ...
+INPUT = re.compile(r".*\.(safetensors|jinja|model)|.*model.*\.bin|.*\.index\.json|(merges|vocab)\.txt"
+                   r"|(config|adapter_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)\.json")
+# ... and these of a checkpoint, which only its own run reads
+NO_INPUT = ("optimizer.safetensors", checkpoint.ROLLOUT)
 # keys without digests here; the reports of the data files hold the digests of those
 NOT_HERE = ("algorithm", "data", "eval_data", "output", "resume")
-HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
 def fingerprints(values: dict) -> dict[str, dict[str, str]]:
@@ -52,7 +51,10 @@ def contents(name: str) -> dict[str, str]:
         return model_files(checkpoint.model_path(name, lambda text: None))
     if not HUB_NAME.fullmatch(name):
         return {}
-    config = try_to_load_from_cache(name, "config.json")
+    try:
+        config = try_to_load_from_cache(name, "config.json")
+    except ValueError:                             # such as a name with ".." in it, which no hub model can have
+        return {}
     if not isinstance(config, str):                # not in the cache
         return {}
     commit = os.path.basename(os.path.dirname(config))
@@ -64,23 +66,12 @@ def model_files(directory: str) -> dict[str, str]:
     digests = {}
     for name in sorted(os.listdir(directory)):
         path = os.path.join(directory, name)
-        is_input = name.endswith(ENDINGS) and name not in NO_INPUT
+        is_input = INPUT.fullmatch(name) and name not in NO_INPUT
         if is_input and os.path.isfile(path):
             digests[path] = digest_of(path)
     if is_adapter(directory):
         digests |= contents(base_of(directory))
     return digests
-
-
-def digest_of(path: str) -> str:
-    """The sha256 of a file, computed once per process as long as the file stays as it is."""
-    status = os.stat(path)
-    return digest_at(os.path.abspath(path), status.st_size, status.st_mtime_ns)
-
-
-@functools.cache
-def digest_at(path: str, size: int, modified: int) -> str:
-    return sha256(path)
 
 
 def check_unchanged(started: dict, now: dict, directory: str) -> None:

@@ -46,7 +46,8 @@ class Run:
             return
         saved = checkpoint.checkpoints(self.directory)
         self.newer = [path for path in saved if checkpoint.step_of(path) > step]
-        goes_back = any(checkpoint.broken(path) is None for path in self.newer)
+        whole = [path for path in self.newer if checkpoint.broken(path) is None]
+        goes_back = bool(whole) or checkpoint.finished(self.directory)
         try:
             os.makedirs(self.directory, exist_ok=True)
             checkpoint.tidy(self.directory)
@@ -54,6 +55,7 @@ class Run:
             for name in LEFTOVERS:
                 if os.path.exists(self.path(name)):
                     os.remove(self.path(name))
+            self.take_back()
             for name in ROWS:
                 self.take_up(name, step, goes_back)
             started = {**environment(), "data": reports, "digests": digests, "resumed_from_step": step}
@@ -65,12 +67,16 @@ class Run:
         for line in self.early:
             self.append("events.log", line)
 
+    def take_back(self) -> None:
+        """Restore the rows of before a run went back that then saved nothing: its own do not count."""
+        for name in ROWS:
+            kept = self.path(name + REPLACED)
+            if self.main and os.path.exists(kept):
+                os.replace(kept, self.path(name))
+
     def take_up(self, name: str, step: int, goes_back: bool) -> None:
         """Cut a file of rows after `step`. A copy of it is kept if lines are no rows, or if it `goes_back`
         behind whole checkpoints."""
-        kept = self.path(name + REPLACED)
-        if os.path.exists(kept):       # a run went back and then saved nothing, so its rows do not count
-            os.replace(kept, self.path(name))
         lines, damaged = [], 0
         for line in self.rows(name):
             at = step_of_row(line)
@@ -103,7 +109,7 @@ class Run:
         run started. A notice where libraries, threads or processes have changed: numbers are then equal to
         rounding only."""
         started = self.started_with()
-        check_unchanged(started.get("digests", {}), digests, self.directory)
+        self.check_digests(digests)
         before, now = arithmetic(started), arithmetic(environment())
         changed = []
         for name, value in now.items():
@@ -112,6 +118,12 @@ class Run:
         if changed:
             self.notice(f"since the run in {self.directory} started: {', '.join(changed)}; "
                         "its numbers go on equal to rounding, not bit for bit")
+
+    def check_digests(self, digests: dict) -> dict:
+        """UserError where one of the digests has changed since the run started; all that are known, else."""
+        started = self.started_with().get("digests", {})
+        check_unchanged(started, digests, self.directory)
+        return started | digests
 
     def check_data(self, reports: dict) -> None:
         """UserError where a data file has changed since the start. The order of the data is a function of the

@@ -22,7 +22,7 @@ from engine import checkpoint
 from engine.console import per_second
 from engine.load import base_of, generation_settings, is_finite
 from engine.logs import Run
-from engine.model import RewardModel, build_policy
+from engine.model import RewardModel, build_policy, reshard
 from engine.ranks import distributed, from_all_ranks, from_main, sum_over_ranks
 from engine.reference import (
     Reference,
@@ -143,8 +143,7 @@ class Engine:
         self.record_evaluation(self.step)
         if self.sample_every and (index % self.sample_every == 0 or index == self.total):
             self.write_samples(index)
-        if self.rank == 0:
-            self.run.check_there()
+        from_main(self.run.check_there)
         stop = self.stop_requested()
         if (self.config.save_every and index % self.config.save_every == 0) or (stop and index < self.total):
             self.save(index)
@@ -296,6 +295,7 @@ class Engine:
 
     def some_weights(self) -> list:
         """Copies of the first values of every trained parameter (of this rank's shards)."""
+        reshard(self.policy)
         local = (p.to_local() if isinstance(p, DTensor) else p for p in self.policy.parameters() if p.requires_grad)
         return [parameter.detach().flatten()[:4096].clone() for parameter in local]
 
@@ -360,6 +360,7 @@ class Engine:
     def check_weights(self, index: int) -> None:
         """Stop the run, on all ranks, before anything is written, if a trained weight, a moment of it or the
         policy's answer to a row is not finite: a loss would show it one update later."""
+        reshard(self.policy)
         tensors = {}
         for name, tensor in checkpoint.saved_tensors(self.policy).items():
             if tensor.requires_grad:
@@ -373,6 +374,7 @@ class Engine:
             example = min(self.step.examples, key=Example.size)
             with torch.no_grad():
                 said = self.policy(self.policy.collate([example]))
+            reshard(self.policy)
             if not said.isfinite().all():
                 bad = [f"the policy's answer to {example.where}"]
         if bad:

@@ -331,6 +331,14 @@ def build_policy(config, tokenizer, path: str | None = None, frozen: bool = Fals
     return Policy(lm, precision, share_prompt=config.share_prompt != "false")
 
 
+def reshard(policy: Policy) -> None:
+    """Give up what a forward without a backward has gathered: until then the parameters of the root are other
+    objects than those that the optimizer knows."""
+    for module in policy.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def shard(policy: Policy):
     """FSDP2 over all ranks: one group per decoder layer and one for the rest. Gradients are summed, not averaged, over ranks:
     the algorithms divide by counts of the whole step."""
