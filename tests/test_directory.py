@@ -1,4 +1,5 @@
 """A run's directory is its own: one process at a time, nothing of the user's lost, nothing changed unnoticed between two parts."""
+import errno
 import json
 import os
 import shutil
@@ -106,6 +107,16 @@ def test_only_one_of_many_gets_a_directory(tmp_path):
     words = [sys.executable, "-c", script, ROOT, tmp_path / "run"]
     processes = [subprocess.Popen(words, stderr=subprocess.PIPE, text=True) for _ in range(6)]
     assert [process.communicate(timeout=60)[1] for process in processes] == [""] * 6
+
+
+def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch, capsys):
+    def refuse(*arguments):
+        raise OSError(errno.ENOLCK, "No locks available")
+    monkeypatch.setattr("engine.claim.fcntl.lockf", refuse)
+    assert claim(str(tmp_path / "run")) is None
+    assert "without locks" in capsys.readouterr().err
+    release(str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_default_name_passes_over_a_directory_in_use(hold, tmp_path, monkeypatch):
@@ -249,6 +260,19 @@ def test_going_back_replaces_after_the_first_own_checkpoint(finished):
     assert [checkpoint.step_of(path) for path in checkpoint.checkpoints(run)] == [1, 2]
     assert (run / "metrics.jsonl").read_text().splitlines()[:len(rows)] == rows
     assert not (run / "metrics.jsonl.replaced").exists()
+
+
+def test_rows_behind_the_final_model_stay(finished):
+    """A finished run that is to go on from before its end, killed before it saves: its command finds all as it was."""
+    run = finished / "run"
+    shutil.rmtree(run / "checkpoints" / "step-000003")
+    before = child.contents(run)
+    words = ["resume=run/checkpoints/step-000002", "save_every=null"]
+    result = child.train(finished, *words, patch=child.signal_in_update, arguments=(signal.SIGKILL, 3))
+    assert result.code == -signal.SIGKILL
+    assert child.train(finished).code == 0
+    after = child.contents(run)
+    assert all(after[name] == before[name] for name in ("metrics.jsonl", "final/model.safetensors"))
 
 
 # ---- what a run depends on

@@ -133,6 +133,16 @@ def completions(run):
     return [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
 
 
+def test_the_moments_of_a_head_over_an_adapter_are_saved(config):
+    """A forward without a backward gathers the root, in which the head lies: the optimizer knows its shards."""
+    pytest.importorskip("peft")
+    path = config("rm-lora", "rm", lora_r=4, max_steps=2, save_every=2)
+    assert [rank.code for rank in two_ranks(path)] == [0, 0]
+    moments = load_file(path.with_suffix("") / "run" / "checkpoints" / "step-000002" / "optimizer.safetensors")
+    assert {f"value_head.weight:{kind}" for kind in ("step", "exp_avg", "exp_avg_sq")} <= moments.keys()
+    assert moments["value_head.weight:exp_avg"].any()
+
+
 def test_two_processes_sample_with_an_adapter_as_one(config):
     pytest.importorskip("peft")
     one, two = (config(f"grpo-lora-{count}", "grpo", lora_r=4, lr=1e-2) for count in (1, 2))
