@@ -2,6 +2,7 @@
 
 A run has its directory alone (claim.py).
 """
+import json
 import os
 import sys
 from typing import NamedTuple
@@ -130,13 +131,30 @@ def place_at(directory: str, explicit: bool, resume: str, config_yaml: str, noti
 
 def finished_place(directory: str, config_yaml: str, notice) -> Place:
     """A finished run continues where a key asks for more of it (max_steps, merge, ...); else it is done."""
-    if not differing(directory, config_yaml, SILENT):
+    if has_made_final(directory, config_yaml):
         return Place(directory, None, finished=True)
     start = newest_whole(directory, notice)
     if start is None:
         raise UserError(f"output: {directory} holds a finished run of this configuration "
                         "without a checkpoint to continue from; fix: choose another output")
     return Place(directory, start)
+
+
+def shape_of_final(config_yaml: str) -> dict[str, str]:
+    """The values of the keys that decide when a run ends and what its final/ holds, as text."""
+    values = yaml.load(config_yaml, yaml.BaseLoader)
+    return {key: values.get(key) for key in sorted(FREE - SILENT)}
+
+
+def has_made_final(directory: str, config_yaml: str) -> bool:
+    """Whether the final/ in a directory is what this configuration asks for. run.json says it: the config.yaml
+    beside it may be of a run that was to continue and was killed."""
+    try:
+        with open(os.path.join(directory, "run.json"), encoding="utf-8") as file:
+            made = json.load(file)["final"]
+    except (OSError, ValueError, LookupError, TypeError):      # lost, or of an earlier version
+        return not differing(directory, config_yaml, SILENT)
+    return made == shape_of_final(config_yaml)
 
 
 def newest_whole(directory: str, notice) -> str | None:

@@ -4,6 +4,7 @@
 
 Only rank 0 writes. The console (console.py) is a view of metrics.jsonl.
 """
+import contextlib
 import json
 import math
 import os
@@ -16,6 +17,7 @@ import time
 from data.errors import RunError, UserError, printable
 from engine import checkpoint
 from engine.console import Console
+from engine.directory import shape_of_final
 from engine.fingerprint import check_unchanged
 
 ROWS = ("metrics.jsonl", "samples.jsonl")
@@ -58,14 +60,29 @@ class Run:
             self.take_back()
             for name in ROWS:
                 self.take_up(name, step, goes_back)
-            started = {**environment(), "data": reports, "digests": digests, "resumed_from_step": step}
-            self.write("run.json", json.dumps(started, indent=1) + "\n")
+            self.started = {**environment(), "data": reports, "digests": digests, "resumed_from_step": step,
+                            "final": self.made_final()}
+            self.write("run.json", json.dumps(self.started, indent=1) + "\n")
         except OSError as error:
             raise UserError(f"output: {self.directory} cannot be written ({error.strerror}); "
                             "fix: choose a writable output") from error
         self.begun = True
         for line in self.early:
             self.append("events.log", line)
+
+    def made_final(self) -> dict | None:
+        """What the final/ in the directory was made with (see `finish`); None without one."""
+        try:
+            return json.loads(self.text("run.json")).get("final")
+        except (OSError, ValueError, AttributeError, RecursionError):
+            return None
+
+    def finish(self) -> None:
+        """Say in run.json what the final/ that now stands in the directory was made with."""
+        if self.begun:
+            self.started["final"] = shape_of_final(self.text("config.yaml"))
+            with contextlib.suppress(OSError):      # the same command then writes the same final/ once more
+                self.write("run.json", json.dumps(self.started, indent=1) + "\n")
 
     def take_back(self) -> None:
         """Restore the rows of before a run went back that then saved nothing: its own do not count."""

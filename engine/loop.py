@@ -430,6 +430,7 @@ class Engine:
             write("final", checkpoint.save_model)       # last: it marks the run as finished
         if not trial:
             self.run.replace()
+            self.run.finish()
         return copies * checkpoint.num_bytes(weights)
 
     # ---- signals ----------------------------------------------------------------------------------------------------

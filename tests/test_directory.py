@@ -217,6 +217,18 @@ def test_a_final_model_in_the_way_is_set_aside(finished):
     assert child.train(finished, "max_steps=5").code == 0 and not (finished / "run" / "final-2").exists()
 
 
+@pytest.mark.parametrize("saved", [True, False])
+def test_a_finished_run_that_was_killed_while_it_went_on(saved, finished):
+    """final/ is that of three updates: the command that asks for five goes on, the one that asks for three is done."""
+    words = ["max_steps=5"] if saved else ["max_steps=5", "save_every=null"]
+    result = child.train(finished, *words, patch=child.signal_in_update, arguments=(signal.SIGKILL, 5))
+    assert result.code == -signal.SIGKILL
+    assert "is finished already" in child.train(finished).err
+    result = child.train(finished, "max_steps=5")
+    assert result.code == 0 and f"resumed from run/checkpoints/step-00000{4 if saved else 3}" in result.err
+    assert "is finished already" in child.train(finished, "max_steps=5").err
+
+
 def test_damaged_final_weights_are_said_and_made_again(finished):
     final = finished / "run" / "final"
     whole = child.contents(final)
