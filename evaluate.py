@@ -16,7 +16,7 @@ import math
 import os
 from dataclasses import dataclass, replace
 
-from data.errors import UserError, run_program
+from data.errors import UserError, printable, run_program
 from data.hub import SHORT
 from engine import console
 from engine.checkpoint import model_path
@@ -65,13 +65,13 @@ def main(argv: list[str]) -> None:
         summary = summary_of_pairs(rows)
     results, file = (os.path.join(settings.output, f"{name}_{what}") for what in ("results.jsonl", "summary.json"))
     write(file, json.dumps(summary | {"results_path": results, "settings": used}, indent=1, ensure_ascii=False) + "\n")
-    print(f"\n{settings.model} on {settings.data}")
+    print(printable(f"\n{settings.model} on {settings.data}"))
     for key, value in summary.items():
         interval = summary.get(f"{key}_95")
         if not key.endswith("_95"):
             around = f"   (95 %: {interval[0]:.4g} to {interval[1]:.4g})" if interval else ""
             print(f"  {key:<16} {value:.{4 if isinstance(value, float) else 12}g}{around}")
-    print(f"results  {results}\nsummary  {file}")
+    print(printable(f"results  {results}\nsummary  {file}"))
 
 
 # ---- averages ---------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ import json
 import os
 from dataclasses import dataclass, replace
 
-from data.errors import RunError, UserError, run_program
+from data.errors import RunError, UserError, printable, run_program
 from engine import console
 from engine.checkpoint import model_path
 from engine.results import Settings, complete, default_output, help_text, notice, read_settings, write
@@ -43,12 +43,13 @@ def main(argv: list[str]) -> None:
         write(os.path.join(settings.output, name), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
     write(os.path.join(settings.output, "summary.json"), json.dumps(
         counts | {"settings": used | {"min_reward": settings.min_reward}}, indent=1, ensure_ascii=False) + "\n")
-    print(f"\n{settings.model} on {settings.data}")
+    print(printable(f"\n{settings.model} on {settings.data}"))
     for name, count in counts.items():
         print(f"  {name:<32} {count:.{4 if isinstance(count, float) else 12}g}")
     if not best:
         raise RunError(f"no completion is kept in {settings.output}; fix: raise n, or lower min_reward")
-    print("\n".join(os.path.join(settings.output, name) for name in ("sft.jsonl", "preference.jsonl", "summary.json")))
+    written = [os.path.join(settings.output, name) for name in ("sft.jsonl", "preference.jsonl", "summary.json")]
+    print(printable("\n".join(written)))
 
 
 def select(rows: list[dict], min_reward: float | None) -> tuple[list[dict], list[dict], dict]:
