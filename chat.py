@@ -18,7 +18,7 @@ import torch
 from transformers import TextStreamer
 from transformers.utils import logging
 
-from data.errors import UserError, printable, run_program
+from data.errors import UserError, notice, printable, run_program
 from data.tokenise import Tokeniser, stop_ids
 from engine import lora
 from engine.checkpoint import model_path
@@ -38,7 +38,7 @@ class Speaker:
     """A model and its conversation so far."""
 
     def __init__(self, name: str):
-        path = model_path(name, lambda text: print(printable(text), file=sys.stderr))
+        path = model_path(name, notice)
         if is_reward_model(path):
             raise UserError(f"model: {name} is a reward model, which writes no text; fix: pass a policy")
         self.name, self.tokenizer = name, load_tokenizer(path)

@@ -16,7 +16,7 @@ import math
 import os
 from dataclasses import dataclass, replace
 
-from data.errors import UserError, printable, run_program
+from data.errors import UserError, notice, printable, run_program
 from data.hub import SHORT
 from engine import console
 from engine.checkpoint import model_path
@@ -30,7 +30,6 @@ from engine.results import (
     help_text,
     load_examples,
     name_of,
-    notice,
     read_settings,
     used_by,
     with_lengths,

@@ -17,10 +17,10 @@ import json
 import os
 from dataclasses import dataclass, replace
 
-from data.errors import RunError, UserError, printable, run_program
+from data.errors import RunError, UserError, notice, printable, run_program
 from engine import console
 from engine.checkpoint import model_path
-from engine.results import Settings, complete, default_output, help_text, notice, read_settings, write
+from engine.results import Settings, complete, default_output, help_text, read_settings, write
 
 
 @dataclass(kw_only=True)

@@ -7,7 +7,7 @@ import importlib
 import sys
 from dataclasses import asdict, replace
 
-from data.errors import give_reason, run_program
+from data.errors import give_reason, notice, run_program
 from engine import console
 from engine.config import as_yaml, help_text, load_config
 
@@ -20,7 +20,7 @@ def main(argv: list[str]) -> None:
     from data.dataset import load_datasets
     from engine import checkpoint, load, logs, model, ranks, value
     from engine.claim import release
-    from engine.directory import changed_rates, choose_directory, tell
+    from engine.directory import changed_rates, choose_directory
     from engine.fingerprint import fingerprints
     from engine.loop import Engine, Stopped
     from engine.online import OnlineEngine
@@ -35,7 +35,7 @@ def main(argv: list[str]) -> None:
     place = None
     try:
         # a run named as start model stands for its model of now, and a resumed run must start from the same
-        start_model = ranks.from_main(checkpoint.model_path, common.model, tell)
+        start_model = ranks.from_main(checkpoint.model_path, common.model, notice)
         common = replace(common, model=start_model)
         values = asdict(common) | asdict(config)
         # the stored configuration always says resume: auto, since `resume` concerns this process only

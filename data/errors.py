@@ -2,14 +2,12 @@
 import atexit
 import json
 import os
-import re
 import signal
 import sys
 import time
+import unicodedata
 
-# C0, DEL and C1 steer a terminal; bidirectional controls reverse what it shows; half a surrogate cannot be
-# written
-UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+ORDINARY = "\u00ad\u200c\u200d"      # unprintable to Python, but parts of words (soft hyphen) and of emoji (joiners)
 
 
 class UserError(Exception):
@@ -24,13 +22,20 @@ class RunError(UserError):
 
 
 def printable(text: str, keep: str = "\n\t") -> str:
-    """Text from a file, a model or the user's code, made safe for a terminal: control characters, except
-    those in `keep`, are escaped as in a Python string."""
-    def escape(match):
-        character = match[0]
-        return character if character in keep else repr(character)[1:-1]
+    """Text from a file, a model or the user's code as a terminal may get it: what steers a terminal, turns the
+    text around or cannot be written is escaped as in a Python string, but for the characters in `keep`."""
+    return "".join(shown_as(character, keep) for character in text)
 
-    return UNPRINTABLE.sub(escape, text)
+
+def shown_as(character: str, keep: str) -> str:
+    is_space = unicodedata.category(character) == "Zs"      # a wide one of Chinese is unprintable to Python, too
+    ordinary = character.isprintable() or is_space or character in ORDINARY
+    return character if ordinary or character in keep else repr(character)[1:-1]
+
+
+def notice(text: str) -> None:
+    """Tell the user a sentence before there is a run that could log it."""
+    print(printable(text, keep=""), file=sys.stderr, flush=True)
 
 
 def run_program(main, close=lambda: None) -> None:
@@ -42,8 +47,8 @@ def run_program(main, close=lambda: None) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     code = exit_code(main, close)
     if "LOCAL_RANK" in os.environ:
-        # A thread of gloo's may still free a tensor. Python aborts the process if it is finalizing then, and torchrun
-        # takes that for a failed run, so this process leaves without finalizing.
+        # A thread of gloo's may still free a tensor. Python aborts the process if it is finalizing then, and
+        # torchrun takes that for a failed run, so this process leaves without finalizing.
         atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()

@@ -11,11 +11,10 @@ import io
 import itertools
 import json
 import os
-import sys
 import zlib
 from pathlib import Path
 
-from data.errors import UserError, printable
+from data.errors import UserError, notice
 
 MAGIC = {      # the first bytes of files that are often taken for data
     b"PK\x03\x04": "a zip archive (or a spreadsheet)",
@@ -253,7 +252,7 @@ def _json_dict(path):
         line = text.count("\n", 0, text.index("{")) + 1
         yield f"{path}:{line}", document
         return
-    print(printable(f"notice: {path}: the rows are the list under {key!r}", keep=""), file=sys.stderr)
+    notice(f"notice: {path}: the rows are the list under {key!r}")
     position = text.index("{") + 1
     while True:  # walk over the dict's entries to find where the list starts, for the line numbers
         name, position = _decoder.raw_decode(text, _skip(text, position))

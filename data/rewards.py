@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
-from data.errors import RunError, UserError
+from data.errors import RunError, UserError, printable
 from data.guard import Interrupted, TimedOut, guarded
 
 CALL_SECONDS = 60.0                                # limit for one call of a reward
@@ -148,7 +148,7 @@ def _all_golds(columns, count):
 
 
 def _no_gold(columns, where):
-    return UserError(f"no gold answer in {where}, columns found: {printable(', '.join(columns)) or 'none'}; "
+    return UserError(f"no gold answer in {where}, columns found: {printable(', '.join(columns), keep='') or 'none'}; "
                      f"fix: give every row a column {', '.join(GOLD[:-1])} or {GOLD[-1]}, or use another reward")
 
 
@@ -352,22 +352,17 @@ def _culprit(reward, prompts, completions, columns, timeout):
     return 0
 
 
-def printable(text):
-    """The text with those characters escaped that a terminal would obey (ESC, C1, marks of direction) or that
-    no encoding has (lone surrogates)."""
-    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
-
-
 def _failure(error):
     text = " ".join(_text(str, error)[:400].split())
-    return printable(f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__)
+    name = type(error).__name__
+    return printable(f"{name}: {text[:200]}" if text else name, keep="")
 
 
 def _shown(value):
     """On one line, shortened, without control characters."""
     if isinstance(value, str):
         return repr(value if len(value) <= 60 else value[:57] + "...")
-    return printable(" ".join(_text(repr, value)[:400].split())[:60])
+    return printable(" ".join(_text(repr, value)[:400].split())[:60], keep="")
 
 
 def _text(function, value):

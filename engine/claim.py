@@ -4,7 +4,8 @@ import errno
 import fcntl
 import os
 import socket
-import sys
+
+from data.errors import notice
 
 LOCK = ".lock"
 LOCKED = (errno.EAGAIN, errno.EACCES)
@@ -41,8 +42,7 @@ def claim(directory: str, name: str = LOCK, wait: bool = False) -> str | None:
             if error.errno not in NO_LOCKS:
                 os.close(descriptor)
                 raise
-            print(f"notice: {directory} lies on a file system without locks; start no second process in it",
-                  file=sys.stderr)
+            notice(f"{directory} lies on a file system without locks; start no second process in it")
         if is_at(descriptor, path):
             os.ftruncate(descriptor, 0)
             owner = f"process {os.getpid()} on {socket.gethostname()}"

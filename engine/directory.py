@@ -4,12 +4,11 @@ A run has its directory alone (claim.py).
 """
 import json
 import os
-import sys
 from typing import NamedTuple
 
 import yaml
 
-from data.errors import UserError
+from data.errors import UserError, notice
 from engine import checkpoint
 from engine.claim import LOCK, claim, release
 
@@ -66,7 +65,7 @@ def choose_directory(output: str | None, stem: str, resume: str, config_yaml: st
         if not take(directory, explicit):
             continue
         # the directory may have changed before the claim, so look again
-        place = place_at(directory, explicit, resume, config_yaml, tell)
+        place = place_at(directory, explicit, resume, config_yaml, notice)
         if place is not None:
             return place
         release(directory)
@@ -77,10 +76,6 @@ def default_names(stem: str):
     yield f"runs/{stem}"
     for number in range(2, 10 ** 6):
         yield f"runs/{stem}-{number}"
-
-
-def tell(text: str) -> None:
-    print(text, file=sys.stderr)
 
 
 def silent(text: str) -> None:
@@ -176,7 +171,7 @@ def named_checkpoint(output: str | None, resume: str, config_yaml: str) -> Place
     if read_config(run) is None:
         raise UserError(f"resume: {resume} is neither a run nor a checkpoint of one; "
                         "fix: pass runs/<name> or runs/<name>/checkpoints/step-…")
-    start = checkpoint.newest(run, tell) if path == run else path
+    start = checkpoint.newest(run, notice) if path == run else path
     fault = "it has no whole checkpoint" if start is None else checkpoint.broken(start)
     if fault:
         raise UserError(f"resume: {resume} cannot be continued: {fault}; "

@@ -4,7 +4,6 @@ import itertools
 import json
 import os
 import re
-import sys
 import time
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import get_type_hints
 import numpy as np
 
 from data.dataset import doubts, load_datasets
-from data.errors import RunError, UserError, printable
+from data.errors import RunError, UserError
 from data.files import SUFFIXES
 from data.formats import Text
 from data.pack import Example
@@ -102,10 +101,6 @@ def default_output(folder: str, settings) -> str:
     """runs/<folder>/<model>-<data>."""
     parts = [part for part in Path(settings.model).parts if part not in ("/", "..", "runs")]
     return os.path.join("runs", folder, "-".join([*parts[-3:], name_of(settings.data)]))
-
-
-def notice(text: str) -> None:
-    print(printable(text, keep=""), file=sys.stderr, flush=True)
 
 
 # ---- prompts ----------------------------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ from safetensors.torch import load_file, save_file
 
 import chat
 import evaluate
-from data import bounds, files, tokenise
+from data import bounds, errors, files, tokenise
 from data.dataset import build_dataset, load_datasets
 from data.errors import RunError, UserError, printable, run_program
 from data.formats import Text
@@ -497,7 +497,7 @@ def test_names_and_messages_in_the_console(refused, tmp_path, capfd):
     run = Run(str(tmp_path))
     run.begin("", {}, {}, 0)
     run.notice(f"read {name} {ESCAPES}")
-    results.notice(f"read {name} {ESCAPES}")
+    errors.notice(f"read {name} {ESCAPES}")
     err = capfd.readouterr().err
     assert err.count("read d\\x1b[31m.jsonl") == 2 and err.count("\n") == 2 and not RAW.search(err)
     assert not RAW.search((tmp_path / "events.log").read_text(encoding="utf-8"))
