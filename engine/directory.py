@@ -141,13 +141,20 @@ def shape_of_final(config_yaml: str) -> dict[str, str]:
     return {key: values.get(key) for key in sorted(FREE - SILENT)}
 
 
-def has_made_final(directory: str, config_yaml: str) -> bool:
-    """Whether the final/ in a directory is what this configuration asks for. run.json says it: the config.yaml
-    beside it may be of a run that was to continue and was killed."""
+def made_final(directory: str) -> dict | None:
+    """What run.json says that the final/ in a directory was made with; None if it does not say."""
     try:
         with open(os.path.join(directory, "run.json"), encoding="utf-8") as file:
-            made = json.load(file)["final"]
-    except (OSError, ValueError, LookupError, TypeError):      # lost, or of an earlier version
+            return json.load(file)["final"]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):      # lost, or of an earlier version
+        return None
+
+
+def has_made_final(directory: str, config_yaml: str) -> bool:
+    """Whether the final/ in a directory is what this configuration asks for. The config.yaml beside it may be
+    of a run that was to continue and was killed, so run.json says it."""
+    made = made_final(directory)
+    if made is None:
         return not differing(directory, config_yaml, SILENT)
     return made == shape_of_final(config_yaml)
 

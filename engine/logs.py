@@ -17,7 +17,7 @@ import time
 from data.errors import RunError, UserError, printable
 from engine import checkpoint
 from engine.console import Console
-from engine.directory import shape_of_final
+from engine.directory import made_final, shape_of_final
 from engine.fingerprint import check_unchanged
 
 ROWS = ("metrics.jsonl", "samples.jsonl")
@@ -61,7 +61,7 @@ class Run:
             for name in ROWS:
                 self.take_up(name, step, goes_back)
             self.started = {**environment(), "data": reports, "digests": digests, "resumed_from_step": step,
-                            "final": self.made_final()}
+                            "final": made_final(self.directory)}
             self.write("run.json", json.dumps(self.started, indent=1) + "\n")
         except OSError as error:
             raise UserError(f"output: {self.directory} cannot be written ({error.strerror}); "
@@ -69,13 +69,6 @@ class Run:
         self.begun = True
         for line in self.early:
             self.append("events.log", line)
-
-    def made_final(self) -> dict | None:
-        """What the final/ in the directory was made with (see `finish`); None without one."""
-        try:
-            return json.loads(self.text("run.json")).get("final")
-        except (OSError, ValueError, AttributeError, RecursionError):
-            return None
 
     def finish(self) -> None:
         """Say in run.json what the final/ that now stands in the directory was made with."""
@@ -167,7 +160,8 @@ class Run:
                         "cannot be known; fix: restore it, or start a new run with another output")
 
     def check_there(self) -> None:
-        """RunError if the directory was deleted or moved while the run was writing into it."""
+        """RunError if the directory was deleted or moved during the run. A save would make a new one, without
+        what was in it."""
         if not self.begun:
             return
         try:
@@ -206,6 +200,7 @@ class Run:
                 with open(self.path(name), "a", encoding="utf-8", errors="backslashreplace") as file:
                     file.write(line + "\n")
             except OSError as error:
+                self.check_there()
                 path = self.path(name)
                 raise RunError(f"cannot write {path} ({error.strerror}); checkpoints are untouched; "
                                "fix: free disk space and run the same command again") from error

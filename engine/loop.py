@@ -143,7 +143,6 @@ class Engine:
         self.record_evaluation(self.step)
         if self.sample_every and (index % self.sample_every == 0 or index == self.total):
             self.write_samples(index)
-        from_main(self.run.check_there)
         stop = self.stop_requested()
         if (self.config.save_every and index % self.config.save_every == 0) or (stop and index < self.total):
             self.save(index)
@@ -384,6 +383,7 @@ class Engine:
                            f"last checkpoint: {last[-1] if last else 'none'}; fix: lower lr")
 
     def save(self, index: int) -> None:
+        from_main(self.run.check_there)
         self.check_weights(index)
         directory = self.run.path("checkpoints", f"step-{index:06d}")
         checkpoint.save_checkpoint(directory, self.policy, self.tokenizer, self.optimizer, {"step": index}, self.stored(index))
@@ -397,6 +397,7 @@ class Engine:
 
     def save_final(self) -> None:
         """`final/`, loadable by name; of a reward model also `classifier/`, for AutoModelForSequenceClassification."""
+        from_main(self.run.check_there)
         self.check_weights(self.total)
         weights = checkpoint.model_state(self.policy)
         try:
