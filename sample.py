@@ -48,7 +48,8 @@ def main(argv: list[str]) -> None:
         print(f"  {name:<32} {count:.{4 if isinstance(count, float) else 12}g}")
     if not best:
         raise RunError(f"no completion is kept in {settings.output}; fix: raise n, or lower min_reward")
-    written = [os.path.join(settings.output, name) for name in ("sft.jsonl", "preference.jsonl", "summary.json")]
+    names = ("sft.jsonl", "preference.jsonl", "summary.json")
+    written = [os.path.join(settings.output, name) for name in names]
     print(printable("\n".join(written)))
 
 

@@ -62,7 +62,8 @@ def main(argv: list[str]) -> None:
         if algorithm.MODEL == "actor_critic":
             policy = value.build_actor_critic(policy, common, config, tokenizer, start, run.notice)
         step = checkpoint.load_trainer(start)["step"] if start else 0
-        digests = ranks.from_main(fingerprints, values)      # once more: loading may have fetched a model of the hub
+        # once more: loading may have fetched another commit of a hub model
+        digests = ranks.from_main(fingerprints, values)
         if start:
             digests = ranks.from_main(run.check_digests, digests)
         ranks.from_main(run.begin, config_yaml, report, digests, step)

@@ -36,7 +36,8 @@ class Config:
 
 
 def cpo_loss(policy_chosen_logps, policy_rejected_logps, beta=0.1, label_smoothing=0.0, tie=0.0):
-    """Two (B,) summed log-probs -> (losses (B,), metrics); nothing is reduced. The likelihood term is added by `train`.
+    """Two (B,) summed log-probs -> (losses (B,), metrics); nothing is reduced.
+    `train` adds the likelihood term.
     `tie`: log-probs that differ by less are equal."""
     chosen_rewards = beta * policy_chosen_logps                                         # (B,)
     rejected_rewards = beta * policy_rejected_logps                                     # (B,)
@@ -59,7 +60,8 @@ def train(engine, config):
 
     def forward(batch):
         logps = policy(batch)                                                              # (N,)
-        losses, metrics = cpo_loss(*batch.pairs(batch.sum(logps)), config.beta, config.label_smoothing, policy.tolerance)
+        losses, metrics = cpo_loss(*batch.pairs(batch.sum(logps)), config.beta, config.label_smoothing,
+                                   policy.tolerance)
         nll = -batch.chosen(logps)                                                         # (tokens of the chosen responses,)
         return losses, nll, metrics | {"nll_loss": nll}
 

@@ -59,10 +59,13 @@ def train(engine, config):
 
     def forward(batch):
         per_response = batch.mean if config.average_log_prob else batch.sum                # (N,) -> (2 B,)
-        logps, tie = policy(batch), policy.tolerance                                       # (N,), and how well a sum is known
+        logps = policy(batch)                                                              # (N,)
+        tie = policy.tolerance                                                             # of a sum
         if config.average_log_prob:
-            tie = sum(batch.pairs(tie / logps.new_tensor(batch.lengths)))                  # (B,)
-        return ipo_loss(*batch.pairs(per_response(logps)), *batch.pairs(per_response(reference(batch))), config.beta, tie)
+            lengths = logps.new_tensor(batch.lengths)                                      # (S,)
+            tie = sum(batch.pairs(policy.tolerance / lengths))                             # (B,) of two means
+        policy_logps, reference_logps = per_response(logps), per_response(reference(batch))
+        return ipo_loss(*batch.pairs(policy_logps), *batch.pairs(reference_logps), config.beta, tie)
 
     for step in engine.steps():                                    # one optimizer update
         for batch in step:                                         # one micro-batch

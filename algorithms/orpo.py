@@ -46,7 +46,8 @@ def log_odds(logps):
 
 
 def orpo_loss(policy_chosen_logps, policy_rejected_logps, beta=0.1, tie=0.0):
-    """Two (B,) mean log-probs -> (losses (B,), metrics); nothing is reduced. The likelihood term is added by `train`.
+    """Two (B,) mean log-probs -> (losses (B,), metrics); nothing is reduced.
+    `train` adds the likelihood term.
     `tie`: log-probs that differ by less are equal."""
     log_odds_chosen = log_odds(policy_chosen_logps) - log_odds(policy_rejected_logps)   # (B,) eq. 4
     log_odds_ratio = F.logsigmoid(log_odds_chosen)                                      # (B,)
@@ -69,7 +70,8 @@ def train(engine, config):
 
     def forward(batch):
         logps = policy(batch)                                                              # (N,)
-        tie = sum(batch.pairs(policy.tolerance / logps.new_tensor(batch.lengths)))         # (B,) how well the means are known
+        lengths = logps.new_tensor(batch.lengths)                                          # (S,)
+        tie = sum(batch.pairs(policy.tolerance / lengths))                                 # (B,) of two means
         losses, metrics = orpo_loss(*batch.pairs(batch.mean(logps)), config.beta, tie)
         nll = -batch.chosen(logps)                                                         # (tokens of the chosen responses,)
         return losses, nll, metrics | {"nll_loss": nll}

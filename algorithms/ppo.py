@@ -106,7 +106,8 @@ def ppo_policy_loss(logps, old_logps, advantages, cliprange=0.2):
 
 def ppo_value_loss(values, old_values, returns, cliprange_value=0.2):
     """Three (N,) -> (losses (N,), metrics); nothing is reduced."""
-    clipped = values.clamp(old_values - cliprange_value, old_values + cliprange_value)  # a value within is itself to the bit
+    # not old_values + (values - old_values).clamp(...): so a value within the range is itself to the bit
+    clipped = values.clamp(old_values - cliprange_value, old_values + cliprange_value)
     errors, clipped_errors = (values - returns) ** 2, (clipped - returns) ** 2
     losses = torch.max(errors, clipped_errors) / 2                                      # (N,)
     return losses, {"loss/value_avg": losses, "val/clipfrac_avg": clipped_errors > errors}

@@ -11,8 +11,8 @@ Trains:   the trunk (every weight, or with lora_r an adapter) and the head.
 Data:     {"prompt": ..., "chosen": ..., "rejected": ...}, strings or messages, perhaps with "margin": 0.5; HH-RLHF transcripts
 Divided:  by the pairs of the whole update, over all micro-batches and ranks.
 Metrics:  loss                                near log 2 = 0.6931 at step 0: the head starts small and random
-          accuracy                            share of pairs with r(x,y_w) - r(x,y_l) > 1e-4 (bf16: 0.05): less
-                                              is rounding, a tie, not a win; near 0.5 at step 0
+          accuracy                            share of pairs with r(x,y_w) - r(x,y_l) > 1e-4 (bf16: 0.05):
+                                              less is rounding, a tie, not a win; near 0.5 at step 0
           margin                              r(x,y_w) - r(x,y_l)
           mean_reward                         of all responses
           rewards/chosen, rewards/rejected    r(x,y_w), r(x,y_l)
@@ -35,7 +35,8 @@ class Config:
 
 
 def rm_loss(chosen_rewards, rejected_rewards, margins=None, center_rewards_coefficient=0.0, tie=0.0):
-    """Two or three (B,) -> (losses (B,), metrics); nothing is reduced. `tie`: scores that differ by less are equal."""
+    """Two or three (B,) -> (losses (B,), metrics); nothing is reduced.
+    `tie`: scores that differ by less are equal."""
     difference = chosen_rewards - rejected_rewards                                      # (B,)
     losses = -F.logsigmoid(difference if margins is None else difference - margins)     # (B,)
     losses = losses + center_rewards_coefficient * (chosen_rewards + rejected_rewards) ** 2
@@ -54,7 +55,8 @@ def train(engine, config):
 
     def forward(batch):
         margins = torch.tensor([e.extras.get("margin", 0.0) for e in batch.examples], device=reward_model.device)       # (B,)
-        return rm_loss(*batch.pairs(reward_model(batch)), margins, config.center_rewards_coefficient, reward_model.tolerance)
+        return rm_loss(*batch.pairs(reward_model(batch)), margins, config.center_rewards_coefficient,
+                       reward_model.tolerance)
 
     for step in engine.steps():                                    # one optimizer update
         for batch in step:                                         # one micro-batch

@@ -36,8 +36,10 @@ class Config:
     label_smoothing: float = 0.0   # share of pairs assumed to be labelled the wrong way round
 
 
-def simpo_loss(policy_chosen_logps, policy_rejected_logps, beta=2.0, simpo_gamma=1.0, label_smoothing=0.0, tie=0.0):
-    """Two (B,) mean log-probs -> (losses (B,), metrics); nothing is reduced. The likelihood term is added by `train`.
+def simpo_loss(policy_chosen_logps, policy_rejected_logps,
+               beta=2.0, simpo_gamma=1.0, label_smoothing=0.0, tie=0.0):
+    """Two (B,) mean log-probs -> (losses (B,), metrics); nothing is reduced.
+    `train` adds the likelihood term.
     `tie`: log-probs that differ by less are equal."""
     chosen_rewards = beta * policy_chosen_logps                                         # (B,) eq. 4
     rejected_rewards = beta * policy_rejected_logps                                     # (B,)
@@ -60,8 +62,10 @@ def train(engine, config):
 
     def forward(batch):
         logps = policy(batch)                                                              # (N,)
-        tie = sum(batch.pairs(policy.tolerance / logps.new_tensor(batch.lengths)))         # (B,) how well the means are known
-        losses, metrics = simpo_loss(*batch.pairs(batch.mean(logps)), config.beta, config.simpo_gamma, config.label_smoothing, tie)
+        lengths = logps.new_tensor(batch.lengths)                                          # (S,)
+        tie = sum(batch.pairs(policy.tolerance / lengths))                                 # (B,) of two means
+        losses, metrics = simpo_loss(*batch.pairs(batch.mean(logps)), config.beta, config.simpo_gamma,
+                                     config.label_smoothing, tie)
         nll = -batch.chosen(logps)                                                         # (tokens of the chosen responses,)
         return losses, nll, metrics | {"nll_loss": nll}
 

@@ -7,7 +7,8 @@ import sys
 import time
 import unicodedata
 
-ORDINARY = "\u00ad\u200c\u200d"      # unprintable to Python, but parts of words (soft hyphen) and of emoji (joiners)
+# to Python unprintable, but a part of words (the soft hyphen) and of emoji (the joiners)
+ORDINARY = "\u00ad\u200c\u200d"
 
 
 class UserError(Exception):
@@ -22,13 +23,14 @@ class RunError(UserError):
 
 
 def printable(text: str, keep: str = "\n\t") -> str:
-    """Text from a file, a model or the user's code as a terminal may get it: what steers a terminal, turns the
-    text around or cannot be written is escaped as in a Python string, but for the characters in `keep`."""
+    """Text from a file, a model or the user's code as a terminal may get it: what steers a terminal, turns
+    the text around or cannot be written is escaped as in a Python string, but for the characters in `keep`.
+    """
     return "".join(shown_as(character, keep) for character in text)
 
 
 def shown_as(character: str, keep: str) -> str:
-    is_space = unicodedata.category(character) == "Zs"      # a wide one of Chinese is unprintable to Python, too
+    is_space = unicodedata.category(character) == "Zs"      # Python prints only one of them
     ordinary = character.isprintable() or is_space or character in ORDINARY
     return character if ordinary or character in keep else repr(character)[1:-1]
 

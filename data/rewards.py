@@ -148,7 +148,8 @@ def _all_golds(columns, count):
 
 
 def _no_gold(columns, where):
-    return UserError(f"no gold answer in {where}, columns found: {printable(', '.join(columns), keep='') or 'none'}; "
+    found = printable(", ".join(columns), keep="") or "none"
+    return UserError(f"no gold answer in {where}, columns found: {found}; "
                      f"fix: give every row a column {', '.join(GOLD[:-1])} or {GOLD[-1]}, or use another reward")
 
 

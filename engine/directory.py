@@ -146,8 +146,8 @@ def made_final(directory: str) -> dict | None:
     try:
         with open(os.path.join(directory, "run.json"), encoding="utf-8") as file:
             return json.load(file)["final"]
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):      # lost, or of an earlier version
-        return None
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return None                                    # the file is lost, or of an earlier version
 
 
 def has_made_final(directory: str, config_yaml: str) -> bool:

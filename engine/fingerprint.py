@@ -16,7 +16,8 @@ from engine.load import base_of, is_adapter
 
 # the files of a model directory that change numbers: weights, configuration, tokenizer and templates ...
 INPUT = re.compile(r".*\.(safetensors|jinja|model)|.*model.*\.bin|.*\.index\.json|(merges|vocab)\.txt"
-                   r"|(config|adapter_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)\.json")
+                   r"|(config|adapter_config|tokenizer|tokenizer_config|special_tokens_map)\.json"
+                   r"|(added_tokens|vocab)\.json")
 # ... and these of a checkpoint, which only its own run reads
 NO_INPUT = ("optimizer.safetensors", checkpoint.ROLLOUT)
 # keys without digests here; the reports of the data files hold the digests of those
@@ -53,7 +54,7 @@ def contents(name: str) -> dict[str, str]:
         return {}
     try:
         config = try_to_load_from_cache(name, "config.json")
-    except ValueError:                             # such as a name with ".." in it, which no hub model can have
+    except ValueError:                             # such as a name with ".." in it
         return {}
     if not isinstance(config, str):                # not in the cache
         return {}

@@ -170,7 +170,8 @@ def check_counts(values: dict, file: str) -> None:
 def check_finite(tensors, path: str) -> None:
     """UserError where one of the (name, tensor) pairs of the model at `path` holds NaN or infinity."""
     for name, tensor in tensors:
-        if tensor.is_floating_point() and tensor.itemsize > 1 and not is_finite(tensor):      # torch knows no NaN of 8 bits
+        can_tell = tensor.is_floating_point() and tensor.itemsize > 1      # not of floats of 8 bits
+        if can_tell and not is_finite(tensor):
             kind = "NaN" if tensor.isnan().any() else "infinity"
             raise UserError(f"model: {path} holds {kind} in {name}; "
                             "fix: pass a model (or resume from a checkpoint) whose weights are all finite")
