@@ -1,7 +1,8 @@
-"""`torchrun tests/all_algorithms.py a.yml b.yml ...`: train.py for each of them, in one process group, with one start.
+"""`torchrun tests/all_algorithms.py a.yml b.yml ...`: train.py for each of them, in one process group,
+with one start.
 
-Every rank has a hash seed of its own, as always under torchrun, but the same one in each run of the tests: the order of a set
-of texts differs between ranks."""
+Every rank has a hash seed of its own, as always under torchrun, but the same one in each run of the tests:
+the order of a set of texts differs between ranks."""
 import os
 import sys
 from pathlib import Path

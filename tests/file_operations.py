@@ -1,7 +1,9 @@
-"""The operations with which a process changes files below its working directory, in their order; it can be killed before any of them.
+"""The operations with which a process changes files below its working directory, in their order; it can be
+killed before any of them.
 
-Python reports most of them to audit hooks. A sync and safetensors' writes, which are not reported, are patched. A file that is open
-for writing counts twice: before it is opened, and when half of what was written to it has reached the disk.
+Python reports most of them to audit hooks. A sync and safetensors' writes, which are not reported, are
+patched. A file that is open for writing counts twice: before it is opened, and when half of what was written
+to it has reached the disk.
 """
 import builtins
 import io
@@ -12,14 +14,22 @@ import sys
 import safetensors.torch
 
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
-CHANGES = {                      # audit event -> where its arguments hold paths, and the descriptors these are relative to
-    "os.rename": ((0, 2), (1, 3)), "os.link": ((0, 2), (1, 3)), "os.symlink": ((1, 2),), "os.mkdir": ((0, 2),),
-    "os.remove": ((0, 1),), "os.rmdir": ((0, 1),), "os.chmod": ((0, 2),), "os.truncate": ((0, None),),
+# audit event -> where its arguments hold paths, and the descriptors these are relative to
+CHANGES = {
+    "os.rename": ((0, 2), (1, 3)),
+    "os.link": ((0, 2), (1, 3)),
+    "os.symlink": ((1, 2),),
+    "os.mkdir": ((0, 2),),
+    "os.remove": ((0, 1),),
+    "os.rmdir": ((0, 1),),
+    "os.chmod": ((0, 2),),
+    "os.truncate": ((0, None),),
 }
 
 
 def watch(log: str, fatal: int | None = None) -> None:
-    """Write a line `name paths` for every file operation of this process to the file `log`; SIGKILL before the `fatal`-th (from 1)."""
+    """Write a line `name paths` for every file operation of this process to the file `log`; SIGKILL before
+    the `fatal`-th (from 1)."""
     Operations(log, fatal).install()
 
 
@@ -40,7 +50,8 @@ class Operations:
         setattr(owner, name, lambda *arguments, **options: method(original, *arguments, **options))
 
     def inside(self, path, descriptor: int | None = None) -> str | None:
-        """The path (or open descriptor) relative to the working directory of the start; None outside of it."""
+        """The path (or open descriptor) relative to the working directory of the start; None outside of
+        it."""
         if isinstance(path, int):
             full = os.readlink(f"/proc/self/fd/{path}")
         elif descriptor is not None and descriptor >= 0:
@@ -69,8 +80,10 @@ class Operations:
             if flags & WRITING and isinstance(path, (str, bytes, os.PathLike)):
                 self.before("open", self.inside(path))
         elif event in CHANGES:
-            places = CHANGES[event]
-            paths = [self.inside(arguments[path], arguments[at] if at is not None else None) for path, at in places]
+            paths = []
+            for path, at in CHANGES[event]:
+                descriptor = arguments[at] if at is not None else None
+                paths.append(self.inside(arguments[path], descriptor))
             self.before(event.removeprefix("os."), *paths)
 
     def sync(self, original, descriptor: int) -> None:

@@ -1,10 +1,14 @@
-"""Kill train.py, evaluate.py and sample.py; the same command must then end as if nothing had happened. Not part of the suite.
+"""Kill train.py, evaluate.py and sample.py; the same command must then end as if nothing had happened. \
+Not part of the suite.
 
-    python tests/kills.py random --count 200                      SIGKILL, SIGINT, SIGTERM at random moments of whole runs
+    python tests/kills.py random --count 200                      \
+SIGKILL, SIGINT, SIGTERM at random moments of whole runs
     python tests/kills.py operations --kinds dpo,grpo,rm          SIGKILL before every file operation of a run
 
-A run ends well if the same command returns 0, whatever stood on the disk before is still there, and all results are bit for bit
-those of an undisturbed run. It exits with 1 if anything was lost or is different; `--json FILE` keeps every kill.
+A run ends well if the same command returns 0, whatever stood on the disk before is still there, \
+and all results are bit for bit
+those of an undisturbed run. It exits with 1 if anything was lost or is different; \
+`--json FILE` keeps every kill.
 """
 import argparse
 import hashlib
@@ -30,7 +34,8 @@ import robust_helpers as child
 
 LIMIT = 120                                   # seconds after which a run hangs
 FAULTS = ("lost", "different", "hang", "traceback", "exit code", "left behind", "orphan")
-CODES = {signal.SIGKILL: {-9}, signal.SIGINT: {130, 0}, signal.SIGTERM: {143, 0}}      # 0: the run was in its last update
+# 0: the run was in its last update
+CODES = {signal.SIGKILL: {-9}, signal.SIGINT: {130, 0}, signal.SIGTERM: {143, 0}}
 PHASES = ("loading", "reference", "rollout", "updates", "rows", "saving", "finished")
 
 
@@ -51,11 +56,12 @@ class Fault(NamedTuple):
     text: str
 
 
-# ---- what is run ------------------------------------------------------------------------------------------------------
+# ---- what is run -----------------------------------------------------------------------------------------
 
 OFFLINE = {"sft": ("sft", {}), "dpo": ("dpo", {}), "kto": ("kto", {}), "rm": ("rm", {}),
            "lora": ("sft", dict(lora_r=4, lora_dropout=0.1)), "merge": ("dpo", dict(lora_r=4, merge="true"))}
-ONLINE = {"grpo": "grpo", "ppo": "ppo", "ppo_critic": "ppo", "dapo": "dapo"}      # ppo_critic: the critic starts as the reward model
+# ppo_critic: the critic starts as the reward model
+ONLINE = {"grpo": "grpo", "ppo": "ppo", "ppo_critic": "ppo", "dapo": "dapo"}
 EVALUATE = ("evaluate", "evaluate_pairs")
 KINDS = (*OFFLINE, *ONLINE, *EVALUATE, "sample")
 
@@ -69,11 +75,14 @@ def make_kinds(folder: Path, names: list[str], save_every: int) -> list[Kind]:
                       "eval_data": helpers.write_jsonl(folder / f"{rows.__name__}-eval.jsonl", rows(4, 50))}
 
     def training(name, algorithm, **values):
-        values = {"algorithm": algorithm, "model": model, **data[helpers.ROWS[algorithm]], "output": "run", **child.BASE,
-                  **helpers.ONLINE.get(algorithm, {}), "save_every": save_every, **values}
+        own_data = data[helpers.ROWS[algorithm]]
+        online = helpers.ONLINE.get(algorithm, {})
+        values = {"algorithm": algorithm, "model": model, **own_data, "output": "run",
+                  **child.BASE, **online, "save_every": save_every, **values}
         config = helpers.write_config(folder / f"{name}.yml", **values)
         per_rollout = 4 if algorithm in helpers.ONLINE else 0
-        return Kind(name, "train.py", [config], per_rollout=per_rollout, reference=algorithm in ("dpo", "kto"))
+        reference = algorithm in ("dpo", "kto")
+        return Kind(name, "train.py", [config], per_rollout=per_rollout, reference=reference)
 
     def finished(kind, name):
         """The run of a kind that other kinds start from."""
@@ -92,28 +101,31 @@ def make_kinds(folder: Path, names: list[str], save_every: int) -> list[Kind]:
             reward = {"reward": finished(training("critic", "rm"), "critic")} if name == "ppo_critic" else {}
             return training(name, ONLINE[name], max_steps=10, sample_every=3, **reward)
         prompts = helpers.write_jsonl(folder / "many-prompts.jsonl", helpers.prompt_rows(24))
-        drawn = [f"data={prompts}", f"reward={helpers.REWARDS}:varied", "max_completion_length=30", "rollout_batch_size=8", "output=out"]
+        drawn = [f"data={prompts}", f"reward={helpers.REWARDS}:varied", "max_completion_length=30",
+                 "rollout_batch_size=8", "output=out"]
         if name == "evaluate":
             return Kind(name, "evaluate.py", [model, *drawn, "n=2"], rows=48, batch=8)
         if name == "sample":
             return Kind(name, "sample.py", [model, *drawn, "n=4"], rows=96, batch=8)
         pairs = helpers.write_jsonl(folder / "many-pairs.jsonl", helpers.pair_rows(300))
         other = helpers.tiny_model(folder / "other", seed=1)
-        return Kind(name, "evaluate.py", [model, f"data={pairs}", f"reference={other}", "output=out"], rows=300, batch=64)
+        words = [model, f"data={pairs}", f"reference={other}", "output=out"]
+        return Kind(name, "evaluate.py", words, rows=300, batch=64)
 
     return [make(name) for name in names]
 
 
-# ---- a process --------------------------------------------------------------------------------------------------------
+# ---- a process -------------------------------------------------------------------------------------------
 
 class Cold:
     """A process started by the shell's command, with the interface of multiprocessing's."""
 
     def __init__(self, kind: Kind, directory: Path):
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, child.ROOT / kind.script, *kind.words]
         with open(directory / child.OUT, "wb") as out, open(directory / child.ERR, "wb") as err:
-            self.process = subprocess.Popen([sys.executable, child.ROOT / kind.script, *kind.words], cwd=directory, stdout=out,
-                                            stderr=err, env=environment, start_new_session=True)
+            self.process = subprocess.Popen(command, cwd=directory, stdout=out, stderr=err, env=environment,
+                                            start_new_session=True)
         self.pid = self.process.pid
 
     @property
@@ -157,8 +169,8 @@ def wait(started: Started, directory: Path) -> End:
 
 
 def disturb(kind: Kind, directory: Path, started: Started, number: int, moment: float) -> str | None:
-    """Send a signal `moment` seconds after the start; -> the phase it came in, None if the run had ended. The process stands still while
-    the phase is looked up; Ctrl-C reaches its whole group, as on a terminal."""
+    """Send a signal `moment` seconds after the start; -> the phase it came in, None if the run had ended. The
+    process stands still while the phase is looked up; Ctrl-C reaches its whole group, as on a terminal."""
     process = started.process
     process.join(max(0.0, moment - (time.time() - started.since)))
     if process.exitcode is not None:
@@ -186,12 +198,13 @@ def orphans(pid: int) -> list[str]:
     return found
 
 
-# ---- what stands on the disk ------------------------------------------------------------------------------------------
+# ---- what stands on the disk -----------------------------------------------------------------------------
 
 def phase(kind: Kind, directory: Path, since: float = 0.0) -> str:
     """Where a process stands that started at `since`."""
     made = directory / ("run" if kind.script == "train.py" else "out")
-    begun = [path for path in (*made.glob("run.json"), *made.glob("*settings.json")) if path.stat().st_mtime >= since - 0.02]
+    opened = [*made.glob("run.json"), *made.glob("*settings.json")]
+    begun = [path for path in opened if path.stat().st_mtime >= since - 0.02]
     if not begun:
         return "loading"                          # whatever an earlier process has left
     if leftovers(directory):
@@ -222,7 +235,9 @@ def complete_rows(directory: Path) -> int:
 
 def last_checkpoint(directory: Path) -> int:
     """The step of the newest checkpoint of a run; 0 without one."""
-    return max((int(path.name[5:]) for path in directory.glob("run/checkpoints/step-*") if path.name[5:].isdigit()), default=0)
+    numbers = [path.name[5:] for path in directory.glob("run/checkpoints/step-*")]
+    steps = [int(number) for number in numbers if number.isdigit()]
+    return max(steps, default=0)
 
 
 def digests(folder: Path) -> dict:
@@ -233,7 +248,8 @@ def digests(folder: Path) -> dict:
 def results(kind: Kind, directory: Path) -> dict:
     """Name -> content, or its digest, of everything that must not depend on what happened to a run."""
     if kind.rows:
-        return {f"out/{name}": digest for name, digest in digests(directory / "out").items() if name.endswith((".json", ".jsonl"))}
+        out = digests(directory / "out")
+        return {f"out/{name}": digest for name, digest in out.items() if name.endswith((".json", ".jsonl"))}
     run = directory / "run"
     found = {}
     for name in ("final", "classifier", f"checkpoints/step-{last_checkpoint(directory):06d}"):
@@ -241,23 +257,28 @@ def results(kind: Kind, directory: Path) -> dict:
     for name in ("config.yaml", "samples.jsonl"):
         found[f"run/{name}"] = (run / name).read_text() if (run / name).exists() else None
     for i, row in enumerate(read_rows(run / "metrics.jsonl")):
-        found[f"run/metrics.jsonl:{i + 1}"] = {key: value for key, value in row.items() if key not in helpers.CLOCK}
+        timeless = {key: value for key, value in row.items() if key not in helpers.CLOCK}
+        found[f"run/metrics.jsonl:{i + 1}"] = timeless
     return found
 
 
 def compare(kind: Kind, directory: Path, expected: dict) -> list[Fault]:
     found = results(kind, directory)
     differing = sorted(key for key in found.keys() | expected.keys() if found.get(key) != expected.get(key))
-    faults = [Fault("different", f"{len(differing)} of {len(expected)}: {', '.join(differing[:5])}")] if differing else []
+    faults = []
+    if differing:
+        text = f"{len(differing)} of {len(expected)}: {', '.join(differing[:5])}"
+        faults.append(Fault("different", text))
     if left := leftovers(directory):
         faults.append(Fault("left behind", ", ".join(left)))
     return faults
 
 
-# ---- one trial --------------------------------------------------------------------------------------------------------
+# ---- one trial -------------------------------------------------------------------------------------------
 
 def judge(end: End, pid: int, expected: set) -> list[Fault]:
-    """The faults of one process: it may end with the codes `expected` only, in silence, and leaves no other process."""
+    """The faults of one process: it may end with the codes `expected` only, in silence, and leaves no other
+    process."""
     if end.code is None:
         return [Fault("hang", last_line(end.err))]
     faults = []
@@ -283,12 +304,15 @@ def not_saved(kind: Kind, directory: Path, since: float, code: int) -> list[Faul
         return []
     last = max((row["step"] for row in read_rows(directory / "run" / "metrics.jsonl")), default=0)
     saved = last_checkpoint(directory)
-    return [Fault("lost", f"stopped with {code} after update {last}, but the newest checkpoint is of {saved}")] if saved < last else []
+    if saved >= last:
+        return []
+    text = f"stopped with {code} after update {last}, but the newest checkpoint is of {saved}"
+    return [Fault("lost", text)]
 
 
 def finish(kind: Kind, directory: Path, expected: dict, cold: bool = False) -> list[Fault]:
-    """Run the command until it ends: it must do so at once, from the newest checkpoint or after the last whole rows, with the expected
-    results."""
+    """Run the command until it ends: it must do so at once, from the newest checkpoint or after the last
+    whole rows, with the expected results."""
     saved, done = last_checkpoint(directory), complete_rows(directory)
     had_final = (directory / "run" / "final").exists()
     started = start(kind, directory, cold)
@@ -309,7 +333,8 @@ def finish(kind: Kind, directory: Path, expected: dict, cold: bool = False) -> l
 
 
 class Campaign:
-    """Trials of some kinds in fresh directories of `folder`, against an undisturbed run of each; `records` is what came of them."""
+    """Trials of some kinds in fresh directories of `folder`, against an undisturbed run of each; `records` is
+    what came of them."""
 
     def __init__(self, folder: Path, kinds: list[Kind], cold: bool = False):
         self.folder, self.kinds, self.cold = folder, kinds, cold
@@ -319,7 +344,8 @@ class Campaign:
             started = start(kind, directory, cold)
             end = wait(started, directory)
             assert end.code == 0 and not leftovers(directory), f"{kind.name}: {end}"
-            self.seconds[kind.name], self.expected[kind.name] = time.time() - started.since, results(kind, directory)
+            self.seconds[kind.name] = time.time() - started.since
+            self.expected[kind.name] = results(kind, directory)
 
     def fresh(self, name: str) -> Path:
         directory = self.folder / name
@@ -350,19 +376,24 @@ class Campaign:
             found = disturb(kind, directory, started, number, moment)
             end = wait(started, directory)
             if number == signal.SIGKILL and end.code == 0:
-                found = None                           # nothing survives it: the run had ended, and was only still listed
+                # nothing survives it: the run had ended, and was only still listed
+                found = None
             # no handler yet, or none any more: the shell calls that 128 + number, too
             early = {-number} if found in ("loading", "finished") or kind.rows else set()
             allowed = CODES[number] | early if found else {0}
-            faults += judge(end, started.process.pid, allowed) + not_saved(kind, directory, started.since, end.code)
+            faults += judge(end, started.process.pid, allowed)
+            faults += not_saved(kind, directory, started.since, end.code)
             if found is None and not kills and end.code == 0:
-                self.seconds[kind.name] = time.time() - started.since      # the machine is quicker now than at the first run
+                # the machine is quicker now than at the first run
+                self.seconds[kind.name] = time.time() - started.since
             if found:
-                kills.append({"signal": number.name, "seconds": round(moment, 3), "phase": found, "code": end.code})
+                kill = {"signal": number.name, "seconds": round(moment, 3), "phase": found, "code": end.code}
+                kills.append(kill)
             if end.code is None or not found:
                 break
         faults += finish(kind, directory, self.expected[kind.name], self.cold)
-        return self.keep(directory, faults, kind=kind.name, seed=seed, kills=kills, seconds=round(time.time() - since, 2))
+        seconds = round(time.time() - since, 2)
+        return self.keep(directory, faults, kind=kind.name, seed=seed, kills=kills, seconds=seconds)
 
     def operations(self, kind: Kind) -> list[str]:
         """The file operations of an undisturbed run, in their order."""
@@ -373,28 +404,34 @@ class Campaign:
         return log.read_text().splitlines()
 
     def operation_trial(self, kind: Kind, number: int, operation: str, second: int | None = None) -> dict:
-        """SIGKILL before the file operation `number`, with `second` also before that one of the next run, and then the command to its
-        end."""
+        """SIGKILL before the file operation `number`, with `second` also before that one of the next run, and
+        then the command to its end."""
         since, directory = time.time(), self.fresh(f"{kind.name}-operation-{number}")
         log, kills, faults = self.folder / f"{kind.name}-{number}.operations", [], []
         for fatal in filter(None, (number, second)):
             started = start(kind, directory, patch=file_operations.watch, arguments=(str(log), fatal))
             end = wait(started, directory)
-            faults += judge(end, started.process.pid, {-9} if fatal == number else {-9, 0})      # the second run is shorter
+            allowed = {-9} if fatal == number else {-9, 0}      # the second run is shorter
+            faults += judge(end, started.process.pid, allowed)
             died = log.read_text().splitlines()[-1]
             log.unlink()
             if end.code == -9:
-                kills.append({"signal": "SIGKILL", "phase": phase(kind, directory), "code": end.code, "operation": f"{fatal} {died}"})
+                found = phase(kind, directory)
+                kill = {"signal": "SIGKILL", "phase": found, "code": end.code, "operation": f"{fatal} {died}"}
+                kills.append(kill)
         faults += finish(kind, directory, self.expected[kind.name])
-        return self.keep(directory, faults, kind=kind.name, number=number, operation=f"{number} {operation}", kills=kills,
-                         seconds=round(time.time() - since, 2))
+        seconds = round(time.time() - since, 2)
+        return self.keep(directory, faults, kind=kind.name, number=number, operation=f"{number} {operation}",
+                         kills=kills, seconds=seconds)
 
 
-# ---- tables and the command line --------------------------------------------------------------------------------------
+# ---- tables and the command line -------------------------------------------------------------------------
 
 def anonymous(operation: str) -> str:
     """Without what differs between two runs and between the files of one kind."""
-    return re.sub(r"tmp-[0-9a-f]+", "tmp", re.sub(r"step-\d+", "step-N", re.sub(r"(?<=[/-])[0-9a-f]{16}", "DIGEST", operation)))
+    operation = re.sub(r"(?<=[/-])[0-9a-f]{16}", "DIGEST", operation)
+    operation = re.sub(r"step-\d+", "step-N", operation)
+    return re.sub(r"tmp-[0-9a-f]+", "tmp", operation)
 
 
 def print_operations(kind: Kind, operations: list[str]) -> None:
@@ -409,12 +446,19 @@ def table(campaign: Campaign) -> str:
     """A row per kind: its kills, and the trials in which something was wrong."""
     columns = ("kind", "runs", "kills", "KILL", "INT", "TERM", *PHASES, *FAULTS, "s/kill")
     lines = []
-    everything = [(kind.name, [record for record in campaign.records if record["kind"] == kind.name]) for kind in campaign.kinds]
+    everything = []
+    for kind in campaign.kinds:
+        own = [record for record in campaign.records if record["kind"] == kind.name]
+        everything.append((kind.name, own))
     for name, records in [*everything, ("all", campaign.records)]:
         kills = [kill for record in records for kill in record["kills"]]
-        signals = [sum(kill["signal"] == f"SIG{short}" for kill in kills) for short in ("KILL", "INT", "TERM")]
+        sent = [kill["signal"] for kill in kills]
+        signals = [sent.count(f"SIG{short}") for short in ("KILL", "INT", "TERM")]
         phases = [sum(kill["phase"] == word for kill in kills) for word in PHASES]
-        faults = [sum(any(fault["kind"] == word for fault in record["faults"]) for record in records) for word in FAULTS]
+        wrong = []                                # a set of kinds of fault for each trial
+        for record in records:
+            wrong.append({fault["kind"] for fault in record["faults"]})
+        faults = [sum(word in found for found in wrong) for word in FAULTS]
         each = sum(record["seconds"] for record in records) / max(1, len(kills))
         lines.append([name, len(records), len(kills), *signals, *phases, *faults, f"{each:.1f}"])
     rows = [columns, ["---"] * len(columns), *lines]
@@ -422,22 +466,28 @@ def table(campaign: Campaign) -> str:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("mode", choices=("random", "operations"))
-    parser.add_argument("--kinds", help=f"separated by commas, of {', '.join(KINDS)}; default: all, of operations dpo,grpo,rm")
+    parser.add_argument("--kinds", help=f"separated by commas, of {', '.join(KINDS)}; "
+                                        "default: all, of operations dpo,grpo,rm")
     parser.add_argument("--save-every", type=int, default=2, help="updates between checkpoints (2)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time (1)")
     parser.add_argument("--folder", help="where the runs lie, a new directory; default: a temporary one")
     parser.add_argument("--json", help="a file for every kill and its outcome")
-    parser.add_argument("--seed", type=int, default=0, help="of signals and moments, of the second operation (0)")
+    parser.add_argument("--seed", type=int, default=0,
+                        help="of signals and moments, of the second operation (0)")
     parser.add_argument("--count", type=int, default=200, help="random: signals that reached a run (200)")
-    parser.add_argument("--cold", action="store_true", help="random: start every process anew, imports included (6 s more for each)")
+    parser.add_argument("--cold", action="store_true",
+                        help="random: start every process anew, imports included (6 s more for each)")
     parser.add_argument("--stride", type=int, default=1, help="operations: every how manieth (1)")
     parser.add_argument("--first", type=int, help="operations: only so many of each kind")
-    parser.add_argument("--twice", action="store_true", help="operations: the next run is killed as well, before a random operation")
+    parser.add_argument("--twice", action="store_true",
+                        help="operations: the next run is killed as well, before a random operation")
     parser.add_argument("--only", help="operations: only these numbers, separated by commas")
     options = parser.parse_args(argv)
-    options.kinds = (options.kinds or ",".join(KINDS if options.mode == "random" else ("dpo", "grpo", "rm"))).split(",")
+    default = KINDS if options.mode == "random" else ("dpo", "grpo", "rm")
+    options.kinds = (options.kinds or ",".join(default)).split(",")
     if unknown := set(options.kinds) - set(KINDS):
         parser.error(f"unknown kinds: {', '.join(sorted(unknown))}")
     return options
@@ -465,7 +515,8 @@ def operation_kills(campaign: Campaign, options, pool: ThreadPoolExecutor) -> No
 
         def work(number, kind=kind, operations=operations):
             rng = random.Random(f"{options.seed}-{number}")
-            second = rng.randint(1, len(operations) - number + 30) if options.twice else None      # and 30 to take the run up
+            last = len(operations) - number + 30       # and 30 to take the run up
+            second = rng.randint(1, last) if options.twice else None
             campaign.operation_trial(kind, number, operations[number - 1], second)
 
         list(pool.map(work, numbers))
@@ -473,11 +524,13 @@ def operation_kills(campaign: Campaign, options, pool: ThreadPoolExecutor) -> No
 
 def main(argv: list[str]) -> int:
     options, since = parse(argv), time.time()
-    child.preload("algorithms.grpo", "algorithms.ppo", "algorithms.dapo", "algorithms.kto", "algorithms.rm", "engine.value", "peft")
+    child.preload("algorithms.grpo", "algorithms.ppo", "algorithms.dapo", "algorithms.kto", "algorithms.rm",
+                  "engine.value", "peft")
     folder = Path(options.folder or tempfile.mkdtemp(prefix="kills-")).resolve()
     folder.mkdir(exist_ok=True)
     campaign = Campaign(folder, make_kinds(folder, options.kinds, options.save_every), options.cold)
-    print("seconds of an undisturbed run: " + ", ".join(f"{name} {value:.1f}" for name, value in campaign.seconds.items()), flush=True)
+    undisturbed = [f"{name} {value:.1f}" for name, value in campaign.seconds.items()]
+    print("seconds of an undisturbed run: " + ", ".join(undisturbed), flush=True)
     with ThreadPoolExecutor(options.jobs) as pool:
         {"random": random_kills, "operations": operation_kills}[options.mode](campaign, options, pool)
     wrong = [record for record in campaign.records if record["faults"]]

@@ -1,4 +1,5 @@
-"""`train.py`, or another script, as a process that can be killed, get signals and be patched, without six seconds of imports."""
+"""`train.py`, or another script, as a process that can be killed, get signals and be patched,
+without six seconds of imports."""
 import multiprocessing
 import os
 import runpy
@@ -16,8 +17,8 @@ BASE = dict(batch_size=4, max_length=200, lr=1e-3, save_every=1, eval_every=2, e
 OUT, ERR = "stdout.txt", "stderr.txt"
 
 _server = multiprocessing.get_context("forkserver")
-PRELOADED = ["robust_warm", "train", "evaluate", "sample", "engine.loop", "engine.online", "algorithms.dpo", "algorithms.sft",
-             "data.dataset"]
+PRELOADED = ["robust_warm", "train", "evaluate", "sample", "engine.loop", "engine.online",
+             "algorithms.dpo", "algorithms.sft", "data.dataset"]
 _server.set_forkserver_preload(PRELOADED)
 
 
@@ -34,12 +35,14 @@ def train(directory, *words, patch=None, arguments=()):
     process = start(directory, "train.py", words, patch, arguments)
     process.join(100)
     assert process.exitcode is not None, f"train.py {words} hangs: {Path(directory, ERR).read_text()}"
-    return SimpleNamespace(code=process.exitcode, out=Path(directory, OUT).read_text(), err=Path(directory, ERR).read_text())
+    out = Path(directory, OUT).read_text()
+    err = Path(directory, ERR).read_text()
+    return SimpleNamespace(code=process.exitcode, out=out, err=err)
 
 
 def start(directory, script, words, patch=None, arguments=()):
-    """`python SCRIPT words...` in `directory`, as the first process of a session of its own; what it prints goes to OUT and ERR there.
-    ERR appears when the script starts."""
+    """`python SCRIPT words...` in `directory`, as the first process of a session of its own; what it prints
+    goes to OUT and ERR there. ERR appears when the script starts."""
     for name in (OUT, ERR):
         Path(directory, name).unlink(missing_ok=True)
     process = _server.Process(target=_child, args=(str(directory), script, words, patch, arguments))

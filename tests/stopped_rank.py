@@ -1,4 +1,5 @@
-"""`torchrun tests/stopped_rank.py config.yml`: train.py, where rank 1 gets SIGTERM twice in update 2 and rank 0 saves slowly."""
+"""`torchrun tests/stopped_rank.py config.yml`: train.py, where rank 1 gets SIGTERM twice in update 2
+and rank 0 saves slowly."""
 import runpy
 import signal
 import sys

@@ -27,8 +27,8 @@ folder = os.open("a", os.O_RDONLY)
 os.unlink("y", dir_fd=folder)
 os.rmdir("a/b")
 '''
-OPERATIONS = ["mkdir a", "mkdir a/b", "open a/x", "half of a/x", "rename a/x a/y", "open a/y", "fsync a/y", "half of a/y", "chmod a/y",
-              "truncate a/y", "remove a/y", "rmdir a/b"]
+OPERATIONS = ["mkdir a", "mkdir a/b", "open a/x", "half of a/x", "rename a/x a/y", "open a/y", "fsync a/y",
+              "half of a/y", "chmod a/y", "truncate a/y", "remove a/y", "rmdir a/b"]
 
 
 def script(directory, *arguments):
@@ -36,7 +36,8 @@ def script(directory, *arguments):
     directory.mkdir()
     (directory / "script.py").write_text(SCRIPT)
     log = directory.parent / f"{directory.name}.operations"
-    process = child.start(directory, directory / "script.py", [], file_operations.watch, (str(log), *arguments))
+    path = directory / "script.py"
+    process = child.start(directory, path, [], file_operations.watch, (str(log), *arguments))
     process.join(60)
     return process.exitcode, log.read_text().splitlines()
 
@@ -54,7 +55,8 @@ def test_every_file_operation_is_seen_and_can_be_the_last(tmp_path):
 @pytest.fixture(scope="module")
 def campaign(tmp_path_factory):
     folder = tmp_path_factory.mktemp("kills")
-    return kills.Campaign(folder, kills.make_kinds(folder, ["dpo", "evaluate", "evaluate_pairs", "sample"], save_every=3))
+    kinds = kills.make_kinds(folder, ["dpo", "evaluate", "evaluate_pairs", "sample"], save_every=3)
+    return kills.Campaign(folder, kinds)
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +64,8 @@ def operations(campaign):
     return campaign.operations(campaign.kinds[0])
 
 
-@pytest.mark.parametrize("where", [3, 4, 0.3, 0.7, 0.99])    # the first two create the run, the last one is of final/
+# the first two create the run, the last one is of final/
+@pytest.mark.parametrize("where", [3, 4, 0.3, 0.7, 0.99])
 def test_killed_before_a_file_operation(where, campaign, operations):
     number = where if where >= 1 else round(where * len(operations))
     record = campaign.operation_trial(campaign.kinds[0], number, operations[number - 1])
@@ -77,13 +80,20 @@ def test_disturbed_at_a_random_moment(index, campaign):
 
 def test_what_is_different_or_lost_is_found(campaign, tmp_path):
     """A whole run, changed in one place at a time, is no longer as the undisturbed one."""
-    for kind, name in ((campaign.kinds[0], "run/final/model.safetensors"), (campaign.kinds[0], "run/checkpoints/step-000006/trainer.json"),
-                       (campaign.kinds[0], "run/metrics.jsonl"), (campaign.kinds[1], "out/many-prompts_eval_results.jsonl")):
+    dpo, evaluate = campaign.kinds[:2]
+    changed = [
+        (dpo, "run/final/model.safetensors"),
+        (dpo, "run/checkpoints/step-000006/trainer.json"),
+        (dpo, "run/metrics.jsonl"),
+        (evaluate, "out/many-prompts_eval_results.jsonl"),
+    ]
+    for kind, name in changed:
         directory = tmp_path / "copy"
         shutil.copytree(campaign.folder / f"{kind.name}-undisturbed", directory)
         assert not kills.compare(kind, directory, campaign.expected[kind.name])
         content = (directory / name).read_bytes()
         (directory / name).write_bytes(content.replace(content[-9:], b"\n"))
         (directory / f"{name}.tmp").touch()
-        assert [fault.kind for fault in kills.compare(kind, directory, campaign.expected[kind.name])] == ["different", "left behind"]
+        faults = kills.compare(kind, directory, campaign.expected[kind.name])
+        assert [fault.kind for fault in faults] == ["different", "left behind"]
         shutil.rmtree(directory)
