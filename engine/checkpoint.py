@@ -23,6 +23,7 @@ from data.files import digest_of, sha256
 from data.tokenise import stop_ids
 from engine import lora
 from engine.load import first_line, is_finite
+from engine.lora import written
 from engine.model import HEAD_BIAS, HEAD_WEIGHT, VALUE_HEAD
 from engine.ranks import distributed, from_main, sum_over_ranks
 
@@ -254,11 +255,14 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.cpu() if distributed()[0] == 0 else None
 
 
+def trained(policy) -> dict:
+    """The trained parameters by name."""
+    return {name: parameter for name, parameter in policy.named_parameters() if parameter.requires_grad}
+
+
 def saved_tensors(policy) -> dict:
     """The policy's tensors that are saved, sharded as they are: all, or with an adapter the trained ones."""
-    if lora.settings(policy.lm):
-        return {name: parameter for name, parameter in policy.named_parameters() if parameter.requires_grad}
-    return policy.state_dict(keep_vars=True)
+    return trained(policy) if lora.settings(policy.lm) else policy.state_dict(keep_vars=True)
 
 
 def each_once(function, tensors: dict) -> dict:
@@ -283,11 +287,6 @@ def outline(policy) -> dict:
         return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
 
     return each_once(empty, saved_tensors(policy))
-
-
-def written(state: dict) -> dict:
-    """The tensors of a state that are written to a file: all of them, or none of an `outline`."""
-    return {name: tensor for name, tensor in state.items() if not tensor.is_meta}
 
 
 def num_bytes(state: dict) -> int:
@@ -423,11 +422,6 @@ def load_optimizer(directory: str, policy, optimizer) -> None:
     check_numbers(directory, parameters | loaded)
 
 
-def trained(policy) -> dict:
-    """The trained parameters by name."""
-    return {name: parameter for name, parameter in policy.named_parameters() if parameter.requires_grad}
-
-
 def fitting_moments(directory: str, parameters: dict) -> dict:
     """{parameter's name: {"step", "exp_avg", "exp_avg_sq"}} as saved, on the CPU. Parameters that never had a
     gradient, such as the LM head of a reward model, have no entry. RunError where the file does not fit the
@@ -440,7 +434,7 @@ def fitting_moments(directory: str, parameters: dict) -> dict:
     try:
         saved = load_file(path)
     except (OSError, SafetensorError) as error:
-        refuse(f"cannot be read ({str(error).splitlines()[0]})")
+        refuse(f"cannot be read ({first_line(error)})")
     states = {}
     for key, tensor in saved.items():
         name, _, kind = key.rpartition(":")

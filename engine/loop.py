@@ -144,7 +144,7 @@ class Engine:
         if self.sample_every and (index % self.sample_every == 0 or index == self.total):
             self.write_samples(index)
         stop = self.stop_requested()
-        if (self.config.save_every and index % self.config.save_every == 0) or (stop and index < self.total):
+        if self.is_saved(index) or (stop and index < self.total):
             self.save(index)
         if stop and index < self.total:
             raise Stopped(stop)
@@ -340,8 +340,7 @@ class Engine:
 
         checkpoint.write_sealed(self.run.path("checkpoint"), write, trial=True)
         final = self.write_final(outline, trial=True)
-        trained = [parameter.numel() for parameter in self.policy.parameters() if parameter.requires_grad]
-        moments = 2 * 4 * sum(trained)
+        moments = 2 * checkpoint.num_bytes(checkpoint.trained(self.policy))
         self.check_disk(checkpoint.num_bytes(outline) + moments, final)
 
     def check_disk(self, one: int, final: int) -> None:
@@ -361,11 +360,10 @@ class Engine:
         policy's answer to a row is not finite: a loss would show it one update later."""
         reshard(self.policy)
         tensors = {}
-        for name, tensor in checkpoint.saved_tensors(self.policy).items():
-            if tensor.requires_grad:
-                tensors[name] = tensor
-                for key, value in self.optimizer.state.get(tensor, {}).items():
-                    tensors[f"{key} of {name}"] = value
+        for name, parameter in checkpoint.trained(self.policy).items():
+            tensors[name] = parameter
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                tensors[f"{key} of {name}"] = value
         faults = [float(not is_finite(checkpoint.local_part(tensor))) for tensor in tensors.values()]
         counts = sum_over_ranks(faults, self.policy.device)
         bad = [name for name, count in zip(tensors, counts) if count]
@@ -381,6 +379,11 @@ class Engine:
             last = checkpoint.checkpoints(self.run.directory)
             raise RunError(f"not finite after update {index}: {bad[0]}{more}; it was not saved; "
                            f"last checkpoint: {last[-1] if last else 'none'}; fix: lower lr")
+
+    def is_saved(self, index: int) -> bool:
+        """Whether every run has a checkpoint after update `index`, stopped or not."""
+        every = self.config.save_every
+        return every is not None and index % every == 0
 
     def save(self, index: int) -> None:
         from_main(self.run.check_there)

@@ -143,11 +143,16 @@ def dropouts(lm) -> list[nn.Module]:
     return [layer for layer in layers if isinstance(layer, nn.Dropout)]
 
 
+def written(state: dict) -> dict:
+    """The tensors of a state that are written to a file: all of them, or none of a trial's, which have no
+    numbers."""
+    return {name: tensor for name, tensor in state.items() if not tensor.is_meta}
+
+
 def save(lm, state: dict, directory: str) -> None:
     """The adapter with the weights of `state`, by their names inside the LM, in peft's format."""
     weights = library().get_peft_model_state_dict(lm, state, save_embedding_layers=False)
-    weights = {name: tensor for name, tensor in weights.items() if not tensor.is_meta}      # a trial has none
-    tensors = {PREFIX + name: tensor.contiguous() for name, tensor in weights.items()}
+    tensors = {PREFIX + name: tensor.contiguous() for name, tensor in written(weights).items()}
     save_file(tensors, os.path.join(directory, "adapter_model.safetensors"), {"format": "pt"})
     saved, base = copy.copy(settings(lm)), lm.name_or_path
     saved.inference_mode = True

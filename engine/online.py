@@ -154,8 +154,8 @@ class OnlineEngine(Engine):
             failure = error
         # a signal often reaches the processes that a reward started, so its values may be wrong: drop them
         if stop := self.stop_requested():
-            done, every = self.step.index if self.step else self.first, self.config.save_every
-            if done > self.first and not (every and done % every == 0):
+            done = self.step.index if self.step else self.first
+            if done > self.first and not self.is_saved(done):
                 self.save(done)
             raise Stopped(stop)
         if failure:
