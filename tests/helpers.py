@@ -156,10 +156,11 @@ def trained_weights(run):
 
 
 # ---- two computations of the same updates ----
-# AdamW divides a gradient by its own size. Where a gradient is nothing but rounding (that of a bias of the keys is, for the
-# softmax does not see it), its sign is that of the rounding, and two exact runs move this weight up to 2 lr apart in every
-# update, on one CPU and not on another. So the weights of two runs have no close bound. Their gradients have one, and the
-# weights of each run are, but for the rounding of fp32, what AdamW makes of its own gradients: both are asserted.
+# AdamW divides a gradient by its own size. Where a gradient is nothing but rounding (that of a bias of the
+# keys is, for the softmax does not see it), its sign is that of the rounding, and two exact runs move this
+# weight up to 2 lr apart in every update, on one CPU and not on another. So the weights of two runs have no
+# close bound. Their gradients have one, and the weights of each run are, but for the rounding of fp32, what
+# AdamW makes of its own gradients: both are asserted.
 
 def name_in_final(name):
     """A trained parameter's name in the files of weights; a critic's is the same."""
@@ -167,8 +168,8 @@ def name_in_final(name):
 
 
 def watch_updates(monkeypatch):
-    """-> a dictionary that runs in this process fill: directory -> (the start weights, the clipped gradients of every update),
-    both by the names that weights have in final/; those of a critic by theirs."""
+    """-> a dictionary that runs in this process fill: directory -> (the start weights, the clipped gradients
+    of every update), both by the names that weights have in final/; those of a critic by theirs."""
     from engine.loop import Engine
     seen, clip = {}, Engine.clip_gradients
 
@@ -186,21 +187,24 @@ def watch_updates(monkeypatch):
 
 
 def saved_gradients(run, updates):
-    """Of a run that saved a checkpoint after every update: its clipped gradients as they stand in AdamW's first moments."""
+    """Of a run that saved a checkpoint after every update: its clipped gradients as they stand in AdamW's
+    first moments."""
     before, gradients = {}, []
     for update in range(1, updates + 1):
         state = load_file(Path(run) / "checkpoints" / f"step-{update:06d}" / "optimizer.safetensors")
-        moments = {name_in_final(name.removesuffix(":exp_avg")): tensor.double() for name, tensor in state.items()
-                   if name.endswith(":exp_avg")}
+        moments = {}
+        for name, tensor in state.items():
+            if name.endswith(":exp_avg"):
+                moments[name_in_final(name.removesuffix(":exp_avg"))] = tensor.double()
         gradients.append({name: 10 * tensor - 9 * before.get(name, 0.0) for name, tensor in moments.items()})
         before = moments
     return gradients
 
 
 def assert_same_gradients(ours, theirs, first=1e-6, later=1e-5, least=0.0):
-    """Per update a dictionary; no number differs by more than that share of the norm of all, or by `least`. The first update starts
-    from equal weights, so that fp32's rounding (6e-8) is all that there is; later ones from weights that AdamW has moved apart,
-    above all those that the loss hardly sees."""
+    """Per update a dictionary; no number differs by more than that share of the norm of all, or by `least`.
+    The first update starts from equal weights, so that fp32's rounding (6e-8) is all that there is; later
+    ones from weights that AdamW has moved apart, above all those that the loss hardly sees."""
     assert len(ours) == len(theirs)
     for update, (one, other) in enumerate(zip(ours, theirs), 1):
         norm = math.sqrt(sum(float((gradient.double() ** 2).sum()) for gradient in other.values()))
@@ -209,7 +213,8 @@ def assert_same_gradients(ours, theirs, first=1e-6, later=1e-5, least=0.0):
 
 
 def after_adam(start, gradients, lr, decay=0.0):
-    """What AdamW (betas 0.9 and 0.999, eps 1e-8) makes of one tensor, from the paper's algorithm and in fp64."""
+    """What AdamW (betas 0.9 and 0.999, eps 1e-8) makes of one tensor, from the paper's algorithm and in
+    fp64."""
     weights, first, second = start.double(), 0.0, 0.0
     for update, gradient in enumerate(gradients, 1):
         first = 0.9 * first + 0.1 * gradient.double()
@@ -220,8 +225,9 @@ def after_adam(start, gradients, lr, decay=0.0):
 
 
 def assert_adam_made(weights, start, gradients, lr=1e-3, decay=0.0):
-    """`weights` are what AdamW makes of the start weights and the gradients of every update, as far as `weights` names them. A
-    thousandth of an update may be missing: every update rounds a weight of about 1 to 6e-8. Only matrices decay."""
+    """`weights` are what AdamW makes of the start weights and the gradients of every update, as far as
+    `weights` names them. A thousandth of an update may be missing: every update rounds a weight of about 1 to
+    6e-8. Only matrices decay."""
     made = {}
     for name in start.keys() & weights.keys():
         rate = decay if start[name].ndim > 1 else 0.0

@@ -298,7 +298,8 @@ def test_a_forked_process_that_dies_in_a_drawing_does_not_stop_the_run(stream):
     before = threading.enumerate()
     shown = Console(file)
     shown.start(0, 9)
-    assert set(threading.enumerate()) <= set(before)          # no thread of tqdm's, which a fork would not survive
+    # no thread of tqdm's, which a fork would not survive
+    assert set(threading.enumerate()) <= set(before)
     lock = console.Bar.get_lock()
     for forked_in, action in ((contextlib.nullcontext(), lock.acquire), (lock, lock.acquire),
                               (lock, lambda: shown.say("from a forked process"))):
@@ -362,7 +363,8 @@ def test_an_offline_run_stopped_and_continued_on_a_terminal(model, tmp_path):
     child.project(tmp_path, "dpo", model, log_every=2, max_steps=5)
     code, text = train(tmp_path, 80, patch=child.signal_in_update, arguments=(signal.SIGTERM, 3))
     *lines, last = Screen(80, text).lines()
-    assert code == 143 and last == f"stopped by SIGTERM; continue with: python {child.ROOT}/train.py config.yml"
+    command = f"python {child.ROOT}/train.py config.yml"
+    assert code == 143 and last == f"stopped by SIGTERM; continue with: {command}"
     assert [line.split("  ")[0] for line in lines if line[:5] == "step "] == ["step 1/5", "step 2/5"]
     assert "reference log-probs 4/14 |" in text and "step 3/5 |" in text
     assert not [line for line in lines if "|" in line or line.startswith("reference log-probs ")]

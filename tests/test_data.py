@@ -494,7 +494,8 @@ def test_report(write):
         "first_dropped": {"empty response": f"{path}:11", "longer than max_length": f"{path}:21"},
         "shape": "299 rows read as prompt + response", "duplicates": 0,
         "cut_rows": 0, "stop_inside": 1, "first_stop_inside": f"{path}:41",
-        "control_tokens": 0, "first_control_tokens": None, "prompt_length": {"50": 152, "90": 270, "99": 297, "max": 300},
+        "control_tokens": 0, "first_control_tokens": None,
+        "prompt_length": {"50": 152, "90": 270, "99": 297, "max": 300},
         "response_length": {"50": 2, "90": 2, "99": 2, "max": 4},
         "total": {"50": 154, "90": 272, "99": 299, "max": 302}}
     raw = build_dataset(jsonl(write, "raw.jsonl", [{"text": "a" * 100}, {"text": "b"}]), "responses", byte_tokenizer(), 40)

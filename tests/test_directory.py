@@ -1,4 +1,5 @@
-"""A run's directory is its own: one process at a time, nothing of the user's lost, nothing changed unnoticed between two parts."""
+"""A run's directory is its own: one process at a time, nothing of the user's lost, nothing changed unnoticed
+between two parts."""
 import errno
 import json
 import os
@@ -64,7 +65,8 @@ def hold():
     processes = []
 
     def hold(directory, *name):
-        process = subprocess.Popen([sys.executable, "-c", HOLD, ROOT, directory, *name], stdout=subprocess.PIPE, text=True)
+        words = [sys.executable, "-c", HOLD, ROOT, directory, *name]
+        process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
         processes.append(process)
         assert process.stdout.readline() == "None\n"
         return process
@@ -85,11 +87,23 @@ def test_a_claim_ends_with_its_process(hold, tmp_path):
     assert os.listdir(run) == []
 
 
+CLAIM_AND_FORK = """
+import os, sys, time
+sys.path.insert(0, sys.argv[1])
+from engine.claim import claim
+claim(sys.argv[2])
+pid = os.fork()
+if pid:
+    print(pid, flush=True)
+    os._exit(0)
+time.sleep(60)
+"""
+
+
 def test_a_forked_child_keeps_no_claim(tmp_path):
     """An orphan of a reward function must not hold the directory of a run that was killed."""
-    script = ("import os, sys, time\nsys.path.insert(0, sys.argv[1])\nfrom engine.claim import claim\nclaim(sys.argv[2])\n"
-              "pid = os.fork()\nif pid:\n    print(pid, flush=True)\n    os._exit(0)\ntime.sleep(60)\n")
-    done = subprocess.Popen([sys.executable, "-c", script, ROOT, tmp_path / "run"], stdout=subprocess.PIPE, text=True)
+    words = [sys.executable, "-c", CLAIM_AND_FORK, ROOT, tmp_path / "run"]
+    done = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
     orphan = int(done.stdout.readline())
     done.wait()
     try:
@@ -99,12 +113,23 @@ def test_a_forked_child_keeps_no_claim(tmp_path):
         os.kill(orphan, signal.SIGKILL)
 
 
+CLAIM_AND_RELEASE = """
+import os, sys
+sys.path.insert(0, sys.argv[1])
+from engine.claim import claim, release
+run = sys.argv[2]
+for _ in range(100):
+    if claim(run) is None:
+        os.mkdir(run + '/alone')
+        os.rmdir(run + '/alone')
+        release(run)
+"""
+
+
 def test_only_one_of_many_gets_a_directory(tmp_path):
-    """Six processes that claim and release the same name a hundred times: never two at a time, and none fails."""
-    script = ("import os, sys\nsys.path.insert(0, sys.argv[1])\nfrom engine.claim import claim, release\nrun = sys.argv[2]\n"
-              "for _ in range(100):\n    if claim(run) is None:\n        os.mkdir(run + '/alone')\n        os.rmdir(run + '/alone')\n"
-              "        release(run)\n")
-    words = [sys.executable, "-c", script, ROOT, tmp_path / "run"]
+    """Six processes that claim and release the same name a hundred times: never two at a time, and none
+    fails."""
+    words = [sys.executable, "-c", CLAIM_AND_RELEASE, ROOT, tmp_path / "run"]
     processes = [subprocess.Popen(words, stderr=subprocess.PIPE, text=True) for _ in range(6)]
     assert [process.communicate(timeout=60)[1] for process in processes] == [""] * 6
 
@@ -124,15 +149,18 @@ def test_the_default_name_passes_over_a_directory_in_use(hold, tmp_path, monkeyp
     hold("runs/x")
     assert choose_directory(None, "x", "auto", "lr: 1\n") == Place("runs/x-2")
     release("runs/x-2")
-    with pytest.raises(UserError, match="output: runs/x is in use by process .*; fix: wait for its end, or choose another output"):
+    says = "output: runs/x is in use by process .*; fix: wait for its end, or choose another output"
+    with pytest.raises(UserError, match=says):
         choose_directory("runs/x", "x", "auto", "lr: 1\n")
 
 
 def test_two_trainings_at_once(model, tmp_path):
-    """The same command twice: one line for the one that comes second, and the first is the run it would have been alone."""
+    """The same command twice: one line for the one that comes second, and the first is the run it would have
+    been alone."""
     alone = child.train(child.project(tmp_path / "alone", "sft", model))
     files = {key: tmp_path / "alone" / f"{key.partition('_')[0]}.jsonl" for key in ("data", "eval_data")}
-    folders = [child.project(tmp_path / name, "sft", model, output=tmp_path / "run", **files) for name in ("one", "two")]
+    files["output"] = tmp_path / "run"
+    folders = [child.project(tmp_path / name, "sft", model, **files) for name in ("one", "two")]
     results = [None, None]
 
     def start(number, *words):
@@ -147,7 +175,8 @@ def test_two_trainings_at_once(model, tmp_path):
     assert len(errors(refused)) == 1 and f"output: {tmp_path}/run " in errors(refused)[0]
     rate = "0.001" if results[0].code == 0 else "0.005"
     assert f"lr: {rate}\n" in (tmp_path / "run" / "config.yaml").read_text()
-    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 10      # six updates, four evaluations
+    rows = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert len(rows) == 10      # six updates, four evaluations
     if rate == "0.001":
         ours, theirs = final_weights(tmp_path / "run"), final_weights(tmp_path / "alone" / "run")
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
@@ -163,8 +192,10 @@ def test_a_refused_run_leaves_no_directory(model, tmp_path):
 def test_two_evaluations_at_once(hold, model, tmp_path):
     data = write_jsonl(tmp_path / "prompts.jsonl", prompt_rows(3))
     hold(str(tmp_path / "out"), ".prompts_eval.lock")
-    words = [sys.executable, "evaluate.py", model, f"data={data}", "reward=gsm8k", f"output={tmp_path / 'out'}"]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    values = [f"data={data}", "reward=gsm8k", f"output={tmp_path / 'out'}"]
+    words = [sys.executable, "evaluate.py", model, *values]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, env=environment)
     assert done.returncode == 2 and f"error: output: {tmp_path}/out is in use by process " in done.stderr
     assert os.listdir(tmp_path / "out") == [".prompts_eval.lock"]
 
@@ -184,7 +215,8 @@ def test_files_of_the_user_are_not_taken_for_leftovers(model, tmp_path):
     (tmp_path / "run" / "thesis.tmp").write_text("mine")
     assert "run is not empty and is not a run" in child.train(tmp_path).err
     (tmp_path / "run" / "thesis.tmp").rename(tmp_path / "thesis.tmp")
-    assert child.train(tmp_path, patch=child.signal_in_update, arguments=(signal.SIGKILL, 1)).code == -signal.SIGKILL
+    result = child.train(tmp_path, patch=child.signal_in_update, arguments=(signal.SIGKILL, 1))
+    assert result.code == -signal.SIGKILL
     (tmp_path / "thesis.tmp").rename(tmp_path / "run" / "thesis.tmp")
     assert child.train(tmp_path).code == 0 and (tmp_path / "run" / "thesis.tmp").read_text() == "mine"
 
@@ -192,14 +224,17 @@ def test_files_of_the_user_are_not_taken_for_leftovers(model, tmp_path):
 # ---- what is finished stays
 
 def test_an_edited_final_model_stays(finished):
-    """Edited and added files make a finished run neither unfinished nor are they overwritten by the same command."""
+    """Edited and added files make a finished run neither unfinished nor are they overwritten by the same
+    command."""
     final = finished / "run" / "final"
     settings = json.loads((final / "generation_config.json").read_text())
-    (final / "generation_config.json").write_text(json.dumps(settings | {"temperature": 0.7, "do_sample": True}))
+    settings |= {"temperature": 0.7, "do_sample": True}
+    (final / "generation_config.json").write_text(json.dumps(settings))
     (final / "README.md").write_text("my model")
     before = child.contents(finished / "run")
     result = child.train(finished)
-    assert result.code == 0 and "run is finished already: nothing is trained" in result.err and "model    run/final" in result.out
+    assert result.code == 0 and "run is finished already: nothing is trained" in result.err
+    assert "model    run/final" in result.out
     assert child.contents(finished / "run") == before
     told = []
     assert checkpoint.model_path(str(finished / "run"), told.append) == str(final)
@@ -212,14 +247,16 @@ def test_a_final_model_in_the_way_is_set_aside(finished):
     (final / "README.md").write_text("my model")
     before = child.contents(final)
     result = child.train(finished, "max_steps=4")
-    assert result.code == 0 and "run/final-1" in result.err and child.contents(finished / "run" / "final-1") == before
+    assert result.code == 0 and "run/final-1" in result.err
+    assert child.contents(finished / "run" / "final-1") == before
     assert checkpoint.broken(str(final)) is None and not (final / "README.md").exists()
     assert child.train(finished, "max_steps=5").code == 0 and not (finished / "run" / "final-2").exists()
 
 
 @pytest.mark.parametrize("saved", [True, False])
 def test_a_finished_run_that_was_killed_while_it_went_on(saved, finished):
-    """final/ is that of three updates: the command that asks for five goes on, the one that asks for three is done."""
+    """final/ is that of three updates: the command that asks for five goes on, the one that asks for three is
+    done."""
     words = ["max_steps=5"] if saved else ["max_steps=5", "save_every=null"]
     result = child.train(finished, *words, patch=child.signal_in_update, arguments=(signal.SIGKILL, 5))
     assert result.code == -signal.SIGKILL
@@ -234,8 +271,10 @@ def test_damaged_final_weights_are_said_and_made_again(finished):
     whole = child.contents(final)
     os.truncate(final / "model.safetensors", 1000)
     told = []
-    assert checkpoint.model_path(str(finished / "run"), told.append) == str(finished / "run" / "checkpoints" / "step-000003")
-    assert len(told) == 1 and "model.safetensors has 1000 bytes" in told[0] and "step-000003 is used instead" in told[0]
+    path = checkpoint.model_path(str(finished / "run"), told.append)
+    assert path == str(finished / "run" / "checkpoints" / "step-000003")
+    assert len(told) == 1 and "model.safetensors has 1000 bytes" in told[0]
+    assert "step-000003 is used instead" in told[0]
     assert child.train(finished).code == 0
     assert child.contents(final) == whole
 
@@ -247,15 +286,20 @@ def test_an_unfinished_run_as_a_model_is_said(finished):
     assert told == [f"this run has no final model; {path} is used instead"] and path.endswith("step-000003")
 
 
+def saved_contents(contents):
+    saved = ("checkpoints/", "final/")
+    return {name: content for name, content in contents.items() if name.startswith(saved)}
+
+
 def test_going_back_removes_nothing_before_it_has_saved(finished):
-    """resume=PATH of an older checkpoint, stopped before its first own one: everything is as if it had not been tried."""
+    """resume=PATH of an older checkpoint, stopped before its first own one: everything is as if it had not
+    been tried."""
     run = finished / "run"
     before = child.contents(run)
     words = ["resume=run/checkpoints/step-000001", "save_every=null"]
     result = child.train(finished, *words, patch=child.signal_in_update, arguments=(signal.SIGKILL, 2))
     assert result.code == -signal.SIGKILL
-    kept = {name: content for name, content in child.contents(run).items() if name.startswith(("checkpoints/", "final/"))}
-    assert kept == {name: content for name, content in before.items() if name.startswith(("checkpoints/", "final/"))}
+    assert saved_contents(child.contents(run)) == saved_contents(before)
     assert (run / "metrics.jsonl.replaced").read_bytes() == before["metrics.jsonl"]
     assert child.train(finished).code == 0             # the same command as at first: finished, as it was
     result = child.train(finished, "max_steps=4")      # goes on from step 3, with all the rows
@@ -266,8 +310,10 @@ def test_going_back_removes_nothing_before_it_has_saved(finished):
 
 def test_going_back_replaces_after_the_first_own_checkpoint(finished):
     run = finished / "run"
-    rows = [line for line in (run / "metrics.jsonl").read_text().splitlines() if json.loads(line)["step"] <= 1]
-    result = child.train(finished, "resume=run/checkpoints/step-000001", patch=child.kill_after_save, arguments=(2,))
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    rows = [line for line in lines if json.loads(line)["step"] <= 1]
+    back = "resume=run/checkpoints/step-000001"
+    result = child.train(finished, back, patch=child.kill_after_save, arguments=(2,))
     assert result.code == -signal.SIGKILL
     assert [checkpoint.step_of(path) for path in checkpoint.checkpoints(run)] == [1, 2]
     assert (run / "metrics.jsonl").read_text().splitlines()[:len(rows)] == rows
@@ -275,7 +321,8 @@ def test_going_back_replaces_after_the_first_own_checkpoint(finished):
 
 
 def test_rows_behind_the_final_model_stay(finished):
-    """A finished run that is to go on from before its end, killed before it saves: its command finds all as it was."""
+    """A finished run that is to go on from before its end, killed before it saves: its command finds all as
+    it was."""
     run = finished / "run"
     shutil.rmtree(run / "checkpoints" / "step-000003")
     before = child.contents(run)
@@ -300,8 +347,11 @@ def spoil(path):
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize("key, name", [("model", "model/model.safetensors"), ("model", "model/tokenizer.json"),
-                                       ("model", "model/chat_template.jinja"), ("reference", "reference/model.safetensors")])
+@pytest.mark.parametrize("key, name", [
+    ("model", "model/model.safetensors"),
+    ("model", "model/tokenizer.json"),
+    ("model", "model/chat_template.jinja"),
+    ("reference", "reference/model.safetensors")])
 def test_another_model_under_the_same_name(key, name, model, tmp_path):
     for folder in ("model", "reference"):
         shutil.copytree(model, tmp_path / folder)
@@ -309,41 +359,57 @@ def test_another_model_under_the_same_name(key, name, model, tmp_path):
     spoil(tmp_path / name)
     before = child.contents(tmp_path / "run")
     result = child.train(tmp_path)
-    assert result.code == 2 and errors(result) == [f"error: {key}: {name} has changed since the run in run started; "
-                                                   "fix: restore it, or choose another output"]
+    line = (f"error: {key}: {name} has changed since the run in run started; "
+            "fix: restore it, or choose another output")
+    assert result.code == 2 and errors(result) == [line]
     assert child.contents(tmp_path / "run") == before
     spoil(tmp_path / name)
     assert child.train(tmp_path).code == 0
 
 
 def test_another_reward_or_prompt_template_under_the_same_name(model, tmp_path):
-    (tmp_path / "judge.py").write_text("def judge(prompts, completions, **columns):\n    return [len(c) for c in completions]\n")
+    judge = ("def judge(prompts, completions, **columns):\n"
+             "    return [len(c) for c in completions]\n")
+    (tmp_path / "judge.py").write_text(judge)
     (tmp_path / "my.prompt").write_text("Q: {question}\nA: ")
     interrupted(tmp_path, "grpo", model, reward="judge.py:judge, gsm8k", prompt_template="my.prompt")
     for name, key in (("judge.py", "reward"), ("my.prompt", "prompt_template")):
         old = (tmp_path / name).read_text()
         (tmp_path / name).write_text(old + " ")
         result = child.train(tmp_path)
-        assert result.code == 2 and errors(result)[0].startswith(f"error: {key}: {name} has changed since the run in run started")
+        line = f"error: {key}: {name} has changed since the run in run started"
+        assert result.code == 2 and errors(result)[0].startswith(line)
         (tmp_path / name).write_text(old)
     assert child.train(tmp_path).code == 0
 
 
 def test_what_a_configuration_names(model, tmp_path, monkeypatch):
-    """Every text that names a file, a function's file, a model directory or an adapter with its base; nothing else."""
+    """Every text that names a file, a function's file, a model directory or an adapter with its base; nothing
+    else."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.py").write_text("")
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": model}))
-    found = fingerprints({"reward": "gsm8k, a.py:f", "model": "adapter", "stop": "</answer>", "lr": 0.1, "output": "adapter", "none": None})
+    found = fingerprints({
+        "reward": "gsm8k, a.py:f",
+        "model": "adapter",
+        "stop": "</answer>",
+        "lr": 0.1,
+        "output": "adapter",
+        "none": None,
+    })
     assert list(found) == ["reward", "model"] and list(found["reward"]) == ["a.py"]
-    assert {"adapter/adapter_config.json", f"{model}/model.safetensors", f"{model}/tokenizer.json"} <= found["model"].keys()
+    names = {"adapter/adapter_config.json", f"{model}/model.safetensors", f"{model}/tokenizer.json"}
+    assert names <= found["model"].keys()
     assert f"{model}/generation_config.json" not in found["model"]
 
 
-@pytest.mark.parametrize("schedule, warmup, told", [("linear", 0, True), ("cosine", 0, True), ("constant", 0, False),
-                                                    ("constant", 0.1, True)])
+@pytest.mark.parametrize("schedule, warmup, told", [
+    ("linear", 0, True),
+    ("cosine", 0, True),
+    ("constant", 0, False),
+    ("constant", 0.1, True)])
 def test_another_number_of_updates_is_told_where_rates_depend_on_it(schedule, warmup, told, model, tmp_path):
     interrupted(tmp_path, "sft", model, schedule=schedule, warmup=warmup, max_steps=4)
     result = child.train(tmp_path, "max_steps=3")
@@ -352,15 +418,20 @@ def test_another_number_of_updates_is_told_where_rates_depend_on_it(schedule, wa
 
 # ---- damaged files of a run
 
-@pytest.mark.parametrize("damage", [lambda path: path.unlink(), lambda path: path.write_text("{"), lambda path: path.write_text("[]"),
-                                    lambda path: path.write_bytes(path.read_bytes()[:40]), lambda path: path.write_text('{"data": 3}'),
-                                    lambda path: path.write_text('{"data": {"train": 3}}'),
-                                    lambda path: path.write_text('{"data": {}, "digests": {"model": 3}}')])
+@pytest.mark.parametrize("damage", [
+    lambda path: path.unlink(),
+    lambda path: path.write_text("{"),
+    lambda path: path.write_text("[]"),
+    lambda path: path.write_bytes(path.read_bytes()[:40]),
+    lambda path: path.write_text('{"data": 3}'),
+    lambda path: path.write_text('{"data": {"train": 3}}'),
+    lambda path: path.write_text('{"data": {}, "digests": {"model": 3}}')])
 def test_a_damaged_run_json(damage, model, tmp_path):
     interrupted(tmp_path, "sft", model)
     damage(tmp_path / "run" / "run.json")
     result = child.train(tmp_path)
-    assert result.code == 2 and "Traceback" not in result.err and errors(result)[0].startswith("error: output: run/run.json is damaged")
+    assert result.code == 2 and "Traceback" not in result.err
+    assert errors(result)[0].startswith("error: output: run/run.json is damaged")
 
 
 def test_damaged_rows_are_kept_aside(model, tmp_path):
@@ -383,7 +454,8 @@ def test_other_libraries_are_told(model, tmp_path):
     started["versions"]["torch"], started["world_size"] = "2.0.0", 8
     path.write_text(json.dumps(started))
     result = child.train(tmp_path)
-    assert result.code == 0 and f"since the run in run started: torch 2.0.0 -> {torch.__version__}, processes 8 -> 1; " in result.err
+    changes = f"torch 2.0.0 -> {torch.__version__}, processes 8 -> 1; "
+    assert result.code == 0 and f"since the run in run started: {changes}" in result.err
 
 
 def test_a_finished_run_without_its_rows(finished):
@@ -397,7 +469,13 @@ def test_a_finished_run_without_its_rows(finished):
 
 def remove_the_run(step):
     from engine.loop import Engine
-    child.before(Engine, "clip_gradients", lambda: shutil.move("run", "moved"), lambda engine: engine.step.index == step)
+
+    def move():
+        shutil.move("run", "moved")
+
+    def due(engine):
+        return engine.step.index == step
+    child.before(Engine, "clip_gradients", move, due)
 
 
 def test_a_moved_run_directory(model, tmp_path):
@@ -425,7 +503,8 @@ def stop_after_blocks(count):
 
 
 def test_a_stopped_reference_pass_goes_on(model, tmp_path):
-    """Two blocks of four of the fourteen pairs are done when the signal comes: the rest is computed by the next call."""
+    """Two blocks of four of the fourteen pairs are done when the signal comes: the rest is computed by the
+    next call."""
     child.project(tmp_path, "dpo", model)
     result = child.train(tmp_path, patch=stop_after_blocks, arguments=(2,))
     assert result.code == 143 and "stopped by SIGTERM" in result.err

@@ -66,8 +66,9 @@ def config(tmp_path_factory):
         count = 7 if algorithm in ONLINE else 11 if algorithm == "kto" else 10
         data = {"data": write_jsonl(folder / f"{algorithm}.jsonl", rows(count)),
                 "eval_data": write_jsonl(folder / f"{algorithm}-eval.jsonl", rows(5, 10))}
-        options = dict(algorithm=algorithm, model=model, **data, output=folder / name / "run", batch_size=3, epochs=2, lr=1e-3,
-                       schedule="constant", warmup=0, weight_decay=0.1, max_length=256, eval_every=3, save_every=1, keep=9)
+        options = dict(algorithm=algorithm, model=model, **data, output=folder / name / "run")
+        options |= dict(batch_size=3, epochs=2, lr=1e-3, schedule="constant", warmup=0, weight_decay=0.1)
+        options |= dict(max_length=256, eval_every=3, save_every=1, keep=9)
         if algorithm in ONLINE:
             options |= ONLINE[algorithm] | {"epochs": 1, "eval_every": 4, "sample_every": 4}
             options |= {"num_ppo_epochs" if algorithm == "ppo" else "num_iterations": 1}
@@ -77,8 +78,9 @@ def config(tmp_path_factory):
 
 def torchrun(count, *words):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
-    done = subprocess.run([*launcher, *map(str, words)], cwd=ROOT, timeout=200, capture_output=True, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"})
+    command = [*launcher, *map(str, words)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    done = subprocess.run(command, cwd=ROOT, timeout=200, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-5000:]
 
 
@@ -94,7 +96,8 @@ def both(config, updates):
     """Algorithm -> the directories of its run with one process and with two; all of the latter under one torchrun."""
     two = {algorithm: config(f"{algorithm}-2", algorithm) for algorithm in ROWS}
     one = {}
-    for algorithm in ROWS:      # `updates` has the gradients of these runs; those of dpo are resumed, as two processes
+    # `updates` has the gradients of these runs; those of dpo are resumed, as two processes
+    for algorithm in ROWS:
         one[algorithm] = config(f"{algorithm}-1", algorithm, save_every=1 if algorithm == "dpo" else 3)
     for path in one.values():
         train_here(path)
@@ -103,11 +106,12 @@ def both(config, updates):
 
 
 def assert_same_updates(run, start, gradients):
-    """The gradients of a run are these, and its weights what AdamW makes of its own from these start weights: so the weights of
-    two runs are as close as AdamW lets them be, see `saved_gradients` and what stands above it."""
+    """The gradients of a run are these, and its weights what AdamW makes of its own from these start weights:
+    so the weights of two runs are as close as AdamW lets them be, see `saved_gradients` and what stands above
+    it."""
     ours = saved_gradients(run, len(gradients))
-    # in the last update of an online run no rank has an example, and its gradient of 0 is the difference of two moments: these
-    # are below 0.1, which fp32 rounds to 4e-9, and tenfold
+    # in the last update of an online run no rank has an example, and its gradient of 0 is the difference of
+    # two moments: these are below 0.1, which fp32 rounds to 4e-9, and tenfold
     assert_same_gradients(ours, gradients, least=4e-8)
     critic = run / "checkpoints" / f"step-{len(gradients):06d}" / "critic.safetensors"
     weights = trained_weights(run) | (load_file(critic) if critic.exists() else {})
@@ -134,11 +138,13 @@ def completions(run):
 
 
 def test_the_moments_of_a_head_over_an_adapter_are_saved(config):
-    """A forward without a backward gathers the root, in which the head lies: the optimizer knows its shards."""
+    """A forward without a backward gathers the root, in which the head lies: the optimizer knows its
+    shards."""
     pytest.importorskip("peft")
     path = config("rm-lora", "rm", lora_r=4, max_steps=2, save_every=2)
     assert [rank.code for rank in two_ranks(path)] == [0, 0]
-    moments = load_file(path.with_suffix("") / "run" / "checkpoints" / "step-000002" / "optimizer.safetensors")
+    last = path.with_suffix("") / "run" / "checkpoints" / "step-000002"
+    moments = load_file(last / "optimizer.safetensors")
     assert {f"value_head.weight:{kind}" for kind in ("step", "exp_avg", "exp_avg_sq")} <= moments.keys()
     assert moments["value_head.weight:exp_avg"].any()
 
@@ -176,8 +182,8 @@ RESUMED = [("dpo", 1, 2), ("dpo", 2, 2), ("dpo", 2, 1), ("dpo", 2, 3), ("grpo", 
 
 @pytest.fixture(scope="module")
 def resumed(config, both):
-    """(algorithm, ranks before, ranks after) -> the directory of a run that went on from its checkpoint at step 3: of dpo
-    in the first epoch, of grpo between two updates from one rollout."""
+    """(algorithm, ranks before, ranks after) -> the directory of a run that went on from its checkpoint at
+    step 3: of dpo in the first epoch, of grpo between two updates from one rollout."""
     runs, paths = {}, {1: [], 2: [], 3: []}
     for algorithm, before, after in RESUMED:
         whole = both[algorithm][before - 1]
@@ -199,8 +205,8 @@ def resumed(config, both):
 
 
 def steady(gradients, least=1e-3):
-    """-> name -> which weights had gradients that stand clear of rounding: in every update the root mean square of theirs so far
-    is 0 or at least this, where the norm of all is about 1."""
+    """-> name -> which weights had gradients that stand clear of rounding: in every update the root mean
+    square of theirs so far is 0 or at least this, where the norm of all is about 1."""
     squares, clear = {}, {}
     for update, named in enumerate(gradients, 1):
         for name, gradient in named.items():
@@ -212,19 +218,23 @@ def steady(gradients, least=1e-3):
 
 @pytest.mark.parametrize("algorithm, before, after", RESUMED)
 def test_a_run_resumes_on_any_number_of_processes(algorithm, before, after, resumed, both, updates):
-    """Gradients, weights and moments are those of one process without interruption; from two to two also those of two, to the
-    bit."""
+    """Gradients, weights and moments are those of one process without interruption; from two to two also
+    those of two, to the bit."""
     run, (one, two) = resumed[algorithm, before, after], both[algorithm]
     assert json.loads((run / "run.json").read_text())["resumed_from_step"] == 3
     assert json.loads((run / "run.json").read_text())["world_size"] == after
     assert_same_updates(run, *updates[one])
-    # moments are means of gradients, and of their squares: they differ by the rounding of gradients of a norm of 1, some 1e-7
+    # moments are means of gradients, and of their squares: they differ by the rounding of gradients of a norm
+    # of 1, some 1e-7
     assert_same_weights(moments(run), moments(one), 1e-6)
-    # an error of 1e-7 in a gradient moves a weight by lr = 1e-3 times 1e-7 over the root mean square of its gradients: in eight
-    # updates by less than 1e-6 where that root is 1e-3. Smaller ones have no bound but that of `assert_same_updates`.
+    # an error of 1e-7 in a gradient moves a weight by lr = 1e-3 times 1e-7 over the root mean square of its
+    # gradients: in eight updates by less than 1e-6 where that root is 1e-3. Smaller ones have no bound but
+    # that of `assert_same_updates`.
     weights, expected, clear = final_weights(run), final_weights(one), steady(updates[one][1])
-    assert sum(int(mask.sum()) for mask in clear.values()) > 0.5 * sum(mask.numel() for mask in clear.values())
-    assert_same_weights({name: torch.where(mask, weights[name], expected[name]) for name, mask in clear.items()}, expected, 1e-6)
+    bounded = sum(int(mask.sum()) for mask in clear.values())
+    assert bounded > 0.5 * sum(mask.numel() for mask in clear.values())
+    compared = {name: torch.where(mask, weights[name], expected[name]) for name, mask in clear.items()}
+    assert_same_weights(compared, expected, 1e-6)
     for ours, theirs in zip(metrics(run), metrics(one), strict=True):
         assert ours.pop("split") == theirs.pop("split") and ours == pytest.approx(theirs, rel=2e-5, abs=2e-5)
     if before == after == 2:

@@ -127,7 +127,8 @@ def over_pairs(reward, loss, average=False, nll=None):
             logps = {side: answer_logps(policy, row["prompt"], row[side]) for side in SIDES}
             likelihoods += logps["chosen"]
             rewards = {side: reward(total(logps[side]), total(answer_logps(reference, row["prompt"], row[side]))) for side in SIDES}
-            rounding = reward(sum(TOLERANCE / len(logps[side]) for side in SIDES) if average else TOLERANCE, 0.0)
+            tolerance = sum(TOLERANCE / len(logps[side]) for side in SIDES) if average else TOLERANCE
+            rounding = reward(tolerance, 0.0)
             terms.append({"loss": loss(*rewards.values()), "rewards/chosen": rewards["chosen"], "rewards/rejected": rewards["rejected"],
                           "rewards/margins": rewards["chosen"] - rewards["rejected"],
                           "rewards/accuracies": (rewards["chosen"] - rewards["rejected"] > rounding).float(),
@@ -222,7 +223,8 @@ def read(path):
 
 
 def plain_loop(model, data, algorithm, loss_of, updates, batch_size=4, lr=1e-3, max_grad_norm=1.0):
-    """-> the metrics of every update, its clipped gradients by the names of final/, the trained policy and the reference."""
+    """-> the metrics of every update, its clipped gradients by the names of final/, the trained policy and
+    the reference."""
     policy, reference = (AutoModelForCausalLM.from_pretrained(model, attn_implementation="eager").eval() for _ in range(2))
     reference.requires_grad_(False)
     if algorithm == "rm":
@@ -234,8 +236,10 @@ def plain_loop(model, data, algorithm, loss_of, updates, batch_size=4, lr=1e-3, 
         loss, values = loss_of(batches[index % len(batches)], policy, reference)
         optimizer.zero_grad()
         loss.backward()
-        trained = {"v_head.summary.weight" if name == "head" else name: parameter for name, parameter in policy.named_parameters()
-                   if parameter.grad is not None}                  # rm has no use for the LM head
+        trained = {}
+        for name, parameter in policy.named_parameters():
+            if parameter.grad is not None:                         # rm has no use for the LM head
+                trained["v_head.summary.weight" if name == "head" else name] = parameter
         norm = math.sqrt(sum(float((parameter.grad.double() ** 2).sum()) for parameter in trained.values()))
         for parameter in trained.values():
             parameter.grad *= min(1.0, max_grad_norm / (norm + 1e-6))
@@ -263,7 +267,8 @@ def test_updates_equal_a_plain_loop(files, run, updates, name):
     """Six updates, two epochs whose last update is smaller; batches, targets, stop tokens, division, clipping and AdamW."""
     algorithm, loss_of, options = VARIANTS[name]
     clip = 0.05 if name == algorithm else 100.0
-    expected, expected_gradients, *_ = plain_loop(files["model"], files[algorithm], algorithm, loss_of, updates=6, max_grad_norm=clip)
+    loop = plain_loop(files["model"], files[algorithm], algorithm, loss_of, updates=6, max_grad_norm=clip)
+    expected, expected_gradients, *_ = loop
     result = run("ours", algorithm, epochs=2, max_grad_norm=clip, **options)
     close(metrics(result), expected, 1e-5)
     assert [row["epoch"] for row in metrics(result)] == [.3333, .6667, 1, 1.3333, 1.6667, 2]
@@ -357,17 +362,21 @@ def test_every_epoch_has_its_own_order(run, monkeypatch):
 def test_dpo_starts_at_log_two(run):
     row = metrics(run("start", "dpo", max_steps=1))[0]
     assert row["loss"] == pytest.approx(math.log(2), abs=1e-6)
-    assert [row["rewards/chosen"], row["rewards/rejected"]] == pytest.approx([0, 0], abs=1e-5) and row["rewards/accuracies"] == 0
+    assert [row["rewards/chosen"], row["rewards/rejected"]] == pytest.approx([0, 0], abs=1e-5)
+    assert row["rewards/accuracies"] == 0
 
 
 @pytest.mark.parametrize("algorithm", ["dpo", "ipo"])
 def test_rounding_wins_no_pair(run, monkeypatch, algorithm):
-    """The reference's log-probs are off by what another CPU, or another cut into micro-batches, may make of them."""
+    """The reference's log-probs are off by what another CPU, or another cut into micro-batches, may make of
+    them."""
     original, generator = Engine.collect, torch.Generator().manual_seed(0)
 
     def rounded(*arguments):
-        # 30 tokens make that 2e-5: more than the last place of a sum of 100 nats (8e-6), less than a tie (1e-4)
-        return [logps + 3e-6 * torch.randn(logps.shape, generator=generator) for logps in original(*arguments)]
+        # 30 tokens make that 2e-5: more than the last place of a sum of 100 nats (8e-6), less than a tie
+        # (1e-4)
+        exact = original(*arguments)
+        return [logps + 3e-6 * torch.randn(logps.shape, generator=generator) for logps in exact]
 
     monkeypatch.setattr(Engine, "collect", rounded)
     first, second = metrics(run("rounded", algorithm, max_steps=2))
@@ -377,7 +386,11 @@ def test_rounding_wins_no_pair(run, monkeypatch, algorithm):
 @pytest.mark.parametrize("error", [3e-4, -3e-4])
 def test_a_wrong_reference_stops_the_run(run, tmp_path, monkeypatch, error):
     original = Engine.collect
-    monkeypatch.setattr(Engine, "collect", lambda *arguments: [logps + error for logps in original(*arguments)])
+
+    def shifted(*arguments):
+        return [logps + error for logps in original(*arguments)]
+
+    monkeypatch.setattr(Engine, "collect", shifted)
     with pytest.raises(RunError, match="policy and reference differ"):
         run("wrong", "dpo", max_steps=1)
     assert metrics(tmp_path / "wrong") == []

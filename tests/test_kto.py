@@ -72,7 +72,8 @@ def test_pairs_are_two_rows(train, capsys):
     printed = capsys.readouterr().err
     assert "10 desirable and 10 undesirable rows" in printed and len(metrics(run)) == 5
     first = metrics(run)[0]
-    assert [first[name] for name in ("loss", "kl", "rewards/chosen")] == pytest.approx([0.5, 0, 0], abs=1e-5)      # but for rounding
+    found = [first[name] for name in ("loss", "kl", "rewards/chosen")]
+    assert found == pytest.approx([0.5, 0, 0], abs=1e-5)      # but for rounding
 
 
 def test_chosen_is_the_desirable_one(train, tmp_path):

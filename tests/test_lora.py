@@ -279,9 +279,10 @@ def test_two_processes_equal_one(base, tmp_path, monkeypatch):
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         data = {"data": write_jsonl(tmp_path / "d.jsonl", pair_rows(10)), "eval_data": write_jsonl(tmp_path / "e.jsonl", pair_rows(4, 10))}
-        path = write_config(tmp_path / name / "c.yml", algorithm="dpo", model=base, **data, output=tmp_path / name / "run", batch_size=3,
-                            lr=1e-2, schedule="constant", warmup=0, weight_decay=0, max_length=256, eval_every=2, save_every=1, keep=9,
-                            sample_every=4, merge="true", **LORA)
+        options = dict(algorithm="dpo", model=base, **data, output=tmp_path / name / "run", batch_size=3)
+        options |= dict(lr=1e-2, schedule="constant", warmup=0, weight_decay=0, max_length=256, eval_every=2)
+        options |= dict(save_every=1, keep=9, sample_every=4, merge="true", **LORA)
+        path = write_config(tmp_path / name / "c.yml", **options)
         if name == "one":
             train_here(path)
         else:
@@ -294,7 +295,8 @@ def test_two_processes_equal_one(base, tmp_path, monkeypatch):
     gradients = saved_gradients(runs[1], updates=4)
     assert_same_gradients(gradients, expected)
     adapter = {}
-    for name, tensor in load_file(runs[1] / "checkpoints" / "step-000004" / "adapter_model.safetensors").items():
+    last = runs[1] / "checkpoints" / "step-000004"
+    for name, tensor in load_file(last / "adapter_model.safetensors").items():
         adapter[name.removeprefix("base_model.model.").replace(".weight", ".default.weight")] = tensor
     assert adapter.keys() == start.keys()
     assert_adam_made(adapter, start, gradients, lr=1e-2)
@@ -303,7 +305,8 @@ def test_two_processes_equal_one(base, tmp_path, monkeypatch):
         if "lora_A" in name:
             product = adapter[name.replace("lora_A", "lora_B")] @ adapter[name]
             name = name.replace("lora_A.default.", "")
-            assert torch.allclose(final[name], before[name] + LORA["lora_alpha"] / LORA["lora_r"] * product, atol=1e-6)
+            merged = before[name] + LORA["lora_alpha"] / LORA["lora_r"] * product
+            assert torch.allclose(final[name], merged, atol=1e-6)
 
 
 # ---- 4-bit, forecast and errors

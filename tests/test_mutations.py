@@ -103,8 +103,9 @@ def results(tmp_path_factory):
         assert source.count(old) == 1, f"{path} holds {old!r} {source.count(old)} times"
         (folder / path).write_text(source.replace(old, new))
     jobs = {str(folder): [f"tests/{killer}" for killer in MUTATIONS[mutation][3]] for mutation, folder in folders.items()}
-    subprocess.run([sys.executable, "-c", RUNNER, json.dumps(jobs)], env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=1500,
-                   capture_output=True, check=True)
+    command = [sys.executable, "-c", RUNNER, json.dumps(jobs)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run(command, env=environment, timeout=1500, capture_output=True, check=True)
     return {mutation: ElementTree.parse(folder / "result.xml").getroot() for mutation, folder in folders.items()}
 
 

@@ -278,7 +278,8 @@ def test_a_run_equals_plain_loops(files, run, updates):
     """Two rollouts, each with two passes in two parts; every formula again, in separate code, one token at a time."""
     numbers = dict(temperature=.7, gamma=.9, lam=.8, kl_coef=.2, vf_coef=.5)
     directory = run("plain", **numbers, cliprange=.002, cliprange_value=.01, missing_eos_penalty=.7)
-    expected, expected_gradients = plain_run(files, directory, letters, **numbers, clip=.002, clip_value=.01, penalty=.7)
+    numbers |= dict(clip=.002, clip_value=.01, penalty=.7)
+    expected, expected_gradients = plain_run(files, directory, letters, **numbers)
     found = metrics(directory)
     assert len(found) == 8
     for ours, theirs in zip(found, expected, strict=True):

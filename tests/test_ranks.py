@@ -21,12 +21,14 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
 # ---- no collective in a loop whose order differs between processes
 
-COLLECTIVES = {"all_gather", "all_gather_object", "all_reduce", "barrier", "broadcast", "broadcast_object_list", "scatter",
-               "clip_grad_norm_", "distribute_tensor", "full_tensor", "gather_object", "unshard"}
+COLLECTIVES = {"all_gather", "all_gather_object", "all_reduce", "barrier", "broadcast",
+               "broadcast_object_list", "scatter", "clip_grad_norm_", "distribute_tensor", "full_tensor",
+               "gather_object", "unshard"}
 SETS = {"set", "frozenset", "union", "difference", "intersection", "symmetric_difference",
-        "listdir", "scandir", "glob", "iglob", "iterdir", "rglob"}                # files, in the order of a disk
+        "listdir", "scandir", "glob", "iglob", "iterdir", "rglob"}      # files, in the order of a disk
 KEEPING = {"list", "tuple", "enumerate", "zip", "reversed", "iter", "map", "filter", "fromkeys"}
-METHODS = {"update", "get", "append", "add", "join", "write", "mean", "sum", "items"}      # Python's own classes have them
+# Python's own classes have these methods
+METHODS = {"update", "get", "append", "add", "join", "write", "mean", "sum", "items"}
 
 
 def called(node):
@@ -37,8 +39,12 @@ def called(node):
 def calls(node):
     """The functions called in a piece of code, and those handed to a call, which may call them."""
     found = [part for part in ast.walk(node) if isinstance(part, ast.Call)]
-    handed = [argument for call in found for argument in call.args if isinstance(argument, (ast.Name, ast.Attribute))]
-    return {called(call) for call in found} | {getattr(part, "attr", getattr(part, "id", None)) for part in handed}
+    names = {called(call) for call in found}
+    for call in found:
+        for argument in call.args:
+            if isinstance(argument, (ast.Name, ast.Attribute)):
+                names.add(getattr(argument, "attr", getattr(argument, "id", None)))
+    return names
 
 
 def functions(trees):
@@ -107,10 +113,12 @@ RIGHT = ["for name in sorted(set(names)): share(name)",
 
 def test_no_collective_in_a_loop_over_a_set():
     """Ranks iterate a set in different orders: one would send what another takes for something else."""
-    paths = [path for path in (*ROOT.glob("*.py"), *ROOT.glob("*/*.py")) if path.parent.name not in ("tests", "benchmark")]
+    everything = [*ROOT.glob("*.py"), *ROOT.glob("*/*.py")]
+    paths = [path for path in everything if path.parent.name not in ("tests", "benchmark")]
     trees = {str(path.relative_to(ROOT)): ast.parse(path.read_text()) for path in paths}
     names = collective_names(trees.values())
-    assert {"from_main", "sum_over_ranks", "whole", "model_state", "save_checkpoint", "stop_requested"} <= names
+    known = {"from_main", "sum_over_ranks", "whole", "model_state", "save_checkpoint", "stop_requested"}
+    assert known <= names
     found = {path: disordered_collectives([tree], names) for path, tree in trees.items()}
     assert "engine/checkpoint.py" in found and not any(found.values()), found
 
@@ -165,9 +173,11 @@ WRONG = [({"bias:step": None}, r"optimizer\.safetensors lacks bias:step"),
          ({"weight:exp_avg_sq": None}, r"optimizer\.safetensors lacks weight:exp_avg_sq"),
          ({"weight:exp_avg": torch.zeros(3, 2)}, r"weight:exp_avg of shape \[3, 2\] instead of \[2, 3\]"),
          ({"wieght:exp_avg": torch.zeros(2, 3)}, "wieght:exp_avg, which belongs to no trained weight"),
-         ({"weight:max_exp_avg_sq": torch.zeros(2, 3)}, "weight:max_exp_avg_sq, which belongs to no trained weight"),
+         ({"weight:max_exp_avg_sq": torch.zeros(2, 3)},
+          "weight:max_exp_avg_sq, which belongs to no trained weight"),
          ({"bias:exp_avg": torch.tensor([0.0, torch.nan])}, "bias:exp_avg holds numbers that are not finite"),
-         ({"bias:exp_avg_sq": torch.tensor([0.0, -1e-9])}, "bias:exp_avg_sq holds numbers that are negative or not"),
+         ({"bias:exp_avg_sq": torch.tensor([0.0, -1e-9])},
+          "bias:exp_avg_sq holds numbers that are negative or not"),
          ({"weight:step": torch.tensor(torch.inf)}, "weight:step holds numbers that are not finite")]
 
 
@@ -197,11 +207,13 @@ def test_not_finite_after_resuming(interrupted):
     """The first update names the checkpoint, the second one its rows."""
     result = child.train(interrupted, patch=child.infinite_loss, arguments=(4,))
     error = result.err.splitlines()[-1]
-    assert result.code == 1 and "in update 4, the first after resuming from run/checkpoints/step-000003, before" in error
+    assert result.code == 1
+    assert "in update 4, the first after resuming from run/checkpoints/step-000003, before" in error
     assert error.endswith("; fix: resume from another checkpoint (resume=run/checkpoints/step-000002)")
     assert "data.jsonl" not in error
     result = child.train(interrupted, patch=child.infinite_loss, arguments=(5,))
-    assert result.code == 1 and re.search(r"in update 5, before .*; rows: .*data\.jsonl:5, .*; fix: lower lr", result.err)
+    says = r"in update 5, before .*; rows: .*data\.jsonl:5, .*; fix: lower lr"
+    assert result.code == 1 and re.search(says, result.err)
     assert checkpoint.newest(interrupted / "run", print).endswith("step-000004")
 
 
@@ -243,7 +255,8 @@ def test_the_command_to_go_on(environment, program, says, monkeypatch):
 
 
 def test_one_line_of_all_processes(tmp_path, monkeypatch, capsys):
-    """The same error is one line, another one has its own; a traceback shows only where no process has told its reason."""
+    """The same error is one line, another one has its own; a traceback shows only where no process has told
+    its reason."""
     def end(rank, error):
         monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / str(rank) / "error.json"))
         monkeypatch.setattr(sys, "argv", ["train.py"])
@@ -264,8 +277,8 @@ def test_one_line_of_all_processes(tmp_path, monkeypatch, capsys):
 
 
 def test_a_stop_under_torchrun(interrupted, tmp_path):
-    """One process gets SIGTERM twice at once, as from a scheduler and from torchrun. The update is saved, although torchrun
-    would end rank 0 as soon as this one leaves, and the printed command is torchrun's."""
+    """One process gets SIGTERM twice at once, as from a scheduler and from torchrun. The update is saved,
+    although torchrun would end rank 0 as soon as this one leaves, and the printed command is torchrun's."""
     child.project(tmp_path, "sft", interrupted / "model", save_every="null")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*launcher, str(ROOT / "tests" / "stopped_rank.py"), "config.yml"]

@@ -100,7 +100,8 @@ def test_a_damaged_part_is_computed_again(train, tmp_path):
     assert third.computed == 0 and "ignored" not in third.printed
 
 
-@pytest.mark.parametrize("process", ["another", "same"])         # in a container a run and its repetition have the same number
+# in a container a run and its repetition have the same number
+@pytest.mark.parametrize("process", ["another", "same"])
 def test_a_part_that_was_being_written_is_passed_over(train, tmp_path, process):
     train("runs/first", "dpo")
     part, = parts(tmp_path / "runs")

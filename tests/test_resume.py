@@ -274,7 +274,8 @@ def test_auto_passes_over_a_damaged_checkpoint(model, uninterrupted, tmp_path):
 
 
 def test_damaged_checkpoints_do_not_push_out_whole_ones(tmp_path):
-    """`keep` counts what can be continued from: a run that falls back to step 3 removes the broken 8 and 9 once it has saved 4."""
+    """`keep` counts what can be continued from: a run that falls back to step 3 removes the broken 8 and 9
+    once it has saved 4."""
     for step in (3, 8, 9):
         sealed(f"{tmp_path}/checkpoints/step-{step:06d}", step)
     for step in (8, 9):
@@ -291,14 +292,16 @@ def test_damaged_checkpoints_do_not_push_out_whole_ones(tmp_path):
 
 
 def test_no_whole_checkpoint_is_refused(model, uninterrupted, tmp_path):
-    """One chmod or a half-made copy damages all of them at once: nothing is deleted, and a restored one is continued."""
+    """One chmod or a half-made copy damages all of them at once: nothing is deleted, and a restored one is
+    continued."""
     run = interrupted(tmp_path, model, step=2)
     for path in checkpoint.checkpoints(run):
         os.rename(f"{path}/manifest.json", f"{path}/manifest.json.bak")
     before = child.contents(run)
     result = child.train(tmp_path)
     error = result.err.splitlines()[-1]
-    assert result.code == 2 and error.startswith("error: output: no checkpoint of run is whole") and "resume=never" in error
+    assert result.code == 2 and error.startswith("error: output: no checkpoint of run is whole")
+    assert "resume=never" in error
     assert child.contents(run) == before
     newest = checkpoint.checkpoints(run)[-1]
     os.rename(f"{newest}/manifest.json.bak", f"{newest}/manifest.json")

@@ -242,7 +242,8 @@ def test_what_would_end_the_run_is_an_error(end, load):
 
 @pytest.mark.parametrize("code, exit_code, says", [
     (f"import os\nos._exit(0)\n{REWARD}", 2, "mine.py in reward cannot be loaded (SystemExit: os._exit)"),
-    ("def reward(prompts, completions, **columns):\n    exit(0)", 1, "reward reward raised SystemExit: 0, prompt")])
+    ("def reward(prompts, completions, **columns):\n    exit(0)", 1,
+     "reward reward raised SystemExit: 0, prompt")])
 def test_a_run_does_not_end_well_untrained(code, exit_code, says, project):
     directory = project(code)
     result = child.train(directory)

@@ -271,7 +271,8 @@ def test_other_threads_have_no_limit():
 
 
 def test_streams_that_a_reward_replaces(tmp_path, capfd):
-    """Ours go on, whatever becomes of the reward's, and two files of one name are two modules that pickle finds."""
+    """Ours go on, whatever becomes of the reward's, and two files of one name are two modules that pickle
+    finds."""
     import pickle
     body = ("import io, sys\n"
             "sys.stdout = io.TextIOWrapper(sys.stdout.buffer, encoding='utf-8')\n"
@@ -281,7 +282,8 @@ def test_streams_that_a_reward_replaces(tmp_path, capfd):
         (tmp_path / name).mkdir()
         (tmp_path / name / "twice.py").write_text(body)
     functions = [load_reward(f"{tmp_path}/{name}/twice.py:judge")[0].function for name in ("one", "two")]
-    assert functions[0] is not functions[1] and all(pickle.loads(pickle.dumps(each)) is each for each in functions)
+    assert functions[0] is not functions[1]
+    assert all(pickle.loads(pickle.dumps(each)) is each for each in functions)
     import gc
     import sys
     gc.collect()

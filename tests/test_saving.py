@@ -110,7 +110,8 @@ def test_settings_that_are_no_settings(tmp_path):
     path = tiny_model(tmp_path / "model")
     for text in ("[1, 2]", "{", "3"):
         (tmp_path / "model" / "generation_config.json").write_text(text)
-        with pytest.raises(UserError, match=r"generation_config\.json (cannot be read|holds a) .*; fix: check the file"):
+        says = r"generation_config\.json (cannot be read|holds a) .*; fix: check the file"
+        with pytest.raises(UserError, match=says):
             load.load_lm(path)
 
 
@@ -175,7 +176,8 @@ def test_every_file_is_synced_before_the_manifest_and_every_directory_after(tmp_
     (PermissionError(errno.EACCES, "Permission denied"), "make its directory writable"),
     (OSError(errno.EROFS, "Read-only file system"), "make its directory writable"),
     (RuntimeError("I/O error: Permission denied (os error 13)"), "make its directory writable"),
-    (FileNotFoundError(errno.ENOENT, "No such file or directory"), "check that nothing else moves or removes"),
+    (FileNotFoundError(errno.ENOENT, "No such file or directory"),
+     "check that nothing else moves or removes"),
     (ValueError("GenerationConfig is invalid"), "correct the files of the start model"),
     (TypeError("not JSON serializable"), "correct the files of the start model"),
     (KeyError("model_type"), "correct the files of the start model"),
@@ -229,7 +231,8 @@ def test_what_cannot_be_saved_stops_before_the_first_update(model, tmp_path):
     result = child.train(tmp_path, patch=unsavable_tokenizer)
     assert result.code == 1 and "Traceback" not in result.err
     last = result.err.splitlines()[-1]
-    assert last.startswith("error: cannot write run/checkpoint (TypeError: a dtype is not JSON serializable); ")
+    refused = "TypeError: a dtype is not JSON serializable"
+    assert last.startswith(f"error: cannot write run/checkpoint ({refused}); ")
     assert "before the first update" in last and "; fix: " in last
     assert metrics(tmp_path / "run") == metrics(tmp_path / "run", "eval") == []
     assert not [path for path in (tmp_path / "run").iterdir() if path.is_dir()]
