@@ -62,8 +62,7 @@ def train(engine, config):
         logps = policy(batch)                                                              # (N,)
         tie = policy.tolerance                                                             # of a sum
         if config.average_log_prob:
-            lengths = logps.new_tensor(batch.lengths)                                      # (S,)
-            tie = sum(batch.pairs(policy.tolerance / lengths))                             # (B,) of two means
+            tie = sum(batch.pairs(batch.per_token(policy.tolerance)))                      # (B,) of two means
         policy_logps, reference_logps = per_response(logps), per_response(reference(batch))
         return ipo_loss(*batch.pairs(policy_logps), *batch.pairs(reference_logps), config.beta, tie)
 

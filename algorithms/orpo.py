@@ -70,8 +70,7 @@ def train(engine, config):
 
     def forward(batch):
         logps = policy(batch)                                                              # (N,)
-        lengths = logps.new_tensor(batch.lengths)                                          # (S,)
-        tie = sum(batch.pairs(policy.tolerance / lengths))                                 # (B,) of two means
+        tie = sum(batch.pairs(batch.per_token(policy.tolerance)))                          # (B,) of two means
         losses, metrics = orpo_loss(*batch.pairs(batch.mean(logps)), config.beta, tie)
         nll = -batch.chosen(logps)                                                         # (tokens of the chosen responses,)
         return losses, nll, metrics | {"nll_loss": nll}

@@ -62,8 +62,7 @@ def train(engine, config):
 
     def forward(batch):
         logps = policy(batch)                                                              # (N,)
-        lengths = logps.new_tensor(batch.lengths)                                          # (S,)
-        tie = sum(batch.pairs(policy.tolerance / lengths))                                 # (B,) of two means
+        tie = sum(batch.pairs(batch.per_token(policy.tolerance)))                          # (B,) of two means
         losses, metrics = simpo_loss(*batch.pairs(batch.mean(logps)), config.beta, config.simpo_gamma,
                                      config.label_smoothing, tie)
         nll = -batch.chosen(logps)                                                         # (tokens of the chosen responses,)

@@ -84,7 +84,11 @@ class Batch:
 
     def mean(self, x):
         """(N,) -> (S,): the mean over each response's trained tokens."""
-        return self.sum(x) / torch.tensor(self.lengths, dtype=x.dtype, device=x.device)
+        return self.per_token(self.sum(x))
+
+    def per_token(self, y):
+        """(S,), or one number for all responses, divided by each response's trained tokens -> (S,)."""
+        return y / torch.tensor(self.lengths, dtype=torch.float32, device=self.source.device)
 
     def extra(self, name):
         """What `extras[name]` of its examples hold: (S,) where it is a number per response, (N,) where it is one per trained token."""

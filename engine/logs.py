@@ -24,7 +24,9 @@ ROWS = ("metrics.jsonl", "samples.jsonl")
 REPLACED = ".replaced"     # ending of a copy of a file of rows, kept from when a run goes back until it saves
 DAMAGED = ".damaged"       # ending of a copy of a file of rows with the lines that were no rows
 
-LEFTOVERS = [f"{name}{ending}.tmp" for name in ROWS for ending in (REPLACED, DAMAGED)]
+# halves of files, left by a kill, that no later write replaces
+COPIES = [f"{name}{ending}.tmp" for name in ROWS for ending in (REPLACED, DAMAGED)]
+LEFTOVERS = [*COPIES, "run.json.tmp"]
 
 
 class Run:
@@ -54,9 +56,6 @@ class Run:
             os.makedirs(self.directory, exist_ok=True)
             checkpoint.tidy(self.directory)
             self.write("config.yaml", config_yaml)
-            for name in LEFTOVERS:
-                if os.path.exists(self.path(name)):
-                    os.remove(self.path(name))
             self.take_back()
             for name in ROWS:
                 self.take_up(name, step, goes_back)
@@ -78,7 +77,11 @@ class Run:
                 self.write("run.json", json.dumps(self.started, indent=1) + "\n")
 
     def take_back(self) -> None:
-        """Restore the rows of before a run went back that then saved nothing: its own do not count."""
+        """Undo what an earlier process left half done: remove halves of files, and restore the rows of before a
+        run went back that then saved nothing: its own do not count."""
+        for name in LEFTOVERS:
+            if self.main and os.path.exists(self.path(name)):
+                os.remove(self.path(name))
         for name in ROWS:
             kept = self.path(name + REPLACED)
             if self.main and os.path.exists(kept):
