@@ -26,7 +26,7 @@ from dataclasses import dataclass
 import torch
 
 from data.errors import UserError
-from engine.rollout import Sampling
+from engine.rollout import Sampling, alike
 
 DATA = "prompts"                   # every row holds a prompt and what its reward needs
 MODEL = "policy"                   # what is trained
@@ -41,6 +41,7 @@ class Config(Sampling):            # reward, temperature, max_completion_length,
     epsilon_high: float = 5.0      # the largest weight of a token (4 to 8); other algorithms bound the ratio by 1 + epsilon_high
 
     def __post_init__(self):
+        super().__post_init__()
         if self.epsilon_high < 1:
             raise UserError(f"epsilon_high is {self.epsilon_high}, but cispo bounds the ratio, which starts at 1, by epsilon_high itself; "
                             "fix: give 1 or more, such as 5.0")
@@ -52,7 +53,8 @@ def group_advantages(rewards):
     for group in rewards:
         judged = group[~group.isnan()]
         std = judged.std() if len(judged) > 1 else torch.tensor(0.0)
-        advantages.append((group - group.nanmean()) / (std + 1e-4))
+        centered = group - group.nanmean() if not alike(group) else 0 * group
+        advantages.append(centered / (std + 1e-4))
     return advantages
 
 

@@ -31,7 +31,7 @@ from dataclasses import dataclass
 
 import torch
 
-from engine.rollout import Sampling
+from engine.rollout import Sampling, alike
 
 DATA = "prompts"                   # every row holds a prompt and what its reward needs
 MODEL = "policy"                   # what is trained
@@ -57,13 +57,9 @@ def group_advantages(rewards):
     for group in rewards:
         judged = group[~group.isnan()]
         std = judged.std() if len(judged) > 1 else torch.tensor(0.0)
-        advantages.append((group - group.nanmean()) / (std + 1e-4))
+        centered = group - group.nanmean() if not alike(group) else 0 * group
+        advantages.append(centered / (std + 1e-4))
     return advantages
-
-
-def has_no_signal(rewards):
-    """(G,) -> bool: whether the rewards of a group are all alike."""
-    return len(rewards[~rewards.isnan()].unique()) < 2
 
 
 def soft_overlong(lengths, max_completion_length, cache):
@@ -87,7 +83,7 @@ def train(engine, config):
     for rollout in engine.rollouts(config, config.num_generations, config.num_iterations, config.num_mini_batches):     # 1 sample
         engine.score(rollout)                                                                                           # 2 reward
         for attempt in range(config.max_resample_times if config.dynamic_sample and not rollout.restored else 0):
-            if flat := [i for i, group in enumerate(rollout["rewards"]) if has_no_signal(group)]:
+            if flat := [i for i, group in enumerate(rollout["rewards"]) if alike(group)]:
                 engine.resample(rollout, flat, attempt)            # other prompts in their place, sampled and scored
         rewards = rollout["rewards"]
         if config.soft_overlong_cache:

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 
 import torch
 
-from engine.rollout import Sampling
+from engine.rollout import Sampling, alike
 
 DATA = "prompts"                   # every row holds a prompt and what its reward needs
 MODEL = "policy"                   # what is trained
@@ -45,7 +45,10 @@ class Config(Sampling):            # reward, temperature, max_completion_length,
 
 def group_advantages(rewards):
     """Per prompt (G,) rewards -> per prompt (G,) advantages. NaN marks a completion without a reward; it counts nowhere."""
-    return [group - group.nanmean() for group in rewards]
+    advantages = []
+    for group in rewards:
+        advantages.append(group - group.nanmean() if not alike(group) else 0 * group)
+    return advantages
 
 
 def dr_grpo_loss(logps, old_logps, advantages, epsilon=0.2, epsilon_high=0.2):

@@ -31,7 +31,7 @@ from typing import Literal
 
 import torch
 
-from engine.rollout import Sampling
+from engine.rollout import Sampling, alike
 
 DATA = "prompts"                   # every row holds a prompt and what its reward needs
 MODEL = "policy"                   # what is trained
@@ -60,7 +60,7 @@ def group_advantages(rewards, scale_rewards="group", baseline=True):
         judged = {"group": group, "batch": everywhere, "none": group}[scale_rewards]
         judged = judged[~judged.isnan()]
         std = judged.std() if len(judged) > 1 else torch.tensor(0.0)
-        centered = group - group.nanmean()
+        centered = group - group.nanmean() if not alike(group) else 0 * group
         advantages.append(group if not baseline else centered if scale_rewards == "none" else centered / (std + 1e-4))
     return advantages
 

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 
 import torch
 
-from engine.rollout import Sampling
+from engine.rollout import Sampling, alike
 
 DATA = "prompts"                   # every row holds a prompt and what its reward needs
 MODEL = "policy"                   # what is trained
@@ -50,7 +50,8 @@ def group_advantages(rewards):
     for group in rewards:
         judged = group[~group.isnan()]
         std = judged.std() if len(judged) > 1 else torch.tensor(0.0)
-        advantages.append((group - group.nanmean()) / (std + 1e-4))                     # eq. 6
+        centered = group - group.nanmean() if not alike(group) else 0 * group
+        advantages.append(centered / (std + 1e-4))                                      # eq. 6
     return advantages
 
 

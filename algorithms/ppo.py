@@ -41,7 +41,7 @@ from typing import Literal
 
 import torch
 
-from engine.rollout import Sampling
+from engine.rollout import Sampling, alike
 
 DATA = "prompts"                   # every row holds a prompt and what its reward needs
 MODEL = "actor_critic"             # what is trained
@@ -81,7 +81,7 @@ def gae(rewards, values, gamma=1.0, lam=0.95):
         delta = reward + gamma * next_value - value
         advantage, next_value = delta + gamma * lam * advantage, value                  # eq. 16 of GAE, from the end
         advantages.append(advantage)
-    advantages = torch.tensor(advantages[::-1])
+    advantages = torch.tensor(advantages[::-1], dtype=torch.float64)
     return advantages, advantages + values
 
 
@@ -90,6 +90,8 @@ def whiten(parts, shift_mean=True):
     NaN, of completions without a reward, counts nowhere."""
     everywhere = torch.cat(parts)
     everywhere = everywhere[~everywhere.isnan()]
+    if alike(everywhere):
+        return [0 * part for part in parts] if shift_mean else parts
     mean, var = everywhere.mean(), everywhere.var() if len(everywhere) > 1 else torch.tensor(0.0)
     return [(part - mean) * torch.rsqrt(var + 1e-8) + (0.0 if shift_mean else mean) for part in parts]
 
@@ -129,7 +131,7 @@ def rollout_metrics(rollout, rewards, advantages) -> dict:
         "objective/entropy": -sums(rollout["old_logps"]).mean(),
         "val/mean": torch.cat(rollout["old_values"]).mean(), "val/num_eos_tokens": (~torch.cat(rollout["truncated"])).sum(),
         **({"val/explained_variance": 1 - rest / spread} if spread > 0 else {})}
-    return {name: float(value) for name, value in metrics.items()}
+    return {name: float(value) for name, value in metrics.items() if not value.isnan()}      # means over none
 
 
 def train(engine, config):

@@ -32,7 +32,7 @@ from dataclasses import dataclass
 import torch
 
 from data.errors import UserError
-from engine.rollout import Sampling
+from engine.rollout import Sampling, alike
 
 DATA = "prompts"                   # every row holds a prompt and what its reward needs
 MODEL = "policy"                   # what is trained
@@ -51,14 +51,21 @@ class Config(Sampling):            # reward, temperature, max_completion_length,
     reference: str | None = None   # model directory or hub name; none: the start model
 
     def __post_init__(self):
+        super().__post_init__()
         if self.baseline and self.num_generations < 2:
             raise UserError("num_generations is 1, but baseline: true compares a completion with others of its prompt; "
                             "fix: give 2 or more, or remove baseline")
 
 
+def center(group):
+    """(G,) rewards -> (G,), less their mean. NaN marks a completion without a reward; it counts nowhere."""
+    return group - group.nanmean() if not alike(group) else 0 * group
+
+
 def token_returns(rewards, kl, lengths, kl_coef=0.01):
     """(G,), per token (N,), (G,) tokens -> (N,): a completion's reward less kl_coef times the KL from each token to its end."""
-    ahead = [tokens.flip(0).cumsum(0).flip(0) for tokens in kl.split([int(length) for length in lengths])]
+    kl = kl.double().split([int(length) for length in lengths])
+    ahead = [tokens.flip(0).cumsum(0).flip(0) for tokens in kl]
     return torch.cat([reward - kl_coef * tokens for reward, tokens in zip(rewards, ahead)])      # (N,) R
 
 
@@ -67,6 +74,8 @@ def whiten(returns):
     count nowhere."""
     judged = torch.cat(returns)
     judged = judged[~judged.isnan()]
+    if alike(judged):
+        return [0 * tokens for tokens in returns]
     std = judged.var(correction=0).clamp(min=1e-8).sqrt()
     return [(tokens - judged.mean()) / std for tokens in returns]
 
@@ -87,7 +96,7 @@ def train(engine, config):
 
     for rollout in engine.rollouts(config, config.num_generations, config.num_iterations, config.num_mini_batches):     # 1 sample
         engine.score(rollout)                                                                                           # 2 reward
-        rewards = [group - group.nanmean() for group in rollout["rewards"]] if config.baseline else rollout["rewards"]
+        rewards = [center(group) for group in rollout["rewards"]] if config.baseline else rollout["rewards"]
         if not rollout.restored and reference:
             rollout["old_logps"] = engine.logps(policy, rollout)
             rollout["kl"] = [old - other for old, other in zip(rollout["old_logps"], engine.logps(reference, rollout))]

@@ -30,7 +30,7 @@ from dataclasses import dataclass
 
 import torch
 
-from engine.rollout import Sampling
+from engine.rollout import Sampling, alike
 
 DATA = "prompts"                   # every row holds a prompt and what its reward needs
 MODEL = "policy"                   # what is trained
@@ -50,14 +50,17 @@ class Config(Sampling):            # reward, temperature, max_completion_length,
 
 def kl_rewards(rewards, kl, lengths, kl_coef=0.05):
     """(G,), per token (N,), (G,) tokens -> (G,): each reward less kl_coef times the KL summed over its completion."""
-    return rewards - kl_coef * torch.stack([tokens.sum() for tokens in kl.split([int(length) for length in lengths])])      # R
+    kl = kl.double().split([int(length) for length in lengths])
+    return rewards - kl_coef * torch.stack([tokens.sum() for tokens in kl])             # R
 
 
 def leave_one_out(rewards):
     """(G,) -> (G,) advantages: each reward less the mean of the others; 0 without others. NaN marks a completion without a reward;
     it counts nowhere."""
+    if alike(rewards):
+        return 0 * rewards
     others = (~rewards.isnan()).sum() - 1
-    return rewards - (rewards.nansum() - rewards) / others if others > 0 else rewards - rewards
+    return rewards - (rewards.nansum() - rewards) / others
 
 
 def rloo_loss(sequence_logps, old_sequence_logps, advantages, epsilon=0.2, epsilon_high=0.2):

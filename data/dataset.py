@@ -12,7 +12,7 @@ from data.files import SUFFIXES, find_file, read_rows, sha256
 from data.formats import parse, read_template
 from data.hub import HUB_NAME, SHORT_NAME, hub_rows
 from data.pack import Example
-from data.rewards import check_gold, load_reward
+from data.rewards import check_arguments, check_gold, load_reward
 from data.sources import rename, source_name
 from data.tokenise import Tokeniser, stop_ids
 
@@ -145,7 +145,9 @@ def load_datasets(config, algorithm_config, kind, tokenizer, notice):
                f"{counts[1]} have the prompt of one")
     examples, held_out = train.examples[:getattr(algorithm_config, "limit", None)], evaluation.examples if evaluation else []
     if kind == "prompts":
-        check_gold(load_reward(algorithm_config.reward, algorithm_config.reward_weights), examples + held_out)
+        rewards = load_reward(algorithm_config.reward, algorithm_config.reward_weights)
+        check_arguments(rewards, examples + held_out)
+        check_gold(rewards, examples + held_out)
     return examples, held_out, {"train": train.report, "eval": evaluation.report if evaluation else None}
 
 

@@ -93,7 +93,10 @@ class Batch:
     def extra(self, name):
         """What `extras[name]` of its examples hold: (S,) where it is a number per response, (N,) where it is one per trained token."""
         parts = [example.extras[name] for example in self.examples]
-        return torch.cat(parts).to(self.tokens.device) if parts else torch.zeros(0, device=self.tokens.device)
+        values = torch.cat(parts) if parts else torch.zeros(0)
+        if values.dtype == torch.float64:      # as the log-probs beside them
+            values = values.float()
+        return values.to(self.tokens.device)
 
     def pairs(self, y):
         """(S,) of a batch of pairs -> the chosen responses' (B,) and the rejected ones' (B,)."""

@@ -1,11 +1,13 @@
 """Rewards of online algorithms: the verifiers gsm8k and r1_zero, and functions from the user's own file.
 
-Every reward is `def reward(prompts, completions, **columns) -> list[float | None]`: prompts are strings or message lists,
-completions strings, columns the rows' other columns as lists (missing values are None). One entry per completion; None skips it.
+Every reward is `def reward(prompts, completions, **columns) -> list[float | None]`, or `async def`: prompts are
+strings or message lists, completions strings, columns the rows' other columns as lists (missing values are None), and
+completion_ids the completions' token ids. One entry per completion; None skips it.
 
 What a model writes is hostile input. It is never evaluated; every search below takes time linear in its length; and what is read as
 a number is short before any arithmetic begins.
 """
+import asyncio
 import difflib
 import functools
 import hashlib
@@ -22,8 +24,12 @@ from pathlib import Path
 from data.errors import RunError, UserError, printable
 from data.guard import Interrupted, TimedOut, guarded
 
-CALL_SECONDS = 60.0                                # limit for one call of a reward
 IMPORT_SECONDS = 600.0                             # limit for the import of its file, which may load a model
+GIVEN = ("prompts", "completions", "completion_ids")                     # what a reward gets beside the columns
+OF_TRL = ("trainer_state", "log_extra", "log_metric", "environments")    # what only TRL passes to it
+AS_MESSAGE = re.compile(r"string indices must be integers|'str' object has no attribute '(?:get|content|role)'")
+NO_MESSAGE = ("a completion is a string here, of a conversation too: write completion where a function for TRL has "
+              "completion[0]['content'] (a prompt is a string or a list of messages, as in the data)")
 GOLD = ("answer", "ground_truth", "solution")      # columns with the gold answer; the first one that a row has
 DIGITS = 40                                        # longer numbers are no answers
 ANSWER = 100                                       # characters; the same
@@ -286,44 +292,147 @@ def _takes_columns(function):
     return any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
 
 
+def check_arguments(rewards, examples):
+    """UserError that names all arguments of the user's functions that no call here has: those without a default that
+    are neither in GIVEN nor a column of the `examples` (of kind "prompts"), and those of TRL's."""
+    columns = dict.fromkeys(name for example in examples for name in example.extras["columns"])
+    unknown = []
+    for reward in filter(lambda reward: reward.file, rewards):
+        of_trl = inspect.signature(reward.function).parameters.keys() & {*OF_TRL}
+        asked = (_required(reward.function) | of_trl) - {*GIVEN, *columns}
+        if asked:
+            unknown.append(f"{reward.name} takes {', '.join(sorted(asked))}")
+    if unknown:
+        found = printable(", ".join(columns), keep="") or "none"
+        raise UserError(f"reward {' and '.join(unknown)}, neither one of {', '.join(GIVEN)} nor a column of the data "
+                        f"(columns: {found}); fix: take this out of the function's arguments (TRL's trainer_state "
+                        "and log functions do not exist here), or add such a column to the data")
+
+
+def _required(function):
+    """The names of the arguments without which it cannot be called."""
+    names, optional = set(), (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    for name, parameter in inspect.signature(function).parameters.items():
+        if parameter.default is parameter.empty and parameter.kind not in optional:
+            names.add(name)
+    return names
+
+
 # ---- calling them ----
 
-def score(reward, prompts, completions, columns, timeout=None):
-    """One finite float, or None, per completion. `columns`: {name: list}; `timeout`: seconds for the call
-    (None = CALL_SECONDS), limited on the main thread of Unix only. Raises RunError, which names the reward, a
-    prompt and its completion, if the function fails or returns something else."""
-    timeout = CALL_SECONDS if timeout is None else timeout
+def score(reward, prompts, completions, columns, timeout=60.0):
+    """One finite float, or None, per completion: see `score_all`."""
+    values, = score_all([reward], prompts, completions, columns, timeout)
+    return values
+
+
+def score_all(rewards, prompts, completions, columns, timeout=60.0):
+    """Of each reward one finite float, or None, per completion. `columns`: {name: list}; `timeout`: seconds for each
+    call, limited on the main thread of Unix only. What `async def` functions return is awaited together, in the time of
+    one call. Raises RunError, which names the reward, a prompt and its completion, if a function fails or returns
+    something else."""
     columns = {name: values for name, values in columns.items() if name not in ("prompts", "completions")}
-    sample, failure, fix = 0, None, "correct the function"
+    outcomes = {}          # number of the reward: a list, an awaitable, or the exception that it raised
+    for i, reward in enumerate(rewards):
+        def call(reward=reward):
+            return _as_list(_call(reward, prompts, completions, columns))
+        outcomes[i] = _outcome(reward.name, timeout, call)
+    waiting = {i: outcome for i, outcome in outcomes.items() if inspect.isawaitable(outcome)}
+    if any(isinstance(outcome, BaseException) for outcome in outcomes.values()):
+        for coroutine in filter(inspect.iscoroutine, waiting.values()):
+            coroutine.close()      # nothing waits for it any more
+    elif waiting:
+        names, found = ", ".join(rewards[i].name for i in waiting), {}
+        failure = _outcome(names, timeout, lambda: _await(waiting, found))
+        outcomes |= dict.fromkeys(waiting, failure) | found
+    for i, outcome in outcomes.items():
+        if isinstance(outcome, BaseException):
+            raise _failed(rewards[i], outcome, prompts, completions, columns, timeout)
+    return [_numbers(rewards[i], outcome, prompts, completions) for i, outcome in outcomes.items()]
+
+
+def _outcome(names, timeout, call):
+    """What `call()`, the user's code, returns or raises."""
     try:
-        with guarded(timeout, f"reward {reward.name}"):
-            values = _call(reward, prompts, completions, columns)
+        with guarded(timeout, f"reward {names}"):
+            return call()
     except (UserError, Interrupted):
         raise
-    except TimedOut:
-        failure, fix = f"took longer than {timeout:g} s for {len(completions)} completions", "make it faster"
     except BaseException as error:  # noqa: BLE001  the user's code
-        sample, failure = _culprit(reward, prompts, completions, columns, timeout), f"raised {_failure(error)}"
-    else:
-        if len(values) != len(completions):
-            failure = f"returned {len(values)} values for {len(completions)} completions"
-        else:
-            values = [_number(value) for value in values]
-            sample = next((i for i, value in enumerate(values) if value is not None and not isinstance(value, float)), None)
-            if sample is None:
-                return values
-            failure = f"returned {values[sample]}"
-        fix = "return one finite number, or None, per completion"
-    prompt = prompts[sample]
-    prompt = prompt if isinstance(prompt, str) else prompt[-1]["content"]
-    raise RunError(f"reward {reward.name} {failure}, prompt {_shown(prompt)}, completion {_shown(completions[sample])}; fix: {fix}")
+        return error
 
 
 def _call(reward, prompts, completions, columns):
-    values = reward.function(prompts=list(prompts), completions=list(completions), **columns)
+    """What the function returns. A column that it must have, and that no row of this batch has, is None."""
+    lacking = _required(reward.function) - columns.keys() - {"prompts", "completions"}
+    columns = columns | dict.fromkeys(lacking, [None] * len(completions))
+    return reward.function(prompts=list(prompts), completions=list(completions), **columns)
+
+
+def _as_list(values):
+    if inspect.isawaitable(values):
+        return values
     if values is None or isinstance(values, (str, dict)):
         raise TypeError(f"the function returned {type(values).__name__}, not a list")
     return list(values)
+
+
+_loop = None      # one event loop for all calls: a client that a module holds belongs to the one of its first use
+
+
+def _await(awaitables, found):
+    """Await all of {number: awaitable} together; `found[number]` becomes what that returns as a list, or raises."""
+    global _loop
+
+    async def one(i, awaitable):
+        try:
+            found[i] = _as_list(await awaitable)
+        except (Exception, SystemExit) as error:  # noqa: BLE001  the user's code
+            found[i] = error
+
+    async def all_of_them():
+        await asyncio.gather(*(one(*pair) for pair in awaitables.items()))
+
+    if _loop is None or _loop.is_closed():
+        _loop = asyncio.new_event_loop()
+    try:
+        _loop.run_until_complete(all_of_them())
+    except BaseException:      # its time is over, or the run's
+        left = asyncio.all_tasks(_loop)
+        for task in left:
+            task.cancel()
+        if left:
+            _loop.run_until_complete(asyncio.wait(left, timeout=1))
+        raise
+
+
+def _failed(reward, error, prompts, completions, columns, timeout):
+    """The RunError for what a function raised."""
+    if isinstance(error, TimedOut):
+        failure = f"took longer than {timeout:g} s for {len(completions)} completions"
+        return _fault(reward, failure, prompts[0], completions[0], "make it faster, or raise reward_timeout")
+    sample, failure = _culprit(reward, prompts, completions, columns, timeout), _failure(error)
+    fix = NO_MESSAGE if AS_MESSAGE.search(failure) else "correct the function"
+    return _fault(reward, f"raised {failure}", prompts[sample], completions[sample], fix)
+
+
+def _numbers(reward, values, prompts, completions):
+    """What a function returned, as floats or None; RunError where it is something else."""
+    fix = "return one finite number, or None, per completion"
+    if len(values) != len(completions):
+        failure = f"returned {len(values)} values for {len(completions)} completions"
+        raise _fault(reward, failure, prompts[0], completions[0], fix)
+    numbers = [_number(value) for value in values]
+    for number, prompt, completion in zip(numbers, prompts, completions):
+        if isinstance(number, str):
+            raise _fault(reward, f"returned {number}", prompt, completion, fix)
+    return numbers
+
+
+def _fault(reward, failure, prompt, completion, fix):
+    prompt = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+    return RunError(f"reward {reward.name} {failure}, prompt {_shown(prompt)}, completion {_shown(completion)}; "
+                    f"fix: {fix}")
 
 
 def _number(value):
@@ -342,8 +451,11 @@ def _culprit(reward, prompts, completions, columns, timeout):
     try:
         with guarded(timeout, f"reward {reward.name}"):
             for i in range(len(completions)):
+                one = {name: values[i:i + 1] for name, values in columns.items()}
                 try:
-                    _call(reward, prompts[i:i + 1], completions[i:i + 1], {name: values[i:i + 1] for name, values in columns.items()})
+                    values = _as_list(_call(reward, prompts[i:i + 1], completions[i:i + 1], one))
+                    if inspect.isawaitable(values):
+                        _as_list(_loop.run_until_complete(values))
                 except (TimedOut, Interrupted):
                     raise
                 except BaseException:  # noqa: BLE001

@@ -83,7 +83,7 @@ BOOL = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": 
 SECRET = re.compile(r"(token|secret|password|api_?key)(?![a-z])", re.IGNORECASE)    # not tokens, tokenizer
 RANGES = [    # what a number must be, its test, the keys; None passes
     ("a number above 0", lambda x: x > 0, "lr max_grad_norm lora_alpha beta desirable_weight undesirable_weight temperature epsilon "
-     "epsilon_high cliprange cliprange_value"),
+     "epsilon_high cliprange cliprange_value reward_timeout"),
     ("a number of 0 or more", lambda x: x >= 0, "weight_decay warmup rpo_alpha cpo_alpha simpo_gamma center_rewards_coefficient kl_coef "
      "vf_coef"),
     ("a number above 0, up to 1", lambda x: 0 < x <= 1, "top_p gamma"),
@@ -128,6 +128,8 @@ def load_config(argv: list[str]) -> Run:
         raise UserError("no config file in the command line; fix: python train.py example/tiny-dpo.yml")
     given, known = read_yaml(path) | overrides, algorithm_names()
     name, where = given.get("algorithm", ("", path))
+    if isinstance(name, list):
+        raise nested("algorithm", where)
     if name not in known:
         raise UserError(f"algorithm ({where}) is {show(name) if name else 'missing'}, algorithms/ holds {', '.join(known)}; "
                         f"fix: give {nearest(name, known) or 'one of them'}")
@@ -188,8 +190,10 @@ def read_values(given: dict, hints: dict, unknown, allowed: tuple | None = None)
     for key, (text, where) in given.items():
         if key not in hints:
             raise unknown(key, where)
+        if isinstance(text, list) and not {list, list[str]} & {*get_args(hints[key])}:
+            raise nested(key, where)
         try:
-            values[key] = text if isinstance(text, list) else cast(text, hints[key])      # read_sources has cast a list
+            values[key] = cast(text, hints[key])
         except ValueError as error:
             raise UserError(f"{key} ({where}) is {show(text)}; fix: give {error}") from None
     for wanted, test, keys in RANGES:
@@ -231,14 +235,26 @@ def read_yaml(path: str) -> dict[str, tuple[str, str]]:
         key = ALIASES.get(key, key) if isinstance(key_node, yaml.ScalarNode) else key
         if key in ("data", "eval_data") and isinstance(value_node, yaml.SequenceNode):
             text = read_sources(value_node, key, path)
+        elif isinstance(key_node, yaml.ScalarNode) and is_list_of_texts(value_node):
+            text = [node.value for node in value_node.value]
         elif not isinstance(key_node, yaml.ScalarNode) or not isinstance(value_node, yaml.ScalarNode):
-            raise UserError(f"nested value of {show(str(key))} in {where}; fix: keys are flat, write one 'key: value' per line")
+            raise nested(str(key), where)
         else:
             text = "" if (value_node.value, value_node.style) == ("~", None) else value_node.value    # ~ is YAML's null
         if key in found:
             raise UserError(f"duplicate key {show(key)} in {where}, first in {found[key][1]}; fix: remove one")
         found[key] = text, where
     return found
+
+
+def is_list_of_texts(node: yaml.Node) -> bool:
+    is_list = isinstance(node, yaml.SequenceNode)
+    return is_list and all(isinstance(item, yaml.ScalarNode) for item in node.value)
+
+
+def nested(key: str, where: str) -> UserError:
+    fix = "keys are flat, write one 'key: value' per line"
+    return UserError(f"nested value of {show(key)} in {where}; fix: {fix}")
 
 
 def syntax_error(error: yaml.YAMLError, path: str, text: str) -> UserError:
@@ -277,7 +293,12 @@ def unknown_key(key: str, where: str, algorithm: str, known) -> UserError:
 
 
 def cast(text: str, kind) -> Any:
-    """`text` as `kind`: str, int, float, bool, Literal, or one of these `| None`. ValueError says what is expected."""
+    """`text` as `kind`: str, int, float, bool, Literal, or one of these `| None`, or `str | list[str]`. ValueError
+    says what is expected."""
+    if list[str] in get_args(kind):
+        return cast_texts(text)
+    if isinstance(text, list):      # read_sources has cast it
+        return text
     word = text.strip().lower()
     if NoneType in get_args(kind):
         if word in ("", "null", "none"):
@@ -300,6 +321,22 @@ def cast(text: str, kind) -> Any:
     if not math.isfinite(number) or (kind is int and (number % 1 or abs(number) > 2**53)):    # above, a float loses digits
         raise ValueError("a whole number" if kind is int else "a number such as 2e-5")
     return kind(number)
+
+
+def cast_texts(value: str | list[str]) -> str | list[str] | None:
+    """A list of texts, or one text, as it stands; None of "null". On the command line ["a", "b"], with the quotes, is
+    a list: [a] is a text."""
+    if isinstance(value, str) and re.fullmatch(r"""\s*\[\s*["'].*["']\s*,?\s*\]\s*""", value, re.DOTALL):
+        try:
+            value = yaml.load(value, yaml.BaseLoader)
+        except yaml.YAMLError:
+            raise ValueError('a list such as ["one", "two"], with every text in quotes') from None
+    if value == [] or (isinstance(value, str) and value.strip(" ").lower() in ("", "null", "none")):
+        return None
+    texts = value if isinstance(value, list) else [value]
+    if not all(isinstance(text, str) and text for text in texts):
+        raise ValueError('a list of texts that are not empty, such as ["one", "two"]')
+    return value
 
 
 def check_output(output: str, where: str):
@@ -329,7 +366,7 @@ def nearest(name: str, names) -> str | None:
 
 def show(text: str) -> str:
     """`text` for a message: quoted, on one line, short, without anything that looks like an access token."""
-    text = re.sub(r"hf_\w{16,}", "hf_...", text)
+    text = re.sub(r"hf_\w{16,}", "hf_...", str(text))
     return repr(text if len(text) <= 80 else text[:77] + "...")
 
 

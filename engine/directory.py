@@ -13,7 +13,8 @@ from engine import checkpoint
 from engine.claim import LOCK, claim, release
 
 # these keys change neither a number nor the final model ...
-SILENT = {"output", "resume", "eval_every", "save_every", "log_every", "sample_every", "keep"}
+SILENT = {"output", "resume", "eval_every", "save_every", "log_every", "sample_every", "keep",
+          "reward_timeout"}
 # ... and a run may be continued with other values of these; every other key changes the numbers
 FREE = SILENT | {"max_steps", "epochs", "merge", "save_dtype"}
 

@@ -13,20 +13,22 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from data.errors import RunError
+from data.errors import RunError, UserError
 from data.pack import Example, Response
-from data.rewards import load_reward, score
+from data.rewards import load_reward, score_all
 from engine import checkpoint, lora
 from engine.console import per_second
 from engine.load import is_adapter
 from engine.loop import Engine, Stopped
 from engine.model import build_policy, build_reward_model, shard
-from engine.ranks import from_main
-from engine.rollout import Rollout, sample, with_completions
+from engine.ranks import PATIENCE, from_main
+from engine.rollout import Rollout, alike, sample, stop_strings, with_completions
 from engine.score import judge
 from engine.value import reward_model_path
 
 EVALUATION, TRAINING, REPLACEMENT = range(3)      # so that the random draws of these never coincide
+MANY = 10      # updates in a row without a signal are told of; rollouts in a row with nothing to train end the run
+FIX = "look at the reward, or raise max_completion_length"
 
 
 class OnlineEngine(Engine):
@@ -43,6 +45,8 @@ class OnlineEngine(Engine):
         self.check_total()
         if samples and not self.config.sample_every:
             self.sample_every = self.per_draw * math.ceil(self.total / self.per_draw / samples)
+        self.tell_sampling()
+        self.updates_without_signal, self.rollouts_without_training, self.told_of_signal = 0, 0, False
         self.since = time.perf_counter()
         self.run.console.start(self.first, self.total)
         for number in range(self.first // self.per_draw, math.ceil(self.total / self.per_draw)):
@@ -51,19 +55,39 @@ class OnlineEngine(Engine):
                 self.evaluate(start)
             yield self.restore(number) if self.first > start else self.sample_rollout(number)
         self.evaluate(self.total)
+        if not self.optimizer.state:
+            raise RunError(f"nothing was trained in {self.total} updates: no rollout had a completion to "
+                           f"train; fix: {FIX}")
         self.run.erase()
         self.save_final()
+
+    def tell_sampling(self) -> None:
+        """A line each of how completions are drawn and ended, where that is not by the plain rule."""
+        sampling = self.sampling
+        if sampling.top_p < 1 or sampling.top_k:
+            self.notice(f"top_p {sampling.top_p:g}, top_k {sampling.top_k}: completions are drawn from the "
+                        "likeliest tokens, log-probs, ratios and KL are those of the full distribution")
+        if strings := stop_strings(sampling.stop):
+            self.notice(f"a completion ends at {' or '.join(map(repr, strings))}, and at a stop token")
+        patience = PATIENCE.total_seconds() / 3      # a reward that fails is called once more, to find out where
+        if self.world > 1 and sampling.reward_timeout > patience:
+            raise UserError(f"reward_timeout is {sampling.reward_timeout:g}, longer than the other processes "
+                            f"wait for the first; fix: give {patience:g} or less")
 
     def steps(self, rollout: Rollout, skip: list | None = None):
         """Iterate the updates made from a rollout. Completions without a reward, and those that `skip` marks (per prompt a bool (G,)),
         are not trained. Where a rollout is used more than once, the log-probs before its first update are stored."""
+        self.rollout, examples = rollout, self.trained(rollout, skip)
+        first = rollout.number * self.per_draw + 1
+        due = [index for index in range(first, first + self.per_draw) if self.first < index <= self.total]
+        self.watch_signal(rollout, len(due))
+        if not examples:
+            return self.pass_over(rollout, due)
+        self.rollouts_without_training = 0
         if "old_logps" not in rollout and self.per_draw > 1:
             rollout["old_logps"] = self.logps(self.policy, rollout)
-        self.rollout, examples = rollout, self.trained(rollout, skip)
-        for k in range(self.per_draw):
-            index = rollout.number * self.per_draw + k + 1
-            if not self.first < index <= self.total:
-                continue
+        for index in due:
+            k = index - first
             epoch, part = divmod(k, self.mini_batches)
             order = np.random.default_rng((self.config.seed, rollout.number, epoch)).permutation(len(examples))
             mine = np.array_split(order, self.mini_batches)[part] if self.mini_batches > 1 else np.arange(len(examples))
@@ -77,10 +101,40 @@ class OnlineEngine(Engine):
             out = example.extras["rewards"].isnan() | (skip[i] if skip else False)
             keep = (~out).nonzero()[:, 0].tolist()
             examples += [example if len(keep) == len(out) else example.part(keep)] if keep else []
-        if not examples:
-            raise RunError(f"no completion of rollout {rollout.number + 1} can be trained: all are without a reward or truncated; "
-                           "fix: look at the reward, or raise max_completion_length")
         return examples
+
+    def pass_over(self, rollout: Rollout, due: list[int]) -> None:
+        """The updates `due` of a rollout with nothing to train: they count, are logged and saved, but no weight
+        moves, by AdamW's momentum neither. RunError after MANY such rollouts in a row."""
+        self.rollouts_without_training += 1
+        without = sum(int(rewards.isnan().sum()) for rewards in rollout["rewards"])
+        count = sum(map(len, rollout["rewards"]))
+        fault = (f"nothing to train in rollout {rollout.number + 1}: of {count} completions {without} have no "
+                 f"reward, {count - without} were cut at max_completion_length and are masked")
+        if self.rollouts_without_training == MANY:
+            raise RunError(f"{fault}; so it was in {MANY} rollouts in a row; fix: {FIX}")
+        self.notice(f"{fault}; it is passed over")
+        for index in due:
+            for _ in self.update(index, [], rollout.metrics):
+                self.grad_norm = 0.0
+
+    def watch_signal(self, rollout: Rollout, updates: int) -> None:
+        """Warn once where MANY updates in a row had nothing to learn from: rewards alike in every group (in the
+        rollout, where a prompt has but one completion), or no advantage."""
+        groups = rollout["rewards"]
+        compared = groups if self.num_generations > 1 else [torch.cat(groups)]
+        advantages = torch.cat(rollout["advantages"]) if "advantages" in rollout else torch.ones(1)
+        is_flat = all(map(alike, compared)) or not advantages.nan_to_num().any()
+        self.updates_without_signal = self.updates_without_signal + updates if is_flat else 0
+        before = self.updates_without_signal - updates
+        if before < MANY <= self.updates_without_signal and not self.told_of_signal:
+            self.told_of_signal = True
+            cut = rollout.metrics.get("completions/clipped_ratio", 0.0)
+            reward = rollout.metrics.get("reward", math.nan)
+            self.notice(f"warning: for {self.updates_without_signal} updates no completion was better than another "
+                        f"of its prompt (mean reward {reward:.4g}, {cut:.0%} cut at max_completion_length), so the "
+                        "reward teaches nothing; try: read completions (sample_every: 1), easier prompts, a larger "
+                        "num_generations or temperature, a longer max_completion_length, a reward with partial credit")
 
     def divided(self, examples: list[Example]) -> list[Example]:
         """The same responses in examples of at most `micro_batch_tokens`: advantages are known, so a group need not stay together."""
@@ -139,8 +193,8 @@ class OnlineEngine(Engine):
         rollout.metrics = self.reward_metrics(rollout)
 
     def judge(self, rollout: Rollout) -> None:
-        def by_function(*arguments):
-            return from_main(score, *arguments)
+        def by_functions(*arguments):
+            return from_main(score_all, *arguments, self.sampling.reward_timeout)
 
         def by_model(reward):
             model = self.reward_models[reward.name]
@@ -149,7 +203,7 @@ class OnlineEngine(Engine):
         failure = None
         try:
             with self.run.console.cleared():      # a reward may print
-                judge(rollout, self.rewards, self.tokenizer, by_function, by_model)
+                judge(rollout, self.rewards, self.tokenizer, by_functions, by_model)
         except RunError as error:
             failure = error
         # a signal often reaches the processes that a reward started, so its values may be wrong: drop them
@@ -175,7 +229,7 @@ class OnlineEngine(Engine):
         metrics = {"reward": rewards.mean()}
         if any(len(example.responses) > 1 for example in rollout.examples):
             metrics |= {"reward_std": torch.stack([self.spread(group) for group in groups]).mean(),
-                        "frac_reward_zero_std": sum(float(self.spread(group) == 0) for group in groups) / len(groups)}
+                        "frac_reward_zero_std": sum(map(alike, groups)) / len(groups)}
         for reward in self.rewards if len(self.rewards) > 1 else ():
             values = torch.cat(rollout[f"rewards/{reward.name}"])
             metrics[f"rewards/{reward.name}/mean"] = values.nanmean()
@@ -197,7 +251,7 @@ class OnlineEngine(Engine):
 
     @staticmethod
     def spread(rewards):
-        return rewards.std() if len(rewards) > 1 else torch.tensor(0.0)
+        return torch.zeros((), dtype=torch.float64) if alike(rewards) else rewards.std()
 
     # ---- 4 loss -----------------------------------------------------------------------------------------------------
 
@@ -241,6 +295,11 @@ class OnlineEngine(Engine):
                                f"{self.rollout.number + 1}; fix: use a model with ordinary attention layers, or precision: fp32")
 
     # ---- evaluation, samples, checkpoints -----------------------------------------------------------------------------
+
+    def save(self, index: int) -> None:
+        """Before the first trained rollout there is nothing to save: a new start makes the same."""
+        if self.optimizer.state:
+            super().save(index)
 
     def evaluate(self, index: int) -> None:
         """If an evaluation is due after update `index`, the end of a rollout: one completion of every held-out prompt, always with the

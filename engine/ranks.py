@@ -10,6 +10,8 @@ import torch.distributed as dist
 
 from data.errors import UserError
 
+PATIENCE = datetime.timedelta(minutes=30)      # how long a process waits for another one
+
 
 def start_processes(deterministic: bool) -> None:
     """Under torchrun, join the process group: nccl on CUDA, gloo on the CPU."""
@@ -19,7 +21,7 @@ def start_processes(deterministic: bool) -> None:
     if "LOCAL_RANK" in os.environ:
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=datetime.timedelta(minutes=30))
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
 
 
 def stop_processes() -> None:

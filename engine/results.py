@@ -6,6 +6,7 @@ import os
 import re
 import time
 from dataclasses import MISSING, asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import get_type_hints
 
@@ -16,7 +17,7 @@ from data.errors import RunError, UserError
 from data.files import SUFFIXES
 from data.formats import Text
 from data.pack import Example
-from data.rewards import golds_of, load_reward, r1_zero, r1_zero_details, score
+from data.rewards import golds_of, load_reward, r1_zero, r1_zero_details, score_all
 from data.tokenise import Tokeniser
 from engine.claim import LOCK, claim
 from engine.config import FOREIGN, Common, cast, check_output, nearest, parse_argv, read_values, show
@@ -25,11 +26,12 @@ from engine.fingerprint import fingerprints
 from engine.load import base_of, load_config, load_tokenizer
 from engine.logs import Run
 from engine.model import is_reward_model
-from engine.rollout import Rollout, Sampling, sample, with_completions
+from engine.rollout import Rollout, Sampling, sample, stop_strings, usual_stop, with_completions
 from engine.score import judge, load_frozen, scores, text_of
 from engine.value import reward_model_path
 
-FREE = ("output", "limit", "rollout_batch_size", "min_reward")     # keys that change no completion and no score
+# keys that change no completion and no score
+FREE = ("output", "limit", "rollout_batch_size", "min_reward", "reward_timeout")
 
 
 @dataclass(kw_only=True)
@@ -40,12 +42,19 @@ class Settings(Sampling):
     n: int = 1                             # completions per prompt
     prompt_template: str | None = "auto"   # a name in data/prompts/ or a file with {question}; null = the chat template; auto = a run's
     #                                        own, else r1_zero where the model has no chat template, the rows questions and that reward
-    stop: str | None = "auto"              # strings that end a completion; auto = a run's own, else </answer> with the template r1_zero
+    stop: str | list[str] | None = "auto"  # strings that end a completion: </answer>, </s>. A text is cut at its
+    #                                        commas, and \n in it is a newline; a list, such as ["\n\n", "Question:"],
+    #                                        stands as it is. auto = a run's own, else </answer> with the template
+    #                                        r1_zero
     max_completion_length: int | None = None    # tokens; longer completions are cut there; null = 512, or half of max_length
     limit: int | None = None               # only so many rows of data
     max_length: int | None = None          # tokens, prompt and completion together; null = as many as the model knows
     seed: int = 0                          # of the draws
     output: str | None = None              # directory of the results; null = a name in runs/ made of those of model and data
+
+    def __post_init__(self):
+        if self.stop != "auto":            # that waits for the run's own
+            super().__post_init__()
 
 
 # ---- the command line -------------------------------------------------------------------------------------------------
@@ -137,11 +146,14 @@ def load_prompts(settings, path: str, tokenizer, verifies_r1_zero: bool, notice)
             told, settings = [], replace(settings, prompt_template="r1_zero")
             examples, report = load_examples(settings, "prompts", path, tokenizer, told.append)
     if settings.stop == "auto":
-        stop = cast(trained.get("stop", "null"), str | None)
-        settings = replace(settings, stop=stop or ("</answer>" if settings.prompt_template == "r1_zero" else None))
+        own = cast(trained.get("stop", "null"), str | list[str] | None)
+        own_template = cast(trained.get("prompt_template", "null"), str | None)
+        as_trained = "stop" in trained and settings.prompt_template == own_template
+        settings = replace(settings, stop=own if own or as_trained else usual_stop(settings.prompt_template))
     plain = isinstance(examples[0].extras["prompt"], str)
     form = f"prompt_template {settings.prompt_template}" if settings.prompt_template else "plain text" if plain else "chat template"
-    for text in [*told, f"prompts: {form}{f', stop {settings.stop}' if settings.stop else ''}"]:
+    stop = ", ".join(repr(string)[1:-1] for string in stop_strings(settings.stop))
+    for text in [*told, f"prompts: {form}{f', stop {stop}' if stop else ''}"]:
         notice(text)
     return examples, report, settings
 
@@ -191,7 +203,7 @@ def complete(settings, path: str, name: str, notice) -> tuple[list[dict], dict]:
                        lambda done, _: results.show(first * settings.n + done, line=False))      # noqa: B023
         rollout = Rollout(0, [with_completions(*both) for both in zip(part, found)])
         with results.run.console.cleared():      # a reward may print
-            judge(rollout, rewards, tokenizer, score,
+            judge(rollout, rewards, tokenizer, partial(score_all, timeout=settings.reward_timeout),
                   lambda reward: scores(models[reward.name], rollout.examples))      # noqa: B023
         results.add(completion_rows(rollout, first, rewards, verifies_r1_zero, tokenizer))
     return results.rows, used

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AttentionInterface
 
+from data.errors import UserError
 from data.pack import Example, Response
 from data.tokenise import stop_ids
 from engine.model import segments_attention
@@ -37,8 +38,37 @@ class Sampling:
     temperature: float = 1.0               # of sampling, and of every log-prob
     top_p: float = 1.0                     # below 1: only the likeliest tokens that together have this probability are drawn
     top_k: int = 0                         # above 0: only the k likeliest tokens are drawn
-    stop: str | None = None                # strings that end a completion, besides the stop tokens: </answer>, </s>
+    stop: str | list[str] | None = "auto"  # strings that end a completion, besides the stop tokens: </answer>, </s>.
+    #                                        A text is cut at its commas, and \n in it is a newline; a list, such as
+    #                                        ["\n\n", "Question:"], stands as it is. auto = </answer> with the
+    #                                        template r1_zero, else none
+    reward_timeout: float = 60.0           # seconds that a call of a reward may take
     rollout_batch_size: int = 64           # completions decoded together on one device: memory and speed, not the result
+
+    def __post_init__(self):
+        if self.stop == "auto":
+            self.stop = usual_stop(self.prompt_template)
+        if self.stop is not None and not stop_strings(self.stop):
+            raise UserError(f"stop is {self.stop!r}, which holds no string; "
+                            "fix: give strings, such as </answer>, or a list of them, or null")
+
+
+def usual_stop(prompt_template: str | None) -> str | None:
+    """What ends a completion where `stop` does not say it: the tag that ends an answer in the template r1_zero.
+    Text after it would make a right answer a wrong one."""
+    return "</answer>" if prompt_template == "r1_zero" else None
+
+
+def stop_strings(stop: str | list[str] | None) -> list[str]:
+    """The strings that a value of `stop` means: those of a list as they are. A text is cut at commas; spaces around
+    the parts do not count, and \\n and \\t in them are a newline and a tab."""
+    if stop == "auto":
+        raise UserError("stop was not set; "
+                        "fix: let __post_init__ of the algorithm's Config call super().__post_init__()")
+    if stop is None or isinstance(stop, list):
+        return stop or []
+    parts = [part.strip(" ") for part in stop.split(",")]
+    return [part.replace("\\n", "\n").replace("\\t", "\t") for part in parts if part]
 
 
 class Completion(NamedTuple):
@@ -71,6 +101,14 @@ class Rollout:
     def lengths(self) -> list[torch.Tensor]:
         """Per prompt (G,): the tokens of each completion."""
         return [torch.tensor([float(len(response.tokens)) for response in example.responses]) for example in self.examples]
+
+
+def alike(rewards: torch.Tensor) -> bool:
+    """Whether the rewards of a group (G,), or of a batch, are one value, NaN (no reward) aside. They teach nothing
+    then, and their advantage is 0: the mean of equal numbers may differ from them by rounding, and AdamW makes full
+    steps of that."""
+    judged = rewards[~rewards.isnan()]
+    return len(judged) == 0 or bool(judged.min() == judged.max())
 
 
 def with_completions(example: Example, completions: list[Completion]) -> Example:
@@ -290,9 +328,8 @@ def rows_in_memory(lm, length: int) -> int:
 class Stops:
     """What ends a completion: a stop token, or a string in the text so far."""
 
-    def __init__(self, tokenizer, strings: str | None):
-        self.tokenizer, self.ids = tokenizer, set(stop_ids(tokenizer))
-        self.strings = [string.strip() for string in strings.split(",") if string.strip()] if strings else []
+    def __init__(self, tokenizer, stop: str | list[str] | None):
+        self.tokenizer, self.ids, self.strings = tokenizer, set(stop_ids(tokenizer)), stop_strings(stop)
         self.window = max((len(string.encode()) for string in self.strings), default=0) + 4      # a token is a byte at least
 
     def __call__(self, tokens) -> bool:

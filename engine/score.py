@@ -7,27 +7,35 @@ from engine.model import RewardModel, build_policy, build_reward_model, check_po
 from engine.rollout import Rollout
 
 
-def judge(rollout: Rollout, rewards: list, tokenizer, by_function, by_model) -> None:
-    """Set rollout["rewards/<name>"] of every reward and rollout["rewards"], their weighted sum, (G,) per prompt; NaN where nothing
-    judges a completion. `by_function(reward, prompts, texts, columns)` -> a number or None per completion; `by_model(reward)` ->
-    (G,) per prompt."""
+def judge(rollout: Rollout, rewards: list, tokenizer, by_functions, by_model) -> None:
+    """Set rollout["rewards/<name>"] of every reward and rollout["rewards"], their weighted sum, (G,) per prompt; NaN
+    where nothing judges a completion. `by_functions(rewards, prompts, texts, columns)` -> of each of those that are
+    functions a number or None per completion; `by_model(reward)` -> (G,) per prompt.
+
+    A reward is rounded to fp32, so that 0.1 + 0.2 is 0.3, and kept in fp64, in which sums of such numbers are exact:
+    advantages are computed in that."""
     examples = rollout.examples
     prompts = [example.extras["prompt"] for example in examples for _ in example.responses]
     texts = [text_of(tokenizer, response) for example in examples for response in example.responses]
     names = dict.fromkeys(name for example in examples for name in example.extras["columns"])
     columns = {name: [example.extras["columns"].get(name) for example in examples for _ in example.responses] for name in names}
-    total, judged = torch.zeros(len(texts)), torch.zeros(len(texts), dtype=torch.bool)
+    responses = [response for example in examples for response in example.responses]
+    columns["completion_ids"] = [response.tokens.tolist() for response in responses]
+    total, judged = torch.zeros(len(texts), dtype=torch.float64), torch.zeros(len(texts), dtype=torch.bool)
     sizes = [len(example.responses) for example in examples]
+    functions = [reward for reward in rewards if not reward.path]
+    called = [reward.name for reward in functions]
+    returned = dict(zip(called, by_functions(functions, prompts, texts, columns)))
     for reward in rewards:
         if reward.path:
-            values = torch.cat(by_model(reward))
+            values = torch.cat(by_model(reward)).double()
         else:
-            values = torch.tensor([torch.nan if value is None else value for value in by_function(reward, prompts, texts, columns)],
-                                  dtype=torch.float32)
-        rollout[f"rewards/{reward.name}"] = values.split(sizes)
+            numbers = [torch.nan if value is None else value for value in returned[reward.name]]
+            values = torch.tensor(numbers, dtype=torch.float64)
+        rollout[f"rewards/{reward.name}"] = values.float().double().split(sizes)
         judged |= ~values.isnan()
         total += reward.weight * values.nan_to_num()
-    rollout["rewards"] = total.where(judged, torch.nan).split(sizes)
+    rollout["rewards"] = total.float().double().where(judged, torch.nan).split(sizes)
 
 
 def text_of(tokenizer, response) -> str:

@@ -13,7 +13,7 @@ import torch
 from algorithms import dapo, dr_grpo, grpo, reinforce_pp, rloo
 from algorithms.cispo import Config as CispoConfig
 from algorithms.cispo import cispo_loss
-from algorithms.dapo import dapo_loss, has_no_signal, soft_overlong
+from algorithms.dapo import dapo_loss, soft_overlong
 from algorithms.dr_grpo import dr_grpo_loss
 from algorithms.grpo import grpo_loss
 from algorithms.gspo import gspo_loss
@@ -22,7 +22,7 @@ from algorithms.rloo import kl_rewards, leave_one_out, rloo_loss
 from data.errors import UserError
 from data.pack import Example, Response, collate
 from engine.config import load_config
-from engine.rollout import Rollout
+from engine.rollout import Rollout, alike
 
 OF_TOKENS = {"grpo": grpo_loss, "dr_grpo": dr_grpo_loss, "dapo": dapo_loss, "cispo": cispo_loss, "reinforce_pp": reinforce_loss}
 
@@ -457,7 +457,7 @@ def test_train_equals_plain_loops(name, options):
 @pytest.mark.parametrize("rewards, flat", [
     ([0., 0.], True), ([1., NAN], True), ([NAN, NAN], True), ([0., 1.], False), ([.5, .5, NAN, .4], False)])
 def test_groups_without_signal(rewards, flat):
-    assert has_no_signal(torch.tensor(rewards)) == flat
+    assert alike(torch.tensor(rewards)) == flat
 
 
 @pytest.mark.parametrize("options, restored, expected", [

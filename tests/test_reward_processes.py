@@ -292,7 +292,7 @@ def test_a_swallowed_time_limit_is_still_one():
 
 
 def short_limits():
-    rewards.CALL_SECONDS, guard.ALARMS = 0.5, 1
+    guard.ALARMS = 1
 
 
 def test_a_reward_that_swallows_everything(project):
@@ -307,7 +307,7 @@ def test_a_reward_that_swallows_everything(project):
                 except BaseException:
                     pass
             return [len(text) / 10 for text in completions]
-    """)
+    """, reward_timeout=0.5)
     result = child.train(directory, patch=short_limits)
     assert result.code == 1 and result.out == "called\n" * 2
     assert error_of(result).startswith("error: reward reward took longer than 0.5 s and swallows the")
