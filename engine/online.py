@@ -77,31 +77,30 @@ class OnlineEngine(Engine):
     def steps(self, rollout: Rollout, skip: list | None = None):
         """Iterate the updates made from a rollout. Completions without a reward, and those that `skip` marks (per prompt a bool (G,)),
         are not trained. Where a rollout is used more than once, the log-probs before its first update are stored."""
-        self.rollout, examples = rollout, self.trained(rollout, skip)
+        self.rollout, kept = rollout, self.kept(rollout, skip)
         first = rollout.number * self.per_draw + 1
         due = [index for index in range(first, first + self.per_draw) if self.first < index <= self.total]
-        self.watch_signal(rollout, len(due))
-        if not examples:
+        if not any(kept):
             return self.pass_over(rollout, due)
         self.rollouts_without_training = 0
+        self.watch_signal(rollout, len(due))
         if "old_logps" not in rollout and self.per_draw > 1:
             rollout["old_logps"] = self.logps(self.policy, rollout)
+        examples = [example.part(which) for example, which in zip(rollout.examples, kept) if which]
         for index in due:
-            k = index - first
-            epoch, part = divmod(k, self.mini_batches)
+            epoch, part = divmod(index - first, self.mini_batches)
             order = np.random.default_rng((self.config.seed, rollout.number, epoch)).permutation(len(examples))
             mine = np.array_split(order, self.mini_batches)[part] if self.mini_batches > 1 else np.arange(len(examples))
             self.differences = []
             yield from self.update(index, self.divided([examples[i] for i in mine]), rollout.metrics)
 
-    def trained(self, rollout: Rollout, skip: list | None) -> list[Example]:
-        """The rollout's examples, without the responses that have no reward or are skipped."""
-        examples = []
-        for i, example in enumerate(rollout.examples):
-            out = example.extras["rewards"].isnan() | (skip[i] if skip else False)
-            keep = (~out).nonzero()[:, 0].tolist()
-            examples += [example if len(keep) == len(out) else example.part(keep)] if keep else []
-        return examples
+    def kept(self, rollout: Rollout, skip: list | None) -> list[list[int]]:
+        """Per prompt, which of its responses have a reward and are not skipped."""
+        kept = []
+        for i, rewards in enumerate(rollout["rewards"]):
+            out = rewards.isnan() | (skip[i] if skip else False)
+            kept.append((~out).nonzero()[:, 0].tolist())
+        return kept
 
     def pass_over(self, rollout: Rollout, due: list[int]) -> None:
         """The updates `due` of a rollout with nothing to train: they count, are logged and saved, but no weight
@@ -131,10 +130,10 @@ class OnlineEngine(Engine):
             self.told_of_signal = True
             cut = rollout.metrics.get("completions/clipped_ratio", 0.0)
             reward = rollout.metrics.get("reward", math.nan)
-            self.notice(f"warning: for {self.updates_without_signal} updates no completion was better than another "
-                        f"of its prompt (mean reward {reward:.4g}, {cut:.0%} cut at max_completion_length), so the "
-                        "reward teaches nothing; try: read completions (sample_every: 1), easier prompts, a larger "
-                        "num_generations or temperature, a longer max_completion_length, a reward with partial credit")
+            self.notice(f"warning: in {self.updates_without_signal} updates no completion was better than another "
+                        f"one (mean reward {reward:.4g}, {cut:.0%} cut at max_completion_length), so the reward "
+                        "teaches nothing; try: read some (sample_every: 1), easier prompts, a larger "
+                        "num_generations, temperature or max_completion_length, a reward with partial credit")
 
     def divided(self, examples: list[Example]) -> list[Example]:
         """The same responses in examples of at most `micro_batch_tokens`: advantages are known, so a group need not stay together."""

@@ -99,8 +99,12 @@ class Rollout:
 
     @property
     def lengths(self) -> list[torch.Tensor]:
-        """Per prompt (G,): the tokens of each completion."""
-        return [torch.tensor([float(len(response.tokens)) for response in example.responses]) for example in self.examples]
+        """Per prompt (G,), in fp64 as rewards are: the tokens of each completion."""
+        lengths = []
+        for example in self.examples:
+            counts = [len(response.tokens) for response in example.responses]
+            lengths.append(torch.tensor(counts, dtype=torch.float64))
+        return lengths
 
 
 def alike(rewards: torch.Tensor) -> bool:

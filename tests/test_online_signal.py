@@ -1,0 +1,286 @@
+"""Rewards that say nothing: all alike, none at all, or of completions that are not trained. No weight moves, and the run says so."""
+import importlib
+import json
+import math
+import signal
+import statistics
+
+import pytest
+import torch
+from helpers import (
+    ONLINE,
+    REWARDS,
+    assert_same_weights,
+    final_weights,
+    metrics,
+    prompt_rows,
+    tiny_model,
+    train_here,
+    write_config,
+    write_jsonl,
+)
+from safetensors.torch import load_file
+
+from algorithms import grpo, ppo, reinforce_pp, rloo
+from data.errors import RunError
+from engine import checkpoint
+from engine.loop import Engine
+from engine.online import OnlineEngine
+from engine.rollout import Rollout, alike
+from engine.score import judge
+
+NAN = math.nan
+VALUES = 0.1, 0.3, 0.6, 0.7, 0.9, -0.1, 1 / 3
+DTYPES = torch.float32, torch.float64
+# one update per rollout, no reference
+KEYS = dict(max_completion_length=6, batch_size=2, lr=1e-3, max_length=64, schedule="constant", warmup=0, precision="fp32")
+WITHOUT_KL = {"grpo": {"beta": 0}, "rloo": {"kl_coef": 0}, "reinforce_pp": {"kl_coef": 0},
+              "dapo": {"max_resample_times": 1}, "gspo": {"num_mini_batches": 1},
+              # the critic starts at 0, and with lam 1 the first advantages are the whole returns: all alike
+              "ppo": {"kl_coef": 0, "lam": 1.0, "num_ppo_epochs": 1}}
+
+CONSTANTS = """
+def tenth(prompts, completions, **columns):
+    return [0.1] * len(completions)
+
+def partly(prompts, completions, **columns):
+    return [None if i % 3 else 0.7 for i in range(len(completions))]
+
+def in_two_parts(prompts, completions, **columns):
+    return [(0.1 + 0.2, 0.3)[i % 2] for i in range(len(completions))]
+
+def only_of_even_rows(prompts, completions, answer, **columns):
+    return [None if int(a) % 4 < 2 else sum(map(ord, c)) % 97 for a, c in zip(answer, completions)]
+
+def none(prompts, completions, **columns):
+    return [None] * len(completions)
+"""
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("signal")
+    (folder / "constants.py").write_text(CONSTANTS)
+    return {"model": tiny_model(folder / "model"), "data": write_jsonl(folder / "prompts.jsonl", prompt_rows(8)),
+            "rewards": folder / "constants.py"}
+
+
+@pytest.fixture
+def run(files, tmp_path):
+    """run(algorithm, reward, key=value, ...) -> the directory of a finished run."""
+    def run(algorithm, reward="tenth", name="run", **values):
+        group = {} if algorithm == "ppo" else {"num_generations": 4}
+        keys = dict(algorithm=algorithm, model=files["model"], data=files["data"], output=tmp_path / name,
+                    reward=reward if ":" in reward else f"{files['rewards']}:{reward}")
+        train_here(write_config(tmp_path / f"{name}.yml", **keys | KEYS | group | values))
+        return tmp_path / name
+    return run
+
+
+def told(run):
+    return (run / "events.log").read_text()
+
+
+# ---- the advantage of equal rewards ----
+
+def whitened_returns(rewards):
+    lengths = torch.full((len(rewards),), 3)
+    kl = torch.zeros(3 * len(rewards))
+    return reinforce_pp.whiten([reinforce_pp.token_returns(rewards, kl, lengths)])
+
+
+def whitened_gae(rewards):
+    parts = []
+    for reward in rewards:
+        tokens = ppo.token_rewards(reward[None], torch.zeros(3))
+        parts.append(ppo.gae(tokens, torch.zeros(3), lam=1.0)[0])
+    return ppo.whiten(parts)
+
+
+ADVANTAGES = {name: importlib.import_module(f"algorithms.{name}").group_advantages for name in
+              ("grpo", "dr_grpo", "dapo", "gspo", "cispo")}
+OF_A_GROUP = {name: lambda rewards, made=made: made([rewards]) for name, made in ADVANTAGES.items()} | {
+    "grpo-batch": lambda rewards: grpo.group_advantages([rewards, rewards.clone()], "batch"),
+    "grpo-none": lambda rewards: grpo.group_advantages([rewards], "none"),
+    "rloo": lambda rewards: [rloo.leave_one_out(rewards)],
+    "rloo-kl-0": lambda rewards: [rloo.leave_one_out(rloo.kl_rewards(rewards, torch.zeros(len(rewards)), torch.ones(len(rewards))))],
+    "reinforce_pp": whitened_returns,
+    "reinforce_pp-baseline": lambda rewards: whitened_returns(reinforce_pp.center(rewards)),
+    "ppo": whitened_gae}
+
+
+@pytest.mark.parametrize("name", OF_A_GROUP)
+def test_equal_rewards_have_no_advantage(name):
+    for dtype in DTYPES:
+        for value in VALUES:
+            for size in (*range(2, 33), 48, 64):
+                for advantages in OF_A_GROUP[name](torch.full((size,), value, dtype=dtype)):
+                    assert not advantages.any(), (dtype, value, size)
+
+
+@pytest.mark.parametrize("name", ADVANTAGES)
+def test_completions_without_a_reward_do_not_count(name):
+    """In the question whether the others are alike. Those that differ in their last bit are not."""
+    one, = ADVANTAGES[name]([torch.tensor([0.1, NAN, 0.1, 0.1, NAN])])
+    assert one.nan_to_num(7).tolist() == [0, 7, 0, 0, 7]
+    near = torch.tensor([0.1, 0.1 + 1e-8, 0.1], dtype=torch.float64)
+    other, = ADVANTAGES[name]([near])
+    scale = 1.0 if name == "dr_grpo" else statistics.stdev(near.tolist()) + 1e-4
+    mean = statistics.fmean(near.tolist())
+    assert other.tolist() == pytest.approx([(value - mean) / scale for value in near.tolist()], rel=1e-6)
+
+
+def test_alike():
+    for values, expected in {(0.1,): True, (): True, (NAN, NAN): True, (0.1, NAN, 0.1): True, (0.1, 0.2): False,
+                             (NAN, 1.0, 1.0 + 1e-7): False, (-0.0, 0.0): True}.items():
+        assert alike(torch.tensor(values)) is expected
+
+
+def test_rewards_that_differ_by_rounding_are_one():
+    """0.1 + 0.2 is not 0.3 in fp64; one reward of 0.3 and two of 0.1 and 0.2 are the same."""
+    from data.pack import Example, Response
+    from data.rewards import Reward
+    responses = [Response.all_trained([5])] * 2
+    rollout = Rollout(0, [Example([1], responses, "x:1", {"prompt": "p", "columns": {}})])
+    returned = {"one": [0.1, 0.3], "two": [0.2, 0.0]}
+    rewards = [Reward(name, 1.0, len) for name in returned]
+
+    class Tokenizer:
+        def decode(self, tokens, **options):
+            return "text"
+
+    judge(rollout, rewards, Tokenizer(), lambda functions, *_: [returned[reward.name] for reward in functions], None)
+    rewards, = rollout["rewards"]
+    assert rewards.dtype == torch.float64 and alike(rewards) and rewards[0] == torch.tensor(0.3).double()
+
+
+# ---- whole runs ----
+
+@pytest.mark.parametrize("algorithm", ONLINE)
+def test_a_constant_reward_moves_nothing(algorithm, run, files):
+    result = run(algorithm, max_steps=1 if algorithm == "ppo" else 3, **WITHOUT_KL.get(algorithm, {}))
+    assert_same_weights(final_weights(result), load_file(f"{files['model']}/model.safetensors"))
+    rows = metrics(result)
+    assert all(row["reward"] == pytest.approx(0.1) for row in rows)
+    if algorithm != "ppo":
+        assert all(row["frac_reward_zero_std"] == 1 and row["reward_std"] == 0 for row in rows)
+        assert all(row["grad_norm"] == 0 for row in rows)
+
+
+@pytest.mark.parametrize("reward", ["partly", "in_two_parts"])
+def test_a_reward_that_is_constant_where_it_judges(reward, run, files):
+    result = run("grpo", reward, max_steps=2, beta=0)
+    assert_same_weights(final_weights(result), load_file(f"{files['model']}/model.safetensors"))
+    assert all(row["frac_reward_zero_std"] == 1 for row in metrics(result))
+
+
+def test_ten_updates_without_a_signal_are_told_of_once(run):
+    result = run("grpo", max_steps=22, beta=0, num_iterations=2, batch_size=1)
+    lines = [line for line in told(result).splitlines() if "warning: in" in line]
+    assert len(lines) == 1 and "in 10 updates no completion was better than another one (mean reward 0.1, " in lines[0]
+    assert "try: " in lines[0]
+    quiet = run("grpo", max_steps=9, beta=0, name="quiet")
+    assert "warning: in" not in told(quiet)
+
+
+def test_a_signal_now_and_then_is_enough(run, monkeypatch):
+    """The count starts again with every rollout that teaches something."""
+    calls = []
+
+    def now_and_then(rollout, *arguments):
+        judge(rollout, *arguments)
+        calls.append(rollout)
+        if len(calls) % 8 == 0:
+            rollout["rewards"] = [torch.arange(4.0).double()] * len(rollout.examples)
+    monkeypatch.setattr("engine.online.judge", now_and_then)
+    assert "warning: in" not in told(run("grpo", max_steps=20, beta=0))
+
+
+def test_one_completion_per_prompt_is_compared_with_other_prompts(run):
+    result = run("ppo", max_steps=10, kl_coef=0)
+    assert "in 10 updates no completion was better" in told(result)
+    assert "warning: in" not in told(run("ppo", name="varied", max_steps=10, reward=f"{REWARDS}:varied"))
+
+
+# ---- nothing to train ----
+
+EMPTY = {"none": dict(reward="only_of_even_rows", batch_size=1, shuffle="false"),
+         "reuse": dict(reward="only_of_even_rows", batch_size=1, shuffle="false", num_iterations=2)}
+
+
+def stop_after(step, patch):
+    """A SIGTERM during the update, or the passing over, that ends at `step`."""
+    stop_requested = Engine.stop_requested
+
+    def requested(engine):
+        if engine.step and engine.step.index == step:
+            engine.signal = signal.SIGTERM
+        return stop_requested(engine)
+    patch.setattr(Engine, "stop_requested", requested)
+
+
+@pytest.mark.parametrize("algorithm, name", [("grpo", "none"), ("grpo", "reuse"), ("ppo", "none"), ("reinforce_pp", "reuse")])
+def test_a_rollout_with_nothing_to_train_is_passed_over(algorithm, name, run, monkeypatch):
+    """Rows 0, 1, 4 and 5 have no reward: their updates are made by nobody, and a run that is stopped after any
+    update, made or passed over, ends bit for bit as one that is not."""
+    keys = EMPTY[name] | {"max_steps": 8, "save_every": 1, "keep": 9}
+    if algorithm == "ppo":
+        keys |= {"num_ppo_epochs": 1}
+    whole = run(algorithm, name="whole", **keys)
+    rows = metrics(whole)
+    assert [row["step"] for row in rows] == list(range(1, 9))
+    passes = keys.get("num_iterations", 1)
+    for row in rows:
+        is_empty = (row["step"] - 1) // passes % 4 < 2
+        assert ("loss" not in row) == is_empty and (row["grad_norm"] == 0) == is_empty
+        assert ("reward" not in row) == is_empty
+        assert not any(isinstance(value, float) and math.isnan(value) for value in row.values())
+    assert told(whole).count("it is passed over") == 8 // passes - sum("loss" in row for row in rows) // passes
+    assert "nothing to train in rollout 1: of " in told(whole)
+    # before the first real update there is nothing to keep; later a passed over update leaves all as it was
+    kept = [int(path[-6:]) for path in checkpoint.checkpoints(str(whole))]
+    assert kept == list(range(2 * passes + 1, 9))
+    if passes == 1:
+        before, after = (load_file(whole / f"checkpoints/step-00000{step}/model.safetensors") for step in (4, 6))
+        assert_same_weights(before, after)
+    for step in (1, 2 * passes, 5, 6):
+        part = f"part-{step}"
+        with monkeypatch.context() as patch:
+            stop_after(step, patch)
+            with pytest.raises(SystemExit):
+                run(algorithm, name=part, **keys)
+        part = run(algorithm, name=part, **keys)
+        assert metrics(part) == rows
+        assert_same_weights(final_weights(part), final_weights(whole))
+
+
+def test_cut_completions_that_are_masked(run, monkeypatch):
+    """The second rollout has none that ended by itself."""
+    sample_rollout = OnlineEngine.sample_rollout
+
+    def cut(engine, number):
+        rollout = sample_rollout(engine, number)
+        rollout["truncated"] = [torch.full((4,), number == 1)] * len(rollout.examples)
+        return rollout
+    monkeypatch.setattr(OnlineEngine, "sample_rollout", cut)
+    result = run("dapo", reward=f"{REWARDS}:varied", mask_truncated_completions="true", max_steps=3)
+    assert ["loss" in row for row in metrics(result)] == [True, False, True]
+    assert "nothing to train in rollout 2: of 8 completions 0 have no reward, 8 were cut" in told(result)
+
+
+def test_a_run_that_trains_nothing_is_an_error(run, tmp_path):
+    for steps, says in ((3, "nothing was trained in 3 updates"), (12, "so it was in 10 rollouts in a row")):
+        with pytest.raises(RunError, match=says):
+            run("grpo", "none", name=f"none-{steps}", max_steps=steps)
+        assert not (tmp_path / f"none-{steps}" / "final").exists()
+        events = [json.loads(line) for line in (tmp_path / f"none-{steps}" / "metrics.jsonl").read_text().splitlines()]
+        assert len(events) == min(steps, 9)
+
+
+# ---- what is said at the start ----
+
+def test_what_top_p_and_top_k_mean_is_said(run):
+    lines = told(run("grpo", reward=f"{REWARDS}:varied", max_steps=1, top_p=0.9, top_k=7))
+    assert lines.count("top_p 0.9, top_k 7: completions are drawn from the likeliest tokens, log-probs, ratios and KL "
+                       "are those of the full distribution") == 1
+    assert "full distribution" not in told(run("grpo", reward=f"{REWARDS}:varied", max_steps=1, name="plain"))
