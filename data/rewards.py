@@ -303,10 +303,10 @@ def check_arguments(rewards, examples):
         if asked:
             unknown.append(f"{reward.name} takes {', '.join(sorted(asked))}")
     if unknown:
-        found = printable(", ".join(columns), keep="") or "none"
-        raise UserError(f"reward {' and '.join(unknown)}, neither one of {', '.join(GIVEN)} nor a column of the data "
-                        f"(columns: {found}); fix: take this out of the function's arguments (TRL's trainer_state "
-                        "and log functions do not exist here), or add such a column to the data")
+        found = printable(", ".join([*GIVEN, *columns]), keep="")
+        raise UserError(f"reward {' and '.join(unknown)}, but gets {found}; fix: remove the others from its "
+                        "arguments (TRL's trainer_state and log functions do not exist here), or add such columns "
+                        "to the data")
 
 
 def _required(function):
@@ -372,7 +372,7 @@ def _call(reward, prompts, completions, columns):
 def _as_list(values):
     if inspect.isawaitable(values):
         return values
-    if values is None or isinstance(values, (str, dict)):
+    if isinstance(values, (str, dict)) or not hasattr(values, "__iter__"):
         raise TypeError(f"the function returned {type(values).__name__}, not a list")
     return list(values)
 

@@ -370,14 +370,28 @@ def show(text: str) -> str:
     return repr(text if len(text) <= 80 else text[:77] + "...")
 
 
+class Dumper(yaml.SafeDumper):
+    """Texts of several lines as "one\\ntwo", on one line."""
+
+    def represent_str(self, text):
+        return self.represent_scalar("tag:yaml.org,2002:str", text, '"' if "\n" in text else None)
+
+
+Dumper.add_representer(str, Dumper.represent_str)
+
+
+def dump(value, **options) -> str:
+    return yaml.dump(value, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=math.inf, **options)
+
+
 def as_yaml(common: Common, config) -> str:
     """The resolved configuration as flat YAML, one key per line, that `load_config` reads back to equal values."""
-    return yaml.safe_dump(asdict(common) | asdict(config), sort_keys=False, allow_unicode=True, width=math.inf)
+    return dump(asdict(common) | asdict(config))
 
 
 def describe(run: Run) -> list[str]:
     """Lines "key = value   (where it comes from)" for --dry-run."""
-    pairs = [(key, yaml.safe_dump([value], default_flow_style=True, sort_keys=False, allow_unicode=True, width=math.inf).strip()[1:-1])
+    pairs = [(key, dump([value], default_flow_style=True).strip()[1:-1])
              for key, value in (asdict(run.common) | asdict(run.config)).items()]
     return [f"{f'{key} = {value}':<40}   ({run.sources[key]})" for key, value in pairs]
 
