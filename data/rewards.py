@@ -289,7 +289,8 @@ def _takes_columns(function):
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):            # functions in C may have no signature
         return False
-    return any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+    kinds = [parameter.kind for parameter in parameters]
+    return inspect.Parameter.VAR_KEYWORD in kinds and inspect.Parameter.POSITIONAL_ONLY not in kinds
 
 
 def check_arguments(rewards, examples):
@@ -344,7 +345,10 @@ def score_all(rewards, prompts, completions, columns, timeout=60.0):
     elif waiting:
         names, found = ", ".join(rewards[i].name for i in waiting), {}
         failure = _outcome(names, timeout, lambda: _await(waiting, found))
-        outcomes |= dict.fromkeys(waiting, failure) | found
+        unfinished = waiting.keys() - found.keys()
+        if failure:      # where none is unfinished, one has swallowed it
+            found |= dict.fromkeys(unfinished or waiting, failure)
+        outcomes |= found
     for i, outcome in outcomes.items():
         if isinstance(outcome, BaseException):
             raise _failed(rewards[i], outcome, prompts, completions, columns, timeout)
@@ -398,11 +402,13 @@ def _await(awaitables, found):
     try:
         _loop.run_until_complete(all_of_them())
     except BaseException:      # its time is over, or the run's
-        left = asyncio.all_tasks(_loop)
+        in_time, left = found.copy(), asyncio.all_tasks(_loop)
         for task in left:
             task.cancel()
         if left:
             _loop.run_until_complete(asyncio.wait(left, timeout=1))
+        found.clear()
+        found.update(in_time)
         raise
 
 
