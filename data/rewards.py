@@ -1,8 +1,8 @@
 """Rewards of online algorithms: the verifiers gsm8k and r1_zero, and functions from the user's own file.
 
-Every reward is `def reward(prompts, completions, **columns) -> list[float | None]`, or `async def`: prompts are
-strings or message lists, completions strings, columns the rows' other columns as lists (missing values are None), and
-completion_ids the completions' token ids. One entry per completion; None skips it.
+Every reward is `def reward(prompts, completions, **columns) -> list[float | None]`, or `async def`: prompts
+are strings or message lists, completions strings, columns the rows' other columns as lists (None: missing),
+and completion_ids the completions' token ids. One entry per completion; None skips it.
 
 What a model writes is hostile input. It is never evaluated; every search below takes time linear in its length; and what is read as
 a number is short before any arithmetic begins.
@@ -25,11 +25,11 @@ from data.errors import RunError, UserError, printable
 from data.guard import Interrupted, TimedOut, guarded
 
 IMPORT_SECONDS = 600.0                             # limit for the import of its file, which may load a model
-GIVEN = ("prompts", "completions", "completion_ids")                     # what a reward gets beside the columns
-OF_TRL = ("trainer_state", "log_extra", "log_metric", "environments")    # what only TRL passes to it
-AS_MESSAGE = re.compile(r"string indices must be integers|'str' object has no attribute '(?:get|content|role)'")
-NO_MESSAGE = ("a completion is a string here, of a conversation too: write completion where a function for TRL has "
-              "completion[0]['content'] (a prompt is a string or a list of messages, as in the data)")
+GIVEN = ("prompts", "completions", "completion_ids")               # what a reward gets beside the columns
+OF_TRL = ("trainer_state", "log_extra", "log_metric", "environments")      # what only TRL passes to it
+AS_MESSAGE = re.compile("string indices must be integers|'str' object has no attribute '(get|content|role)'")
+NO_MESSAGE = ("a completion is a string here, of a conversation too: write completion where a function for "
+              "TRL has completion[0]['content'] (a prompt is a string or a list of messages, as in the data)")
 GOLD = ("answer", "ground_truth", "solution")      # columns with the gold answer; the first one that a row has
 DIGITS = 40                                        # longer numbers are no answers
 ANSWER = 100                                       # characters; the same
@@ -294,8 +294,9 @@ def _takes_columns(function):
 
 
 def check_arguments(rewards, examples):
-    """UserError that names all arguments of the user's functions that no call here has: those without a default that
-    are neither in GIVEN nor a column of the `examples` (of kind "prompts"), and those of TRL's."""
+    """UserError that names all arguments of the user's functions that no call here has: those without a
+    default that are neither in GIVEN nor a column of the `examples` (of kind "prompts"), and those of
+    TRL's."""
     columns = dict.fromkeys(name for example in examples for name in example.extras["columns"])
     unknown = []
     for reward in filter(lambda reward: reward.file, rewards):
@@ -306,8 +307,8 @@ def check_arguments(rewards, examples):
     if unknown:
         found = printable(", ".join([*GIVEN, *columns]), keep="")
         raise UserError(f"reward {' and '.join(unknown)}, but gets {found}; fix: remove the others from its "
-                        "arguments (TRL's trainer_state and log functions do not exist here), or add such columns "
-                        "to the data")
+                        "arguments (TRL's trainer_state and log functions do not exist here), or add such "
+                        "columns to the data")
 
 
 def _required(function):
@@ -328,10 +329,10 @@ def score(reward, prompts, completions, columns, timeout=60.0):
 
 
 def score_all(rewards, prompts, completions, columns, timeout=60.0):
-    """Of each reward one finite float, or None, per completion. `columns`: {name: list}; `timeout`: seconds for each
-    call, limited on the main thread of Unix only. What `async def` functions return is awaited together, in the time of
-    one call. Raises RunError, which names the reward, a prompt and its completion, if a function fails or returns
-    something else."""
+    """Of each reward one finite float, or None, per completion. `columns`: {name: list}; `timeout`: seconds
+    for each call, limited on the main thread of Unix only. What `async def` functions return is awaited
+    together, in the time of one call. Raises RunError, which names the reward, a prompt and its completion,
+    if a function fails or returns something else."""
     columns = {name: values for name, values in columns.items() if name not in ("prompts", "completions")}
     outcomes = {}          # number of the reward: a list, an awaitable, or the exception that it raised
     for i, reward in enumerate(rewards):
@@ -381,11 +382,12 @@ def _as_list(values):
     return list(values)
 
 
-_loop = None      # one event loop for all calls: a client that a module holds belongs to the one of its first use
+_loop = None      # one for all calls: a client that a module holds belongs to the event loop of its first use
 
 
 def _await(awaitables, found):
-    """Await all of {number: awaitable} together; `found[number]` becomes what that returns as a list, or raises."""
+    """Await all of {number: awaitable} together; `found[number]` becomes what that returns as a list, or
+    raises."""
     global _loop
 
     async def one(i, awaitable):
@@ -437,8 +439,8 @@ def _numbers(reward, values, prompts, completions):
 
 def _fault(reward, failure, prompt, completion, fix):
     prompt = prompt if isinstance(prompt, str) else prompt[-1]["content"]
-    return RunError(f"reward {reward.name} {failure}, prompt {_shown(prompt)}, completion {_shown(completion)}; "
-                    f"fix: {fix}")
+    shown = f"prompt {_shown(prompt)}, completion {_shown(completion)}"
+    return RunError(f"reward {reward.name} {failure}, {shown}; fix: {fix}")
 
 
 def _number(value):

@@ -293,8 +293,8 @@ def unknown_key(key: str, where: str, algorithm: str, known) -> UserError:
 
 
 def cast(text: str, kind) -> Any:
-    """`text` as `kind`: str, int, float, bool, Literal, or one of these `| None`, or `str | list[str]`. ValueError
-    says what is expected."""
+    """`text` as `kind`: str, int, float, bool, Literal, or one of these `| None`, or `str | list[str]`.
+    ValueError says what is expected."""
     if list[str] in get_args(kind):
         return cast_texts(text)
     if isinstance(text, list):      # read_sources has cast it
@@ -324,8 +324,8 @@ def cast(text: str, kind) -> Any:
 
 
 def cast_texts(value: str | list[str]) -> str | list[str] | None:
-    """A list of texts, or one text, as it stands; None of "null". On the command line ["a", "b"], with the quotes, is
-    a list: [a] is a text."""
+    """A list of texts, or one text, as it stands; None of "null". On the command line ["a", "b"], with the
+    quotes, is a list: [a] is a text."""
     if isinstance(value, str) and re.fullmatch(r"""\s*\[\s*["'].*["']\s*,?\s*\]\s*""", value, re.DOTALL):
         try:
             value = yaml.load(value, yaml.BaseLoader)

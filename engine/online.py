@@ -27,7 +27,7 @@ from engine.score import judge
 from engine.value import reward_model_path
 
 EVALUATION, TRAINING, REPLACEMENT = range(3)      # so that the random draws of these never coincide
-MANY = 10      # updates in a row without a signal are told of; rollouts in a row with nothing to train end the run
+MANY = 10      # so many updates in a row without a signal are told of, rollouts with nothing to train end the run
 FIX = "look at the reward, or raise max_completion_length"
 
 
@@ -69,7 +69,7 @@ class OnlineEngine(Engine):
                         "likeliest tokens, log-probs, ratios and KL are those of the full distribution")
         if strings := stop_strings(sampling.stop):
             self.notice(f"a completion ends at {' or '.join(map(repr, strings))}, and at a stop token")
-        patience = PATIENCE.total_seconds() / 3      # a reward that fails is called once more, to find out where
+        patience = PATIENCE.total_seconds() / 3      # a reward that fails is called again, to find out where
         if self.world > 1 and sampling.reward_timeout > patience:
             raise UserError(f"reward_timeout is {sampling.reward_timeout:g}, longer than the other processes "
                             f"wait for the first; fix: give {patience:g} or less")
@@ -103,13 +103,15 @@ class OnlineEngine(Engine):
         return kept
 
     def pass_over(self, rollout: Rollout, due: list[int]) -> None:
-        """The updates `due` of a rollout with nothing to train: they count, are logged and saved, but no weight
-        moves, by AdamW's momentum neither. RunError after MANY such rollouts in a row."""
+        """The updates `due` of a rollout with nothing to train: they count, are logged and saved, but no
+        weight moves, by AdamW's momentum neither. RunError after MANY such rollouts in a row."""
         self.rollouts_without_training += 1
-        without = sum(int(rewards.isnan().sum()) for rewards in rollout["rewards"])
-        count = sum(map(len, rollout["rewards"]))
-        fault = (f"nothing to train in rollout {rollout.number + 1}: of {count} completions {without} have no "
-                 f"reward, {count - without} were cut at max_completion_length and are masked")
+        rewards = torch.cat(rollout["rewards"])
+        without = int(rewards.isnan().sum())
+        masked = len(rewards) - without
+        counts = {"without a reward": without, "cut at max_completion_length, and masked": masked}
+        reasons = ", ".join(f"{count} {reason}" for reason, count in counts.items() if count)
+        fault = f"nothing to train in rollout {rollout.number + 1} ({reasons})"
         if self.rollouts_without_training == MANY:
             raise RunError(f"{fault}; so it was in {MANY} rollouts in a row; fix: {FIX}")
         self.notice(f"{fault}; it is passed over")
@@ -118,8 +120,8 @@ class OnlineEngine(Engine):
                 self.grad_norm = 0.0
 
     def watch_signal(self, rollout: Rollout, updates: int) -> None:
-        """Warn once where MANY updates in a row had nothing to learn from: rewards alike in every group (in the
-        rollout, where a prompt has but one completion), or no advantage."""
+        """Warn once where MANY updates in a row had nothing to learn from: rewards alike in every group (in
+        the rollout, where a prompt has but one completion), or no advantage."""
         groups = rollout["rewards"]
         compared = groups if self.num_generations > 1 else [torch.cat(groups)]
         advantages = torch.cat(rollout["advantages"]) if "advantages" in rollout else torch.ones(1)
@@ -130,9 +132,10 @@ class OnlineEngine(Engine):
             self.told_of_signal = True
             cut = rollout.metrics.get("completions/clipped_ratio", 0.0)
             reward = rollout.metrics.get("reward", math.nan)
-            self.notice(f"warning: in {self.updates_without_signal} updates no completion was better than another "
-                        f"one (mean reward {reward:.4g}, {cut:.0%} cut at max_completion_length), so the reward "
-                        "teaches nothing; try: read some (sample_every: 1), easier prompts, a larger "
+            known = f"mean reward {reward:.4g}, {cut:.0%} cut at max_completion_length"
+            self.notice(f"warning: in {self.updates_without_signal} updates no completion was better than "
+                        f"another one ({known}), so the reward teaches nothing; "
+                        "try: read some (sample_every: 1), easier prompts, a larger "
                         "num_generations, temperature or max_completion_length, a reward with partial credit")
 
     def divided(self, examples: list[Example]) -> list[Example]:

@@ -42,10 +42,10 @@ class Settings(Sampling):
     n: int = 1                             # completions per prompt
     prompt_template: str | None = "auto"   # a name in data/prompts/ or a file with {question}; null = the chat template; auto = a run's
     #                                        own, else r1_zero where the model has no chat template, the rows questions and that reward
-    stop: str | list[str] | None = "auto"  # strings that end a completion: </answer>, </s>. A text is cut at its
-    #                                        commas, and \n in it is a newline; a list, such as ["\n\n", "Question:"],
-    #                                        stands as it is. auto = a run's own, else </answer> with the template
-    #                                        r1_zero
+    stop: str | list[str] | None = "auto"  # strings that end a completion: </answer>, </s>. A text is cut at
+    #                                        its commas, and \n in it is a newline; a list, such as
+    #                                        ["\n\n", "Question:"], stands as it is. auto = a run's own, else
+    #                                        </answer> with the template r1_zero
     max_completion_length: int | None = None    # tokens; longer completions are cut there; null = 512, or half of max_length
     limit: int | None = None               # only so many rows of data
     max_length: int | None = None          # tokens, prompt and completion together; null = as many as the model knows

@@ -38,9 +38,9 @@ class Sampling:
     temperature: float = 1.0               # of sampling, and of every log-prob
     top_p: float = 1.0                     # below 1: only the likeliest tokens that together have this probability are drawn
     top_k: int = 0                         # above 0: only the k likeliest tokens are drawn
-    stop: str | list[str] | None = "auto"  # strings that end a completion, besides the stop tokens: </answer>, </s>.
-    #                                        A text is cut at its commas, and \n in it is a newline; a list, such as
-    #                                        ["\n\n", "Question:"], stands as it is. auto = </answer> with the
+    stop: str | list[str] | None = "auto"  # strings that end a completion, besides stop tokens: </answer>, </s>.
+    #                                        A text is cut at its commas, and \n in it is a newline; a list, such
+    #                                        as ["\n\n", "Question:"], stands as it is. auto = </answer> with the
     #                                        template r1_zero, else none
     reward_timeout: float = 60.0           # seconds that a call of a reward may take
     rollout_batch_size: int = 64           # completions decoded together on one device: memory and speed, not the result
@@ -54,14 +54,14 @@ class Sampling:
 
 
 def usual_stop(prompt_template: str | None) -> str | None:
-    """What ends a completion where `stop` does not say it: the tag that ends an answer in the template r1_zero.
-    Text after it would make a right answer a wrong one."""
+    """What ends a completion where `stop` does not say it: the tag that ends an answer in the template
+    r1_zero. Text after it would make a right answer a wrong one."""
     return "</answer>" if prompt_template == "r1_zero" else None
 
 
 def stop_strings(stop: str | list[str] | None) -> list[str]:
-    """The strings that a value of `stop` means: those of a list as they are. A text is cut at commas; spaces around
-    the parts do not count, and \\n and \\t in them are a newline and a tab."""
+    """The strings that a value of `stop` means: those of a list as they are. A text is cut at commas; spaces
+    around the parts do not count, and \\n and \\t in them are a newline and a tab."""
     if stop == "auto":
         raise UserError("stop was not set; "
                         "fix: let __post_init__ of the algorithm's Config call super().__post_init__()")
@@ -108,9 +108,9 @@ class Rollout:
 
 
 def alike(rewards: torch.Tensor) -> bool:
-    """Whether the rewards of a group (G,), or of a batch, are one value, NaN (no reward) aside. They teach nothing
-    then, and their advantage is 0: the mean of equal numbers may differ from them by rounding, and AdamW makes full
-    steps of that."""
+    """Whether the rewards of a group (G,), or of a batch, are one value, NaN (no reward) aside. They teach
+    nothing then, and their advantage is 0: the mean of equal numbers may differ from them by rounding, and
+    AdamW makes full steps of that."""
     judged = rewards[~rewards.isnan()]
     return len(judged) == 0 or bool(judged.min() == judged.max())
 

@@ -8,12 +8,12 @@ from engine.rollout import Rollout
 
 
 def judge(rollout: Rollout, rewards: list, tokenizer, by_functions, by_model) -> None:
-    """Set rollout["rewards/<name>"] of every reward and rollout["rewards"], their weighted sum, (G,) per prompt; NaN
-    where nothing judges a completion. `by_functions(rewards, prompts, texts, columns)` -> of each of those that are
-    functions a number or None per completion; `by_model(reward)` -> (G,) per prompt.
+    """Set rollout["rewards/<name>"] of every reward and rollout["rewards"], their weighted sum, (G,) per
+    prompt; NaN where nothing judges a completion. `by_functions(rewards, prompts, texts, columns)` -> of each
+    of those that are functions a number or None per completion; `by_model(reward)` -> (G,) per prompt.
 
-    A reward is rounded to fp32, so that 0.1 + 0.2 is 0.3, and kept in fp64, in which sums of such numbers are exact:
-    advantages are computed in that."""
+    A reward is rounded to fp32, so that 0.1 + 0.2 is 0.3, and kept in fp64, in which sums of such numbers are
+    exact: advantages are computed in that."""
     examples = rollout.examples
     prompts = [example.extras["prompt"] for example in examples for _ in example.responses]
     texts = [text_of(tokenizer, response) for example in examples for response in example.responses]

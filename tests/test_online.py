@@ -407,7 +407,8 @@ def test_weights_that_do_not_move_stop_the_run(run):
 
 
 def test_rewards_that_are_none_everywhere_stop_the_run(run):
-    assert "nothing was trained in 12 updates" in refused(run, "grpo", **GROUPS | {"reward": f"{REWARDS}:none"})
+    error = refused(run, "grpo", **GROUPS | {"reward": f"{REWARDS}:none"})
+    assert "nothing was trained in 12 updates" in error
 
 
 def test_a_reward_that_is_not_a_number_names_itself_prompt_and_completion(run):

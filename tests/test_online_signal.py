@@ -1,6 +1,6 @@
-"""Rewards that say nothing: all alike, none at all, or of completions that are not trained. No weight moves, and the run says so."""
+"""Rewards that say nothing: all alike, none at all, or of completions that are not trained. No weight moves,
+and the run says so."""
 import importlib
-import json
 import math
 import signal
 import statistics
@@ -20,6 +20,7 @@ from helpers import (
     write_jsonl,
 )
 from safetensors.torch import load_file
+from test_distributed import two_ranks
 
 from algorithms import grpo, ppo, reinforce_pp, rloo
 from data.errors import RunError
@@ -33,7 +34,7 @@ NAN = math.nan
 VALUES = 0.1, 0.3, 0.6, 0.7, 0.9, -0.1, 1 / 3
 DTYPES = torch.float32, torch.float64
 # one update per rollout, no reference
-KEYS = dict(max_completion_length=6, batch_size=2, lr=1e-3, max_length=64, schedule="constant", warmup=0, precision="fp32")
+KEYS = dict(max_completion_length=6, batch_size=2, lr=1e-3, max_length=64, schedule="constant", warmup=0)
 WITHOUT_KL = {"grpo": {"beta": 0}, "rloo": {"kl_coef": 0}, "reinforce_pp": {"kl_coef": 0},
               "dapo": {"max_resample_times": 1}, "gspo": {"num_mini_batches": 1},
               # the critic starts at 0, and with lam 1 the first advantages are the whole returns: all alike
@@ -61,8 +62,8 @@ def none(prompts, completions, **columns):
 def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("signal")
     (folder / "constants.py").write_text(CONSTANTS)
-    return {"model": tiny_model(folder / "model"), "data": write_jsonl(folder / "prompts.jsonl", prompt_rows(8)),
-            "rewards": folder / "constants.py"}
+    data = write_jsonl(folder / "prompts.jsonl", prompt_rows(8))
+    return {"model": tiny_model(folder / "model"), "data": data, "rewards": folder / "constants.py"}
 
 
 @pytest.fixture
@@ -82,6 +83,11 @@ def told(run):
 
 
 # ---- the advantage of equal rewards ----
+
+def less_the_kl(rewards):
+    count = len(rewards)
+    return rloo.kl_rewards(rewards, torch.zeros(count), torch.ones(count))
+
 
 def whitened_returns(rewards):
     lengths = torch.full((len(rewards),), 3)
@@ -103,7 +109,7 @@ OF_A_GROUP = {name: lambda rewards, made=made: made([rewards]) for name, made in
     "grpo-batch": lambda rewards: grpo.group_advantages([rewards, rewards.clone()], "batch"),
     "grpo-none": lambda rewards: grpo.group_advantages([rewards], "none"),
     "rloo": lambda rewards: [rloo.leave_one_out(rewards)],
-    "rloo-kl-0": lambda rewards: [rloo.leave_one_out(rloo.kl_rewards(rewards, torch.zeros(len(rewards)), torch.ones(len(rewards))))],
+    "rloo-kl-0": lambda rewards: [rloo.leave_one_out(less_the_kl(rewards))],
     "reinforce_pp": whitened_returns,
     "reinforce_pp-baseline": lambda rewards: whitened_returns(reinforce_pp.center(rewards)),
     "ppo": whitened_gae}
@@ -131,9 +137,10 @@ def test_completions_without_a_reward_do_not_count(name):
 
 
 def test_alike():
-    for values, expected in {(0.1,): True, (): True, (NAN, NAN): True, (0.1, NAN, 0.1): True, (0.1, 0.2): False,
-                             (NAN, 1.0, 1.0 + 1e-7): False, (-0.0, 0.0): True}.items():
-        assert alike(torch.tensor(values)) is expected
+    for values in ((0.1,), (), (NAN, NAN), (0.1, NAN, 0.1), (-0.0, 0.0)):
+        assert alike(torch.tensor(values))
+    for values in ((0.1, 0.2), (NAN, 1.0, 1.0 + 1e-6)):
+        assert not alike(torch.tensor(values))
 
 
 def test_rewards_that_differ_by_rounding_are_one():
@@ -149,7 +156,9 @@ def test_rewards_that_differ_by_rounding_are_one():
         def decode(self, tokens, **options):
             return "text"
 
-    judge(rollout, rewards, Tokenizer(), lambda functions, *_: [returned[reward.name] for reward in functions], None)
+    def by_functions(functions, *arguments):
+        return [returned[reward.name] for reward in functions]
+    judge(rollout, rewards, Tokenizer(), by_functions, None)
     rewards, = rollout["rewards"]
     assert rewards.dtype == torch.float64 and alike(rewards) and rewards[0] == torch.tensor(0.3).double()
 
@@ -177,8 +186,8 @@ def test_a_reward_that_is_constant_where_it_judges(reward, run, files):
 def test_ten_updates_without_a_signal_are_told_of_once(run):
     result = run("grpo", max_steps=22, beta=0, num_iterations=2, batch_size=1)
     lines = [line for line in told(result).splitlines() if "warning: in" in line]
-    assert len(lines) == 1 and "in 10 updates no completion was better than another one (mean reward 0.1, " in lines[0]
-    assert "try: " in lines[0]
+    assert len(lines) == 1 and "in 10 updates no completion was better than another one" in lines[0]
+    assert "(mean reward 0.1, " in lines[0] and "try: " in lines[0]
     quiet = run("grpo", max_steps=9, beta=0, name="quiet")
     assert "warning: in" not in told(quiet)
 
@@ -219,10 +228,11 @@ def stop_after(step, patch):
     patch.setattr(Engine, "stop_requested", requested)
 
 
-@pytest.mark.parametrize("algorithm, name", [("grpo", "none"), ("grpo", "reuse"), ("ppo", "none"), ("reinforce_pp", "reuse")])
+@pytest.mark.parametrize("algorithm, name", [("grpo", "none"), ("grpo", "reuse"), ("ppo", "none"),
+                                             ("reinforce_pp", "reuse")])
 def test_a_rollout_with_nothing_to_train_is_passed_over(algorithm, name, run, monkeypatch):
-    """Rows 0, 1, 4 and 5 have no reward: their updates are made by nobody, and a run that is stopped after any
-    update, made or passed over, ends bit for bit as one that is not."""
+    """Rows 0, 1, 4 and 5 have no reward: their updates are made by nobody, and a run that is stopped after
+    any update, made or passed over, ends bit for bit as one that is not."""
     keys = EMPTY[name] | {"max_steps": 8, "save_every": 1, "keep": 9}
     if algorithm == "ppo":
         keys |= {"num_ppo_epochs": 1}
@@ -235,14 +245,15 @@ def test_a_rollout_with_nothing_to_train_is_passed_over(algorithm, name, run, mo
         assert ("loss" not in row) == is_empty and (row["grad_norm"] == 0) == is_empty
         assert ("reward" not in row) == is_empty
         assert not any(isinstance(value, float) and math.isnan(value) for value in row.values())
-    assert told(whole).count("it is passed over") == 8 // passes - sum("loss" in row for row in rows) // passes
-    assert "nothing to train in rollout 1: of " in told(whole)
+    assert told(whole).count("it is passed over") == sum("loss" not in row for row in rows) // passes
+    count = 1 if algorithm == "ppo" else 4
+    assert f"nothing to train in rollout 1 ({count} without a reward); it is" in told(whole)
     # before the first real update there is nothing to keep; later a passed over update leaves all as it was
     kept = [int(path[-6:]) for path in checkpoint.checkpoints(str(whole))]
     assert kept == list(range(2 * passes + 1, 9))
     if passes == 1:
-        before, after = (load_file(whole / f"checkpoints/step-00000{step}/model.safetensors") for step in (4, 6))
-        assert_same_weights(before, after)
+        folders = [whole / "checkpoints" / f"step-00000{step}" for step in (4, 6)]
+        assert_same_weights(*(load_file(folder / "model.safetensors") for folder in folders))
     for step in (1, 2 * passes, 5, 6):
         part = f"part-{step}"
         with monkeypatch.context() as patch:
@@ -265,7 +276,18 @@ def test_cut_completions_that_are_masked(run, monkeypatch):
     monkeypatch.setattr(OnlineEngine, "sample_rollout", cut)
     result = run("dapo", reward=f"{REWARDS}:varied", mask_truncated_completions="true", max_steps=3)
     assert ["loss" in row for row in metrics(result)] == [True, False, True]
-    assert "nothing to train in rollout 2: of 8 completions 0 have no reward, 8 were cut" in told(result)
+    assert "nothing to train in rollout 2 (8 cut at max_completion_length, and masked); " in told(result)
+
+
+def test_two_processes_pass_over_as_one_does(run, files, tmp_path):
+    keys = EMPTY["reuse"] | {"max_steps": 8, "save_every": "null"}
+    one = run("grpo", name="one", **keys)
+    config = tmp_path / "two.yml"
+    config.write_text((tmp_path / "one.yml").read_text().replace(str(one), str(tmp_path / "two")))
+    assert [rank.code for rank in two_ranks(config)] == [0, 0]
+    assert told(tmp_path / "two").count("it is passed over") == told(one).count("it is passed over") == 2
+    for ours, theirs in zip(metrics(tmp_path / "two"), metrics(one), strict=True):
+        assert ours.pop("split") == theirs.pop("split") and ours == pytest.approx(theirs, rel=2e-5, abs=2e-5)
 
 
 def test_a_run_that_trains_nothing_is_an_error(run, tmp_path):
@@ -273,14 +295,14 @@ def test_a_run_that_trains_nothing_is_an_error(run, tmp_path):
         with pytest.raises(RunError, match=says):
             run("grpo", "none", name=f"none-{steps}", max_steps=steps)
         assert not (tmp_path / f"none-{steps}" / "final").exists()
-        events = [json.loads(line) for line in (tmp_path / f"none-{steps}" / "metrics.jsonl").read_text().splitlines()]
-        assert len(events) == min(steps, 9)
+        assert len(metrics(tmp_path / f"none-{steps}")) == min(steps, 9)
 
 
 # ---- what is said at the start ----
 
 def test_what_top_p_and_top_k_mean_is_said(run):
     lines = told(run("grpo", reward=f"{REWARDS}:varied", max_steps=1, top_p=0.9, top_k=7))
-    assert lines.count("top_p 0.9, top_k 7: completions are drawn from the likeliest tokens, log-probs, ratios and KL "
-                       "are those of the full distribution") == 1
+    line = ("top_p 0.9, top_k 7: completions are drawn from the likeliest tokens, log-probs, ratios and KL are "
+            "those of the full distribution")
+    assert lines.count(line) == 1
     assert "full distribution" not in told(run("grpo", reward=f"{REWARDS}:varied", max_steps=1, name="plain"))

@@ -1,5 +1,6 @@
-"""Reward functions as they are written for TRL: async def, completion_ids, arguments that only TRL passes, message
-lists; the time limit's key. And `stop`: lists, newlines and commas, from a file and from the command line."""
+"""Reward functions as they are written for TRL: async def, completion_ids, arguments that only TRL passes,
+message lists; the time limit's key. And `stop`: lists, newlines and commas, from a file and from the command
+line."""
 import json
 import textwrap
 import time
@@ -23,7 +24,8 @@ KEYS = dict(max_completion_length=6, num_generations=2, batch_size=2, lr=1e-3, m
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("conventions")
-    return {"model": tiny_model(folder / "model"), "data": write_jsonl(folder / "prompts.jsonl", prompt_rows(4))}
+    data = write_jsonl(folder / "prompts.jsonl", prompt_rows(4))
+    return {"model": tiny_model(folder / "model"), "data": data}
 
 
 @pytest.fixture
@@ -125,18 +127,21 @@ MEET = """
 def test_async_functions_are_awaited_together(load):
     assert values_of(load(MEET, "one", "between", "other")) == [[3.0, 5.0], [0.0, None], [-3.0, -5.0]]
     assert values_of(load(MEET, "judge")) == [[1.0, 1.0]]
-    for _ in range(2):                                 # a client opened in the first call serves the second one
+    for _ in range(2):                             # a client opened in the first call serves the second one
         assert values_of(load(MEET, "of_one_loop")) == [[1.0, 1.0]]
 
 
 def test_an_async_function_that_fails(load, recwarn):
     message = refused(RunError, values_of, load(MEET, "judge", "fails"))
-    assert message.startswith("reward fails raised ZeroDivisionError") and "prompt 'q', completion 'three'" in message
-    for names in (["judge", "hangs"], ["judge", "blocks"], ["judge", "swallows"], ["swallows_while_it_blocks"]):
+    assert message.startswith("reward fails raised ZeroDivisionError")
+    assert "prompt 'q', completion 'three'" in message
+    slow = ["judge", "hangs"], ["judge", "blocks"], ["judge", "swallows"], ["swallows_while_it_blocks"]
+    for names in slow:
         started, name = time.monotonic(), names[-1]
         message = refused(RunError, values_of, load(MEET, *names), 0.1)
         assert message.startswith(f"reward {name} took longer than 0.1 s for 2 completions, ")
-        assert message.endswith("; fix: make it faster, or raise reward_timeout") and time.monotonic() - started < 5
+        assert message.endswith("; fix: make it faster, or raise reward_timeout")
+        assert time.monotonic() - started < 5
     assert values_of(load(MEET, "judge")) == [[1.0, 1.0]]
     sync = "def reward(**columns):\n    raise ValueError\n" + textwrap.dedent(MEET)
     assert "reward reward raised ValueError" in refused(RunError, values_of, load(sync, "judge", "reward"))
@@ -174,7 +179,8 @@ def test_a_run_passes_the_tokens(run, tmp_path):
         os.chdir(here)
     texts, tokens = eval((tmp_path / "seen.txt").read_text())
     tokenizer = byte_tokenizer()
-    assert len(texts) == 4 and all(0 < len(ids) <= 6 and all(type(token) is int for token in ids) for ids in tokens)
+    assert len(texts) == 4 and {len(ids) for ids in tokens} <= set(range(1, 7))
+    assert {type(token) for ids in tokens for token in ids} == {int}
     assert [tokenizer.decode(ids, skip_special_tokens=True) for ids in tokens] == texts
 
 
@@ -200,11 +206,13 @@ def test_arguments_that_nobody_passes(load):
     rows = examples(answer="1") + examples(level=2)
     check_arguments(load(ARGUMENTS, "fine"), rows)
     message = refused(UserError, check_arguments, load(ARGUMENTS, "fine", "state", "logs", "verl"), rows)
-    assert message.startswith("reward state takes trainer_state and logs takes log_extra, log_metric and verl takes "
-                              "ground_truth, solution_str, but gets prompts, completions, completion_ids, answer, level;")
+    assert message.startswith("reward state takes trainer_state and logs takes log_extra, log_metric and "
+                              "verl takes ground_truth, solution_str, but gets prompts, completions, "
+                              "completion_ids, answer, level;")
     check_arguments(load(ARGUMENTS, "state"), examples(trainer_state=1))      # a column of that name
     # a column of some rows only is None where a batch has none of them
-    assert score(load("def reward(completions, level, **columns):\n    return level")[0], ["p"], ["c"], {}) == [None]
+    level, = load("def reward(completions, level, **columns):\n    return level")
+    assert score(level, ["p"], ["c"], {}) == [None]
 
 
 @pytest.mark.parametrize("words", [(), ("--dry-run",)])
@@ -212,7 +220,7 @@ def test_arguments_are_looked_at_before_a_model_is_loaded(words, run, tmp_path, 
     monkeypatch.setattr("engine.model.load_lm", None)
     (tmp_path / "arguments.py").write_text(textwrap.dedent(ARGUMENTS))
     message = refused(UserError, lambda: run(*words, reward=f"{tmp_path}/arguments.py:verl"))
-    assert "reward verl takes ground_truth, solution_str, but gets prompts, completions, completion_ids, " in message
+    assert "reward verl takes ground_truth, solution_str, but gets prompts, completions, " in message
     assert not (tmp_path / "run").exists()
 
 
@@ -220,12 +228,14 @@ def test_arguments_without_a_name(load):
     assert "by_place in " in refused(UserError, load, ARGUMENTS, "by_place")
 
 
-@pytest.mark.parametrize("code", ["completion[0]['content']", "completion[-1].get('content')", "completion.content"])
+@pytest.mark.parametrize("code", [
+    "completion[0]['content']", "completion[-1].get('content')", "completion.content"])
 def test_completions_are_strings(code, load):
     body = f"def reward(completions, **columns):\n    return [len({code}) for completion in completions]\n"
     message = refused(RunError, values_of, load(body))
     assert "; fix: a completion is a string here, of a conversation too: write completion where" in message
-    assert "is a string here" not in refused(RunError, values_of, load("def reward(**columns):\n    return [1 + 'a']"))
+    another = load("def reward(**columns):\n    return [1 + 'a']")
+    assert "is a string here" not in refused(RunError, values_of, another)
 
 
 # ---- reward_timeout ----
@@ -237,14 +247,15 @@ def test_the_time_limit_is_a_key(run, files, tmp_path):
     (tmp_path / "slow.py").write_text(SLOW)
     reward = f"{tmp_path}/slow.py:reward"
     message = refused(RunError, lambda: run(reward=reward, reward_timeout=0.2))
-    assert "took longer than 0.2 s for 4 completions" in message and message.endswith("or raise reward_timeout")
-    words = [files["model"], f"data={files['data']}", f"reward={reward}", "reward_timeout=0.2", "max_length=64",
-             "limit=2"]
+    assert "took longer than 0.2 s for 4 completions" in message
+    assert message.endswith("or raise reward_timeout")
+    words = [files["model"], f"data={files['data']}", f"reward={reward}", "reward_timeout=0.2", "limit=2"]
+    words.append("max_length=64")
     for main, more in ((evaluate.main, []), (sampling_program.main, ["n=2"])):
         message = refused(RunError, main, [*words, *more, f"output={tmp_path / main.__module__}"])
         assert "reward took longer than 0.2 s" in message and "raise reward_timeout" in message
-    assert load_config([write_config(tmp_path / "a.yml", algorithm="grpo", model="m", data="d", reward="gsm8k")]
-                       ).config.reward_timeout == 60
+    write_config(tmp_path / "a.yml", algorithm="grpo", model="m", data="d", reward="gsm8k")
+    assert load_config([str(tmp_path / "a.yml")]).config.reward_timeout == 60
     for value in ("0", "-1", "x"):
         assert "reward_timeout (command line)" in refused(
             UserError, load_config, [str(tmp_path / "a.yml"), f"reward_timeout={value}"])
@@ -285,9 +296,9 @@ STOPS = {      # what stands in a file: the strings that it means
     "prompt_template: r1_zero\nstop: END": ["END"],
 }
 WORDS = {      # the same on a command line
-    "stop=</answer>, </s>": ["</answer>", "</s>"], "stop=\\n\\n": ["\n\n"], "stop=\n\n": ["\n\n"], "stop=\\tA": ["\tA"],
-    'stop=["\\n\\n","Q:"]': ["\n\n", "Q:"], "stop=['a, b']": ["a, b"], "stop=[END]": ["[END]"], "stop=[a, b]": ["[a", "b]"],
-    "stop=null": [], "stop=[]": ["[]"]}
+    "stop=</answer>, </s>": ["</answer>", "</s>"], "stop=\\n\\n": ["\n\n"], "stop=\n\n": ["\n\n"],
+    'stop=["\\n\\n","Q:"]': ["\n\n", "Q:"], "stop=['a, b']": ["a, b"], "stop=[END]": ["[END]"],
+    "stop=[a, b]": ["[a", "b]"], "stop=null": [], "stop=[]": ["[]"], "stop=\\tA": ["\tA"]}
 
 
 @pytest.fixture
@@ -304,7 +315,8 @@ def test_stop_in_a_file(text, config, tmp_path):
     run_config = config(text)
     assert stop_strings(run_config.config.stop) == STOPS[text]
     from engine.config import as_yaml, describe
-    (tmp_path / "config.yaml").write_text(as_yaml(run_config.common, run_config.config))      # as a run keeps it
+    # as a run keeps it
+    (tmp_path / "config.yaml").write_text(as_yaml(run_config.common, run_config.config))
     assert load_config([str(tmp_path / "config.yaml")]).config.stop == run_config.config.stop
     assert all("\n" not in line for line in describe(run_config))
 
@@ -315,9 +327,11 @@ def test_stop_on_the_command_line(word, config):
 
 
 @pytest.mark.parametrize("text, says", [
-    ("stop: ','", "stop is ',', which holds no string"), ('stop: ["a", ""]', "a list of texts that are not empty"),
+    ("stop: ','", "stop is ',', which holds no string"),
+    ('stop: ["a", ""]', "a list of texts that are not empty"),
     ("stop: [[a]]", "nested value of 'stop'"), ("stop: {a: b}", "nested value of 'stop'"),
-    ("lr: [1, 2]", "nested value of 'lr'"), ("max_steps: [3]", "nested value of 'max_steps'"), ("learning_rate: [1]", "write lr")])
+    ("lr: [1, 2]", "nested value of 'lr'"), ("max_steps: [3]", "nested value of 'max_steps'"),
+    ("learning_rate: [1]", "write lr")])
 def test_lists_where_none_may_be(text, says, config):
     assert says in refused(UserError, config, text)
 
@@ -336,10 +350,10 @@ def test_a_config_of_ones_own_must_not_lose_the_rule():
 
 def test_where_a_completion_ends():
     tokenizer = byte_tokenizer()
-    for stop, texts in {("\n\n",): {"a\n": False, "a\n\n": True, "a\n b\n": False}, ("a, b",): {"a": False, "a, b": True}}.items():
-        stops = Stops(tokenizer, list(stop))
-        for text, ends in texts.items():
-            assert stops(tokenizer(text).input_ids) is ends
+    cases = [("\n\n", "a\n", False), ("\n\n", "a\n\n", True), ("\n\n", "a\n b\n", False),
+             ("a, b", "a", False), ("a, b", "a, b", True)]
+    for stop, text, ends in cases:
+        assert Stops(tokenizer, [stop])(tokenizer(text).input_ids) is ends
 
 
 def test_a_run_its_evaluation_and_its_start_agree(run, files, tmp_path):
@@ -347,9 +361,12 @@ def test_a_run_its_evaluation_and_its_start_agree(run, files, tmp_path):
     done = run(reward="gsm8k", stop=["\n\n", "a, b"])
     assert "a completion ends at '\\n\\n' or 'a, b', and at a stop token" in (done / "events.log").read_text()
     assert yaml.safe_load((done / "config.yaml").read_text())["stop"] == ["\n\n", "a, b"]
-    words = [str(done), f"data={files['data']}", "reward=gsm8k", "max_length=64", "limit=2", "max_completion_length=6"]
-    for more, expected in (([], ["\n\n", "a, b"]), (["stop=\\nQ, R"], "\\nQ, R"), (['stop=["\\n"]'], ["\n"]), (["stop=null"], None)):
-        output = tmp_path / f"out-{len(more) and more[0][5:8].strip()}-{len(str(expected))}"
+    words = [str(done), f"data={files['data']}", "reward=gsm8k", "max_length=64", "limit=2"]
+    words.append("max_completion_length=6")
+    cases = [([], ["\n\n", "a, b"]), (["stop=\\nQ, R"], "\\nQ, R"), (['stop=["\\n"]'], ["\n"]),
+             (["stop=null"], None)]
+    for number, (more, expected) in enumerate(cases):
+        output = tmp_path / f"out-{number}"
         evaluate.main([*words, *more, f"output={output}"])
         settings, = output.glob("*settings.json")
         assert json.loads(settings.read_text())["stop"] == expected
