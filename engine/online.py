@@ -27,7 +27,8 @@ from engine.score import judge
 from engine.value import reward_model_path
 
 EVALUATION, TRAINING, REPLACEMENT = range(3)      # so that the random draws of these never coincide
-MANY = 10      # so many updates in a row without a signal are told of, rollouts with nothing to train end the run
+# so many updates in a row without a signal are told of, so many rollouts with nothing to train end the run
+MANY = 10
 FIX = "look at the reward, or raise max_completion_length"
 
 

@@ -38,9 +38,9 @@ class Sampling:
     temperature: float = 1.0               # of sampling, and of every log-prob
     top_p: float = 1.0                     # below 1: only the likeliest tokens that together have this probability are drawn
     top_k: int = 0                         # above 0: only the k likeliest tokens are drawn
-    stop: str | list[str] | None = "auto"  # strings that end a completion, besides stop tokens: </answer>, </s>.
-    #                                        A text is cut at its commas, and \n in it is a newline; a list, such
-    #                                        as ["\n\n", "Question:"], stands as it is. auto = </answer> with the
+    stop: str | list[str] | None = "auto"  # strings that end a completion, besides stop tokens: </answer>, </s>
+    #                                        A text is cut at its commas, \n in it is a newline; a list, such as
+    #                                        ["\n\n", "Question:"], stands as it is. auto = </answer> with the
     #                                        template r1_zero, else none
     reward_timeout: float = 60.0           # seconds that a call of a reward may take
     rollout_batch_size: int = 64           # completions decoded together on one device: memory and speed, not the result

@@ -302,7 +302,7 @@ def test_a_run_that_trains_nothing_is_an_error(run, tmp_path):
 
 def test_what_top_p_and_top_k_mean_is_said(run):
     lines = told(run("grpo", reward=f"{REWARDS}:varied", max_steps=1, top_p=0.9, top_k=7))
-    line = ("top_p 0.9, top_k 7: completions are drawn from the likeliest tokens, log-probs, ratios and KL are "
-            "those of the full distribution")
+    line = ("top_p 0.9, top_k 7: completions are drawn from the likeliest tokens, log-probs, ratios and KL "
+            "are those of the full distribution")
     assert lines.count(line) == 1
     assert "full distribution" not in told(run("grpo", reward=f"{REWARDS}:varied", max_steps=1, name="plain"))
