@@ -133,11 +133,12 @@ class OnlineEngine(Engine):
             self.told_of_signal = True
             cut = rollout.metrics.get("completions/clipped_ratio", 0.0)
             reward = rollout.metrics.get("reward", math.nan)
+            unit = "prompt" if self.num_generations > 1 else "rollout"
             known = f"mean reward {reward:.4g}, {cut:.0%} cut at max_completion_length"
-            self.notice(f"warning: in {self.updates_without_signal} updates no completion was better than "
-                        f"another one ({known}), so the reward teaches nothing; "
-                        "try: read some (sample_every: 1), easier prompts, a larger "
-                        "num_generations, temperature or max_completion_length, a reward with partial credit")
+            self.notice(f"warning: in {self.updates_without_signal} updates all completions of a {unit} earned "
+                        f"the same ({known}): the reward teaches little or nothing; try: read some of them "
+                        "(sample_every: 1), easier prompts, a larger num_generations, temperature or "
+                        "max_completion_length, a reward with partial credit")
 
     def divided(self, examples: list[Example]) -> list[Example]:
         """The same responses in examples of at most `micro_batch_tokens`: advantages are known, so a group need not stay together."""

@@ -186,7 +186,7 @@ def test_a_reward_that_is_constant_where_it_judges(reward, run, files):
 def test_ten_updates_without_a_signal_are_told_of_once(run):
     result = run("grpo", max_steps=22, beta=0, num_iterations=2, batch_size=1)
     lines = [line for line in told(result).splitlines() if "warning: in" in line]
-    assert len(lines) == 1 and "in 10 updates no completion was better than another one" in lines[0]
+    assert len(lines) == 1 and "in 10 updates all completions of a prompt earned the same" in lines[0]
     assert "(mean reward 0.1, " in lines[0] and "try: " in lines[0]
     quiet = run("grpo", max_steps=9, beta=0, name="quiet")
     assert "warning: in" not in told(quiet)
@@ -207,7 +207,7 @@ def test_a_signal_now_and_then_is_enough(run, monkeypatch):
 
 def test_one_completion_per_prompt_is_compared_with_other_prompts(run):
     result = run("ppo", max_steps=10, kl_coef=0)
-    assert "in 10 updates no completion was better" in told(result)
+    assert "in 10 updates all completions of a rollout earned the same" in told(result)
     assert "warning: in" not in told(run("ppo", name="varied", max_steps=10, reward=f"{REWARDS}:varied"))
 
 
