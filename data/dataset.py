@@ -2,14 +2,14 @@
 import hashlib
 import itertools
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from data.errors import UserError
 from data.files import SUFFIXES, find_file, read_rows, sha256
-from data.formats import parse, read_template
+from data.formats import parse, read_template, without_template
 from data.hub import HUB_NAME, SHORT_NAME, hub_rows
 from data.pack import Example
 from data.rewards import check_gold, load_reward
@@ -30,10 +30,11 @@ class Dataset:
     (repetitions of an earlier example); prompt_length,
     response_length (0 of prompts) and total (prompt + longest response), in tokens of the examples used: {"50", "90", "99"
     (percentiles), "max"}; of labelled examples also desirable and undesirable. Of several sources the sums of these, a list of sha256, and
-    `sources`: the report of each.
+    `sources`: the report of each. `notices`: sentences on how the source was read that are no counts.
     """
     examples: list[Example]
     report: dict
+    notices: list[str] = field(default_factory=list)
 
 
 def build_dataset(source, kind, tokenizer, max_length, train_on="assistant", truncate="none", hh="messages", base=None,
@@ -53,9 +54,12 @@ def build_dataset(source, kind, tokenizer, max_length, train_on="assistant", tru
     path = find_file(source, base) if _is_local(source, base) else None
     hh = hh if tokenizer.chat_template or template else "text"
     rows = read_rows(path) if path else hub_rows(str(source), "responses" if kind == "prompts" else kind, hh == "messages", seed)
+    chat = bool(tokenizer.chat_template) and not template
     tokeniser = Tokeniser(tokenizer)
     examples, read, cut_rows, dropped, first_dropped, shapes, first = [], 0, 0, Counter(), {}, Counter(), None
     control = []      # `where` of the rows in which a turn that is not trained holds a special token
+    labelled, other_label = None, None      # the first text with a label's column, and the first for which that is no label
+    notices = {}                            # sentence -> None: a set in the order in which they came
 
     def drop(reason, where):
         dropped[reason] += 1
@@ -65,10 +69,17 @@ def build_dataset(source, kind, tokenizer, max_length, train_on="assistant", tru
         read += len(chunk)
         texts = []
         for where, row in chunk:
-            text = row if isinstance(row, str) else parse(rename(row, columns, where) if columns else row, where, kind, hh, template)
+            text = row
+            if not isinstance(row, str):
+                text = parse(rename(row, columns, where) if columns else row, where, kind, hh, template, chat)
             if isinstance(text, str):
                 drop(text, where)
                 continue
+            if chat and (sentence := without_template(text, columns or {})):
+                notices[f"warning: {source}: {sentence}"] = None
+            if text.label:
+                labelled = labelled or text
+                other_label = other_label or (None if "label" in text.extras else text)
             shapes[text.shape] += 1
             first = first or text
             if kind == "pairs" and text.extras.keys() != first.extras.keys():
@@ -84,6 +95,15 @@ def build_dataset(source, kind, tokenizer, max_length, train_on="assistant", tru
                     control.append(text.where)
                 cut_rows += len(result) > 1
 
+    if kind == "responses" and labelled:
+        examples, undesirable = _desirable(examples, ignore=other_label is not None)
+        rest = set(undesirable)
+        control = [where for where in control if where not in rest]
+        for where in undesirable:
+            drop(f"{labelled.label} is false or 0 (undesirable)", where)
+        if other_label:
+            notices[f"{source}: the column {other_label.label!r} is ignored, since it holds other values than true and false, "
+                    f"0 and 1 (first: {other_label.where})"] = None
     if not examples:
         reasons = ", ".join(f"{count} {reason} (first: {first_dropped[reason]})" for reason, count in dropped.most_common())
         raise UserError(f"none of the {read} rows of {source} can be used: {reasons}; fix: correct the rows"
@@ -100,7 +120,7 @@ def build_dataset(source, kind, tokenizer, max_length, train_on="assistant", tru
               "first_stop_inside": next(iter(inside), None),
               "control_tokens": len(control), "first_control_tokens": next(iter(control), None),
               "duplicates": _duplicates(examples)}
-    return Dataset(examples, report | _measures(examples))
+    return Dataset(examples, report | _measures(examples), list(notices))
 
 
 def load_datasets(config, algorithm_config, kind, tokenizer, notice):
@@ -125,7 +145,7 @@ def load_datasets(config, algorithm_config, kind, tokenizer, notice):
                                getattr(algorithm_config, "train_on", "assistant"), config.truncate, config.hh,
                                columns=source.get("columns"), seed=config.seed, template=template) for source in sources]
         for part in parts:
-            _tell(part.report, notice)
+            _tell(part, notice)
         dataset = parts[0] if isinstance(data, str) else combine(parts, [source.get("weight", 1.0) for source in sources], config.seed)
         if count := dataset.report["duplicates"]:
             notice(f"{dataset.report['source']}: {count} examples occur more than once"
@@ -216,7 +236,8 @@ def split_off(dataset, fraction, seed):
                  stop_inside=0, first_stop_inside=None, control_tokens=0, first_control_tokens=None))
 
 
-def _tell(report, notice):
+def _tell(dataset, notice):
+    report = dataset.report
     source = report["source"]
     notice(f"{source}: {report['shape']}")
     for reason, count in report["dropped"].items():
@@ -227,6 +248,8 @@ def _tell(report, notice):
         notice(f"{source}: {report['cut_rows']} texts cut into pieces of max_length tokens")
     for line in doubts(report):
         notice(f"warning: {source}: {line}")
+    for line in dataset.notices:
+        notice(line)
 
 
 def doubts(report):
@@ -250,6 +273,17 @@ def _with_extras(examples, text, kind):
     for example in examples:
         example.extras |= text.extras
     return examples
+
+
+def _desirable(examples, ignore):
+    """(the examples without their labels, but for those of undesirable rows, these rows). `ignore`: a label means something else."""
+    kept, undesirable = [], []
+    for example in examples:
+        if example.extras.pop("label", True) or ignore:
+            kept.append(example)
+        elif example.where not in undesirable[-1:]:
+            undesirable.append(example.where)
+    return kept, undesirable
 
 
 def _is_local(source, base):
