@@ -143,7 +143,7 @@ class Chat:
             calls = turn.get("tool_calls", [])
             if turn["content"]:
                 turn["content"] = f"{mark}TEXT"
-                if not calls or turn is messages[-1]:      # what was said beside an earlier call may be left out
+                if not calls or i == len(messages) - 1:    # what was said beside an earlier call may be left out
                     parts.append((turn["content"], name))
             if calls:
                 turn["tool_calls"] = [_named(call, f"{mark}CALL{j}") for j, call in enumerate(calls)]
