@@ -60,7 +60,7 @@ def build_dataset(source, kind, tokenizer, max_length, train_on="assistant", tru
     tokeniser = Tokeniser(tokenizer)
     examples, read, cut_rows, dropped, first_dropped, shapes, first = [], 0, 0, Counter(), {}, Counter(), None
     control = []      # `where` of the rows in which a turn that is not trained holds a special token
-    labelled, other_label = None, None      # the first text with a label's column, and the first for which that is no label
+    labelled, other_label = None, None      # the first text with a label's column, the first where that is no label
     notices = {}                            # sentence -> None: a set in the order in which they came
 
     def drop(reason, where):
@@ -104,8 +104,8 @@ def build_dataset(source, kind, tokenizer, max_length, train_on="assistant", tru
         for where in undesirable:
             drop(f"{labelled.label} is false or 0 (undesirable)", where)
         if other_label:
-            notices[f"{source}: the column {other_label.label!r} is ignored, since it holds other values than true and false, "
-                    f"0 and 1 (first: {other_label.where})"] = None
+            notices[f"{source}: the column {other_label.label!r} is ignored, since it holds other values than true "
+                    f"and false, 0 and 1 (first: {other_label.where})"] = None
     if not examples:
         reasons = ", ".join(f"{count} {reason} (first: {first_dropped[reason]})" for reason, count in dropped.most_common())
         raise UserError(f"none of the {read} rows of {source} can be used: {reasons}; fix: correct the rows"
@@ -287,7 +287,8 @@ def _with_extras(examples, text, kind):
 
 
 def _desirable(examples, ignore):
-    """(the examples without their labels, but for those of undesirable rows, these rows). `ignore`: a label means something else."""
+    """(the examples but for those of undesirable rows, these rows). Labels are taken off. `ignore`: a label means
+    something else."""
     kept, undesirable = [], []
     for example in examples:
         if example.extras.pop("label", True) or ignore:

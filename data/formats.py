@@ -8,12 +8,13 @@ Which columns are read, where a row has more than it needs: the first of these t
     responses   WHOLE, REPLIES, then the chosen side of PAIRS, then text
     labelled    with a label WHOLE or REPLIES, else PAIRS, of which both sides are trained
     prompts     PROMPTS; whole conversations without the assistant's last turns
-`instruction`, `query` and every row with a `system` or `tools` column are conversations, for the chat template, and so is
-`question` where the tokenizer has one; other strings are not. A string that is nothing but messages as JSON is read as these.
+`instruction`, `query` and every row with a `system` or `tools` column are conversations, for the chat template, and so
+is `question` where the tokenizer has one; other strings are not. A string that is nothing but messages as JSON is read
+as these.
 
-Only text is read. A row with something in a column of MEDIA is an error. Where such a column is gone and a line of a prompt or of a
-user's turn begins or ends with the <image> that stood for it, the row is dropped; within a line, as in a question about HTML, it
-is text.
+Only text is read. A row with something in a column of MEDIA is an error. Where such a column is gone and a line of a
+prompt or of a user's turn begins or ends with the <image> that stood for it, the row is dropped and counted; within a
+line, as in a question about HTML, it is text.
 """
 import difflib
 import itertools
@@ -44,14 +45,14 @@ PAIRS = (("prompt", "chosen_response", "rejected_response"), ("prompt", "chosen"
          ("messages", "rejected_response"), ("messages", "rejected_messages"), ("", "chosen", "rejected"))  # "": no prompt column
 PROMPTS = (*WHOLE, "prompt", "question", "instruction", "query", "chosen")
 LABELS = ("label", "kto_tag")
-MAY_BE_JSON = (*WHOLE, "prompt", "response", "completion", "chosen", "rejected", "chosen_response", "rejected_response",
-               "rejected_messages")
+MAY_BE_JSON = (*WHOLE, "prompt", "response", "completion", "chosen", "rejected", "chosen_response",
+               "rejected_response", "rejected_messages")
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 PLACEHOLDER = re.compile(r"^[^\S\n]*<(image|video|audio)>|<(image|video|audio)>[^\S\n]*$", re.MULTILINE)
 # the columns under which the same strings are a conversation
 ONLY_TEXT = "an image, video or sound stands in its text, and only text is read"
-AS_CONVERSATION = {"prompt": "instruction", "response": "output", "completion": "output", "chosen": "chosen", "rejected": "rejected",
-                   "chosen_response": "chosen", "rejected_response": "rejected"}
+AS_CONVERSATION = {"prompt": "instruction", "response": "output", "completion": "output", "chosen": "chosen",
+                   "rejected": "rejected", "chosen_response": "chosen", "rejected_response": "rejected"}
 LARGEST = 3.4e38      # a margin becomes a float32, which holds no larger number
 TEMPLATES = Path(__file__).parent / "prompts"
 SHAPES = {
@@ -66,7 +67,7 @@ SHAPES = {
 
 @dataclass
 class Text:
-    """One row before tokenising; prompt and responses are all strings or all lists of turns, as `data.messages` describes them."""
+    """One row before tokenising; prompt and responses are all strings or all lists of turns (see `data.messages`)."""
     prompt: str | list   # without flags; of prompts the last turn may be the beginning of the assistant's
     responses: list      # 1 for sft; chosen, rejected for a pair; none for prompts. Messages: the turns after the prompt, assistant
                          # first and last, at least one of the assistant's without "train": False
@@ -74,8 +75,9 @@ class Text:
     raw: bool = False    # plain running text: the prompt is "" and the only response is cut into pieces
     shape: str = ""      # the columns that were read
     extras: dict = field(default_factory=dict)      # label (bool), margin (float); of prompts: prompt, columns
-    tools: list | None = None      # of a conversation: what its template may offer, [{"type": "function", "function": {...}}, ...]
-    label: str = ""      # the column that says whether the response is desirable, or holds something else: then extras has no label
+    tools: list | None = None      # what the assistant may call, [{"type": "function", "function": {...}}, ...]
+    label: str = ""      # the column that says whether the response is desirable; extras has no label if it says
+                         # something else
 
 
 def read_template(name):
@@ -114,22 +116,25 @@ def parse(row, where, kind, hh="messages", template=None, chat=False):
     _check_media(row, where)
     row = row | {name: messages_in(row[name], name, where) for name in MAY_BE_JSON if name in columns}
     tools = read_tools(row.get("tools"), where)
-    conversational = tools is not None or shape[0] in ("instruction", "query") or chat and shape[0] == "question"
+    asks = ("instruction", "query", "question") if chat else ("instruction", "query")
+    conversational = tools is not None or shape[0] in asks
     text = _prompt_only(row, shape[0], where, hh) if kind == "prompts" else _read(row, shape, where, hh)
     label = next((name for name in LABELS if name in columns and _single(shape)), "")
-    if kind not in ("responses", "labelled") or kind == "responses" and row.get(label) == "":      # CSV's null
+    if kind not in ("responses", "labelled") or kind == "responses" and row.get(label) == "":      # null in CSV
         label = ""
     desirable = _desirable(row, label, where, kind)
     if isinstance(text, str):
         return text
     text = _conversational(text, row, shape[0], conversational)
     if tools and (text.raw or template):
-        raise UserError(f"tools beside {'a prompt_template' if template else 'raw text'}, which has no place for them, in {where}; "
-                        "fix: remove the column, or " + ("prompt_template" if template else "write messages"))
+        beside, way = ("prompt_template", "prompt_template") if template else ("raw text", "write messages")
+        raise UserError(f"tools beside {beside}, which has no place for them, in {where}; "
+                        f"fix: remove the column, or {way}")
     text.tools, text.label = tools, label
     if kind == "prompts":
         return _with_columns(text, found, shape[0], template)
-    text.shape = " + ".join(filter(None, ["system" if "system" in columns else "", "tools" if tools else "", *shape, label]))
+    parts = ["system" if "system" in columns else "", "tools" if tools else "", *shape, label]
+    text.shape = " + ".join(filter(None, parts))
     if desirable is not None:
         text.extras["label"] = desirable
     if kind == "pairs" and "margin" in columns:
@@ -138,15 +143,15 @@ def parse(row, where, kind, hh="messages", template=None, chat=False):
 
 
 def without_template(text, columns):
-    """Where a row's plain strings pass by the tokenizer's chat template: the sentence that says so and what changes it. Else None.
-    `columns`: {our name: the file's name}, as the source gives them."""
+    """Where a row's plain strings pass by the tokenizer's chat template: the sentence that says so and what changes
+    it. Else None. `columns`: {our name: the file's name}, as the source gives them."""
     names = [name for name in text.shape.split(" + ") if name != text.label]
     if not isinstance(text.prompt, str) or text.raw or "prompt" not in names:
         return None
     fix = "write the prompts as messages"
     if all(name in AS_CONVERSATION for name in names):
-        ours = {AS_CONVERSATION[name]: name for name in names}
-        pairs = [f"{name}: {columns.get(other, other)}" for name, other in ours.items() if name != columns.get(other, other)]
+        theirs = {AS_CONVERSATION[name]: columns.get(name, name) for name in names}
+        pairs = [f"{ours}: {name}" for ours, name in theirs.items() if ours != name]
         fix = f"write columns: {{{', '.join(pairs)}}}"
     return f"plain strings are read without the tokenizer's chat template; to use it {fix}"
 
@@ -155,8 +160,8 @@ def _check_media(row, where):
     """UserError where a column holds more than text."""
     for name in MEDIA:
         if not _is_empty(row.get(name)):
-            raise UserError(f"something in the column {name!r}, but only text is read, in {where}; fix: leave such rows out, "
-                            f"or rename it (columns: {{unused: {name}}}) where the text stands on its own")
+            raise UserError(f"something in the column {name!r}, but only text is read, in {where}; fix: leave such rows "
+                            f"out, or rename it (columns: {{unused: {name}}}) where the text stands on its own")
 
 
 def _is_empty(value):
@@ -185,8 +190,8 @@ def _shape(columns, kind):
 
 
 def _desirable(row, name, where, kind):
-    """What the column `name` says of the response: true or false, 0 or 1, in CSV, where all is text, also as words. None without
-    a column and where it says something else; an error of labelled rows."""
+    """What the column `name` says of the response: true or false, 0 or 1, in CSV, where all is text, also as words.
+    None without a column and where it says something else; an error of labelled rows."""
     label = row[name] if name else None
     if isinstance(label, str) and where.rpartition(":")[0].lower().endswith((".csv", ".csv.gz")):
         label = {"true": 1, "1": 1, "false": 0, "0": 0}.get(label.strip().lower(), label)
@@ -240,8 +245,8 @@ def _reply(value):
 
 
 def _conversational(text, row, prompt_name, conversational):
-    """The text with the row's `system` and `history` columns in front of its prompt; a system text, or `conversational`, makes
-    plain strings a conversation."""
+    """The text with the row's `system` and `history` columns in front of its prompt; a system text, or
+    `conversational`, makes plain strings a conversation."""
     system = row.get("system")
     if text.raw or system is None and not conversational:
         return text
@@ -349,7 +354,8 @@ def _prompt_only(row, name, where, hh):
     conversation = None
     if isinstance(value, str) and reply and name not in WHOLE:     # a conversation all the same, as for the other kinds
         turns = read_messages(row[reply], reply, where)
-        conversation = value = turns if turns[0]["role"] != "assistant" else [{"role": "user", "content": value}]
+        value = turns if turns[0]["role"] != "assistant" else [{"role": "user", "content": value}]
+        conversation = value
     if isinstance(value, str) and name not in WHOLE:
         return _checked(Text(read_string(value, name, where), [], where))
     turns = read_messages(value, name, where)
@@ -371,7 +377,7 @@ def _with_columns(text, row, name, template):
             if [turn["role"] for turn in turns] != ["user"]:
                 more = "an assistant's" if turns[-1]["role"] == "assistant" else "more than one user"
                 raise UserError(f"{more} turn in {text.where}, but prompt_template has room for one question; "
-                                "fix: remove prompt_template or such rows")
+                                "fix: remove prompt_template, or leave such rows out")
             text.shape += ", without its system turn" if len(turns) < len(text.prompt) else ""
             question = turns[0]["content"]
         text.prompt = template.replace("{question}", question)
@@ -411,8 +417,8 @@ def _checked(text):
             return MARKED_OFF
         if any(map(says_nothing, trained)):
             return "empty response"
-    read = [turn["content"] for turn in itertools.chain(text.prompt, *text.responses) if turn["role"] != "assistant"]
-    if any(map(PLACEHOLDER.search, read)):
+    turns = itertools.chain(text.prompt, *text.responses)
+    if any(PLACEHOLDER.search(turn["content"]) for turn in turns if turn["role"] != "assistant"):
         return ONLY_TEXT
     if len(text.responses) == 2 and unflagged(text.responses[0]) == unflagged(text.responses[1]):
         return "chosen equals rejected"

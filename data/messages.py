@@ -1,12 +1,13 @@
-"""Messages of any accepted notation -> turns in one notation; every mistake is a UserError that names the file and line.
+"""Messages of any accepted notation -> turns in one notation. A mistake is a UserError that names file and line.
 
 A turn is {"role", "content": str} and, where its message has them,
     reasoning_content   str: the thoughts before the answer
-    tool_calls          [{"type": "function", "function": {"name": str, "arguments": dict}}, ...], perhaps each with "id"
+    tool_calls          [{"type": "function", "function": {"name": str, "arguments": dict}}, ...], perhaps with "id"
     tool_call_id, name  str
     train               False: an assistant's turn that is context only
-Notations: OpenAI's (role, content), ShareGPT's as LLaMA-Factory reads it (from, value; function_call, observation), and
-[{"human", "assistant"}, ...]. `weight` is mistral-finetune's and OpenAI's flag, `train` axolotl's, `loss` ms-swift's.
+Notations: OpenAI's (role, content), ShareGPT's as LLaMA-Factory reads it (from, value; function_call,
+observation), and [{"human", "assistant"}, ...]. `weight` is mistral-finetune's and OpenAI's flag, `train`
+axolotl's, `loss` ms-swift's.
 """
 import json
 import re
@@ -21,6 +22,7 @@ NAMES = {role: role for role in ROLES} | {
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 FLAGS = ("weight", "train", "loss")
 CONTENTS = {"content", "value", "tool_calls", "function_call"}
+FILLED = re.compile(r":row \d+$|:[^:]+:\d+$")      # `where` of a row in a Parquet file, or of the hub
 UNREAD = ("train_detail", "loss_scale")      # they train a part of a turn, or weigh it
 MARKED_OFF = "no assistant turn to train: all are marked weight 0, train false or loss false"
 # messages as Python prints them: their beginning, and somewhere a role
@@ -36,21 +38,22 @@ def read_messages(value, column, where):
         raise UserError(f"{column!r} is neither text nor a list of messages in {where}; "
                         f"fix: use [{{\"role\": ..., \"content\": ...}}, ...]")
     if not value:
-        raise UserError(f"{column!r} is an empty list of messages in {where}; fix: add messages or delete the row")
+        raise UserError(f"{column!r} is an empty list of messages in {where}; "
+                        "fix: add messages or delete the row")
     messages = []
     for i, element in enumerate(value):
         turns = [element]
         if isinstance(element, dict) and {"human", "assistant"} & element.keys():  # one question and its answer
             flags = {key: element[key] for key in FLAGS if key in element}
-            turns = [{"from": speaker, "value": element[speaker]} | flags for speaker in ("system", "human", "assistant")
-                     if element.get(speaker) is not None]
+            spoken = [name for name in ("system", "human", "assistant") if element.get(name) is not None]
+            turns = [{"from": name, "value": element[name]} | flags for name in spoken]
         messages += [_message(turn, f"{column}[{i}]", where) for turn in turns]
     return messages
 
 
 def messages_in(value, column, where):
-    """Text that is nothing but messages as JSON -> them, not yet read; any other value as it is. UserError where
-    it is messages as Python prints them: such text is not meant to be trained as it stands."""
+    """Text that is nothing but messages as JSON -> them, not yet read; any other value as it is. UserError
+    where it is messages as Python prints them: such text is not meant to be trained as it stands."""
     if not isinstance(value, str) or not value.lstrip().startswith(("[", "{")):
         return value
     if PRINTED.match(value) and value.rstrip().endswith("]") and PRINTED_ROLE.search(value):
@@ -69,14 +72,15 @@ def read_history(value, where):
     messages = []
     for i, pair in enumerate(value or []) if isinstance(value, (list, type(None))) else [(0, value)]:
         if not isinstance(pair, list) or len(pair) != 2:
-            raise UserError(f"history[{i}] is not a pair [question, answer] in {where}; fix: write the turns so, or use messages")
+            raise UserError(f"history[{i}] is not a pair [question, answer] in {where}; "
+                            "fix: write the turns so, or use messages")
         messages += [{"role": role, "content": read_string(text, f"history[{i}]", where)}
                      for role, text in zip(("user", "assistant"), pair)]
     return messages
 
 
 def read_tools(value, where):
-    """The `tools` column, a list or a list as JSON text -> [{"type": "function", "function": {...}}, ...] or None."""
+    """The `tools` column, a list or one as JSON text -> [{"type": "function", "function": {...}}, ...] or None."""
     value = _from_text(value, "'tools'", where)
     if value in (None, []):
         return None
@@ -195,7 +199,8 @@ def _call(call, name, where):
     if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
         raise UserError(f"{name} is not a tool call in {where}; "
                         'fix: use {"type": "function", "function": {"name": ..., "arguments": {...}}}')
-    arguments = _from_text(function.get("arguments"), f"{name}.arguments", where)
+    arguments = _unfilled(function.get("arguments"), where)
+    arguments = _from_text(arguments, f"{name}.arguments", where)
     if not isinstance(arguments, (dict, type(None))):
         raise UserError(f"the arguments of {name} are {_kind(arguments)}, not an object, in {where}; "
                         'fix: write {"arguments": {"name": value, ...}}')
@@ -212,16 +217,18 @@ def _check_names(function, arguments, name, where):
 
 
 def _written_call(content, name, where):
-    """ShareGPT's `function_call` turn: JSON of one call or of several, perhaps after thoughts -> (content, calls)."""
+    """ShareGPT's `function_call` turn, JSON of one call or of several, perhaps after thoughts
+    -> (content, calls)."""
     text = read_string(content, name, where)
     thoughts, closing, written = text.rpartition("</think>")
     calls = _from_text(written, name, where)
     calls = calls if isinstance(calls, list) and calls else [calls]
-    return (thoughts + closing).strip(), [_call(call, f"{name}[{i}]", where) for i, call in enumerate(calls)]
+    calls = [_call(call, f"{name}[{i}]", where) for i, call in enumerate(calls)]
+    return (thoughts + closing).strip(), calls
 
 
 def _tool(tool, name, where):
-    tool = _from_text(tool, name, where)
+    tool = _from_text(_unfilled(tool, where), name, where)
     function = tool.get("function") if isinstance(tool, dict) else None
     if isinstance(tool, dict) and function is None:
         function = {key: value for key, value in tool.items() if key not in ("type", "function")}
@@ -230,6 +237,15 @@ def _tool(tool, name, where):
                         'fix: use {"type": "function", "function": {"name": ..., "parameters": ...}}')
     read_string(json.dumps(function, ensure_ascii=False), name, where)
     return {"type": "function", "function": function}
+
+
+def _unfilled(value, where):
+    """Rows of Parquet files and of the hub have every field that any row has, filled with null: without these."""
+    if not FILLED.search(where):
+        return value
+    if isinstance(value, dict):
+        return {key: _unfilled(part, where) for key, part in value.items() if part is not None}
+    return [_unfilled(part, where) for part in value] if isinstance(value, list) else value
 
 
 # ---- JSON text ----
@@ -245,7 +261,8 @@ def _from_text(value, name, where):
 
 
 def _not_json(name, where):
-    return UserError(f"{name} is text, but not JSON, in {where}; fix: write it as JSON, as Python's json.dumps does")
+    return UserError(f"{name} is text, but not JSON, in {where}; "
+                     "fix: write it as JSON, as Python's json.dumps does")
 
 
 def _kind(value):
