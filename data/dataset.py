@@ -86,7 +86,7 @@ def build_dataset(source, kind, tokenizer, max_length, train_on="assistant", tru
             first = first or text
             if kind == "pairs" and text.extras.keys() != first.extras.keys():
                 raise UserError(f"{where} has {'a' if text.extras else 'no'} margin, unlike {first.where}; "
-                                "fix: give every row of the file a margin, or none")
+                                "fix: give every row of the file a margin, or none, or rename the column")
             texts.append(text)
         for text, result in zip(texts, tokeniser.encode(texts, max_length, train_on, truncate)):
             if isinstance(result, str):

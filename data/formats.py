@@ -112,7 +112,8 @@ def parse(row, where, kind, hh="messages", template=None, chat=False):
     shape = _shape(columns, kind)
     if shape is None:
         names = ", ".join(name if name in columns else f"{name} (null)" for name in found) or "none"
-        raise UserError(f"unknown columns in {where}: found {names}; fix: use one of these shapes: {SHAPES[kind]}")
+        raise UserError(f"unknown columns in {where}: found {names}; fix: rename them in the file, or in data: with columns: "
+                        f"{{our name: the file's}}, to one of these shapes: {SHAPES[kind]}")
     _check_media(row, where)
     row = row | {name: messages_in(row[name], name, where) for name in MAY_BE_JSON if name in columns}
     tools = read_tools(row.get("tools"), where)
@@ -209,7 +210,8 @@ def _margin(value, where):
     except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not abs(number) <= LARGEST:
-        raise UserError(f"the margin is {_shown(value)}, not a finite number, in {where}; fix: write a number such as 0.5")
+        raise UserError(f"the margin is {_shown(value)}, not a finite number, in {where}; "
+                        "fix: write a number such as 0.5, or rename the column if it is something else")
     return number
 
 
