@@ -152,7 +152,10 @@ class Chat:
         named = [_named(tool, f"{MARK}TOOL{i}") for i, tool in enumerate(tools or [])]
         parts += [(f"{MARK}TOOL{i}", "the tools") for i in range(len(named))]
         try:
-            rendered = self.render(marked, named or None, messages[-1]["role"] != "assistant", where)
+            history, last = (marked[:-1], marked[-1]) if messages[-1]["role"] == "assistant" else (marked, None)
+            rendered = self.render(history, named or None, True, where)
+            if last:
+                rendered += self._reply(history, last, named or None, rendered, where)
         except Unusable:
             return None                                    # the row itself will say why
         return next((what for mark, what in parts if mark not in rendered), None)

@@ -17,6 +17,7 @@ from data.pack import Example, Response
 
 LONG = 100      # characters per token of max_length, from which on a text is long ...
 HEAD = 32       # ... and how many of them are tokenised, to see whether it is too long
+NEAR = 200      # characters before the end of a context in which its last special token is looked for
 
 
 class Tokeniser:
@@ -53,7 +54,8 @@ class Tokeniser:
                 context, responses = rendered[i]
                 strings[context] = None
                 for before, reply in itertools.chain(*responses):
-                    strings |= {before: None, before + reply: None}
+                    border = self._border(before)
+                    strings |= {before: None, border: None, border + reply: None}
         ids = dict(zip(strings, self._ids(list(strings))))
         results = []
         for text, item in zip(texts, rendered):
@@ -169,14 +171,23 @@ class Tokeniser:
 
     def _joined(self, context, reply, plain, ids, where):
         """(ids of the context, ids of the reply behind it). Raises Unusable where they do not spell the text."""
-        prompt, whole = self._led(ids[context], plain), self._led(ids[context + reply], plain)
-        tokens = whole[len(prompt):]
-        if whole[:len(prompt)] != prompt:                  # a token spans both; generation starts with the prompt's own
+        border = self._border(context)
+        before, both = ids[border], ids[border + reply]
+        tokens = both[len(before):]
+        prompt = self._led(ids[context], plain)
+        if both[:len(before)] != before:                   # a token spans both; generation starts with the prompt's own
             tokens = self._continuation(reply)
-            if self._decode(prompt + tokens) != self._decode(whole):
+            if self._decode(before + tokens) != self._decode(both):
                 raise Unusable("no tokens of its response continue the tokens of its prompt")
             self.continued.append(where)
         return prompt, self._ended(tokens) if self._needs_eos(plain) else tokens
+
+    def _border(self, context):
+        """The end of a context, from its last special token on: a tokenizer splits a text at these, so that what stands
+        before one does not change the tokens behind it. Where none is near, the whole context."""
+        near = context[-NEAR:]
+        *_, last = [None, *self.chat.control.finditer(near)]
+        return near[last.start():] if last else context
 
     def _continuation(self, text):
         """The ids of a text that follows another one: without the space that some tokenizers put before every text."""
