@@ -132,6 +132,23 @@ def test_a_row_too_many(train, size):
     assert len(made) == (2 if size == 32 else 4)
 
 
+def test_borrowing_is_the_same_after_a_stop(train, tmp_path, monkeypatch):
+    """Five rows in updates of four, twice: a stop before each of the updates of one row."""
+    from engine.loop import Engine
+    keys = dict(epochs=2, save_every=1)
+    whole = metrics(train(labelled_rows(5), output=tmp_path / "whole", **keys))
+    original = Engine.clip_gradients
+    for stop in (1, 3):
+        def signalled(engine, stop=stop):
+            original(engine)
+            engine.signal = 15 if engine.step.index == stop else None
+        with monkeypatch.context() as patch, pytest.raises(SystemExit):
+            patch.setattr(Engine, "clip_gradients", signalled)
+            train(labelled_rows(5), output=tmp_path / "parts", **keys)
+    parts = metrics(train(labelled_rows(5), output=tmp_path / "parts", **keys))
+    assert parts == whole and len(whole) == 4 and whole[1]["kl"] > 1
+
+
 def test_pairs_are_two_rows(train, capsys):
     run = train(pair_rows(10))
     printed = capsys.readouterr().err
