@@ -79,6 +79,9 @@ def build_dataset(source, kind, tokenizer, max_length, train_on="assistant", tru
                 continue
             if chat and (sentence := without_template(text, columns or {})):
                 notices[f"warning: {source}: {sentence}"] = None
+            if train_on == "all" and any(turn.get("train") is False for turn in _turns(text)):
+                raise UserError(f"a turn is marked as not trained in {where}, but train_on is all; "
+                                "fix: remove train_on, or leave such rows out")
             if text.label:
                 labelled = labelled or text
                 other_label = other_label or (None if "label" in text.extras else text)
@@ -284,6 +287,11 @@ def _with_extras(examples, text, kind):
     for example in examples:
         example.extras |= text.extras
     return examples
+
+
+def _turns(text):
+    """The turns of a conversation's responses."""
+    return [] if isinstance(text.prompt, str) else itertools.chain(*text.responses)
 
 
 def _desirable(examples, ignore):

@@ -152,6 +152,7 @@ def without_template(text, columns):
     fix = "write the prompts as messages"
     if all(name in AS_CONVERSATION for name in names):
         theirs = {AS_CONVERSATION[name]: columns.get(name, name) for name in names}
+        theirs |= {ours: name for ours, name in columns.items() if ours not in names}
         pairs = [f"{ours}: {name}" for ours, name in theirs.items() if ours != name]
         fix = f"write columns: {{{', '.join(pairs)}}}"
     return f"plain strings are read without the tokenizer's chat template; to use it {fix}"

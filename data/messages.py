@@ -124,6 +124,8 @@ def _message(message, name, where):
     role = NAMES.get(said) if isinstance(said, str) else None
     if role is None:
         raise UserError(f"unknown role {said!r} of {name} in {where}; fix: use one of {', '.join(NAMES)}")
+    if len(message) == 2 and said != "function_call":      # nothing but role and content, as most are
+        return {"role": role, "content": _text(content, name, where)}
     for key in UNREAD:
         if message.get(key) not in (None, []):
             raise UserError(f"{name} has {key!r}, which is not read, in {where}; "

@@ -223,6 +223,12 @@ def test_flagged_turns_are_not_trained(tmp_path):
     )
 
 
+def test_flags_against_train_on_all(tmp_path):
+    rows = [{"messages": Q + A}, {"messages": Q + [WRONG[0] | OFF] + ASK + A}]
+    assert "x.jsonl:2, but train_on is all" in refused(build, tmp_path, rows, train_on="all")
+    assert build(tmp_path, rows[:1], train_on="all").report["used"] == 1
+
+
 def test_blank_turns_that_are_not_trained_are_context():
     assert parse(
         {"messages": Q + [{"role": "assistant", "content": "", "weight": 0}] + ASK + A}, "x:1", "responses"
@@ -738,6 +744,8 @@ STRINGS = [
     ("pairs", {"ask": "p", "good": "r", "bad": "s"}, {"prompt": "ask", "chosen": "good", "rejected": "bad"}),
     ("prompts", {"prompt": "p", "answer": "r"}, {}),
     ("prompts", {"problem": "p"}, {"prompt": "problem"}),
+    ("labelled", {"ask": "p", "say": "r", "good": True}, {"prompt": "ask", "response": "say", "label": "good"}),
+    ("prompts", {"prompt": "p", "images": ["a.jpg"]}, {"unused": "images"}),
 ]
 
 
