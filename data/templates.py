@@ -34,6 +34,8 @@ def set_template(tokenizer, settings, notice):
     asked = [key for key in ("system_prompt", "chat_template_kwargs") if getattr(settings, key)]
     if asked and not tokenizer.chat_template:
         raise UserError(f"{asked[0]} is given, but the tokenizer has no chat template; fix: add chat_template: chatml")
+    if settings.system_prompt:
+        check_system(tokenizer, settings.system_prompt)
     for name in arguments:
         check_known(name, tokenizer.chat_template)
     before = [DEFAULT.format(name=name, value=literal(value)) for name, value in arguments.items()]
@@ -41,8 +43,6 @@ def set_template(tokenizer, settings, notice):
         before.append(SYSTEM.format(text=literal(settings.system_prompt)))
     if before:
         prepend("".join(before) + NOTHING, tokenizer)
-    if settings.system_prompt:
-        check_system(tokenizer, settings.system_prompt)
 
 
 def read_template(name, tokenizer):
@@ -73,9 +73,10 @@ def check_known(name, template):
 
 
 def check_system(tokenizer, system_prompt):
-    question = [{"role": "user", "content": "x"}]
+    """UserError where the template has no place for a system turn."""
+    turns = [{"role": "system", "content": system_prompt}, {"role": "user", "content": "x"}]
     try:
-        rendered = Chat(tokenizer).render(question, None, True, "one question")
+        rendered = Chat(tokenizer).render(turns, None, True, "a system turn and a question")
         fault = None if system_prompt.strip() in rendered else "leaves out"
     except Unusable:
         fault = "refuses"
