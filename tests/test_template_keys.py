@@ -1,4 +1,5 @@
-"""chat_template, system_prompt and chat_template_kwargs: every program renders by them, and final/ holds what was trained."""
+"""chat_template, system_prompt and chat_template_kwargs: every program renders by them, and final/ holds what
+was trained."""
 import contextlib
 import json
 from types import SimpleNamespace
@@ -133,7 +134,8 @@ def test_the_keys_are_read_from_the_file_and_the_command_line(tmp_path):
 
 
 def test_a_run_with_all_keys(tmp_path, capsys, monkeypatch):
-    """What is trained, what final/ holds, and that evaluate.py, sample.py and chat.py start with the same ids."""
+    """What is trained, what final/ holds, and that evaluate.py, sample.py and chat.py start with the same
+    ids."""
     template = tmp_path / "own.jinja"
     template.write_text(SWITCH)
     model = tiny_model(tmp_path / "model", chat_template=False, max_position_embeddings=1024)
