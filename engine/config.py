@@ -216,7 +216,7 @@ def read_yaml(path: str) -> dict[str, tuple[str, str]]:
                         f"fix: {f'python train.py {near}' if near else 'give the path of a .yml file'}")
     try:
         raw = file.read_bytes()
-        text = raw.decode("utf-8-sig")
+        content = text = raw.decode("utf-8-sig")
         root = yaml.compose(text, Loader=yaml.BaseLoader)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; fix: check its permissions") from None
@@ -238,7 +238,8 @@ def read_yaml(path: str) -> dict[str, tuple[str, str]]:
         if key in ("data", "eval_data") and isinstance(value_node, yaml.SequenceNode):
             text = read_sources(value_node, key, path)
         elif isinstance(value_node, yaml.MappingNode) and get_type_hints(Common).get(key) == dict | None:
-            text = yaml.serialize(value_node)
+            start, end = value_node.start_mark, value_node.end_mark
+            text = " " * start.column + content[start.index:end.index]      # `cast` reads it, with numbers and booleans
         elif not isinstance(key_node, yaml.ScalarNode) or not isinstance(value_node, yaml.ScalarNode):
             raise UserError(f"nested value of {show(str(key))} in {where}; fix: keys are flat, write one 'key: value' per line")
         else:
