@@ -1,8 +1,8 @@
-"""Messages of any accepted notation -> turns in one notation. A mistake is a UserError that names file and line.
+"""Messages of any accepted notation -> turns in one. A mistake is a UserError that names file and line.
 
 A turn is {"role", "content": str} and, where its message has them,
     reasoning_content   str: the thoughts before the answer
-    tool_calls          [{"type": "function", "function": {"name": str, "arguments": dict}}, ...], perhaps with "id"
+    tool_calls          [{"type": "function", "function": {"name": str, "arguments": dict}}, ...], some with "id"
     tool_call_id, name  str
     train               False: an assistant's turn that is context only
 Notations: OpenAI's (role, content), ShareGPT's as LLaMA-Factory reads it (from, value; function_call,
@@ -43,7 +43,7 @@ def read_messages(value, column, where):
     messages = []
     for i, element in enumerate(value):
         turns = [element]
-        if isinstance(element, dict) and {"human", "assistant"} & element.keys():  # one question and its answer
+        if isinstance(element, dict) and {"human", "assistant"} & element.keys():      # question and answer
             flags = {key: element[key] for key in FLAGS if key in element}
             spoken = [name for name in ("system", "human", "assistant") if element.get(name) is not None]
             turns = [{"from": name, "value": element[name]} | flags for name in spoken]
@@ -80,7 +80,7 @@ def read_history(value, where):
 
 
 def read_tools(value, where):
-    """The `tools` column, a list or one as JSON text -> [{"type": "function", "function": {...}}, ...] or None."""
+    """The `tools` column, a list, perhaps as JSON text -> [{"type": "function", "function": {...}}] or None."""
     value = _from_text(value, "'tools'", where)
     if value in (None, []):
         return None
@@ -167,7 +167,8 @@ def _thoughts(message, name, where):
         if message.get(key) not in (None, ""):
             found[key] = read_string(message[key], f"{name}.{key}", where)
     if len(set(found.values())) > 1:
-        raise UserError(f"{name} has different thoughts in {' and '.join(found)} in {where}; fix: keep one of them")
+        raise UserError(f"{name} has different thoughts in {' and '.join(found)} in {where}; "
+                        "fix: keep one of them")
     return next(iter(found.values()), None)
 
 
@@ -242,7 +243,7 @@ def _tool(tool, name, where):
 
 
 def _unfilled(value, where):
-    """Rows of Parquet files and of the hub have every field that any row has, filled with null: without these."""
+    """Rows of Parquet files and of the hub have every field that any row has, as null: without these."""
     if not FILLED.search(where):
         return value
     if isinstance(value, dict):

@@ -59,7 +59,7 @@ def test_responses_come_from_the_other_prompt_before(prompts, expected):
 
 
 def borrowed(train_prompts, eval_prompts, update):
-    """The numbers of the rows that lend to an update of these rows, all numbered through, held-out ones last."""
+    """The numbers of the rows that lend to an update of these rows; held-out ones are the last numbers."""
     rows = examples([*train_prompts, *eval_prompts])
     count = len(train_prompts)
     of_data = lenders_of_data(SimpleNamespace(train_set=rows[:count], eval_set=rows[count:]))
@@ -94,7 +94,7 @@ def test_lenders_are_the_nearest_before():
 
 def test_data_with_one_prompt_is_refused(train, tmp_path, capsys):
     rows = [{"prompt": "a", "response": f"{i}", "label": i % 2 == 0} for i in range(6)]
-    with pytest.raises(UserError, match=r"kto: all 6 training rows have the prompt of .*data\.jsonl:1, .*; fix: add rows"):
+    with pytest.raises(UserError, match=r"kto: all 6 training rows have the prompt of .*jsonl:1, .*; fix: add rows"):
         train(rows)
     assert metrics(tmp_path / "run") == [] and "reference log-probs" not in capsys.readouterr().err
 
@@ -109,17 +109,18 @@ def logp(lm, prompt, response):
 
 @pytest.mark.parametrize("count, size, lender", [(5, 4, 3), (2, 1, 0), (5, 3, None)])
 def test_kl_of_a_last_update_of_one_row(train, model, tmp_path, count, size, lender):
-    """The last update's z0, from the weights before it: of its row with the response of the row before it in the file; of
-    an update of two rows each has the other's."""
+    """The last update's z0, from the weights before it: of its row with the response of the row before it in the
+    file; of an update of two rows each has the other's."""
     rows = [{"prompt": f"{i}?", "response": "yes" * (i + 1), "label": True} for i in range(count)]
     rows[-1]["label"] = False
-    run = train(rows, batch_size=size, shuffle="false", epochs=1, save_every=1, lr=3e-3, schedule="constant", warmup=0)
+    keys = dict(batch_size=size, shuffle="false", save_every=1, lr=3e-3, schedule="constant", warmup=0)
+    run = train(rows, **keys)
     last = metrics(run)[-1]
     before = AutoModelForCausalLM.from_pretrained(run / "checkpoints" / f"step-{last['step'] - 1:06d}")
     start = AutoModelForCausalLM.from_pretrained(model)
     pairs = [(count - 1, lender)] if lender is not None else [(3, 4), (4, 3)]
-    moved = [logp(before, rows[i]["prompt"], rows[j]["response"]) - logp(start, rows[i]["prompt"], rows[j]["response"])
-             for i, j in pairs]
+    texts = [(rows[i]["prompt"], rows[j]["response"]) for i, j in pairs]
+    moved = [logp(before, *text) - logp(start, *text) for text in texts]
     assert np.mean(moved) > 0.05 and last["kl"] == pytest.approx(np.mean(moved), rel=1e-3)
 
 

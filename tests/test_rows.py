@@ -1,5 +1,5 @@
-"""What a row says beside its texts: flags, thoughts, tools, JSON text, media, class labels, questions and prefilled
-turns. Every expectation is written by hand."""
+"""What a row says beside its texts: flags, thoughts, tools, JSON text, media, class labels, questions and
+prefilled turns. Every expectation is written by hand."""
 
 import json
 from types import SimpleNamespace
@@ -414,15 +414,17 @@ def test_tools_make_a_conversation_of_strings():
 
 
 def test_fields_that_parquet_fills_with_null_are_no_arguments(tmp_path):
-    """Two calls of different tools: every struct of the file has the fields of both. In JSON lines a null is meant."""
+    """Two calls of different tools: every struct of the file has the fields of both. In JSON a null is meant."""
     import pyarrow
     import pyarrow.parquet
 
     calls = [{"name": "area", "arguments": {"wide": 2}}, {"name": "now", "arguments": {"zone": "UTC"}}]
     tools = [{"name": name, "parameters": {"properties": {key: {"type": "string"}}}} for name, key in
              (("area", "wide"), ("now", "zone"))]
-    rows = [{"messages": Q + [{"role": "assistant", "content": None, "tool_calls": [{"function": call}]}], "tools": [tool]}
-            for call, tool in zip(calls, tools)]
+    rows = []
+    for call, tool in zip(calls, tools):
+        turn = {"role": "assistant", "content": None, "tool_calls": [{"function": call}]}
+        rows.append({"messages": [*Q, turn], "tools": [tool]})
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "x.parquet")
     for (where, row), call, tool in zip(read_rows(tmp_path / "x.parquet"), calls, tools, strict=True):
         for place in (where, "owner/name:train:3", "owner/name/part:train:3"):
@@ -744,7 +746,7 @@ STRINGS = [
     ("pairs", {"ask": "p", "good": "r", "bad": "s"}, {"prompt": "ask", "chosen": "good", "rejected": "bad"}),
     ("prompts", {"prompt": "p", "answer": "r"}, {}),
     ("prompts", {"problem": "p"}, {"prompt": "problem"}),
-    ("labelled", {"ask": "p", "say": "r", "good": True}, {"prompt": "ask", "response": "say", "label": "good"}),
+    ("labelled", {"ask": "p", "say": "r", "ok": True}, {"prompt": "ask", "response": "say", "label": "ok"}),
     ("prompts", {"prompt": "p", "images": ["a.jpg"]}, {"unused": "images"}),
 ]
 
