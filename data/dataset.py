@@ -40,13 +40,13 @@ class Dataset:
 
 
 def build_dataset(source, kind, tokenizer, max_length, train_on="assistant", truncate="none", hh="messages", base=None,
-                  columns=None, seed=0, template=None):
+                  columns=None, seed=0, template=None, system=False):
     """Read, parse and tokenise `source`: a local file's path or a hub name such as "Anthropic/hh-rlhf:test".
 
     `kind`: "responses" (sft), "pairs", or "labelled" (kto): one response and extras["label"] per example; a pair gives two, the
     chosen response (True) and then the rejected one (False). Pairs with a margin column have extras["margin"]. Or "prompts":
     no responses, extras["prompt"] (the prompt as text or messages) and extras["columns"] (the row's columns by name), and
-    `max_length` is the prompt's; `template`: see `parse`.
+    `max_length` is the prompt's; `template` and `system`: see `parse`.
     `max_length`, `train_on`, `truncate`: see `Tokeniser.encode`; `hh`: see `parse` (without a chat template HH transcripts stay
     text). `base`: the YAML's folder, for the error about a missing file. `columns`: {our name: the file's name}; `seed`: of
     what is left out where a prompt of shp or se has too many pairs.
@@ -73,7 +73,8 @@ def build_dataset(source, kind, tokenizer, max_length, train_on="assistant", tru
         for where, row in chunk:
             text = row
             if not isinstance(row, str):
-                text = parse(rename(row, columns, where) if columns else row, where, kind, hh, template, chat)
+                row = rename(row, columns, where) if columns else row
+                text = parse(row, where, kind, hh, template, chat, system)
             if isinstance(text, str):
                 drop(text, where)
                 continue
@@ -139,6 +140,9 @@ def load_datasets(config, algorithm_config, kind, tokenizer, notice):
     Raises UserError as `build_dataset` does, and when labelled training examples all have the same label."""
     name = getattr(algorithm_config, "prompt_template", None)
     template = read_template(name) if name else None
+    if template and config.system_prompt:
+        raise UserError("system_prompt beside prompt_template, which has no place for it; "
+                        "fix: remove one of them, or write the system prompt into the prompt_template's file")
     max_length = config.max_length
     if kind == "prompts":
         max_length -= algorithm_config.max_completion_length
@@ -150,7 +154,8 @@ def load_datasets(config, algorithm_config, kind, tokenizer, notice):
         sources = [{"path": data}] if isinstance(data, str) else data
         parts = [build_dataset(source_name(source), kind, tokenizer, max_length,
                                getattr(algorithm_config, "train_on", "assistant"), config.truncate, config.hh,
-                               columns=source.get("columns"), seed=config.seed, template=template) for source in sources]
+                               columns=source.get("columns"), seed=config.seed, template=template,
+                               system=bool(config.system_prompt)) for source in sources]
         for part in parts:
             _tell(part, notice)
         dataset = parts[0] if isinstance(data, str) else combine(parts, [source.get("weight", 1.0) for source in sources], config.seed)

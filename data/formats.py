@@ -95,14 +95,14 @@ def read_template(name):
     return text
 
 
-def parse(row, where, kind, hh="messages", template=None, chat=False):
+def parse(row, where, kind, hh="messages", template=None, chat=False, system=False):
     """Row (dict) -> Text, or the reason (str) to drop it.
 
     `kind`: "responses" (one response per row; of a pair, the chosen one), "pairs" (chosen, rejected) or "labelled" (one response
     and extras["label"]; or a pair) or "prompts" (no response; extras["prompt"] and extras["columns"], the row's columns by name,
     with ground_truth of verl's rows among them). `hh`: "messages" splits HH transcripts into turns, "text" keeps them as they are.
     `template`: of prompts, a text in which the row's question takes the place of {question}. `chat`: strings in a `question` column
-    are a user's turn.
+    are a user's turn. `system`: there is a system prompt, so all strings but raw text are turns of a conversation.
     Raises UserError for malformed rows and unknown columns.
     """
     found = row
@@ -118,7 +118,7 @@ def parse(row, where, kind, hh="messages", template=None, chat=False):
     row = row | {name: messages_in(row[name], name, where) for name in MAY_BE_JSON if name in columns}
     tools = read_tools(row.get("tools"), where)
     asks = ("instruction", "query", "question") if chat else ("instruction", "query")
-    conversational = tools is not None or shape[0] in asks
+    conversational = system or tools is not None or shape[0] in asks
     text = _prompt_only(row, shape[0], where, hh) if kind == "prompts" else _read(row, shape, where, hh)
     label = next((name for name in LABELS if name in columns and _single(shape)), "")
     if kind not in ("responses", "labelled") or kind == "responses" and row.get(label) == "":      # null in CSV
