@@ -16,7 +16,7 @@ from pathlib import Path
 
 from data.errors import RunError, UserError, printable
 from data.guard import Interrupted, TimedOut, guarded
-from data.verifiers import golds_of, gsm8k, no_gold, r1_zero
+from data.verifiers import golds_of, gsm8k, math_answer, no_gold, r1_zero
 
 CALL_SECONDS = 60.0                                # limit for one call of a reward
 IMPORT_SECONDS = 600.0                             # limit for the import of its file, which may load a model
@@ -53,8 +53,9 @@ class Reward:
     file: str = ""                 # of a function of the user's
 
 
-BUILT_IN = {"gsm8k": gsm8k, "r1_zero": r1_zero}
-WRAPPED = {gsm8k: "#### {}", r1_zero: " So that is it. </think> <answer> {} </answer>"}
+BUILT_IN = {"gsm8k": gsm8k, "r1_zero": r1_zero, "math": math_answer}
+WRAPPED = {gsm8k: "#### {}", r1_zero: " So that is it. </think> <answer> {} </answer>", math_answer: "\\boxed{{{}}}"}
+PACKAGES = {"math": "math-verify"}                 # optional ones
 
 
 def parts_of(spec):
@@ -69,7 +70,7 @@ def is_model(part):
 
 @functools.cache
 def load_reward(spec, weights=None, where="reward"):
-    """The rewards named in `spec`, separated by commas: gsm8k, r1_zero, path.py:function, or a reward model's directory.
+    """The rewards named in `spec`, separated by commas: gsm8k, r1_zero, math, path.py:function, or a reward model's directory.
 
     `weights`: as many numbers, separated by commas; None = all 1. `where`: the key, for errors. Raises UserError; a Python file
     is run to load it, once in a process.
@@ -91,6 +92,9 @@ def load_reward(spec, weights=None, where="reward"):
 
 def _reward(part, weight, where):
     if part in BUILT_IN:
+        package = PACKAGES.get(part)
+        if package and not importlib.util.find_spec(package.replace("-", "_")):
+            raise UserError(f"{part} in {where} needs the package {package}; fix: pip install {package}")
         return Reward(part, weight, BUILT_IN[part])
     path, colon, name = part.rpartition(":")
     if colon and path.endswith(".py"):
