@@ -18,8 +18,9 @@ from functools import lru_cache
 from pathlib import Path
 
 SECONDS = 2.0           # computing time for one answer; most take milliseconds
-TOGETHER = 10.0         # after so many seconds for the answers of one call
-HASTY = 0.05            # each of the others has this
+SLOW = 0.5              # answers of one call that take longer
+TOGETHER = 10.0         # have so many seconds together;
+HASTY = 0.1             # after them each answer has this
 MEMORY = 2 ** 31        # bytes of address space
 INTEGER = re.compile(r"-?[0-9]+")
 BRACKET = re.compile(r"(?:\\left *)?(\\\{|\(|\[)")
@@ -38,7 +39,8 @@ def rewards(answers: list, golds: list) -> list[float]:
             started = time.monotonic()
             seconds = SECONDS if spent < TOGETHER else HASTY
             verdicts[key] = _ask([*answer, formulas, seconds])
-            spent += time.monotonic() - started
+            taken = time.monotonic() - started
+            spent += taken if taken > min(SLOW, seconds) else 0.0
         found.append(float(verdicts.get(key, False)))
     return found
 

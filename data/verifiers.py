@@ -263,6 +263,7 @@ def _text(plain):
 # ---- math ----
 
 ANSWER_IS = re.compile(r"(?:answer(?: is)?|答案(?:是|为)?)\**\s*:", re.IGNORECASE)
+COUNTS = re.compile(r"\\text\{([^{}]*(?:[0-9]|dozen|hundred|thousand|illion|[十百千万亿])[^{}]*)\}")
 COMMAND = re.compile(r"\\(?:text|textbf|mathrm|mathbf|mbox)\{[^{}]*\}|\\[A-Za-z]+")
 
 
@@ -302,14 +303,14 @@ def _answer_in(completion):
 
 def _formula(text):
     r"""An answer or a gold answer for math-verify, "" if it is too long: a number without its unit, which the
-    package may not know, and without \text{} around other numbers, which it would take away."""
+    package may not know, and without \text{} around numbers, which it would take away."""
     text = text.strip()
     if len(text) > FORMULA:
         return ""
     match = _quantity(_plain(text))
     if not match or match["unit"] == "%":
         text = _unwrapped(text.translate(ASCII))
-        return re.sub(r"\\text\{([^{}]*[0-9][^{}]*)\}", r" \1 ", text)
+        return COUNTS.sub(r" \1 ", text)
     number = _digits(match) if match["decimal"] else _improper(match)
     return ("-" if "-" in match["sign"] else "") + number
 
