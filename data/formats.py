@@ -43,7 +43,7 @@ PAIRS = (("prompt", "chosen_response", "rejected_response"), ("prompt", "chosen"
          ("conversations", "chosen", "rejected"), ("instruction", "chosen", "rejected"), ("question", "chosen", "rejected"),
          ("query", "chosen", "rejected"), ("query", "response", "rejected_response"), ("question", "response_j", "response_k"),
          ("messages", "rejected_response"), ("messages", "rejected_messages"), ("", "chosen", "rejected"))  # "": no prompt column
-PROMPTS = (*WHOLE, "prompt", "question", "instruction", "query", "chosen")
+PROMPTS = (*WHOLE, "prompt", "question", "problem", "Problem", "instruction", "query", "chosen")
 LABELS = ("label", "kto_tag")
 MAY_BE_JSON = (*WHOLE, "prompt", "response", "completion", "chosen", "rejected", "chosen_response",
                "rejected_response", "rejected_messages")
@@ -61,7 +61,7 @@ SHAPES = {
     "pairs": "prompt + chosen + rejected (or chosen_response + rejected_response); instruction, question or conversations + "
              "chosen + rejected; messages + rejected_response; chosen + rejected as message lists or HH transcripts",
     "labelled": "prompt + response or completion + label; messages + label; or a pair's columns",
-    "prompts": "prompt; messages; conversations; question; instruction; query; chosen as a message list or HH transcript",
+    "prompts": "prompt; messages; conversations; question; problem; instruction; query; chosen as a message list or HH transcript",
 }
 
 
