@@ -44,6 +44,7 @@ PAIRS = (("prompt", "chosen_response", "rejected_response"), ("prompt", "chosen"
          ("query", "chosen", "rejected"), ("query", "response", "rejected_response"), ("question", "response_j", "response_k"),
          ("messages", "rejected_response"), ("messages", "rejected_messages"), ("", "chosen", "rejected"))  # "": no prompt column
 PROMPTS = (*WHOLE, "prompt", "question", "problem", "Problem", "instruction", "query", "chosen")
+QUESTIONS = ("question", "problem", "Problem")
 LABELS = ("label", "kto_tag")
 MAY_BE_JSON = (*WHOLE, "prompt", "response", "completion", "chosen", "rejected", "chosen_response",
                "rejected_response", "rejected_messages")
@@ -101,7 +102,7 @@ def parse(row, where, kind, hh="messages", template=None, chat=False, system=Fal
     `kind`: "responses" (one response per row; of a pair, the chosen one), "pairs" (chosen, rejected) or "labelled" (one response
     and extras["label"]; or a pair) or "prompts" (no response; extras["prompt"] and extras["columns"], the row's columns by name,
     with ground_truth of verl's rows among them). `hh`: "messages" splits HH transcripts into turns, "text" keeps them as they are.
-    `template`: of prompts, a text in which the row's question takes the place of {question}. `chat`: strings in a `question` column
+    `template`: of prompts, a text in which the row's question takes the place of {question}. `chat`: strings in a column of QUESTIONS
     are a user's turn. `system`: there is a system prompt, so all strings but raw text are turns of a conversation.
     Raises UserError for malformed rows and unknown columns.
     """
@@ -117,7 +118,7 @@ def parse(row, where, kind, hh="messages", template=None, chat=False, system=Fal
     _check_media(row, where)
     row = row | {name: messages_in(row[name], name, where) for name in MAY_BE_JSON if name in columns}
     tools = read_tools(row.get("tools"), where)
-    asks = ("instruction", "query", "question") if chat else ("instruction", "query")
+    asks = ("instruction", "query", *(QUESTIONS if chat else ()))
     conversational = system or tools is not None or shape[0] in asks
     text = _prompt_only(row, shape[0], where, hh) if kind == "prompts" else _read(row, shape, where, hh)
     label = next((name for name in LABELS if name in columns and _single(shape)), "")
