@@ -2,14 +2,14 @@
 import hashlib
 import itertools
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from data.errors import UserError
 from data.files import SUFFIXES, find_file, read_rows, sha256
-from data.formats import parse, read_template
+from data.formats import parse, read_template, without_template
 from data.hub import HUB_NAME, SHORT_NAME, hub_rows
 from data.pack import Example
 from data.rewards import check_arguments, check_gold, load_reward
@@ -24,26 +24,29 @@ class Dataset:
     """Examples in the order of their rows. `report` keys:
 
     source; sha256 (of a local file, else None); shape (how the columns were understood); read (rows); used (examples);
-    dropped {reason: rows}; first_dropped {reason: where}; cut_rows (raw texts cut into pieces); stop_inside (responses with a
+    dropped {reason: rows}; first_dropped {reason: where}; cut_rows (raw texts cut into pieces); split_rows
+    (conversations that became several examples); continued (responses tokenised apart from their prompt) and
+    first_continued (where); stop_inside (responses with a
     stop token before their end, None with train_on="all") and first_stop_inside (where); control_tokens (rows
     in which a turn that is not trained holds a special token) and first_control_tokens (where); duplicates
     (repetitions of an earlier example); prompt_length,
     response_length (0 of prompts) and total (prompt + longest response), in tokens of the examples used: {"50", "90", "99"
     (percentiles), "max"}; of labelled examples also desirable and undesirable. Of several sources the sums of these, a list of sha256, and
-    `sources`: the report of each.
+    `sources`: the report of each. `notices`: sentences on how the source was read that are no counts.
     """
     examples: list[Example]
     report: dict
+    notices: list[str] = field(default_factory=list)
 
 
 def build_dataset(source, kind, tokenizer, max_length, train_on="assistant", truncate="none", hh="messages", base=None,
-                  columns=None, seed=0, template=None):
+                  columns=None, seed=0, template=None, system=False):
     """Read, parse and tokenise `source`: a local file's path or a hub name such as "Anthropic/hh-rlhf:test".
 
     `kind`: "responses" (sft), "pairs", or "labelled" (kto): one response and extras["label"] per example; a pair gives two, the
     chosen response (True) and then the rejected one (False). Pairs with a margin column have extras["margin"]. Or "prompts":
     no responses, extras["prompt"] (the prompt as text or messages) and extras["columns"] (the row's columns by name), and
-    `max_length` is the prompt's; `template`: see `parse`.
+    `max_length` is the prompt's; `template` and `system`: see `parse`.
     `max_length`, `train_on`, `truncate`: see `Tokeniser.encode`; `hh`: see `parse` (without a chat template HH transcripts stay
     text). `base`: the YAML's folder, for the error about a missing file. `columns`: {our name: the file's name}; `seed`: of
     what is left out where a prompt of shp or se has too many pairs.
@@ -53,9 +56,12 @@ def build_dataset(source, kind, tokenizer, max_length, train_on="assistant", tru
     path = find_file(source, base) if _is_local(source, base) else None
     hh = hh if tokenizer.chat_template or template else "text"
     rows = read_rows(path) if path else hub_rows(str(source), "responses" if kind == "prompts" else kind, hh == "messages", seed)
+    chat = bool(tokenizer.chat_template) and not template
     tokeniser = Tokeniser(tokenizer)
     examples, read, cut_rows, dropped, first_dropped, shapes, first = [], 0, 0, Counter(), {}, Counter(), None
     control = []      # `where` of the rows in which a turn that is not trained holds a special token
+    labelled, other_label = None, None      # the first text with a label's column, the first where that is no label
+    notices = {}                            # sentence -> None: a set in the order in which they came
 
     def drop(reason, where):
         dropped[reason] += 1
@@ -65,15 +71,26 @@ def build_dataset(source, kind, tokenizer, max_length, train_on="assistant", tru
         read += len(chunk)
         texts = []
         for where, row in chunk:
-            text = row if isinstance(row, str) else parse(rename(row, columns, where) if columns else row, where, kind, hh, template)
+            text = row
+            if not isinstance(row, str):
+                row = rename(row, columns, where) if columns else row
+                text = parse(row, where, kind, hh, template, chat, system)
             if isinstance(text, str):
                 drop(text, where)
                 continue
+            if chat and (sentence := without_template(text, columns or {})):
+                notices[f"warning: {source}: {sentence}"] = None
+            if train_on == "all" and any(turn.get("train") is False for turn in _turns(text)):
+                raise UserError(f"a turn is marked as not trained in {where}, but train_on is all; "
+                                "fix: remove train_on, or leave such rows out")
+            if text.label:
+                labelled = labelled or text
+                other_label = other_label or (None if "label" in text.extras else text)
             shapes[text.shape] += 1
             first = first or text
             if kind == "pairs" and text.extras.keys() != first.extras.keys():
                 raise UserError(f"{where} has {'a' if text.extras else 'no'} margin, unlike {first.where}; "
-                                "fix: give every row of the file a margin, or none")
+                                "fix: give every row of the file a margin, or none, or rename the column")
             texts.append(text)
         for text, result in zip(texts, tokeniser.encode(texts, max_length, train_on, truncate)):
             if isinstance(result, str):
@@ -82,8 +99,17 @@ def build_dataset(source, kind, tokenizer, max_length, train_on="assistant", tru
                 examples += _with_extras(result, text, kind)
                 if tokeniser.holds_control_tokens(text):
                     control.append(text.where)
-                cut_rows += len(result) > 1
+                cut_rows += text.raw and len(result) > 1
 
+    if kind == "responses" and labelled:
+        examples, undesirable = _desirable(examples, ignore=other_label is not None)
+        rest = set(undesirable)
+        control = [where for where in control if where not in rest]
+        for where in undesirable:
+            drop(f"{labelled.label} is false or 0 (undesirable)", where)
+        if other_label:
+            notices[f"{source}: the column {other_label.label!r} is ignored, since it holds other values than true "
+                    f"and false, 0 and 1 (first: {other_label.where})"] = None
     if not examples:
         reasons = ", ".join(f"{count} {reason} (first: {first_dropped[reason]})" for reason, count in dropped.most_common())
         raise UserError(f"none of the {read} rows of {source} can be used: {reasons}; fix: correct the rows"
@@ -96,11 +122,13 @@ def build_dataset(source, kind, tokenizer, max_length, train_on="assistant", tru
     report = {"source": str(source), "sha256": sha256(path) if path else None, "read": read,
               "shape": ", ".join(f"{count:,} rows read as {shape}" for shape, count in shapes.most_common()),
               "dropped": dict(dropped), "first_dropped": first_dropped, "cut_rows": cut_rows,
+              "split_rows": tokeniser.split, "continued": len(tokeniser.continued),
+              "first_continued": next(iter(tokeniser.continued), None),
               "stop_inside": len(inside) if train_on == "assistant" else None,
               "first_stop_inside": next(iter(inside), None),
               "control_tokens": len(control), "first_control_tokens": next(iter(control), None),
               "duplicates": _duplicates(examples)}
-    return Dataset(examples, report | _measures(examples))
+    return Dataset(examples, report | _measures(examples), list(notices))
 
 
 def load_datasets(config, algorithm_config, kind, tokenizer, notice):
@@ -112,6 +140,9 @@ def load_datasets(config, algorithm_config, kind, tokenizer, notice):
     Raises UserError as `build_dataset` does, and when labelled training examples all have the same label."""
     name = getattr(algorithm_config, "prompt_template", None)
     template = read_template(name) if name else None
+    if template and config.system_prompt:
+        raise UserError("system_prompt beside prompt_template, which has no place for it; "
+                        "fix: remove one of them, or write the system prompt into the prompt_template's file")
     max_length = config.max_length
     if kind == "prompts":
         max_length -= algorithm_config.max_completion_length
@@ -123,9 +154,10 @@ def load_datasets(config, algorithm_config, kind, tokenizer, notice):
         sources = [{"path": data}] if isinstance(data, str) else data
         parts = [build_dataset(source_name(source), kind, tokenizer, max_length,
                                getattr(algorithm_config, "train_on", "assistant"), config.truncate, config.hh,
-                               columns=source.get("columns"), seed=config.seed, template=template) for source in sources]
+                               columns=source.get("columns"), seed=config.seed, template=template,
+                               system=bool(config.system_prompt)) for source in sources]
         for part in parts:
-            _tell(part.report, notice)
+            _tell(part, notice)
         dataset = parts[0] if isinstance(data, str) else combine(parts, [source.get("weight", 1.0) for source in sources], config.seed)
         if count := dataset.report["duplicates"]:
             notice(f"{dataset.report['source']}: {count} examples occur more than once"
@@ -163,17 +195,18 @@ def combine(parts, weights, seed):
     for report in reversed(reports):
         first_dropped |= report["first_dropped"]
     stop_inside = [report["stop_inside"] for report in reports]
-    control_tokens = sum(report["control_tokens"] for report in reports)
+    counts = {}
+    for key in ("cut_rows", "split_rows", "continued", "control_tokens"):
+        counts[key] = sum(report[key] for report in reports)
     first = {}
-    for key in ("first_stop_inside", "first_control_tokens"):
+    for key in ("first_stop_inside", "first_control_tokens", "first_continued"):
         first[key] = next((report[key] for report in reports if report[key]), None)
     return Dataset(examples, {
         "source": " + ".join(report["source"] for report in reports), "sha256": [report["sha256"] for report in reports],
         "read": sum(report["read"] for report in reports), "shape": "; ".join(report["shape"] for report in reports),
         "dropped": dict(sum((Counter(report["dropped"]) for report in reports), Counter())), "first_dropped": first_dropped,
-        "cut_rows": sum(report["cut_rows"] for report in reports),
         "stop_inside": None if None in stop_inside else sum(stop_inside),
-        "control_tokens": control_tokens, **first,
+        **counts, **first,
         "duplicates": _duplicates([example for part in parts for example in part.examples]), "sources": reports} | _measures(examples))
 
 
@@ -214,11 +247,12 @@ def split_off(dataset, fraction, seed):
 
     return (part([example for i, example in enumerate(dataset.examples) if i not in chosen]),
             part([example for i, example in enumerate(dataset.examples) if i in chosen],      # what was dropped is told of once
-                 dropped={}, first_dropped={}, cut_rows=0, duplicates=0,
+                 dropped={}, first_dropped={}, cut_rows=0, split_rows=0, continued=0, first_continued=None, duplicates=0,
                  stop_inside=0, first_stop_inside=None, control_tokens=0, first_control_tokens=None))
 
 
-def _tell(report, notice):
+def _tell(dataset, notice):
+    report = dataset.report
     source = report["source"]
     notice(f"{source}: {report['shape']}")
     for reason, count in report["dropped"].items():
@@ -227,8 +261,16 @@ def _tell(report, notice):
                f"{reason} (first: {report['first_dropped'][reason]})")
     if report["cut_rows"]:
         notice(f"{source}: {report['cut_rows']} texts cut into pieces of max_length tokens")
+    if report["split_rows"]:
+        notice(f"{source}: {report['split_rows']} conversations became an example per turn: the chat template renders "
+               "earlier turns otherwise than the last one")
+    if report["continued"]:
+        notice(f"{source}: {report['continued']} responses are tokenised apart from their prompts, because a token "
+               f"would span the end of the prompt (first: {report['first_continued']})")
     for line in doubts(report):
         notice(f"warning: {source}: {line}")
+    for line in dataset.notices:
+        notice(line)
 
 
 def doubts(report):
@@ -252,6 +294,23 @@ def _with_extras(examples, text, kind):
     for example in examples:
         example.extras |= text.extras
     return examples
+
+
+def _turns(text):
+    """The turns of a conversation's responses."""
+    return [] if isinstance(text.prompt, str) else itertools.chain(*text.responses)
+
+
+def _desirable(examples, ignore):
+    """(the examples but for those of undesirable rows, these rows). Labels are taken off. `ignore`: a label means
+    something else."""
+    kept, undesirable = [], []
+    for example in examples:
+        if example.extras.pop("label", True) or ignore:
+            kept.append(example)
+        elif example.where not in undesirable[-1:]:
+            undesirable.append(example.where)
+    return kept, undesirable
 
 
 def _is_local(source, base):

@@ -11,6 +11,7 @@ from transformers.utils import cached_file, logging
 
 from data.errors import UserError
 from data.files import kind_of
+from data.templates import set_template
 
 ADAPTER = "adapter_config.json"      # in a directory with a LoRA adapter, in peft's format
 MODES = {"do_sample", "num_beams", "use_cache", "return_dict_in_generate"}    # other settings depend on these
@@ -216,6 +217,13 @@ def load_tokenizer(path: str):
         raise UserError(f"model: the tokenizer of {path} has no eos token, so no response could end; fix: set eos_token")
     if empty:
         raise UserError(f"model: the tokenizer of {path} has no vocabulary; fix: save tokenizer.json beside the model")
+    return tokenizer
+
+
+def load_tokenizer_for(settings, path: str, notice):
+    """The tokenizer at `path` with the chat template that the keys of `settings` ask for."""
+    tokenizer = load_tokenizer(path)
+    set_template(tokenizer, settings, notice)
     return tokenizer
 
 
