@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Mistr
 
 from data.formats import parse
 from data.tokenise import Tokeniser, stop_ids
+from engine.load import load_tokenizer
 
 MISSING = [name for name in ("trl", "mistral_common", "sentencepiece") if importlib.util.find_spec(name) is None]
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"{MISSING} not installed: pip install -r requirements-dev.txt")
@@ -242,3 +243,14 @@ def test_runs_equal_trls(version, algorithm, template, rows, options, compared, 
     ours = train_ours(tmp_path, algorithm, model, rows, batch_size=4)
     theirs = train_trl(tmp_path, f"trl.{algorithm.upper()}Trainer", options, model, rows, 4, tokenizer)
     assert_equal_metrics(ours, theirs, compared)
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_final_tokenises_as_training_did(legacy, models, tmp_path):
+    model = saved(Path(shutil.copytree(models["v1"], tmp_path / "model")), "v1", legacy)
+    (model / "chat_template.jinja").write_text(ZEPHYR)
+    train_ours(tmp_path, "sft", str(model), CHAT_ROWS, batch_size=6)
+    before, after = Tokeniser(load_tokenizer(str(model))), Tokeniser(load_tokenizer(str(tmp_path / "ours" / "final")))
+    assert ("▁" in before.tokenizer.tokenize("a</s>\nb")) == legacy
+    for chat in CHATS:
+        assert before.prompt_ids(chat[:3]) == after.prompt_ids(chat[:3])
