@@ -16,7 +16,7 @@ MARK = "PROBE"          # a text that no template has a reason to change
 QUESTION = [{"role": "user", "content": MARK}]
 ANSWER = {"role": "assistant", "content": f"{MARK}-OF-THE-END"}
 THINKING_ANSWER = {"role": "assistant", "content": f"<think>\n{MARK}\n</think>\n\n{MARK}"}
-TWO_THOUGHTS = re.compile(r"\s*<think>\s*</think>\s*<think>")      # empty ones of the template's, then the reply's
+TWO_THOUGHTS = re.compile(r"\s*<think>\s*</think>\s*<think>")      # empty ones, and then those of the reply
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")     # templates' names of what precedes a reply
 CALL_FORMS = ("mapping", "json")                              # how templates take the arguments of a call
 
@@ -53,10 +53,13 @@ class Chat:
         content = begun["content"].lstrip()
         if content.startswith("<think>"):              # templates close or drop thoughts that have no end
             if context.rstrip().endswith("</think>"):
-                raise Unusable("the generation prompt closes the thoughts, but the assistant's turn opens some")
+                raise Unusable("the generation prompt closes the thoughts, but the turn opens some")
             return context + _behind(_opened(context), content)
         written = self._reply(history, begun, tools, context, where)
-        said = content.rpartition("</think>")[2].lstrip()
+        _, end, said = content.rpartition("</think>")
+        said = said.lstrip() or end + said             # nothing is said yet where the thoughts have just ended
+        if not said:
+            return context
         for text in (said, said.rstrip()):             # some templates strip a content
             start = written.rfind(text)
             if start >= 0:
@@ -72,18 +75,18 @@ class Chat:
             if turn["role"] != "assistant" or not turn.get("train", True):
                 continue
             history = [*prompt, *turns[:i]]
-            begun = i == 0 and history[-1]["role"] == "assistant"
-            if begun:                                  # by the prompt; a later turn follows the one before it
+            if i == 0 and history[-1]["role"] == "assistant":      # the prompt has begun this turn
                 context = self.prompt(history, tools, where)
                 turn = turn | {"content": history.pop()["content"] + turn["content"]}
-            before = self.render(history, tools, True, where)
+                before = self.render(history, tools, True, where)
+            else:
+                context = before = self.render(history, tools, True, where)
             self._check([*history, turn], tools, where)
             reply = self._reply(history, turn, tools, before, where)
             _check_thoughts(turn, reply, where)
             if TWO_THOUGHTS.match(_opened(before) + reply):
-                raise Unusable("the chat template writes empty thoughts before those of the reply, which have no end")
+                raise Unusable("the chat template writes empty thoughts before the reply's, which do not end")
             text = before + reply
-            context = context if begun else before
             if not text.startswith(context):
                 raise Unusable("the chat template does not continue the turn that ends the prompt")
             found.append((context, text[len(context):]))
@@ -92,8 +95,8 @@ class Chat:
         return found
 
     def whole(self, messages, tools, where):
-        """The text of a whole conversation, through its last end-of-turn. UserError where the template leaves out
-        thoughts of earlier turns."""
+        """The text of a whole conversation, through its last end-of-turn. UserError where the template leaves
+        thoughts out."""
         text = self._through_end(self.render(messages, tools, False, where))
         for turn in messages:
             if turn["role"] == "assistant":
@@ -106,8 +109,7 @@ class Chat:
         if rendered.startswith(context):
             return self._through_end(rendered[len(context):])
         # The template writes the history otherwise once a reply follows, or its generation prompt is no part
-        # of the
-        # turn that it renders. The turn behind a question of its own shows what is to be written.
+        # of the turn that it renders. The turn behind a question of its own shows what is to be written.
         before = self.render(QUESTION, tools, True, where)
         generation_prompt = before.removeprefix(self.render(QUESTION, tools, False, where))
         if not context.endswith(generation_prompt):
@@ -263,8 +265,7 @@ class Chat:
         return self.render([*QUESTION, ANSWER], None, False, where)
 
     def end_of_call(self):
-        """The token with which the template ends a turn that calls a tool, or None. Where it ends no turn, eos
-        does."""
+        """The token with which the template ends a turn that calls a tool, or None, as where it ends no turn."""
         call = {"type": "function", "function": {"name": MARK, "arguments": {}}}
         turns = [*QUESTION, {"role": "assistant", "content": "", "tool_calls": [call]}]
         where = "a tool call"

@@ -276,7 +276,7 @@ def test_thoughts_before_a_call():
 def test_thoughts_without_an_end(name):
     """These templates write thoughts of their own, empty ones, before them."""
     assert shown(tokenizer_for(name), [user("Which fruit?"), assistant("<think>\nruddy and cut")]) == \
-        "the chat template closes the thoughts before those of the reply, which have no end"
+        "the chat template writes empty thoughts before the reply's, which do not end"
 
 
 @pytest.mark.parametrize("name", ["llama3_1", "llama3_2"])
