@@ -55,9 +55,9 @@ class Chat:
             if context.rstrip().endswith("</think>"):
                 raise Unusable("the generation prompt closes the thoughts, but the turn opens some")
             return context + _behind(_opened(context), content)
-        written = self._reply(history, begun, tools, context, where)
+        written = self._reply(history, begun, tools, context, where).removesuffix(self.end_of_turn or "")
         _, end, said = content.rpartition("</think>")
-        said = said.lstrip() or end + said             # nothing is said yet where the thoughts have just ended
+        said = said.lstrip() or end + said             # where the thoughts have just ended
         if not said:
             return context
         for text in (said, said.rstrip()):             # some templates strip a content
@@ -70,17 +70,17 @@ class Chat:
         """[(context, reply)] of the assistant's turns among `turns`, which follow the messages `prompt`.
         Turns that are not to be trained are context only. Raises Unusable, and UserError where the template
         leaves something out."""
-        found = []
+        found, begun = [], None
+        if prompt[-1]["role"] == "assistant":          # the prompt has begun the first turn
+            begun = self.prompt(prompt, tools, where)
+            *prompt, start = prompt
+            turns = [turns[0] | {"content": start["content"] + turns[0]["content"]}, *turns[1:]]
         for i, turn in enumerate(turns):
             if turn["role"] != "assistant" or not turn.get("train", True):
                 continue
             history = [*prompt, *turns[:i]]
-            if i == 0 and history[-1]["role"] == "assistant":      # the prompt has begun this turn
-                context = self.prompt(history, tools, where)
-                turn = turn | {"content": history.pop()["content"] + turn["content"]}
-                before = self.render(history, tools, True, where)
-            else:
-                context = before = self.render(history, tools, True, where)
+            before = self.render(history, tools, True, where)
+            context = begun if begun and i == 0 else before
             self._check([*history, turn], tools, where)
             reply = self._reply(history, turn, tools, before, where)
             _check_thoughts(turn, reply, where)
@@ -130,7 +130,7 @@ class Chat:
         if said is None:
             raise Unusable("the generation prompt opens <think>, but the reply has no thoughts")
         answer = said.rpartition("</think>")[2].strip()
-        end = written[written.rfind(answer) + len(answer):] if answer else written
+        end = written[written.find(answer) + len(answer):]     # it starts with the answer
         return self._through_end(_behind(opened, said) + end)
 
     def _through_end(self, rendered):
@@ -265,7 +265,7 @@ class Chat:
         return self.render([*QUESTION, ANSWER], None, False, where)
 
     def end_of_call(self):
-        """The token with which the template ends a turn that calls a tool, or None, as where it ends no turn."""
+        """The token with which the template ends a turn that calls a tool, or None. Then eos does."""
         call = {"type": "function", "function": {"name": MARK, "arguments": {}}}
         turns = [*QUESTION, {"role": "assistant", "content": "", "tool_calls": [call]}]
         where = "a tool call"
