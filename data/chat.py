@@ -34,6 +34,7 @@ class Chat:
         self.control = _control_tokens(tokenizer)
         self.call_form = CALL_FORMS[0]
         self.in_parts = False        # whether a content is a list of parts, as in templates for images
+        self.opened = ""             # what opens thoughts in the generation prompt, such as "<think>\n"
         self.thoughts_apart = False  # whether the template finds thoughts in reasoning_content only
         self.left_out = {}           # shape of a conversation -> what the template leaves out of it, or None
         self.end_of_turn = None      # such as "<|im_end|>"
@@ -218,8 +219,12 @@ class Chat:
     def _for_template(self, turn, call_form):
         """A message as the template reads it, without keys of ours."""
         turn = {key: value for key, value in turn.items() if key != "train"}
-        if self.thoughts_apart and turn["role"] == "assistant":
-            turn = _thoughts_apart(turn)
+        if turn["role"] == "assistant":
+            begun = turn["content"].partition("</think>")
+            if begun[1] and "<think>" not in begun[0]:     # as a model writes it whose prompt has opened them
+                turn["content"] = self.opened + turn["content"]
+            if self.thoughts_apart:
+                turn = _thoughts_apart(turn)
         if "reasoning_content" in turn:
             turn |= dict.fromkeys(THOUGHTS, turn["reasoning_content"])
         if turn.get("tool_calls") and call_form == "json":
@@ -237,6 +242,7 @@ class Chat:
             with bounded(where):
                 rendered = self._rendered_answer(where)
                 self.thoughts_apart = self._doubles_thoughts(where)
+                self.opened = _opened(self.render(QUESTION, None, True, where))
         except Unusable as refused:
             raise UserError(f"the chat template cannot render {where} ({refused}); "
                             "fix: give another chat_template") from None

@@ -264,6 +264,19 @@ def test_thoughts_behind_a_prompt_that_opens_them(name):
         assert shown(tokenizer, [SYSTEM, user("Which fruit?"), turn]) == [f"{start}«{written}{end}»"]
 
 
+@pytest.mark.parametrize("name", ["deepseek_r1_distill", "deepseekv3", "nemotron_3_5_lightning", "nemotron_3_nano",
+                                  "nemotron_3_super", "nemotron_3_ultra", "qwen3_5_think", "qwen3_6", "qwen3_8"])
+def test_thoughts_as_a_model_writes_them_behind_an_opened_tag(name):
+    """Without that tag: in a chat, and in files of what a model has written. The history is that of training all the same."""
+    tokenizer, tokeniser = tokenizer_for(name), Tokeniser(tokenizer_for(name))
+    asked, more = user("Which fruit?"), user("Next one!")
+    assert tokenizer.decode(tokeniser.prompt_ids([asked])).endswith("<think>\n")
+    full = assistant("<think>\nruddy\n</think>\n\nPlum.")
+    written = assistant("ruddy\n</think>\n\nPlum.")
+    assert shown(tokenizer, [asked, full]) == shown(tokenizer, [asked, written])
+    assert tokeniser.prompt_ids([asked, full, more]) == tokeniser.prompt_ids([asked, written, more])
+
+
 def test_thoughts_before_a_call():
     tokenizer = tokenizer_for("deepseekv3")
     text, = shown(tokenizer, [user("Which sky?"), assistant("", reasoning_content="ruddy", tool_calls=[CALL])])
