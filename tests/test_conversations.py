@@ -1,6 +1,7 @@
-"""Which turns of a conversation are trained, and in which contexts: flags of messages, turns that a prompt has begun, templates that
-rewrite their history or take contents as parts. What is trained stands in «», at every place where it is."""
+"""Which turns of a conversation are trained, and in which contexts: flags of messages, turns that a prompt
+has begun, templates that rewrite their history or take contents as parts. What is trained stands in «»."""
 import itertools
+import json
 
 import pytest
 from helpers import CHATML, byte_tokenizer
@@ -10,24 +11,30 @@ from data.formats import Text
 from data.tokenise import Tokeniser
 
 START, ASK, END = "<|im_start|>", "<|im_start|>assistant\n", "<|im_end|>"
-THOUGHTS = "{% set said = m.content.split('</think>')[-1].lstrip() %}"
-# Earlier turns are written without their thoughts, as Qwen3 and its successors do; the last one gets a frame for them.
-REWRITES = ("{% for m in messages %}" + THOUGHTS + "{{ '<|im_start|>' + m.role + '\n' }}{% if m.role != 'assistant' %}{{ m.content }}"
-            "{% elif not loop.last %}{{ said }}{% else %}{% if '</think>' in m.content %}{{ m.content }}"
-            "{% else %}{{ '<think>\n\n</think>\n\n' + m.content }}{% endif %}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
-            "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
-OPENS = REWRITES.replace("assistant\n' }}{% endif %}", "assistant\n<think>\n' }}{% endif %}")
-# Thoughts are written nowhere, and the generation prompt opens them, as in the distilled R1 models.
-STRIPS = ("{% for m in messages %}" + THOUGHTS + "{{ '<|im_start|>' + m.role + '\n' + (said if m.role == 'assistant' else m.content)"
-          " + '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}")
+EMPTY = "<think>\n\n</think>\n\n"
+# Qwen3 and its successors write earlier turns without their thoughts; the last one gets a frame for them.
+REWRITES = """{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}
+{%- if m.role == 'assistant' and loop.last and '</think>' not in m.content %}
+{{- '<think>\n\n</think>\n\n' }}{% endif %}
+{%- if m.role == 'assistant' and not loop.last %}{{ m.content.split('</think>')[-1].lstrip() }}
+{%- else %}{{ m.content }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
+OPENS = REWRITES.replace("'<|im_start|>assistant\n'", "'<|im_start|>assistant\n<think>\n'")
+# The distilled R1 models' write thoughts nowhere, and the generation prompt opens them.
+STRIPS = """{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}
+{%- if m.role == 'assistant' %}{{ m.content.split('</think>')[-1].lstrip() }}
+{%- else %}{{ m.content }}{% endif %}
+{{- '<|im_end|>\n' }}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}"""
 DROPS = STRIPS.replace("assistant\n<think>\n", "assistant\n")
 TRIMS = CHATML.replace("message['content']", "message['content'] | trim")
-PARTS = ("{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% for part in m.content %}{% if part.type == 'text' %}{{ part.text }}"
-         "{% else %}{{ '<image>' }}{% endif %}{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}"
-         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
-UNTIDY = CHATML.replace("message['content'] +",
-                        "message['content'] + (message.tool_calls[0].function.name ~ message.tool_calls[0].function.arguments"
-                        " if message.tool_calls else '') +")
+PARTS = """{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% for part in m.content %}
+{%- if part.type == 'text' %}{{ part.text }}{% else %}{{ '<image>' }}{% endif %}{% endfor %}
+{{- '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
+CALLS = """{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content }}
+{%- for call in m.tool_calls or [] %}
+{{- call.function.name }}{{ call.function.arguments }}{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
 
 
 def user(content):
@@ -38,9 +45,10 @@ def assistant(content, **parts):
     return {"role": "assistant", "content": content, **parts}
 
 
-def encode(template, prompt, *responses, **options):
+def encode(template, prompt, *responses):
     """A row's examples, or the reason to drop it."""
-    return Tokeniser(byte_tokenizer(template)).encode([Text(prompt, list(responses), "rows.jsonl:7")], 10_000, **options)[0]
+    row = Text(prompt, list(responses), "rows.jsonl:7")
+    return Tokeniser(byte_tokenizer(template)).encode([row], 10_000)[0]
 
 
 def shown(template, prompt, *responses):
@@ -51,10 +59,12 @@ def shown(template, prompt, *responses):
     texts = []
     for example in found:
         for response in example.responses:
-            text = tokenizer.decode(example.prompt)
-            for trained, run in itertools.groupby(zip(response.tokens, response.trained), key=lambda pair: bool(pair[1])):
-                piece = tokenizer.decode([token for token, _ in run])
+            text, start = tokenizer.decode(example.prompt), 0
+            for trained, run in itertools.groupby(response.trained.tolist()):
+                end = start + len(list(run))
+                piece = tokenizer.decode(response.tokens[start:end])
                 text += f"«{piece}»" if trained else piece
+                start = end
             texts.append(text)
     return texts
 
@@ -81,7 +91,7 @@ def test_an_untrained_turn_is_context():
     a, b, c = user("a?"), user("b?"), user("c?")
     more = f"\n{turn('user', 'b?')}{ASK}"
     assert shown(CHATML, [a], [untrained(FIRST), b, SECOND]) == [f"{ASKED}One.{END}{more}«Two.{END}»"]
-    assert shown(CHATML, [a], [FIRST, b, untrained(SECOND)]) == [f"{ASKED}«One.{END}»"], "nothing is trained behind it"
+    assert shown(CHATML, [a], [FIRST, b, untrained(SECOND)]) == [f"{ASKED}«One.{END}»"]
     assert shown(CHATML, [a], [FIRST, b, untrained(SECOND), c, THIRD]) == [
         f"{ASKED}«One.{END}»{more}Two.{END}\n{turn('user', 'c?')}{ASK}«Three.{END}»"]
     assert shown(CHATML, [a], [FIRST | {"train": True}]) == [f"{ASKED}«One.{END}»"]
@@ -89,22 +99,20 @@ def test_an_untrained_turn_is_context():
 
 def test_an_untrained_turn_of_a_conversation_that_is_split():
     a, b, c = user("a?"), user("b?"), user("c?")
-    empty = "<think>\n\n</think>\n\n"
     history = turn("user", "a?") + turn("assistant", "One.") + turn("user", "b?")
-    assert shown(REWRITES, [a], [FIRST, b, SECOND]) == [f"{ASKED}«{empty}One.{END}»", f"{history}{ASK}«{empty}Two.{END}»"]
-    assert shown(REWRITES, [a], [untrained(FIRST), b, SECOND]) == [f"{history}{ASK}«{empty}Two.{END}»"]
-    assert shown(REWRITES, [a], [FIRST, b, untrained(SECOND)]) == [f"{ASKED}«{empty}One.{END}»"]
-    assert shown(REWRITES, [a], [FIRST, b, untrained(SECOND), c, THIRD]) == [
-        f"{ASKED}«{empty}One.{END}»",
-        f"{history}{turn('assistant', 'Two.')}{turn('user', 'c?')}{ASK}«{empty}Three.{END}»"]
+    one, two = f"{ASKED}«{EMPTY}One.{END}»", f"{history}{ASK}«{EMPTY}Two.{END}»"
+    three = f"{history}{turn('assistant', 'Two.')}{turn('user', 'c?')}{ASK}«{EMPTY}Three.{END}»"
+    assert shown(REWRITES, [a], [FIRST, b, SECOND]) == [one, two]
+    assert shown(REWRITES, [a], [untrained(FIRST), b, SECOND]) == [two]
+    assert shown(REWRITES, [a], [FIRST, b, untrained(SECOND)]) == [one]
+    assert shown(REWRITES, [a], [FIRST, b, untrained(SECOND), c, THIRD]) == [one, three]
 
 
 @pytest.mark.parametrize("template", [CHATML, REWRITES])
 def test_a_row_without_a_trained_turn_is_dropped(template):
-    a = user("a?")
-    assert encode(template, [a], [untrained(FIRST), user("b?"), untrained(SECOND)]) == "no turn of it is to be trained"
-    assert encode(template, [a], [untrained(FIRST)], [SECOND]) == "no turn of it is to be trained"
-    assert encode(template, [a], [FIRST], [untrained(SECOND)]) == "no turn of it is to be trained"
+    turns = [untrained(FIRST), user("b?"), untrained(SECOND)]
+    for responses in [turns], [turns[:1], [SECOND]], [[FIRST], turns[2:]]:
+        assert encode(template, [user("a?")], *responses) == "no turn of it is to be trained"
 
 
 def test_thoughts_of_an_untrained_turn_may_be_left_out():
@@ -112,8 +120,9 @@ def test_thoughts_of_an_untrained_turn_may_be_left_out():
     thinking = assistant("<think>\nred\n</think>\n\nPlum.")
     assert shown(DROPS, [user("a?")], [untrained(thinking), user("b?"), SECOND]) == [
         f"{ASKED}Plum.{END}\n{turn('user', 'b?')}{ASK}«Two.{END}»"]
-    for question in "a?", "Which is red?":                         # that word is in the prompt, not in the reply
-        with pytest.raises(UserError, match=r"leaves out the thoughts of the assistant's turn \('red'\) in rows.jsonl:7"):
+    said = r"leaves out the thoughts of the assistant's turn \('red'\) in rows.jsonl:7"
+    for question in "a?", "Which is red?":           # that word is in the prompt, not in the reply
+        with pytest.raises(UserError, match=said):
             encode(DROPS, [user(question)], [thinking])
 
 
@@ -127,29 +136,38 @@ def test_turns_of_the_assistant_in_a_row():
 # ---- a turn that the prompt has begun ----
 
 @pytest.mark.parametrize("template, begun, context", [
-    (CHATML, "The answer is", "The answer is"), (CHATML, "The answer is ", "The answer is "), (CHATML, "a\n\n", "a\n\n"),
-    (TRIMS, "The answer is ", "The answer is"),                    # the template's own way
-    (CHATML, "<think>\n", "<think>\n"), (CHATML, "<think>\nSo", "<think>\nSo"), (CHATML, f"{END} a", f"{END} a"),
-    (REWRITES, "<think>\nSo", "<think>\nSo"), (REWRITES, "It is", "<think>\n\n</think>\n\nIt is"),
+    (CHATML, "The answer is", "The answer is"),
+    (CHATML, "The answer is ", "The answer is "),
+    (CHATML, "a\n\n", "a\n\n"),
+    (TRIMS, "The answer is ", "The answer is"),      # the template's own way
+    (CHATML, "<think>\n", "<think>\n"),
+    (CHATML, "<think>\nSo", "<think>\nSo"),
+    (CHATML, f"{END} a", f"{END} a"),
+    (REWRITES, "<think>\nSo", "<think>\nSo"),
+    (REWRITES, "It is", f"{EMPTY}It is"),
     (REWRITES, "<think>\nred\n</think>\n\nIt is ", "<think>\nred\n</think>\n\nIt is "),
-    (OPENS, "<think>\nSo", "<think>\nSo"), (OPENS, "<think>", "<think>\n"), (OPENS, "<think>\n", "<think>\n"),
-    (OPENS, "It is", "<think>\n\n</think>\n\nIt is"),              # thinking is over, since something is said
+    (OPENS, "<think>\nSo", "<think>\nSo"),
+    (OPENS, "<think>", "<think>\n"),
+    (OPENS, "<think>\n", "<think>\n"),
+    (OPENS, "It is", f"{EMPTY}It is"),      # thinking is over, since something is said
     (OPENS, "<think>\nred\n</think>\n\nIt is", "<think>\nred\n</think>\n\nIt is"),
-    (STRIPS, "<think>\nSo", "<think>\nSo"), (STRIPS, "red\n</think>\n\n", "<think>\nred\n</think>\n\n"),
+    (STRIPS, "<think>\nSo", "<think>\nSo"),
+    (STRIPS, "red\n</think>\n\n", "<think>\nred\n</think>\n\n"),
     (STRIPS, "<think>\nred\n</think>\n\nIt", "<think>\nred\n</think>\n\nIt"),
     (STRIPS, "red\n</think>\n\nIt is ", "<think>\nred\n</think>\n\nIt is "),
 ])
 def test_a_begun_turn_is_continued(template, begun, context):
     prompt = [user("a?"), assistant(begun)]
     assert starts_with(template, prompt) == ASKED + context
-    example, = encode(template, prompt)                            # a prompt without responses, as for online training
-    assert byte_tokenizer(template).decode(example.prompt) == ASKED + context and not example.responses
+    example, = encode(template, prompt)              # a prompt without responses, as for online training
+    assert byte_tokenizer(template).decode(example.prompt) == ASKED + context
+    assert not example.responses
 
 
 def test_where_a_begun_turn_cannot_be_continued():
     with pytest.raises(UserError, match="opens <think>, but the reply has no thoughts"):
         starts_with(STRIPS, [user("a?"), assistant("It is")])
-    closes = OPENS.replace("assistant\n<think>\n' }}{% endif %}", "assistant\n<think>\n\n</think>\n\n' }}{% endif %}")
+    closes = OPENS.replace("assistant\n<think>\n", "assistant\n<think>\n\n</think>\n\n")
     with pytest.raises(UserError, match="closes the thoughts, but the turn opens some"):
         starts_with(closes, [user("a?"), assistant("<think>\nSo")])
     shouts = CHATML.replace("message['content']", "message['content'] | replace('it', 'IT')")
@@ -158,12 +176,13 @@ def test_where_a_begun_turn_cannot_be_continued():
 
 
 @pytest.mark.parametrize("template, begun, replies, texts", [
-    (CHATML, "It is", (" 4.", " 5."), ("It is« 4.", "It is« 5.")), (CHATML, "It is ", ("4.", "5."), ("It is «4.", "It is «5.")),
+    (CHATML, "It is", (" 4.", " 5."), ("It is« 4.", "It is« 5.")),
+    (CHATML, "It is ", ("4.", "5."), ("It is «4.", "It is «5.")),
     (TRIMS, "It is ", ("4.", "5."), ("It is« 4.", "It is« 5.")),
     (CHATML, "<think>\n", ("a</think>b", "c</think>d"), ("<think>\n«a</think>b", "<think>\n«c</think>d")),
-    (OPENS, "<think>\n", ("a\n</think>\n\nb", "c\n</think>\n\nd"), ("<think>\n«a\n</think>\n\nb", "<think>\n«c\n</think>\n\nd")),
-    (STRIPS, "<think>\nSo", (" a</think>b", " c</think>d"), ("<think>\nSo« a</think>b", "<think>\nSo« c</think>d")),
-    (OPENS, "It is", (" 4.", " 5."), ("<think>\n\n</think>\n\nIt is« 4.", "<think>\n\n</think>\n\nIt is« 5.")),
+    (OPENS, "<think>\n", ("a</think>b", "c</think>d"), ("<think>\n«a</think>b", "<think>\n«c</think>d")),
+    (STRIPS, "<think>\nS", ("a</think>b", "c</think>d"), ("<think>\nS«a</think>b", "<think>\nS«c</think>d")),
+    (OPENS, "It is", (" 4.", " 5."), (f"{EMPTY}It is« 4.", f"{EMPTY}It is« 5.")),
 ])
 def test_replies_to_a_begun_turn(template, begun, replies, texts):
     prompt = [user("a?"), assistant(begun)]
@@ -177,7 +196,8 @@ def test_replies_to_a_begun_turn(template, begun, replies, texts):
 
 def test_only_the_first_turn_is_begun_by_the_prompt():
     prompt, turns = [user("a?"), assistant("It is")], [assistant(" 4."), user("b?"), SECOND]
-    assert shown(CHATML, prompt, turns) == [f"{ASKED}It is« 4.{END}»\n{turn('user', 'b?')}{ASK}«Two.{END}»"]
+    expected = f"{ASKED}It is« 4.{END}»\n{turn('user', 'b?')}{ASK}«Two.{END}»"
+    assert shown(CHATML, prompt, turns) == [expected]
 
 
 # ---- templates ----
@@ -198,7 +218,7 @@ def test_thoughts_behind_an_opened_tag():
                                                f"{second}<think>\n«lime\n</think>\n\nFig.{END}»"]
     assert shown(REWRITES, [a], turns) == [f"{ASKED}«<think>\nred\n</think>\n\nPlum.{END}»",
                                            f"{second}«<think>\nlime\n</think>\n\nFig.{END}»"]
-    for answer in "d", "end", "<|im_end|>", "think":               # what the frame holds, too
+    for answer in "d", "end", "<|im_end|>", "think":           # the frame holds them too
         assert shown(STRIPS, [a], [assistant(f"<think>\nred\n</think>\n\n{answer}")]) == [
             f"{ASKED}<think>\n«red\n</think>\n\n{answer}{END}»"]
         assert starts_with(REWRITES, [a, assistant(answer)]) == f"{ASKED}<think>\n\n</think>\n\n{answer}"
@@ -207,6 +227,7 @@ def test_thoughts_behind_an_opened_tag():
 
 def test_arguments_of_a_call_are_json():
     """This template writes them as they are given to it; a mapping would come out as Python writes it."""
-    call = {"type": "function", "function": {"name": "forecast", "arguments": {"town": "Ulm", "días": [1, True, None]}}}
-    text, = shown(UNTIDY, [user("a?")], [assistant("", tool_calls=[call])])
-    assert text.startswith(ASKED) and 'forecast{"town": "Ulm", "d' in text and "[1, true, null]" in text
+    arguments = {"town": "Ulm", "días": [1, True, None]}
+    call = {"type": "function", "function": {"name": "forecast", "arguments": arguments}}
+    text, = shown(CALLS, [user("a?")], [assistant("", tool_calls=[call])])
+    assert text == f"{ASKED}«forecast{json.dumps(arguments, ensure_ascii=False)}{END}»"

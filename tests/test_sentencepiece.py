@@ -1,9 +1,11 @@
-"""Real sentencepiece tokenizers, which put a space before every text: prompts and responses get the ids that TRL gives them, and
-that the sentencepiece library itself gives, whole runs equal TRL's, and generation starts with the ids of training.
+"""Real sentencepiece tokenizers, which put a space before every text. Prompts and responses get the ids that
+TRL gives them, and that the sentencepiece library itself gives. Whole runs equal TRL's. Generation starts
+with the ids of training.
 
-The tokenizers are Mistral's v1 and v3 out of the package mistral-common, in the three conversions that are in use: the space stands
-before the first section of a text only (transformers' own default), before every section between special tokens (legacy), or is
-put there by the normalizer (tokenizer.json files of Llama-2's time)."""
+The tokenizers are Mistral's v1 and v3 out of the package mistral-common, in the three conversions that are in
+use. The space stands before the first section of a text only (transformers' own default), or before every
+section between special tokens (legacy), or the normalizer puts it there (tokenizer.json files of Llama-2's
+time)."""
 import importlib.util
 import json
 import shutil
@@ -13,42 +15,57 @@ import pytest
 from helpers import config_of, messages, random_lm
 from test_trl_parity import assert_equal_metrics, train_ours, train_trl
 from tokenizers import normalizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, MistralConfig, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedTokenizerFast,
+)
 
 from data.formats import parse
 from data.tokenise import Tokeniser, stop_ids
 from engine.load import load_tokenizer
 
-MISSING = [name for name in ("trl", "mistral_common", "sentencepiece") if importlib.util.find_spec(name) is None]
-pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"{MISSING} not installed: pip install -r requirements-dev.txt")
+PACKAGES = "trl", "mistral_common", "sentencepiece"
+MISSING = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+WHY = f"{MISSING} not installed: pip install -r requirements-dev.txt"
+pytestmark = pytest.mark.skipif(bool(MISSING), reason=WHY)
 
 FILES = {"v1": "tokenizer.model.v1", "v3": "mistral_instruct_tokenizer_240323.model.v3"}
 FORMS = [("v1", "first"), ("v1", "always"), ("v1", "normalizer"), ("v3", "first")]
-# `generation` marks for TRL what is trained; the texts are the same without it
-ZEPHYR = ("{% for m in messages %}{{ '<|' + m['role'] + '|>\n' }}{% if m['role'] == 'assistant' %}{% generation %}"
-          "{{ m['content'] + eos_token }}{% endgeneration %}{% else %}{{ m['content'] + eos_token }}{% endif %}{{ '\n' }}{% endfor %}"
-          "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}")
-INST = ("{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}"
-        "{% else %}{% generation %}{{ ' ' + m['content'] + eos_token }}{% endgeneration %}{% endif %}{% endfor %}")
-# without a space behind [/INST]: what follows a special token is a section of its own there
+# `generation` marks for TRL what is trained; the texts are the same without it.
+ZEPHYR = """{% for m in messages %}{{ '<|' + m['role'] + '|>\n' }}{% if m['role'] == 'assistant' %}
+{%- generation %}{{ m['content'] + eos_token }}{% endgeneration %}{% else %}{{ m['content'] + eos_token }}
+{%- endif %}{{ '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"""
+INST = """{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}
+{{- '[INST] ' + m['content'] + ' [/INST]' }}
+{%- else %}{% generation %}{{ ' ' + m['content'] + eos_token }}{% endgeneration %}{% endif %}{% endfor %}"""
+# What follows a special token is a section of its own, here without a space of the template's.
 TIGHT = INST.replace("' ' + m['content'] + eos_token", "m['content'] + eos_token")
 TEMPLATES = {"zephyr": ZEPHYR, "inst": INST, "tight": TIGHT}
 
-STRINGS = [("2+2=", "4"), ("Name a fruit:", " Plum, of course."), ("Name a fruit: ", "Plum"), ("问：你好吗？\n答：", "很好，谢谢 😀"),
-           ("\n\nHuman: Hi\n\nAssistant:", " Hello\n\nthere"), ("<b>", "bold</b>"), ("a ", " b ")]
-CODE = ("def f(x):\n", "    return x  # done\n")      # the library cuts runs of spaces otherwise than the conversions do
-CHATS = [messages("fruit?", "Plum.", "more?", "Fig."), messages("  two  spaces ", " led by one", "\nq", "def f():\n    pass"),
+STRINGS = [("2+2=", "4"), ("Name a fruit:", " Plum, of course."), ("Name a fruit: ", "Plum"), ("a ", " b "),
+           ("问：你好吗？\n答：", "很好，谢谢 😀"), ("\n\nHuman: Hi\n\nAssistant:", " Hello\n\nthere"),
+           ("<b>", "bold</b>")]
+CODE = ("def f(x):\n", "    return x  # done\n")    # the library cuts runs of spaces in another way
+CHATS = [messages("fruit?", "Plum.", "more?", "Fig."),
+         messages("  two  spaces ", " led by one", "\nq", "def f():\n    pass"),
          messages("你好", "很好 😀", "naïve café?", "4")]
 
 
 # ---- tokenizers and models ----
 
+SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+
+
 def saved(folder, version, legacy):
     """A directory with Mistral's .model file, as a model's author publishes it."""
     import mistral_common
-    shutil.copy(Path(mistral_common.__file__).parent / "data" / FILES[version], folder / "tokenizer.model")
-    config = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "legacy": legacy}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"add_bos_token": True}))
+    source = Path(mistral_common.__file__).parent / "data" / FILES[version]
+    shutil.copy(source, folder / "tokenizer.model")
+    config = SPECIAL | {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "legacy": legacy}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return folder
 
 
@@ -61,9 +78,10 @@ def tokenizers(tmp_path_factory):
         tokenizer = AutoTokenizer.from_pretrained(folder)
         if form == "normalizer":
             backend = tokenizer.backend_tokenizer
-            backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+            steps = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+            backend.normalizer = normalizers.Sequence(steps)
             backend.pre_tokenizer = None
-            tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+            tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **SPECIAL)
         tokenizer.pad_token = "<unk>"
         found[version, form] = tokenizer
     return found
@@ -72,11 +90,12 @@ def tokenizers(tmp_path_factory):
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     """{version: the directory of a tiny random model}, without a tokenizer."""
-    sizes = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "initializer_range": 0.05}
+    values = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "initializer_range": 0.05}
     found = {}
     for version, config_class, vocabulary in (("v1", LlamaConfig, 32000), ("v3", MistralConfig, 32768)):
         found[version] = tmp_path_factory.mktemp(version)
-        random_lm(config_of(config_class, vocab_size=vocabulary, **sizes)).save_pretrained(found[version])
+        config = config_of(config_class, vocab_size=vocabulary, **values)
+        random_lm(config).save_pretrained(found[version])
     return found
 
 
@@ -100,10 +119,11 @@ def ids(example):
 
 
 def labels(example):
-    """The tokens of an example with one response, and -100 in place of those that are not trained."""
+    """The tokens of an example with one response; and the same with -100 where they are not trained."""
     response, = example.responses
-    trained = [token if keep else -100 for token, keep in zip(response.tokens.tolist(), response.trained)]
-    return example.prompt.tolist() + response.tokens.tolist(), [-100] * len(example.prompt) + trained
+    prompt, tokens = example.prompt.tolist(), response.tokens.tolist()
+    trained = [token if keep else -100 for token, keep in zip(tokens, response.trained)]
+    return prompt + tokens, [-100] * len(prompt) + trained
 
 
 # ---- TRL's ids ----
@@ -112,11 +132,14 @@ def trl_rows(trainer_name, model, tokenizer, rows, folder, **options):
     """What one of TRL's trainers makes of the rows: its own, tokenised dataset."""
     import trl
     from datasets import Dataset
-    trainer_class, config_class = getattr(trl, f"{trainer_name}Trainer"), getattr(trl, f"{trainer_name}Config")
-    arguments = config_class(output_dir=str(folder), max_length=1000, bf16=False, use_cpu=True, report_to="none", disable_tqdm=True,
-                             **options)
-    return list(trainer_class(model=AutoModelForCausalLM.from_pretrained(model), args=arguments, processing_class=tokenizer,
-                              train_dataset=Dataset.from_list(rows)).train_dataset)
+    trainer_class = getattr(trl, f"{trainer_name}Trainer")
+    config_class = getattr(trl, f"{trainer_name}Config")
+    arguments = config_class(output_dir=str(folder), max_length=1000, bf16=False, use_cpu=True,
+                             report_to="none", disable_tqdm=True, **options)
+    policy = AutoModelForCausalLM.from_pretrained(model)
+    trainer = trainer_class(model=policy, args=arguments, processing_class=tokenizer,
+                            train_dataset=Dataset.from_list(rows))
+    return list(trainer.train_dataset)
 
 
 @pytest.mark.parametrize("version, form", FORMS)
@@ -126,12 +149,15 @@ def test_strings_have_trls_ids(version, form, tokenizers, models, tmp_path):
     theirs = trl_rows("SFT", models[version], tokenizer, rows, tmp_path)
     for row, their in zip(rows, theirs, strict=True):
         (example,), apart = examples(tokenizer, row)
-        spans = labels(example)[0] != their["input_ids"]               # then TRL's context is not the prompt's own
+        spans = labels(example)[0] != their["input_ids"]       # then TRL's context is not the prompt's own
         assert apart == spans
         if not spans:
             assert labels(example) == (their["input_ids"], their["labels"]), row
-    pairs = [{"prompt": prompt, "chosen": response, "rejected": f"{response} No"} for prompt, response in STRINGS]
-    for row, their in zip(pairs, trl_rows("DPO", models[version], tokenizer, pairs, tmp_path), strict=True):
+    pairs = []
+    for prompt, response in STRINGS:
+        pairs.append({"prompt": prompt, "chosen": response, "rejected": f"{response} No"})
+    theirs = trl_rows("DPO", models[version], tokenizer, pairs, tmp_path)
+    for row, their in zip(pairs, theirs, strict=True):
         (example,), apart = examples(tokenizer, row, "pairs")
         if not apart:
             assert ids(example) == [their["prompt_ids"], their["chosen_ids"], their["rejected_ids"]], row
@@ -143,20 +169,25 @@ def test_chats_have_trls_ids(version, form, template, tokenizers, models, tmp_pa
     tokenizer = with_template(tokenizers[version, form], template)
     rows = [{"messages": chat} for chat in CHATS]
     theirs = trl_rows("SFT", models[version], tokenizer, rows, tmp_path, assistant_only_loss=True)
-    for row, their in zip(rows, theirs, strict=True):                  # every turn of the assistant's is trained
+    for row, their in zip(rows, theirs, strict=True):          # every turn of the assistant's is trained
         (example,), apart = examples(tokenizer, row)
-        ours = labels(example)
-        if template == "zephyr":                                       # it writes a line feed behind the last turn
-            their["input_ids"], their["labels"] = their["input_ids"][:len(ours[0])], their["labels"][:len(ours[0])]
-        assert not apart and ours == (their["input_ids"], their["labels"]), row
+        tokens, trained = labels(example)
+        if template == "zephyr":                               # it writes a line feed behind the last turn
+            for column in "input_ids", "labels":
+                their[column] = their[column][:len(tokens)]
+        assert not apart
+        assert (tokens, trained) == (their["input_ids"], their["labels"]), row
     pairs = []
     for chat in CHATS:
         pairs.append({"prompt": chat[:3], "chosen": chat[3:], "rejected": messages("", "No")[1:]})
-    for row, their in zip(pairs, trl_rows("DPO", models[version], tokenizer, pairs, tmp_path), strict=True):
+    theirs = trl_rows("DPO", models[version], tokenizer, pairs, tmp_path)
+    for row, their in zip(pairs, theirs, strict=True):
         (example,), apart = examples(tokenizer, row, "pairs")
         prompt, chosen, rejected = ids(example)
-        assert not apart and prompt == their["prompt_ids"]
-        assert chosen == their["chosen_ids"][:len(chosen)] and rejected == their["rejected_ids"][:len(rejected)]
+        assert not apart
+        assert prompt == their["prompt_ids"]
+        assert chosen == their["chosen_ids"][:len(chosen)]
+        assert rejected == their["rejected_ids"][:len(rejected)]
 
 
 # ---- without TRL ----
@@ -164,11 +195,12 @@ def test_chats_have_trls_ids(version, form, template, tokenizers, models, tmp_pa
 @pytest.mark.parametrize("version, form", FORMS)
 def test_strings_have_the_ids_of_the_sentencepiece_library(version, form, tokenizers, tmp_path):
     from sentencepiece import SentencePieceProcessor
-    encode = SentencePieceProcessor(model_file=str(saved(tmp_path, version, False) / "tokenizer.model")).encode
+    path = saved(tmp_path, version, False) / "tokenizer.model"
+    encode = SentencePieceProcessor(model_file=str(path)).encode
     tokenizer = with_template(tokenizers[version, form], None)
     for prompt, response in STRINGS:
         (example,), apart = examples(tokenizer, {"prompt": prompt, "response": response})
-        ours, (reply,) = example.prompt.tolist(), [found.tokens.tolist() for found in example.responses]
+        ours, reply = ids(example)
         assert ours == Tokeniser(tokenizer).prompt_ids(prompt) == [1, *encode(prompt)]
         assert reply[-1] == 2
         if not apart:
@@ -181,15 +213,17 @@ def test_no_space_that_the_data_has_not(version, form, tokenizers):
     for prompt, response in STRINGS:
         (example,), _ = examples(tokenizer, {"prompt": prompt, "response": response})
         ours, reply = ids(example)
-        assert tokenizer.decode(ours[1:]) == prompt, "without the lead"
+        assert tokenizer.decode(ours[1:]) == prompt
         assert tokenizer.decode(ours[1:] + reply[:-1]) == prompt + response
 
 
-@pytest.mark.parametrize("prompt, response", [("Hello wor", "ld"), ("The ans", "wer is 4."), ("caf", "és and bars"), ("q: ", "four"),
-                                              ("问：你", "们好吗"), ("a\n", "\nb"), ("1", "234"), ("x  ", "  y")])
+@pytest.mark.parametrize("prompt, response", [
+    ("Hello wor", "ld"), ("The ans", "wer is 4."), ("caf", "és and bars"), ("q: ", "four"), ("问：你", "们好吗"),
+    ("a\n", "\nb"), ("1", "234"), ("x  ", "  y")])
 @pytest.mark.parametrize("version, form", FORMS)
 def test_a_token_that_would_span_both(version, form, prompt, response, tokenizers):
-    """Generation has the prompt's own ids before it, so training has them too; the rest spells the response, and is counted."""
+    """Generation has the prompt's own ids before it, so training has them too. The rest spells the response,
+    and is counted."""
     tokenizer = with_template(tokenizers[version, form], None)
     (example,), apart = examples(tokenizer, {"prompt": prompt, "response": response})
     ours, reply = ids(example)
@@ -199,7 +233,7 @@ def test_a_token_that_would_span_both(version, form, prompt, response, tokenizer
     assert tokenizer.decode(ours[1:] + reply[:-1]) == prompt + response
     assert reply[-1] == 2
     pair = {"prompt": prompt, "chosen": response, "rejected": " no"}
-    (example,), _ = examples(tokenizer, pair, "pairs")                 # one prompt for both
+    (example,), _ = examples(tokenizer, pair, "pairs")         # one prompt for both
     assert ids(example)[:2] == [ours, reply]
 
 
@@ -212,8 +246,7 @@ def test_generation_starts_with_the_ids_of_training(version, form, template, tok
         (example,), _ = examples(tokenizer, {"messages": chat})
         whole, trained = labels(example)
         starts = [i for i in range(1, len(whole)) if trained[i - 1] == -100 != trained[i]]
-        assert len(starts) == 2
-        for start, history in zip(starts, (chat[:1], chat[:3])):
+        for start, history in zip(starts, (chat[:1], chat[:3]), strict=True):
             text = tokenizer.apply_chat_template(history, tokenize=False, add_generation_prompt=True)
             expected = tokenizer(text, add_special_tokens=False).input_ids
             assert tokeniser.prompt_ids(history) == whole[:start] == expected
@@ -223,11 +256,15 @@ def test_generation_starts_with_the_ids_of_training(version, form, template, tok
 
 # ---- whole runs ----
 
-CHAT_ROWS = [{"messages": messages(f"Say {i}", f"{i} it is" * (i % 3 + 1), "Why?", f"Because {i}.")} for i in range(12)]
-STRING_ROWS = [{"prompt": f"{'what ' * (i % 3)}{i}+{i}=", "completion": f"{2 * i}" + " it is" * (i % 4)} for i in range(12)]
-PAIR_ROWS = [{"prompt": row["prompt"], "chosen": row["completion"], "rejected": "no" * (5 - i % 5)} for i, row in enumerate(STRING_ROWS)]
-CHAT_PAIRS = [{"prompt": row["messages"][:3], "chosen": row["messages"][3:], "rejected": messages("", f"No{'!' * (i % 3)}")[1:]}
-              for i, row in enumerate(CHAT_ROWS)]
+CHAT_ROWS, STRING_ROWS, PAIR_ROWS, CHAT_PAIRS = [], [], [], []
+for i in range(12):
+    chat = messages(f"Say {i}", f"{i} it is" * (i % 3 + 1), "Why?", f"Because {i}.")
+    prompt, reply = "what " * (i % 3) + f"{i}+{i}=", f"{2 * i}" + " it is" * (i % 4)
+    CHAT_ROWS.append({"messages": chat})
+    STRING_ROWS.append({"prompt": prompt, "completion": reply})
+    PAIR_ROWS.append({"prompt": prompt, "chosen": reply, "rejected": "no" * (5 - i % 5)})
+    rejected = messages("", "No" + "!" * (i % 3))[1:]
+    CHAT_PAIRS.append({"prompt": chat[:3], "chosen": chat[3:], "rejected": rejected})
 REWARDS = ["rewards/chosen", "rewards/rejected", "rewards/margins", "logps/chosen", "logps/rejected"]
 
 
@@ -250,7 +287,8 @@ def test_final_tokenises_as_training_did(legacy, models, tmp_path):
     model = saved(Path(shutil.copytree(models["v1"], tmp_path / "model")), "v1", legacy)
     (model / "chat_template.jinja").write_text(ZEPHYR)
     train_ours(tmp_path, "sft", str(model), CHAT_ROWS, batch_size=6)
-    before, after = Tokeniser(load_tokenizer(str(model))), Tokeniser(load_tokenizer(str(tmp_path / "ours" / "final")))
+    before = Tokeniser(load_tokenizer(str(model)))
+    after = Tokeniser(load_tokenizer(str(tmp_path / "ours" / "final")))
     assert ("▁" in before.tokenizer.tokenize("a</s>\nb")) == legacy
     for chat in CHATS:
         assert before.prompt_ids(chat[:3]) == after.prompt_ids(chat[:3])

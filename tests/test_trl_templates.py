@@ -1,8 +1,9 @@
-"""Every chat template that TRL ships, and one that puts the system turn into the last user turn, with six kinds of conversations:
-trained, dropped for a reason that is true, or an error that names what the template leaves out.
+"""Every chat template that TRL ships, and one that puts the system turn into the last user turn, with six
+kinds of conversations: trained, dropped for a reason that is true, or an error that names what the template
+leaves out.
 
-The table says what is right, judged by reading the templates. What is trained is checked against `apply_chat_template` and the
-messages alone: contexts, texts, stop tokens, and whose text is trained."""
+The table says what is right, judged by reading the templates. What is trained is checked against
+`apply_chat_template` and the messages alone: contexts, texts, stop tokens, and whose text is trained."""
 import importlib.util
 import itertools
 import re
@@ -18,13 +19,15 @@ from data.tokenise import Tokeniser, stop_ids
 
 TRL = importlib.util.find_spec("trl")
 FOLDER = Path(TRL.origin).parent / "chat_templates" if TRL else None
-pytestmark = pytest.mark.skipif(TRL is None, reason="trl is not installed: pip install -r requirements-dev.txt")
+WHY = "trl is not installed: pip install -r requirements-dev.txt"
+pytestmark = pytest.mark.skipif(TRL is None, reason=WHY)
 
-# A number: trained, in so many examples; more than one where the template writes a turn otherwise once another follows.
-#   unthinking  dropped: the generation prompt opens <think>, and nothing says how the template writes a reply without thoughts
+# A number: trained, in so many examples. There are several where the template writes a turn otherwise once
+# another one follows.
+#   unthinking  dropped: the generation prompt opens <think>, and the template has no way to close it at once
 #   closed      dropped: the generation prompt says that there are no thoughts
 #   refused     dropped: the template raises an exception
-#   reasoning   error: the template knows no thoughts apart from the content (gemma4: none outside of tool turns)
+#   reasoning   error: the template knows no thoughts apart from the content (gemma4: beside calls only)
 #   tools       error: the template does not tell the model what it may call
 #   calls       error: the template shows the tools and their results, but not the calls
 TABLE = """
@@ -81,10 +84,12 @@ ERRORS = {"reasoning": "leaves out the reasoning_content of the assistant's turn
 HEAD, *ROWS = [line.split() for line in TABLE.strip().splitlines()]
 EXPECTED = {name: dict(zip(HEAD, kinds, strict=True)) for name, *kinds in ROWS}
 
-SYSTEM_IN_LAST_TURN = """{%- if messages[0].role == 'system' %}{% set system, turns = messages[0].content, messages[1:] %}
-{%- else %}{% set system, turns = '', messages %}{% endif %}{{- bos_token }}{% for turn in turns %}
-{%- if turn.role == 'user' %}{{- '[INST]' }}{% if loop.last and system %}{{- system + '\n\n' }}{% endif %}{{- turn.content + '[/INST]' }}
+SYSTEM_IN_LAST_TURN = """{% set system, turns = '', messages %}{% if messages[0].role == 'system' %}
+{%- set system, turns = messages[0].content, messages[1:] %}{% endif %}{{- bos_token }}{% for turn in turns %}
+{%- if turn.role == 'user' %}{{- '[INST]' }}{% if loop.last and system %}{{- system + '\n\n' }}{% endif %}
+{{- turn.content + '[/INST]' }}
 {%- elif turn.role == 'assistant' %}{{- turn.content + eos_token }}{% endif %}{% endfor %}"""
+
 
 # ---- conversations, in which no word of one message occurs in another ----
 
@@ -117,23 +122,29 @@ CONVERSATIONS = {
 
 # ---- the templates ----
 
-TOKENS = re.compile(r"<\|[^|<>\s]+\|?>|<[^|<>\s]+\|>|<｜[^｜]+｜>|<(?:start|end)_of_[a-z]+>|\[gMASK\]|<sop>|\[/?INST\]")
-STOPS = "<|im_end|>", "<｜end▁of▁sentence｜>", "<|return|>"              # a family's eos, if it is one of these
-IN_PARTS = ("idefics3", "llava_next", "smolvlm")                       # templates that want contents as lists
-THINKING = ("gptoss", "lfm2_2_5", "lfm2_2_5_v2", "lfm2_2_5_vl")        # templates that call thoughts so
-APART = ("qwen3_8",)                                                   # that find thoughts apart from the content only
+TOKENS = re.compile(r"<\|[^|<>\s]+\|?>|<[^|<>\s]+\|>|<｜[^｜]+｜>|<(?:start|end)_of_[a-z]+>|"
+                    r"\[gMASK\]|<sop>|\[/?INST\]")
+STOPS = "<|im_end|>", "<｜end▁of▁sentence｜>", "<|return|>"     # a family's eos, if it has one of these
+IN_PARTS = ("idefics3", "llava_next", "smolvlm")                     # they want contents as lists
+THINKING = ("gptoss", "lfm2_2_5", "lfm2_2_5_v2", "lfm2_2_5_vl")      # they call thoughts `thinking`
+APART = ("qwen3_8",)                              # it finds thoughts apart from contents only
 
 
 def tokenizer_for(name):
     """Byte-level, with the template's special tokens."""
-    template = SYSTEM_IN_LAST_TURN if name == "system_in_last_turn" else (FOLDER / f"{name}.jinja").read_text()
+    template = SYSTEM_IN_LAST_TURN
+    if name != "system_in_last_turn":
+        template = (FOLDER / f"{name}.jinja").read_text()
     special = {"<s>", "</s>", *TOKENS.findall(template)}
-    vocabulary = {symbol: i for i, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {symbol: i for i, symbol in enumerate(alphabet)}
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens(sorted(special))
     eos = next((token for token in STOPS if token in special), "</s>")
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token=eos, clean_up_tokenization_spaces=False)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token=eos,
+                                        clean_up_tokenization_spaces=False)
     tokenizer.chat_template = template
     return tokenizer
 
@@ -146,12 +157,18 @@ def prompt_of(tokenizer, name, history, tools):
         if name in THINKING and "reasoning_content" in turn:
             turn["thinking"] = turn.pop("reasoning_content")
         if name in APART and turn["content"].startswith("<think>"):
-            thoughts, _, turn["content"] = turn["content"].removeprefix("<think>\n").partition("\n</think>\n\n")
-            turn["reasoning_content"] = thoughts
+            thoughts, _, turn["content"] = turn["content"].partition("\n</think>\n\n")
+            turn["reasoning_content"] = thoughts.removeprefix("<think>\n")
         if name in IN_PARTS:
             turn["content"] = [{"type": "text", "text": turn["content"]}]
         turns.append(turn)
     return tokenizer.apply_chat_template(turns, tools=tools, add_generation_prompt=True, return_dict=False)
+
+
+def row_of(conversation, tools=None):
+    """Its prompt ends before the assistant's first turn."""
+    first = next(i for i, turn in enumerate(conversation) if turn["role"] == "assistant")
+    return Text(conversation[:first], [conversation[first:]], "rows.jsonl:7", tools=tools)
 
 
 def trained_turns(examples):
@@ -204,11 +221,9 @@ def test_templates(name):
     tokenizer = tokenizer_for(name)
     for kind, conversation in CONVERSATIONS.items():
         tools = TOOLS if kind == "tool" else None
-        first = next(i for i, turn in enumerate(conversation) if turn["role"] == "assistant")
-        row = Text(conversation[:first], [conversation[first:]], "rows.jsonl:7", tools=tools)
         tokeniser, expected = Tokeniser(tokenizer), EXPECTED[name][kind]
         try:
-            found = tokeniser.encode([row], 10_000)[0]
+            found = tokeniser.encode([row_of(conversation, tools)], 10_000)[0]
         except UserError as error:
             assert expected in ERRORS and ERRORS[expected] in str(error), (kind, str(error))
             continue
@@ -229,8 +244,7 @@ def test_the_table_names_every_template():
 
 def shown(tokenizer, conversation, tools=None):
     """[prompt«trained»... of each example], or the reason to drop the row."""
-    first = next(i for i, turn in enumerate(conversation) if turn["role"] == "assistant")
-    found = Tokeniser(tokenizer).encode([Text(conversation[:first], [conversation[first:]], "rows.jsonl:7", tools=tools)], 10_000)[0]
+    found = Tokeniser(tokenizer).encode([row_of(conversation, tools)], 10_000)[0]
     if isinstance(found, str):
         return found
     texts = []
@@ -255,19 +269,21 @@ def test_thoughts_behind_a_prompt_that_opens_them(name):
     """As the model writes them: these templates strip thoughts, so that none of their renderings has any."""
     tokenizer = tokenizer_for(name)
     start, end = "<s>Be brief.<｜User｜>Which fruit?<｜Assistant｜><think>\n", "<｜end▁of▁sentence｜>"
-    for turn, written in [(assistant("<think>\nruddy\n</think>\n\nPlum."), "ruddy\n</think>\n\nPlum."),
-                          (assistant("ruddy\n</think>\nPlum."), "ruddy\n</think>\nPlum."),
-                          (assistant("<think>\n\n</think>\n\nPlum."), "\n</think>\n\nPlum."),      # no thoughts, and it says so
-                          (assistant("<think>ruddy</think>Plum."), "ruddy</think>Plum."),
-                          (assistant("<think>\nruddy\n</think>"), "ruddy\n</think>"),
-                          (assistant("Plum.", reasoning_content="ruddy"), "ruddy\n</think>\n\nPlum.")]:
+    for turn, written in [
+            (assistant("<think>\nruddy\n</think>\n\nPlum."), "ruddy\n</think>\n\nPlum."),
+            (assistant("ruddy\n</think>\nPlum."), "ruddy\n</think>\nPlum."),
+            (assistant("<think>\n\n</think>\n\nPlum."), "\n</think>\n\nPlum."),        # empty, and it says so
+            (assistant("<think>ruddy</think>Plum."), "ruddy</think>Plum."),
+            (assistant("<think>\nruddy\n</think>"), "ruddy\n</think>"),
+            (assistant("Plum.", reasoning_content="ruddy"), "ruddy\n</think>\n\nPlum.")]:
         assert shown(tokenizer, [SYSTEM, user("Which fruit?"), turn]) == [f"{start}«{written}{end}»"]
 
 
-@pytest.mark.parametrize("name", ["deepseek_r1_distill", "deepseekv3", "nemotron_3_5_lightning", "nemotron_3_nano",
-                                  "nemotron_3_super", "nemotron_3_ultra", "qwen3_5_think", "qwen3_6", "qwen3_8"])
+@pytest.mark.parametrize("name", [
+    "deepseek_r1_distill", "deepseekv3", "nemotron_3_5_lightning", "nemotron_3_nano", "nemotron_3_super",
+    "nemotron_3_ultra", "qwen3_5_think", "qwen3_6", "qwen3_8"])
 def test_thoughts_as_a_model_writes_them_behind_an_opened_tag(name):
-    """Without that tag: in a chat, and in files of what a model has written. The history is that of training all the same."""
+    """Without it, in a chat, and in files of what models have written. The history is that of training."""
     tokenizer, tokeniser = tokenizer_for(name), Tokeniser(tokenizer_for(name))
     asked, more = user("Which fruit?"), user("Next one!")
     assert tokenizer.decode(tokeniser.prompt_ids([asked])).endswith("<think>\n")
@@ -279,10 +295,13 @@ def test_thoughts_as_a_model_writes_them_behind_an_opened_tag(name):
 
 def test_thoughts_before_a_call():
     tokenizer = tokenizer_for("deepseekv3")
-    text, = shown(tokenizer, [user("Which sky?"), assistant("", reasoning_content="ruddy", tool_calls=[CALL])])
+    turn = assistant("", reasoning_content="ruddy", tool_calls=[CALL])
+    text, = shown(tokenizer, [user("Which sky?"), turn])
     context, trained = text.split("«")
-    assert context.endswith("<｜Assistant｜><think>\n") and trained.startswith("ruddy\n</think>\n\n<｜tool▁calls▁begin｜>")
-    assert 'forecast\n```json\n{"town": "Ulm"}\n```' in trained and trained.endswith("<｜tool▁calls▁end｜><｜end▁of▁sentence｜>»")
+    assert context.endswith("<｜Assistant｜><think>\n")
+    assert trained.startswith("ruddy\n</think>\n\n<｜tool▁calls▁begin｜>")
+    assert 'forecast\n```json\n{"town": "Ulm"}\n```' in trained
+    assert trained.endswith("<｜tool▁calls▁end｜><｜end▁of▁sentence｜>»")
 
 
 @pytest.mark.parametrize("name", ["qwen3_5_think", "qwen3_6", "qwen3_8", "qwen3"])
@@ -294,7 +313,7 @@ def test_thoughts_without_an_end(name):
 
 @pytest.mark.parametrize("name", ["llama3_1", "llama3_2"])
 def test_what_is_said_beside_a_call(name):
-    """These templates write the call alone. In the history that is their way; where the turn is trained it is an error."""
+    """They write the call alone. In the history that is their way, and no way to train the turn."""
     turns = [user("Which sky?"), assistant("One moment.", tool_calls=[CALL]), RESULT, assistant("Umbrella.")]
     with pytest.raises(UserError, match=r"leaves out the assistant turn \(message 2\) in rows.jsonl:7"):
         shown(tokenizer_for(name), turns, TOOLS)
@@ -308,20 +327,21 @@ def test_all_tokens_of_a_conversation_whose_history_is_rewritten():
     tokenizer = tokenizer_for("qwen3")
 
     def encode(turns):
-        return Tokeniser(tokenizer).encode([Text(turns[:1], [turns[1:]], "rows.jsonl:7")], 10_000, train_on="all")[0]
+        return Tokeniser(tokenizer).encode([row_of(turns)], 10_000, train_on="all")[0]
 
     example, = encode(CONVERSATIONS["two"])
     whole = tokenizer.apply_chat_template(CONVERSATIONS["two"], tokenize=False).removesuffix("\n")
     assert tokenizer.decode(example.prompt) + tokenizer.decode(example.responses[0].tokens) == whole
     assert example.responses[0].trained.all()
-    with pytest.raises(UserError, match="leaves out the thoughts of the assistant's turn .'ruddy'. in rows.jsonl:7"):
+    with pytest.raises(UserError, match="leaves out the thoughts of the assistant's turn .'ruddy'. in rows"):
         encode(CONVERSATIONS["thinking"])
 
 
 def test_stop_tokens():
-    """eos, the end of a turn and of a call; nothing else ends a turn, such as the frame of a call within it."""
-    stops = {"gptoss": ["<|return|>", "<|call|>"], "gemma4": ["</s>", "<turn|>", "<|tool_response>"], "glm4moe": ["</s>"],
-             "qwen3": ["<|im_end|>"], "lfm2_v2": ["<|im_end|>"], "llama3_1": ["</s>", "<|eot_id|>"], "phi3": ["</s>", "<|end|>"]}
+    """eos, the end of a turn and of a call. Nothing else ends a turn, such as the frame of a call."""
+    stops = {"gptoss": ["<|return|>", "<|call|>"], "gemma4": ["</s>", "<turn|>", "<|tool_response>"],
+             "glm4moe": ["</s>"], "qwen3": ["<|im_end|>"], "lfm2_v2": ["<|im_end|>"],
+             "llama3_1": ["</s>", "<|eot_id|>"], "phi3": ["</s>", "<|end|>"]}
     for name, tokens in stops.items():
         tokenizer = tokenizer_for(name)
         assert stop_ids(tokenizer) == sorted(tokenizer.convert_tokens_to_ids(tokens)), name
