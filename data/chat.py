@@ -382,5 +382,10 @@ def _check_thoughts(turn, rendered, where):
 def _control_tokens(tokenizer):
     """The pattern that finds a special token in a text."""
     special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    names = sorted({*special, *tokenizer.all_special_tokens}, key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, names)) or "(?!)")      # (?!) matches nothing
+    return any_of({*special, *tokenizer.all_special_tokens})
+
+
+def any_of(names):
+    """The pattern that finds one of the names in a text, the longest of those that begin at one place."""
+    longest_first = sorted(names, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")      # (?!) matches nothing

@@ -2,9 +2,11 @@
 has begun, templates that rewrite their history or take contents as parts. What is trained stands in «»."""
 import itertools
 import json
+import random
 
 import pytest
 from helpers import CHATML, byte_tokenizer
+from tokenizers import AddedToken
 
 from data.errors import UserError
 from data.formats import Text
@@ -231,3 +233,25 @@ def test_arguments_of_a_call_are_json():
     call = {"type": "function", "function": {"name": "forecast", "arguments": arguments}}
     text, = shown(CALLS, [user("a?")], [assistant("", tool_calls=[call])])
     assert text == f"{ASKED}«forecast{json.dumps(arguments, ensure_ascii=False)}{END}»"
+
+
+# ---- tokens ----
+
+def test_contexts_have_the_ids_of_the_whole_text():
+    """They are tokenised in sections, each from a special token on that does not look at what is before it."""
+    tokenizer = byte_tokenizer()
+    special = [AddedToken("<left>", lstrip=True, special=True),
+               AddedToken("<right>", rstrip=True, special=True),
+               AddedToken("<word>", single_word=True, special=True)]
+    tokenizer.add_special_tokens({"additional_special_tokens": special})
+    pieces = [START, END, "<left>", "<right>", "<word>", "<|endoftext|>", "a", " ", "\n", "é", "b c"]
+    draw, rows, texts = random.Random(0), [], []
+    for _ in range(100):
+        said = "a" + "".join(draw.choices(pieces, k=12)) + "."
+        turns = [user(said), assistant(said), user(said), assistant("b")]
+        rows += [Text(said, ["!"], "rows.jsonl:7"), Text(turns[:1], [turns[1:]], "rows.jsonl:7")]
+        texts += [said + "!" + END, tokenizer.apply_chat_template(turns, tokenize=False).removesuffix("\n")]
+    for text, found in zip(texts, Tokeniser(tokenizer).encode(rows, 10_000), strict=True):
+        example, = found
+        tokens = example.prompt.tolist() + example.responses[0].tokens.tolist()
+        assert tokens == tokenizer(text, add_special_tokens=False).input_ids
