@@ -267,7 +267,7 @@ def stop_ids(tokenizer):
 
 
 def _cuts(tokenizer):
-    """The pattern of the special tokens before which a text can be cut. Some look at what stands before them."""
+    """The pattern of the special tokens before which a text can be cut. Some look at what is before them."""
     names = []
     for token in tokenizer.added_tokens_decoder.values():
         if token.special and not token.lstrip and not token.single_word:

@@ -238,7 +238,7 @@ def test_arguments_of_a_call_are_json():
 # ---- tokens ----
 
 def test_contexts_have_the_ids_of_the_whole_text():
-    """They are tokenised in sections, each from a special token on that does not look at what is before it."""
+    """They are tokenised in sections, each from a special token on that looks at nothing before it."""
     tokenizer = byte_tokenizer()
     special = [AddedToken("<left>", lstrip=True, special=True),
                AddedToken("<right>", rstrip=True, special=True),
