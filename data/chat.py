@@ -15,6 +15,8 @@ from data.errors import UserError
 MARK = "PROBE"          # a text that no template has a reason to change
 QUESTION = [{"role": "user", "content": MARK}]
 ANSWER = {"role": "assistant", "content": f"{MARK}-OF-THE-END"}
+THINKING_ANSWER = {"role": "assistant", "content": f"<think>\n{MARK}\n</think>\n\n{MARK}"}
+TWO_THOUGHTS = re.compile(r"\s*<think>\s*</think>\s*<think>")      # empty ones, and then those of the reply
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")     # templates' names of what precedes a reply
 CALL_FORMS = ("mapping", "json")                              # how templates take the arguments of a call
 
@@ -32,6 +34,8 @@ class Chat:
         self.control = _control_tokens(tokenizer)
         self.call_form = CALL_FORMS[0]
         self.in_parts = False        # whether a content is a list of parts, as in templates for images
+        self.opened = ""             # what opens thoughts in the generation prompt, such as "<think>\n"
+        self.thoughts_apart = False  # whether the template finds thoughts in reasoning_content only
         self.left_out = {}           # shape of a conversation -> what the template leaves out of it, or None
         self.end_of_turn = None      # such as "<|im_end|>"
         self.tail = ""               # all that follows a turn's text, such as "<|im_end|>\n"
@@ -47,37 +51,58 @@ class Chat:
             return self.render(messages, tools, True, where)
         *history, begun = messages
         context = self.render(history, tools, True, where)
-        content = begun["content"].strip()
+        content = begun["content"].lstrip()
         if content.startswith("<think>"):              # templates close or drop thoughts that have no end
+            if context.rstrip().endswith("</think>"):
+                raise Unusable("the generation prompt closes the thoughts, but the turn opens some")
             return context + _behind(_opened(context), content)
-        written = self._reply(history, begun, tools, context, where)
-        return context + written[:written.rfind(content) + len(content)]
+        written = self._reply(history, begun, tools, context, where).removesuffix(self.end_of_turn or "")
+        _, end, said = content.rpartition("</think>")
+        said = said.lstrip() or end + said             # where the thoughts have just ended
+        if not said:
+            return context
+        for text in (said, said.rstrip()):             # some templates strip a content
+            start = written.rfind(text)
+            if start >= 0:
+                return context + written[:start + len(text)]
+        raise Unusable("the chat template changes the text of the assistant's turn that ends the prompt")
 
     def replies(self, prompt, turns, tools, where):
         """[(context, reply)] of the assistant's turns among `turns`, which follow the messages `prompt`.
         Turns that are not to be trained are context only. Raises Unusable, and UserError where the template
         leaves something out."""
-        found = []
+        found, begun = [], None
+        if prompt[-1]["role"] == "assistant":          # the prompt has begun the first turn
+            begun = self.prompt(prompt, tools, where)
+            *prompt, start = prompt
+            turns = [turns[0] | {"content": start["content"] + turns[0]["content"]}, *turns[1:]]
         for i, turn in enumerate(turns):
             if turn["role"] != "assistant" or not turn.get("train", True):
                 continue
             history = [*prompt, *turns[:i]]
-            context = before = self.prompt(history, tools, where)
-            if history[-1]["role"] == "assistant":     # the prompt has begun this turn
-                begun = history.pop()
-                turn = turn | {"content": begun["content"] + turn["content"]}
-                before = self.render(history, tools, True, where)
+            before = self.render(history, tools, True, where)
+            context = begun if begun and i == 0 else before
             self._check([*history, turn], tools, where)
-            text = before + self._reply(history, turn, tools, before, where)
-            _check_thoughts(turn, text, where)
+            reply = self._reply(history, turn, tools, before, where)
+            _check_thoughts(turn, reply, where)
+            if TWO_THOUGHTS.match(_opened(before) + reply):
+                raise Unusable("the chat template writes empty thoughts before the reply's, which do not end")
+            text = before + reply
             if not text.startswith(context):
                 raise Unusable("the chat template does not continue the turn that ends the prompt")
             found.append((context, text[len(context):]))
+        if not found:
+            raise Unusable("no turn of it is to be trained")
         return found
 
     def whole(self, messages, tools, where):
-        """The text of a whole conversation, through its last end-of-turn."""
-        return self._through_end(self.render(messages, tools, False, where))
+        """The text of a whole conversation, through its last end-of-turn. UserError where the template leaves
+        thoughts out."""
+        text = self._through_end(self.render(messages, tools, False, where))
+        for turn in messages:
+            if turn["role"] == "assistant":
+                _check_thoughts(turn, text, where)
+        return text
 
     def _reply(self, history, turn, tools, context, where):
         """What the model must write behind `context`."""
@@ -85,8 +110,7 @@ class Chat:
         if rendered.startswith(context):
             return self._through_end(rendered[len(context):])
         # The template writes the history otherwise once a reply follows, or its generation prompt is no part
-        # of the
-        # turn that it renders. The turn behind a question of its own shows what is to be written.
+        # of the turn that it renders. The turn behind a question of its own shows what is to be written.
         before = self.render(QUESTION, tools, True, where)
         generation_prompt = before.removeprefix(self.render(QUESTION, tools, False, where))
         if not context.endswith(generation_prompt):
@@ -107,7 +131,7 @@ class Chat:
         if said is None:
             raise Unusable("the generation prompt opens <think>, but the reply has no thoughts")
         answer = said.rpartition("</think>")[2].strip()
-        end = written[written.rfind(answer) + len(answer):]
+        end = written[written.find(answer) + len(answer):]     # it starts with the answer
         return self._through_end(_behind(opened, said) + end)
 
     def _through_end(self, rendered):
@@ -185,7 +209,7 @@ class Chat:
             except (Unusable, UserError) as error:
                 failure = failure or error
                 continue
-            if all(name in rendered for name in names):
+            if all(name in rendered for name in names) and not _in_python(turns, rendered):
                 self.call_form = form or self.call_form
                 return rendered
         if failure:
@@ -195,6 +219,12 @@ class Chat:
     def _for_template(self, turn, call_form):
         """A message as the template reads it, without keys of ours."""
         turn = {key: value for key, value in turn.items() if key != "train"}
+        if turn["role"] == "assistant":
+            begun = turn["content"].partition("</think>")
+            if begun[1] and "<think>" not in begun[0]:     # as a model writes it whose prompt has opened them
+                turn["content"] = self.opened + turn["content"]
+            if self.thoughts_apart:
+                turn = _thoughts_apart(turn)
         if "reasoning_content" in turn:
             turn |= dict.fromkeys(THOUGHTS, turn["reasoning_content"])
         if turn.get("tool_calls") and call_form == "json":
@@ -211,6 +241,8 @@ class Chat:
         try:
             with bounded(where):
                 rendered = self._rendered_answer(where)
+                self.thoughts_apart = self._doubles_thoughts(where)
+                self.opened = _opened(self.render(QUESTION, None, True, where))
         except Unusable as refused:
             raise UserError(f"the chat template cannot render {where} ({refused}); "
                             "fix: give another chat_template") from None
@@ -220,6 +252,12 @@ class Chat:
         names = {*self.tokenizer.get_added_vocab(), *self.tokenizer.all_special_tokens}
         tokens = [name for name in names if name.strip() and name in self.tail]
         self.end_of_turn = min(tokens, key=lambda name: (self.tail.find(name), -len(name)), default=None)
+
+    def _doubles_thoughts(self, where):
+        """Whether the template writes thoughts of its own, empty ones, before those of a content."""
+        with contextlib.suppress(Unusable, UserError):
+            return bool(TWO_THOUGHTS.search(self.render([*QUESTION, THINKING_ANSWER], None, False, where)))
+        return False
 
     def _rendered_answer(self, where):
         """A question and its answer, with contents in parts if the template finds the answer in these
@@ -233,11 +271,11 @@ class Chat:
         return self.render([*QUESTION, ANSWER], None, False, where)
 
     def end_of_call(self):
-        """The token with which the template ends a turn that calls a tool, or None."""
+        """The token with which the template ends a turn that calls a tool, or None. Then eos does."""
         call = {"type": "function", "function": {"name": MARK, "arguments": {}}}
         turns = [*QUESTION, {"role": "assistant", "content": "", "tool_calls": [call]}]
         where = "a tool call"
-        if not self.tokenizer.chat_template:
+        if self.end_of_turn is None:
             return None
         try:
             with bounded(where):
@@ -277,6 +315,16 @@ def _named(call, name):
     return call | {"function": call["function"] | {"name": name}}
 
 
+def _in_python(turns, rendered):
+    """Whether a call's arguments stand in the text as Python writes them, which is not JSON."""
+    for turn in turns:
+        for call in turn.get("tool_calls", []):
+            arguments = call["function"]["arguments"]
+            if isinstance(arguments, dict) and arguments and str(arguments) in rendered:
+                return True
+    return False
+
+
 def _with_json(call):
     function = call["function"]
     arguments = json.dumps(function["arguments"], ensure_ascii=False)
@@ -295,8 +343,7 @@ def _behind(opened, said):
     """What follows in `said`, a text that starts with <think>, once `opened` is written."""
     if not opened:
         return said
-    rest = said.removeprefix("<think>")
-    return rest.lstrip("\n") if opened.endswith("\n") else rest
+    return said.removeprefix("<think>").removeprefix(opened.removeprefix("<think>"))
 
 
 def _with_thoughts(turn):
@@ -307,6 +354,14 @@ def _with_thoughts(turn):
     if text.startswith("<think>"):
         return text
     return f"<think>\n{text}" if "</think>" in text else None
+
+
+def _thoughts_apart(turn):
+    """The turn with the thoughts of its content as reasoning_content, if it has any there."""
+    thoughts, end, answer = turn["content"].lstrip().partition("</think>")
+    if not end or not thoughts.startswith("<think>") or turn.get("reasoning_content"):
+        return turn
+    return turn | {"reasoning_content": thoughts.removeprefix("<think>").strip(), "content": answer.lstrip()}
 
 
 def _check_thoughts(turn, rendered, where):
@@ -327,5 +382,10 @@ def _check_thoughts(turn, rendered, where):
 def _control_tokens(tokenizer):
     """The pattern that finds a special token in a text."""
     special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    names = sorted({*special, *tokenizer.all_special_tokens}, key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, names)) or "(?!)")      # (?!) matches nothing
+    return any_of({*special, *tokenizer.all_special_tokens})
+
+
+def any_of(names):
+    """The pattern that finds one of the names in a text, the longest of those that begin at one place."""
+    longest_first = sorted(names, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")      # (?!) matches nothing

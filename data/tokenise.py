@@ -12,7 +12,7 @@ import itertools
 import numpy as np
 
 from data.bounds import bounded
-from data.chat import Chat, Unusable
+from data.chat import Chat, Unusable, any_of
 from data.errors import UserError
 from data.pack import Example, Response
 
@@ -34,6 +34,7 @@ class Tokeniser:
         self.lead = _lead(tokenizer)                          # usually [] or [bos]
         self.eos = tokenizer.eos_token_id
         self.anchor = self._anchor()
+        self.cuts = _cuts(tokenizer)
         self.split, self.continued = 0, []
 
     def encode(self, texts, max_length, train_on="assistant", truncate="none"):
@@ -50,7 +51,7 @@ class Tokeniser:
             for text in texts:
                 row(text.where)
                 rendered.append(self._render(text))
-        strings = {}      # the keys; of all texts at once: fast tokenizers are much faster on many strings
+        strings = {}      # the keys
         for i, text in enumerate(texts):
             rendered[i] = self._unless_too_long(rendered[i], text, max_length, truncate)
             if not isinstance(rendered[i], str):
@@ -59,7 +60,7 @@ class Tokeniser:
                 for before, reply in itertools.chain(*responses):
                     border = self._border(before)
                     strings |= {before: None, border: None, border + reply: None}
-        ids = dict(zip(strings, self._ids(list(strings))))
+        ids = self._ids_of_all(strings)
         results = []
         for text, item in zip(texts, rendered):
             if not isinstance(item, str):
@@ -196,6 +197,23 @@ class Tokeniser:
             self.continued.append(where)
         return prompt, self._ended(tokens, plain)
 
+    def _ids_of_all(self, strings):
+        """{string: its ids}. Each section is tokenised once, since a conversation's later contexts hold the
+        earlier ones. Fast tokenizers are much faster on many strings."""
+        cut = {string: self._sections(string) for string in strings}
+        sections = list(dict.fromkeys(itertools.chain(*cut.values())))
+        known = dict(zip(sections, self._ids(sections)))
+        ids = {}
+        for string, parts in cut.items():
+            ids[string] = list(itertools.chain(*map(known.get, parts)))
+        return ids
+
+    def _sections(self, string):
+        """A string cut before its special tokens, see `_border`."""
+        starts = [found.start() for found in self.cuts.finditer(string)]
+        ends = [*starts, len(string)]
+        return [string[start:end] for start, end in zip([0, *starts], ends) if start < end]
+
     def _border(self, context):
         """The end of a context, from its last special token on: a tokenizer splits a text at these, so what
         stands before one does not change the tokens behind it. Where none is near, the whole context."""
@@ -246,6 +264,15 @@ def stop_ids(tokenizer):
     names = {chat.end_of_turn, chat.end_of_call()} - {None}
     ids = {tokenizer.eos_token_id, *map(tokenizer.convert_tokens_to_ids, names)}
     return sorted(ids - {None})
+
+
+def _cuts(tokenizer):
+    """The pattern of the special tokens before which a text can be cut. Some look at what is before them."""
+    names = []
+    for token in tokenizer.added_tokens_decoder.values():
+        if token.special and not token.lstrip and not token.single_word:
+            names.append(token.content)
+    return any_of(names)
 
 
 def _lead(tokenizer):

@@ -31,8 +31,9 @@ def decoded(example):
 def load(kind="pairs", seed=0, **config):
     """load_datasets -> (train, eval, reports, notices)."""
     notices = []
-    common = SimpleNamespace(**{"eval_data": None, "eval_fraction": 0.0, "seed": seed, "max_length": 1000, "truncate": "none",
-                                "hh": "messages"} | config)
+    values = {"eval_data": None, "eval_fraction": 0.0, "seed": seed, "max_length": 1000, "truncate": "none",
+              "hh": "messages", "system_prompt": None}
+    common = SimpleNamespace(**values | config)
     return *load_datasets(common, SimpleNamespace(), kind, TOKENIZER, notices.append), notices
 
 

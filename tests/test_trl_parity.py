@@ -80,13 +80,12 @@ def train_ours(folder, algorithm, model, rows, **options):
     return metrics(folder / "ours")
 
 
-def train_trl(folder, name, options, model, rows, batch):
-    """-> the metrics of every update of one of TRL's trainers."""
+def train_trl(folder, name, options, model, rows, batch, tokenizer=None):
+    """-> the metrics of every update of one of TRL's trainers. `tokenizer`: the model's, if it is not the byte tokenizer."""
     from datasets import Dataset
     package, _, trainer_name = name.rpartition(".")
     trl_module = importlib.import_module(package)
     trainer_class, config_class = getattr(trl_module, trainer_name), getattr(trl_module, trainer_name.replace("Trainer", "Config"))
-    tokenizer = byte_tokenizer(chat_template=False)
     arguments = config_class(
         output_dir=str(folder / "trl"), learning_rate=1e-3, lr_scheduler_type="constant", warmup_steps=0, weight_decay=0.0, seed=0,
         max_grad_norm=1.0, num_train_epochs=1, max_length=256, train_sampling_strategy="sequential", per_device_train_batch_size=batch,
@@ -97,8 +96,11 @@ def train_trl(folder, name, options, model, rows, batch):
         policy.score.weight.data = start_head(policy.config.hidden_size)
     else:
         policy = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    ended = [{key: value + END if key in ("chosen", "rejected", "completion") else value for key, value in row.items()} for row in rows]
-    trainer = trainer_class(model=policy, args=arguments, train_dataset=Dataset.from_list(ended), processing_class=tokenizer)
+    if tokenizer is None:
+        tokenizer = byte_tokenizer(chat_template=False)
+        replies = ("chosen", "rejected", "completion")
+        rows = [{key: value + END if key in replies else value for key, value in row.items()} for row in rows]
+    trainer = trainer_class(model=policy, args=arguments, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
     trainer.train()
     return [row for row in trainer.state.log_history if "loss" in row]
 
