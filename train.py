@@ -52,6 +52,7 @@ def main(argv: list[str]) -> None:
             if changed := ranks.from_main(changed_rates, place.directory, config_yaml):
                 run.notice(changed)
         tokenizer = load.load_tokenizer(common.model)
+        load.check_path(getattr(config, "reference", None) or common.model, "reference")
         train_set, eval_set, report = load_datasets(common, config, algorithm.DATA, tokenizer, run.notice)
         if start:
             ranks.from_main(run.check_data, report)
