@@ -22,8 +22,8 @@ from data.errors import UserError, notice, printable, run_program
 from data.tokenise import Tokeniser, stop_ids
 from engine import lora
 from engine.checkpoint import model_path
-from engine.config import Common
-from engine.load import base_of, first_line, is_adapter, load_lm, load_tokenizer
+from engine.config import Common, read_mapping
+from engine.load import base_of, first_line, is_adapter, load_lm, load_tokenizer_for
 from engine.model import is_reward_model
 
 
@@ -37,11 +37,11 @@ class Streamer(TextStreamer):
 class Speaker:
     """A model and its conversation so far."""
 
-    def __init__(self, name: str):
+    def __init__(self, name: str, settings):
         path = model_path(name, notice)
         if is_reward_model(path):
             raise UserError(f"model: {name} is a reward model, which writes no text; fix: pass a policy")
-        self.name, self.tokenizer = name, load_tokenizer(path)
+        self.name, self.tokenizer = name, load_tokenizer_for(settings, path, notice)
         self.tokeniser, self.stops, self.messages = Tokeniser(self.tokenizer), stop_ids(self.tokenizer), []
         self.lm = load_lm(base_of(path), "auto", None).eval()
         if is_adapter(path):
@@ -72,10 +72,13 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (default: 1)")
     parser.add_argument("--max-new-tokens", type=int, default=512)
     parser.add_argument("--seed", type=int, default=None)
+    parser.add_argument("--chat-template", help="a file, or chatml, llama3, mistral, gemma (default: the model's own)")
+    parser.add_argument("--system-prompt", help="of every conversation")
+    parser.add_argument("--chat-template-kwargs", type=read_mapping, help="such as '{enable_thinking: false}'")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args(argv)
     logging.set_verbosity_error()
-    speakers = [Speaker(name) for name in args.model]
+    speakers = [Speaker(name, args) for name in args.model]
     if args.seed is not None:
         torch.manual_seed(args.seed)
     options = {"max_new_tokens": args.max_new_tokens, "do_sample": False}

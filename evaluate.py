@@ -20,7 +20,7 @@ from data.errors import UserError, notice, printable, run_program
 from data.hub import SHORT
 from engine import console
 from engine.checkpoint import model_path
-from engine.load import load_tokenizer
+from engine.load import load_tokenizer, load_tokenizer_for
 from engine.model import is_reward_model
 from engine.results import (
     Results,
@@ -153,7 +153,7 @@ def pass_at_k(n: int, right: int, k: int) -> float:
 def preferences(settings: Config, path: str, name: str) -> tuple[list[dict], dict]:
     """(a row per pair with the scores of both responses, the settings they come from): a reward model's scores, else summed log-probs,
     minus the reference's where there is one."""
-    tokenizer = load_tokenizer(path)
+    tokenizer = load_tokenizer_for(settings, path, notice)
     other = settings.reference and model_path(settings.reference, notice)
     if other and is_reward_model(path):
         raise UserError(f"reference: {settings.model} is a reward model, which needs none; fix: remove reference")

@@ -21,6 +21,7 @@ def main(argv: list[str]) -> None:
     from engine import checkpoint, load, logs, model, ranks, value
     from engine.claim import release
     from engine.directory import changed_rates, choose_directory
+    from engine.dry_run import marked
     from engine.fingerprint import fingerprints
     from engine.loop import Engine, Stopped
     from engine.online import OnlineEngine
@@ -51,9 +52,11 @@ def main(argv: list[str]) -> None:
             ranks.from_main(lambda: run.check_started(fingerprints(values)))
             if changed := ranks.from_main(changed_rates, place.directory, config_yaml):
                 run.notice(changed)
-        tokenizer = load.load_tokenizer(common.model)
+        tokenizer = load.load_tokenizer_for(common, common.model, run.notice)
         load.check_path(getattr(config, "reference", None) or common.model, "reference")
         train_set, eval_set, report = load_datasets(common, config, algorithm.DATA, tokenizer, run.notice)
+        for line in marked(train_set[0], tokenizer, most=400):
+            run.notice(line)
         if start:
             ranks.from_main(run.check_data, report)
         policy = model.build_policy(common, tokenizer, start)

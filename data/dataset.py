@@ -24,7 +24,9 @@ class Dataset:
     """Examples in the order of their rows. `report` keys:
 
     source; sha256 (of a local file, else None); shape (how the columns were understood); read (rows); used (examples);
-    dropped {reason: rows}; first_dropped {reason: where}; cut_rows (raw texts cut into pieces); stop_inside (responses with a
+    dropped {reason: rows}; first_dropped {reason: where}; cut_rows (raw texts cut into pieces); split_rows
+    (conversations that became several examples); continued (responses tokenised apart from their prompt) and
+    first_continued (where); stop_inside (responses with a
     stop token before their end, None with train_on="all") and first_stop_inside (where); control_tokens (rows
     in which a turn that is not trained holds a special token) and first_control_tokens (where); duplicates
     (repetitions of an earlier example); prompt_length,
@@ -82,7 +84,7 @@ def build_dataset(source, kind, tokenizer, max_length, train_on="assistant", tru
                 examples += _with_extras(result, text, kind)
                 if tokeniser.holds_control_tokens(text):
                     control.append(text.where)
-                cut_rows += len(result) > 1
+                cut_rows += text.raw and len(result) > 1
 
     if not examples:
         reasons = ", ".join(f"{count} {reason} (first: {first_dropped[reason]})" for reason, count in dropped.most_common())
@@ -96,6 +98,8 @@ def build_dataset(source, kind, tokenizer, max_length, train_on="assistant", tru
     report = {"source": str(source), "sha256": sha256(path) if path else None, "read": read,
               "shape": ", ".join(f"{count:,} rows read as {shape}" for shape, count in shapes.most_common()),
               "dropped": dict(dropped), "first_dropped": first_dropped, "cut_rows": cut_rows,
+              "split_rows": tokeniser.split, "continued": len(tokeniser.continued),
+              "first_continued": next(iter(tokeniser.continued), None),
               "stop_inside": len(inside) if train_on == "assistant" else None,
               "first_stop_inside": next(iter(inside), None),
               "control_tokens": len(control), "first_control_tokens": next(iter(control), None),
@@ -161,17 +165,18 @@ def combine(parts, weights, seed):
     for report in reversed(reports):
         first_dropped |= report["first_dropped"]
     stop_inside = [report["stop_inside"] for report in reports]
-    control_tokens = sum(report["control_tokens"] for report in reports)
+    counts = {}
+    for key in ("cut_rows", "split_rows", "continued", "control_tokens"):
+        counts[key] = sum(report[key] for report in reports)
     first = {}
-    for key in ("first_stop_inside", "first_control_tokens"):
+    for key in ("first_stop_inside", "first_control_tokens", "first_continued"):
         first[key] = next((report[key] for report in reports if report[key]), None)
     return Dataset(examples, {
         "source": " + ".join(report["source"] for report in reports), "sha256": [report["sha256"] for report in reports],
         "read": sum(report["read"] for report in reports), "shape": "; ".join(report["shape"] for report in reports),
         "dropped": dict(sum((Counter(report["dropped"]) for report in reports), Counter())), "first_dropped": first_dropped,
-        "cut_rows": sum(report["cut_rows"] for report in reports),
         "stop_inside": None if None in stop_inside else sum(stop_inside),
-        "control_tokens": control_tokens, **first,
+        **counts, **first,
         "duplicates": _duplicates([example for part in parts for example in part.examples]), "sources": reports} | _measures(examples))
 
 
@@ -212,7 +217,7 @@ def split_off(dataset, fraction, seed):
 
     return (part([example for i, example in enumerate(dataset.examples) if i not in chosen]),
             part([example for i, example in enumerate(dataset.examples) if i in chosen],      # what was dropped is told of once
-                 dropped={}, first_dropped={}, cut_rows=0, duplicates=0,
+                 dropped={}, first_dropped={}, cut_rows=0, split_rows=0, continued=0, first_continued=None, duplicates=0,
                  stop_inside=0, first_stop_inside=None, control_tokens=0, first_control_tokens=None))
 
 
@@ -225,6 +230,12 @@ def _tell(report, notice):
                f"{reason} (first: {report['first_dropped'][reason]})")
     if report["cut_rows"]:
         notice(f"{source}: {report['cut_rows']} texts cut into pieces of max_length tokens")
+    if report["split_rows"]:
+        notice(f"{source}: {report['split_rows']} conversations became an example per turn: the chat template renders "
+               "earlier turns otherwise than the last one")
+    if report["continued"]:
+        notice(f"{source}: {report['continued']} responses are tokenised apart from their prompts, because a token "
+               f"would span the end of the prompt (first: {report['first_continued']})")
     for line in doubts(report):
         notice(f"warning: {source}: {line}")
 

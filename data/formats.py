@@ -50,6 +50,7 @@ class Text:
     raw: bool = False    # plain running text: the prompt is "" and the only response is cut into pieces
     shape: str = ""      # the columns that were read
     extras: dict = field(default_factory=dict)      # label (bool), margin (float); of prompts: prompt, columns
+    tools: list | None = None      # what the assistant may call, as the chat template takes it
 
 
 def read_template(name):

@@ -1,65 +1,70 @@
-"""Texts -> token examples. The rules:
+"""Texts -> token examples. What is trained is what generation sees:
 
-A prompt's ids are exactly what generation would see: a plain string as the tokenizer encodes it, a conversation as the chat
-template renders it with the generation prompt. A response is tokenised on its own and ends, once, with the stop token: eos for
-plain text, the template's end-of-turn for a conversation. In a conversation of several turns every assistant's turn is trained;
-they are found by rendering prefixes, so the template needs no marks.
+A prompt's ids are exactly those that generation starts with: a plain string as the tokenizer encodes it, a conversation as
+the chat template renders it with the generation prompt. A response is what follows them where prompt and response are
+tokenised as one text; it ends, once, with the stop token: eos for plain text, the template's end-of-turn for a conversation.
+In a conversation every assistant's turn is trained, unless its message says otherwise. A turn goes on in the example of the
+turn before it where its context starts with that example's tokens, else it is an example of its own.
 """
 import itertools
-import re
 
 import numpy as np
 
 from data.bounds import bounded
+from data.chat import Chat, Unusable
 from data.errors import UserError
 from data.pack import Example, Response
 
 LONG = 100      # characters per token of max_length, from which on a text is long ...
 HEAD = 32       # ... and how many of them are tokenised, to see whether it is too long
+NEAR = 200      # characters before the end of a context in which its last special token is looked for
 
 
 class Tokeniser:
-    """A tokenizer and what has to be known about it: the ids it puts before every text, its eos, the template's end of a turn."""
+    """A tokenizer and what has to be known about it: the ids it puts before every text, its eos, and its chat template.
+
+    Counts what `encode` did: `split`, the conversations that became several examples, and `continued`, `where` of the
+    responses that are tokenised on their own because a token would span the end of the prompt."""
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
+        self.chat = Chat(tokenizer)
         self.lead = _lead(tokenizer)                          # usually [] or [bos]
         self.eos = tokenizer.eos_token_id
-        self.end_of_turn, self.tail = _end_of_turn(tokenizer)  # such as "<|im_end|>" and what follows it, "\n"
-        self.control = _control_tokens(tokenizer)
+        self.anchor = self._anchor()
+        self.split, self.continued = 0, []
 
     def encode(self, texts, max_length, train_on="assistant", truncate="none"):
-        """For each of `texts`, in order: its examples (one; raw text may give several pieces), or the reason (str) to drop it.
+        """For each of `texts`, in order: its examples, or the reason (str) to drop it. There is one example, but of a
+        conversation one per turn whose context is no continuation of the turn before, and of raw text one per piece.
 
-        `max_length` limits prompt + one response. `train_on`: "assistant", or "all" tokens but the first of prompt and response
-        (sft only). `truncate`: "none" drops what is too long, "prompt" keeps the end of its prompt instead.
-        Raises UserError when the template cannot be used: missing, or it rewrites earlier turns.
+        `max_length` limits prompt + one response. `train_on`: "assistant", or "all" tokens but the first of prompt and
+        response (sft only). `truncate`: "none" drops what is too long, "prompt" keeps the end of its prompt instead.
+        Raises UserError when the template cannot be used, or leaves out a part of a row.
         """
         rendered = []
         with bounded(texts[0].where if texts else "", sum(map(_characters, texts))) as row:
             for text in texts:
                 row(text.where)
                 rendered.append(self._render(text))
+        strings = {}      # the keys; of all texts at once: fast tokenizers are much faster on many strings
         for i, text in enumerate(texts):
             rendered[i] = self._unless_too_long(rendered[i], text, max_length, truncate)
-        strings = []  # of all texts at once: fast tokenizers are much faster on many strings
-        for item in rendered:
-            if not isinstance(item, str):
-                prompt, responses = item
-                strings += [prompt, *(string for pieces in responses for string, _ in pieces)]
-        ids = iter(self._ids(strings))
+            if not isinstance(rendered[i], str):
+                context, responses = rendered[i]
+                strings[context] = None
+                for before, reply in itertools.chain(*responses):
+                    border = self._border(before)
+                    strings |= {before: None, border: None, border + reply: None}
+        ids = dict(zip(strings, self._ids(list(strings))))
         results = []
         for text, item in zip(texts, rendered):
-            if isinstance(item, str):
-                results.append(item)
-                continue
-            plain = isinstance(text.prompt, str)
-            prompt = self._prompt(next(ids), plain)
-            responses = [self._response([(next(ids), trained) for _, trained in pieces], plain) for pieces in item[1]]
-            if text.raw:
-                results.append(_pieces(self._prompt(responses[0].tokens.tolist(), plain), max_length, text.where))
-            else:
-                results.append(_example(prompt, responses, text.where, max_length, train_on, truncate))
+            try:
+                found = item if isinstance(item, str) else self._examples(text, *item, ids, max_length, train_on, truncate)
+            except Unusable as reason:
+                found = str(reason)
+            self.split += not isinstance(found, str) and not text.raw and len(found) > 1
+            results.append(found)
         return results
 
     def holds_control_tokens(self, text):
@@ -71,17 +76,41 @@ class Tokeniser:
         said = [turn["content"] for turn in text.prompt]
         for turns in text.responses:
             said += [turn["content"] for turn in turns if turn["role"] != "assistant"]
-        return any(map(self.control.search, said))
+        return any(map(self.chat.control.search, said))
+
+    def prompt_ids(self, prompt):
+        """The ids (list of int) with which generation starts for a prompt, a string or messages: the same as in training."""
+        text = prompt
+        if not isinstance(prompt, str):
+            try:
+                with bounded("the prompt"):
+                    text = self.chat.prompt(prompt, None, "the prompt")
+            except Unusable as reason:
+                raise UserError(f"the prompt cannot be used ({reason}); "
+                                "fix: change its turns or give another chat_template") from None
+        return self._led(self._ids([text])[0], isinstance(prompt, str))
+
+    # ---- text ----
+
+    def _render(self, text):
+        """Text -> (context, [turns of each response]) with turns [(context, reply)], or the reason (str) to drop it."""
+        if isinstance(text.prompt, str):
+            return text.prompt, [[(text.prompt, response)] for response in text.responses]
+        try:
+            context = self.chat.prompt(text.prompt, text.tools, text.where)
+            return context, [self.chat.replies(text.prompt, turns, text.tools, text.where) for turns in text.responses]
+        except Unusable as reason:
+            return str(reason)
 
     def _unless_too_long(self, item, text, max_length, truncate):
         """`item`, which `_render` returned, or the reason to drop it: a book need not be tokenised to its end
         for a max_length of 512."""
         if isinstance(item, str) or text.raw:
             return item
-        prompt, responses = item
-        strings = [string for string, _ in itertools.chain(*responses)]
+        context, responses = item
+        strings = [reply for _, reply in itertools.chain(*responses)]
         if truncate != "prompt":
-            strings.append(prompt)
+            strings.append(context)
         too_long = any(self._too_long(string, max_length) for string in strings)
         return "longer than max_length" if too_long else item
 
@@ -93,34 +122,98 @@ class Tokeniser:
         ids, = self._ids([string[:HEAD * max_length]])
         return len(ids) > 2 * max_length
 
-    def prompt_ids(self, prompt):
-        """The ids (list of int) with which generation starts for a prompt, a string or messages: the same as in training."""
-        try:
-            string = prompt
-            if not isinstance(prompt, str):
-                with bounded("the prompt"):
-                    string = self._render_messages(prompt, True, "the prompt")
-        except _Refused as refused:
-            raise UserError(f"the chat template refuses the prompt ({refused}); "
-                            "fix: change its turns or use another template") from None
-        return self._prompt(self._ids([string])[0], isinstance(prompt, str)).tolist()
+    # ---- tokens ----
 
-    def _prompt(self, ids, plain):
-        if plain and ids[:len(self.lead)] != self.lead:  # the text may itself spell out the BOS
-            ids = self.lead + ids
-        return np.array(ids, dtype=np.int32)
+    def _examples(self, text, context, responses, ids, max_length, train_on, truncate):
+        """A row's examples, or the reason to drop it; `ids`: {text: its ids}."""
+        plain = isinstance(text.prompt, str)
+        if text.raw:
+            tokens = self._led(self._ended(ids[responses[0][0][1]]), plain)
+            return _pieces(np.array(tokens, np.int32), max_length, text.where)
+        if not responses:
+            return _example(self._led(ids[context], plain), [], text.where, max_length, train_on, truncate)
+        chains = [self._chain(turns, plain, ids, text.where) for turns in responses]
+        if len(chains) > 1:                                # a pair: one turn each
+            prompt = chains[0][0][0]
+            chosen, rejected = [chain[0][1] for chain in chains]
+            if chosen.tokens.tolist() == rejected.tokens.tolist():
+                return "chosen equals rejected"
+            return _example(prompt, [chosen, rejected], text.where, max_length, train_on, truncate)
+        chain, = chains
+        if train_on == "all" and len(chain) > 1:           # every context would be trained again and again
+            whole = self.chat.whole([*text.prompt, *text.responses[0]], text.tools, text.where)
+            tokens = self._ids([whole])[0]
+            chain = [(tokens[:1], Response.all_trained(self._ended(tokens[1:]) if self._needs_eos(plain) else tokens[1:]))]
+        found = []
+        for prompt, response in chain:
+            examples = _example(prompt, [response], text.where, max_length, train_on, truncate)
+            if isinstance(examples, str):
+                return examples
+            found += examples
+        return found
 
-    def _response(self, pieces, plain):
-        """One response from its pieces [(ids, trained)], with eos at the end where nothing else ends it."""
-        ids = pieces[-1][0]
-        if (plain or self.end_of_turn is None) and (not ids or ids[-1] != self.eos):
-            if self.eos is None:
-                raise UserError("the tokenizer has no eos token, so a response cannot end; "
-                                "fix: set eos_token in tokenizer_config.json")
-            ids.append(self.eos)
-        tokens = np.concatenate([np.array(ids, dtype=np.int32) for ids, _ in pieces])
-        trained = np.concatenate([np.full(len(ids), trained) for ids, trained in pieces])
-        return Response(tokens, trained)
+    def _chain(self, turns, plain, ids, where):
+        """[(context, reply)] -> [(prompt's ids, Response)]. A turn whose context starts with all ids of the turn before
+        goes on in the same response; what lies between them is not trained."""
+        chain = []
+        for context, reply in turns:
+            prompt, tokens = self._joined(context, reply, plain, ids, where)
+            if chain:
+                start, done, trained = chain[-1]
+                stood = len(start) + len(done)
+                if prompt[:stood] == start + done:
+                    between = prompt[stood:]
+                    done += between + tokens
+                    trained += [False] * len(between) + [True] * len(tokens)
+                    continue
+            chain.append((prompt, tokens, [True] * len(tokens)))
+        return [(prompt, Response(np.array(tokens, np.int32), np.array(trained))) for prompt, tokens, trained in chain]
+
+    def _joined(self, context, reply, plain, ids, where):
+        """(ids of the context, ids of the reply behind it). Raises Unusable where they do not spell the text."""
+        border = self._border(context)
+        before, both = ids[border], ids[border + reply]
+        tokens = both[len(before):]
+        prompt = self._led(ids[context], plain)
+        if both[:len(before)] != before:                   # a token spans both; generation starts with the prompt's own
+            tokens = self._continuation(reply)
+            if self._decode(before + tokens) != self._decode(both):
+                raise Unusable("no tokens of its response continue the tokens of its prompt")
+            self.continued.append(where)
+        return prompt, self._ended(tokens) if self._needs_eos(plain) else tokens
+
+    def _border(self, context):
+        """The end of a context, from its last special token on: a tokenizer splits a text at these, so that what stands
+        before one does not change the tokens behind it. Where none is near, the whole context."""
+        near = context[-NEAR:]
+        *_, last = [None, *self.chat.control.finditer(near)]
+        return near[last.start():] if last else context
+
+    def _continuation(self, text):
+        """The ids of a text that follows another one: without the space that some tokenizers put before every text."""
+        anchored, anchor, alone = self._ids([self.anchor + text, self.anchor, text])
+        return anchored[len(anchor):] if anchored[:len(anchor)] == anchor else alone
+
+    def _anchor(self):
+        """A text behind which the tokenizer puts no space, if it puts one before every text, else ""."""
+        both, anchor, alone = self._ids(["\na", "\n", "a"])
+        return "\n" if both[:len(anchor)] == anchor and both[len(anchor):] != alone else ""
+
+    def _needs_eos(self, plain):
+        return plain or self.chat.end_of_turn is None
+
+    def _ended(self, ids):
+        """The ids with eos at the end."""
+        if ids and ids[-1] == self.eos:
+            return ids
+        if self.eos is None:
+            raise UserError("the tokenizer has no eos token, so a response cannot end; "
+                            "fix: set eos_token in tokenizer_config.json")
+        return [*ids, self.eos]
+
+    def _led(self, ids, plain):
+        """The ids with what stands before every text; the text may itself spell out the BOS."""
+        return self.lead + ids if plain and ids[:len(self.lead)] != self.lead else ids
 
     def _ids(self, strings):
         if not strings:
@@ -128,108 +221,16 @@ class Tokeniser:
         return self.tokenizer(strings, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False,
                               verbose=False).input_ids  # verbose=False: lengths are our own business
 
-    # ---- conversations ----
-
-    def _render(self, text):
-        """Text -> (prompt, [pieces of each response]) with pieces [(string, trained)], or the reason (str) to drop it."""
-        if isinstance(text.prompt, str):
-            return text.prompt, [[(response, True)] for response in text.responses]
-        try:
-            prompt = self._render_messages(text.prompt, True, text.where)
-            return prompt, [self._turns(text.prompt, prompt, turns, text.where) for turns in text.responses]
-        except _Refused as refused:
-            return f"the chat template refuses it: {refused}"
-
-    def _turns(self, prompt_messages, prompt, turns, where):
-        """Pieces of a response: the assistant's turns are trained, what the template renders between them is not."""
-        pieces, done = [], prompt
-        for i, turn in enumerate(turns):
-            if turn["role"] != "assistant":
-                continue
-            history = prompt_messages + turns[:i]
-            before = prompt if i == 0 else self._render_messages(history, True, where)
-            through = self._render_messages(history + [turn], False, where)
-            if not before.startswith(done):
-                raise UserError(f"the chat template rewrites earlier turns of the conversation in {where}, so they cannot all be "
-                                "trained as they were generated; "
-                                "fix: give each assistant's turn a row of its own (prompt + response)")
-            if not through.startswith(before):
-                raise UserError(f"the chat template's generation prompt is not how it renders the assistant's turn in {where}; "
-                                "fix: use prompt and response strings or another chat template")
-            if len(before) > len(done):
-                pieces.append((before[len(done):], False))
-            reply = self._reply(through[len(before):], where)
-            pieces.append((reply, True))
-            done = before + reply
-        return pieces
-
-    def _reply(self, rendered, where):
-        """An assistant's turn through its end-of-turn; what the template writes after that is context for the next turn."""
-        if self.end_of_turn is None:
-            return rendered.removesuffix(self.tail)
-        end = rendered.rfind(self.end_of_turn)  # the last one: the text itself may hold such a token
-        if end < 0:
-            raise UserError(f"the chat template does not end the assistant's turn with {self.end_of_turn} in {where}; "
-                            "fix: use another chat template")
-        return rendered[:end + len(self.end_of_turn)]
-
-    def _render_messages(self, messages, generation_prompt, where):
-        if not self.tokenizer.chat_template:
-            raise UserError(f"a conversation in {where}, but the tokenizer has no chat template; "
-                            "fix: use prompt and response strings or a tokenizer with a chat template")
-        return _apply_template(self.tokenizer, messages, generation_prompt, where)
+    def _decode(self, ids):
+        return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
 
 
 def stop_ids(tokenizer):
-    """The ids, sorted, at which generation must stop: eos and the chat template's end-of-turn."""
-    end_of_turn, _ = _end_of_turn(tokenizer)
-    ids = {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(end_of_turn) if end_of_turn else None}
+    """The ids, sorted, at which generation must stop: eos and the chat template's end of a turn and of a tool call."""
+    chat = Chat(tokenizer)
+    names = {chat.end_of_turn, chat.end_of_call()} - {None}
+    ids = {tokenizer.eos_token_id, *map(tokenizer.convert_tokens_to_ids, names)}
     return sorted(ids - {None})
-
-
-class _Refused(Exception):
-    """The chat template raised an error for these messages: roles that do not alternate, no system turn allowed, ..."""
-
-
-def _apply_template(tokenizer, messages, generation_prompt, where):
-    import jinja2
-    try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt)
-    except jinja2.TemplateError as error:
-        raise _Refused((str(error).splitlines() or [""])[0][:200]) from None
-    except MemoryError:                    # `bounded` says so
-        raise
-    except Exception as error:  # noqa: BLE001  a template is a program
-        said = f"{type(error).__name__}: {' '.join(str(error)[:400].split())[:200]}"
-        raise UserError(f"the chat template fails ({said}) in {where}; fix: use another template") from error
-
-
-def _end_of_turn(tokenizer):
-    """(token with which the template ends an assistant's turn or None, all that it writes after the turn's text)."""
-    if not tokenizer.chat_template:
-        return None, ""
-    reply, where = "PROBE-OF-THE-END", "one question and its answer"
-    try:
-        with bounded(where):
-            messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": reply}]
-            rendered = _apply_template(tokenizer, messages, False, where)
-    except _Refused as refused:
-        raise UserError(f"the chat template cannot render {where} ({refused}); "
-                        "fix: use another chat template") from None
-    after = rendered[rendered.rfind(reply) + len(reply):]
-    # White space can be an added token too (Gemma, Phi), but it ends no turn.
-    tokens = [token for token in {*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens}
-              if token.strip() and token in after]
-    if not tokens:
-        return None, after
-    return min(tokens, key=lambda token: (after.find(token), -len(token))), after
-
-
-def _control_tokens(tokenizer):
-    """The pattern that finds a special token in a text."""
-    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    names = sorted({*special, *tokenizer.all_special_tokens}, key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, names)) or "(?!)")      # (?!) matches nothing
 
 
 def _lead(tokenizer):
@@ -246,7 +247,7 @@ def _characters(text):
     if isinstance(text.prompt, str):
         return 0                                 # no template
     turns = [*text.prompt, *itertools.chain(*text.responses)]
-    return sum(len(turn["content"]) for turn in turns)
+    return sum(len(turn["content"]) + len(turn.get("reasoning_content", "")) for turn in turns)
 
 
 def _example(prompt, responses, where, max_length, train_on, truncate):
@@ -257,6 +258,7 @@ def _example(prompt, responses, where, max_length, train_on, truncate):
         if truncate != "prompt" or room < 1:
             return "longer than max_length"
         prompt = prompt[-room:]
+    prompt = np.array(prompt, np.int32)
     if train_on == "all":
         responses = [Response.all_trained(np.concatenate([prompt[1:], response.tokens])) for response in responses]
         prompt = prompt[:1]

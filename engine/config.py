@@ -10,6 +10,7 @@ import difflib
 import glob
 import importlib
 import inspect
+import json
 import math
 import os
 import pkgutil
@@ -18,7 +19,7 @@ import sys
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, NamedTuple, get_args, get_type_hints
+from typing import Any, Literal, NamedTuple, NewType, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -26,6 +27,8 @@ from data.errors import UserError
 from data.sources import read_sources
 from engine.advice import SECRET, advice, is_secret, nested_advice, same
 from engine.definition import class_of
+
+Lines = NewType("Lines", str)      # text of one or more lines
 
 
 @dataclass
@@ -39,6 +42,9 @@ class Common:
     output: str | None = None              # the run's directory; null = runs/<name of the YAML file>
     truncate: Literal["none", "prompt"] = "none"     # examples over max_length: none = drop, prompt = keep the prompt's end
     hh: Literal["messages", "text"] = "messages"     # HH transcripts: as chat messages where there is a template, or raw text
+    chat_template: str | None = None       # a file, or chatml, llama3, mistral, gemma; null = the tokenizer's own
+    system_prompt: Lines | None = None     # of conversations without a system turn; strings become conversations then
+    chat_template_kwargs: dict | None = None     # variables of the template, such as {enable_thinking: false}
     seed: int = 0                          # of data order, sampling and initialisation
     shuffle: bool = True                   # false = the order of the file
     batch_size: int = 32                   # examples per update, over all devices (online: prompts per rollout)
@@ -245,6 +251,8 @@ def read_yaml(path: str) -> dict[str, tuple[str, str]]:
             text = read_sources(value_node, key, path)
         elif not isinstance(key_node, yaml.ScalarNode):
             raise UserError(f"nested value of {show(str(key))} in {where}; fix: keys are flat, write one 'key: value' per line")
+        elif isinstance(value_node, yaml.MappingNode) and get_type_hints(Common).get(key) == dict | None:
+            text = yaml.serialize(value_node)
         elif not isinstance(value_node, yaml.ScalarNode):
             raise UserError(f"nested value of {show(key)} in {where}" + nested_advice(key, leaves(value_node), all_keys()))
         else:
@@ -325,7 +333,8 @@ def cast(text: str, kind) -> Any:
     if NoneType in get_args(kind):
         if word in ("", "null", "none"):
             return None
-    kind = get_args(kind)[0] if isinstance(kind, UnionType) else kind      # of str | list a list is read elsewhere
+    if get_origin(kind) in (Union, UnionType):
+        kind = get_args(kind)[0]             # of str | list a list is read elsewhere
     choices = BOOL if kind is bool else {str(choice).lower(): choice for choice in get_args(kind)}    # of a Literal
     if choices:
         if word in choices:
@@ -335,6 +344,12 @@ def cast(text: str, kind) -> Any:
         if word and text.isprintable():
             return text
         raise ValueError("text on one line, without control characters")
+    if kind is Lines:
+        if word and text.replace("\n", "").isprintable():
+            return text.strip("\n")
+        raise ValueError("text without control characters")
+    if kind is dict:
+        return read_mapping(text)
     assert kind in (int, float), f"a config field cannot have the type {kind}"
     try:
         number = float(text)
@@ -343,6 +358,19 @@ def cast(text: str, kind) -> Any:
     if not math.isfinite(number) or (kind is int and (number % 1 or abs(number) > 2**53)):    # above, a float loses digits
         raise ValueError("a whole number" if kind is int else "a number such as 2e-5")
     return kind(number)
+
+
+def read_mapping(text: str) -> dict:
+    """A YAML mapping of names to values that JSON knows. ValueError says what is expected."""
+    try:
+        values = yaml.safe_load(text)
+        names = [isinstance(name, str) and name.isidentifier() for name in values]
+        json.dumps(values, allow_nan=False)
+        if isinstance(values, dict) and all(names):
+            return values
+    except (yaml.YAMLError, TypeError, ValueError, RecursionError):
+        pass
+    raise ValueError("a mapping such as {enable_thinking: false}")
 
 
 def check_output(output: str, where: str):

@@ -12,7 +12,7 @@ from data.pack import Example, Response, order, pack
 from engine import lora
 from engine.checkpoint import model_path
 from engine.config import describe
-from engine.load import base_of, check_path, is_adapter, load_config, load_tokenizer, unloadable
+from engine.load import base_of, check_path, is_adapter, load_config, load_tokenizer_for, unloadable
 from engine.model import LOGITS_AT_ONCE
 
 
@@ -22,7 +22,7 @@ def dry_run(run_config, kind: str, world: int = 1) -> None:
     common = replace(common, model=model_path(common.model, notice))
     lora.quantization(common, torch.device("cuda" if torch.cuda.is_available() else "cpu"), torch.bfloat16)
     section("configuration", describe(run_config))
-    tokenizer = load_tokenizer(common.model)
+    tokenizer = load_tokenizer_for(common, common.model, notice)
     check_path(getattr(config, "reference", None) or common.model, "reference")
     train_set, eval_set, reports = load_datasets(common, config, kind, tokenizer, notice)
     for name, report in reports.items():
@@ -70,9 +70,10 @@ def audit(report: dict) -> list[str]:
     return lines
 
 
-def marked(example, tokenizer) -> list[str]:
-    """Prompt and responses as text, runs of trained tokens between [[ and ]]."""
-    lines = [f"prompt    {tokenizer.decode(example.prompt)!r}"]
+def marked(example, tokenizer, most: int | None = None) -> list[str]:
+    """Prompt and responses as text, runs of trained tokens between [[ and ]]; of a text longer than `most` characters the
+    middle is left out."""
+    texts = [("prompt", tokenizer.decode(example.prompt))]
     for response in example.responses:
         text, start = "", 0
         for i in range(1, len(response.tokens) + 1):
@@ -80,7 +81,12 @@ def marked(example, tokenizer) -> list[str]:
                 piece = tokenizer.decode(response.tokens[start:i])
                 text += f"[[{piece}]]" if response.trained[start] else piece
                 start = i
-        lines.append(f"response  {text!r}")
+        texts.append(("response", text))
+    lines = []
+    for name, text in texts:
+        if most and len(text) > most:
+            text = f"{text[:most // 2]} … {text[-most // 2:]}"
+        lines.append(f"{name:<9} {text!r}")
     return lines
 
 

@@ -15,6 +15,7 @@ from transformers.utils import cached_file, logging
 from data.errors import UserError
 from data.files import SUFFIXES, kind_of
 from data.hub import why_unreachable
+from data.templates import set_template
 
 RUNS = "runs"                        # where runs are by default; no owner of models is meant by it
 HUB_MODEL = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*")
@@ -248,6 +249,13 @@ def load_tokenizer(path: str):
         raise UserError(f"model: the tokenizer of {path} has no eos token, so no response could end; fix: set eos_token")
     if empty:
         raise UserError(f"model: the tokenizer of {path} has no vocabulary; fix: save tokenizer.json beside the model")
+    return tokenizer
+
+
+def load_tokenizer_for(settings, path: str, notice):
+    """The tokenizer at `path` with the chat template that the keys of `settings` ask for."""
+    tokenizer = load_tokenizer(path)
+    set_template(tokenizer, settings, notice)
     return tokenizer
 
 

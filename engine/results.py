@@ -20,10 +20,10 @@ from data.rewards import golds_of, load_reward, r1_zero, r1_zero_details, score
 from data.tokenise import Tokeniser
 from engine.advice import advice
 from engine.claim import LOCK, claim
-from engine.config import Common, cast, check_output, parse_argv, read_values, show
+from engine.config import Common, Lines, cast, check_output, parse_argv, read_values, show
 from engine.directory import read_config
 from engine.fingerprint import fingerprints
-from engine.load import base_of, load_config, load_tokenizer
+from engine.load import base_of, load_config, load_tokenizer_for
 from engine.logs import Run
 from engine.model import is_reward_model
 from engine.rollout import Rollout, Sampling, sample, with_completions
@@ -43,6 +43,9 @@ class Settings(Sampling):
     #                                        own, else r1_zero where the model has no chat template, the rows questions and that reward
     stop: str | None = "auto"              # strings that end a completion; auto = a run's own, else </answer> with the template r1_zero
     max_completion_length: int | None = None    # tokens; longer completions are cut there; null = 512, or half of max_length
+    chat_template: str | None = None       # a file, or chatml, llama3, mistral, gemma; null = the model's own
+    system_prompt: Lines | None = None     # of conversations without a system turn; null = the model's own, if a run gave it one
+    chat_template_kwargs: dict | None = None     # variables of the template, such as {enable_thinking: false}
     limit: int | None = None               # only so many rows of data
     max_length: int | None = None          # tokens, prompt and completion together; null = as many as the model knows
     seed: int = 0                          # of the draws
@@ -171,7 +174,7 @@ def as_turns(examples: list[Example], settings, tokenizer, notice) -> list[Examp
 def complete(settings, path: str, name: str, notice) -> tuple[list[dict], dict]:
     """(a row for every one of `n` completions of every prompt, the settings they come from). The rows are appended to
     output/<name>_results.jsonl as they come; those that it holds already are not made again."""
-    tokenizer, settings = load_tokenizer(path), with_lengths(settings, path)
+    tokenizer, settings = load_tokenizer_for(settings, path, notice), with_lengths(settings, path)
     if is_reward_model(path):
         raise UserError(f"model: {settings.model} is a reward model, which writes no text; fix: pass a policy, and this one as reward=")
     rewards = load_reward(settings.reward, settings.reward_weights)

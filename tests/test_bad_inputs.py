@@ -137,8 +137,8 @@ def test_yaml(content, says, refused, tmp_path):
     ("{}/adapter", "adapter_config.json names no base model"),
     ("{}/small-embedding", "the tokenizer has 259 tokens but the embedding only 100 rows"),
     ("{}/no-template", r"a conversation in sft.jsonl:1, but the tokenizer has no chat template"),
-    ("{}/rewrites", "rewrites earlier turns of the conversation in sft.jsonl:2"),
-    ("{}/refuses", "chat template cannot render one question and its answer .no roles here"),
+    ("{}/rewrites", "leaves out the assistant turn .message 2. in sft.jsonl:2"),
+    ("{}/refuses", "chat template cannot render one question and its answer .the chat template refuses it: no roles here"),
 ])
 def test_models(model, says, refused, models):
     message = refused("model=" + model.format(models))

@@ -355,7 +355,7 @@ def test_every_update_of_an_online_run_stays_on_the_terminal(columns, model, tmp
         assert re.fullmatch(rf"step {row['step']}/6{rest}{values}", line)
     others = [line for line in lines if not line.startswith("step ")]
     assert others.count("the reward says hello") == 5      # two rollouts and three evaluations
-    assert not [line for line in others if "|" in line or "completions" in line]
+    assert not [line for line in others if " |" in line or "completions" in line]
     assert all(len(line) < columns for line in updates)
 
 
@@ -367,7 +367,7 @@ def test_an_offline_run_stopped_and_continued_on_a_terminal(model, tmp_path):
     assert code == 143 and last == f"stopped by SIGTERM; continue with: {command}"
     assert [line.split("  ")[0] for line in lines if line[:5] == "step "] == ["step 1/5", "step 2/5"]
     assert "reference log-probs 4/14 |" in text and "step 3/5 |" in text
-    assert not [line for line in lines if "|" in line or line.startswith("reference log-probs ")]
+    assert not [line for line in lines if " |" in line or line.startswith("reference log-probs ")]
     code, text = train(tmp_path, 80)
     lines = Screen(80, text).lines()
     assert code == 0 and "step 3/5 |" in text and "step 0/5" not in text
@@ -380,7 +380,7 @@ def test_an_error_starts_on_a_line_of_its_own(model, tmp_path):
     code, text = train(tmp_path, 80, patch=child.infinite_loss, arguments=(2,))
     lines = Screen(80, text).lines()
     assert code == 1 and lines[-1].startswith("error: loss nan") and lines[-2].startswith("step 1/6  ")
-    assert not [line for line in lines if "|" in line]
+    assert not [line for line in lines if " |" in line]
 
 
 def test_a_second_signal_leaves_no_bar(model, tmp_path):

@@ -68,10 +68,10 @@ MUTATIONS = {    # name: (file, text, what it becomes, the tests that must fail)
         "algorithms/kto.py", "other.prompt.tobytes() != examples[i].prompt.tobytes()", "True",
         [*exact("kto"), "test_kto.py::test_one_prompt_alone_is_refused"]),
     "the last stop token dropped from conversations": (
-        "data/tokenise.py", "return rendered[:end + len(self.end_of_turn)]", "return rendered[:end]",
+        "data/chat.py", "return rendered[:end + len(self.end_of_turn)]", "return rendered[:end]",
         [*exact(*TOKENS, "cdpo", "rm"), *held_out("sft", "dpo", "kto", "rm")]),
     "the last stop token dropped from plain text": (
-        "data/tokenise.py", "ids.append(self.eos)", "pass", [*exact("sft", "dft"), *held_out("sft", "dft")]),
+        "data/tokenise.py", "return [*ids, self.eos]", "return ids", [*exact("sft", "dft"), *held_out("sft", "dft")]),
     "the sign of advantages": (
         "engine/rollout.py", "example.extras[name] = value", "example.extras[name] = -value if name == 'advantages' else value",
         online(*GROUPS)),

@@ -1,0 +1,322 @@
+"""Conversations -> text, exactly as generation sees it.
+
+Every trained turn of the assistant is a context and a reply. The context is what the chat template renders of all turns
+before it, with the generation prompt; the reply is what the model has to write then, through its end-of-turn. A template
+may render earlier turns otherwise than the last one, so a turn is rendered as the last one, whatever follows it.
+"""
+import contextlib
+import json
+import re
+
+from data.bounds import bounded
+from data.errors import UserError
+
+MARK = "PROBE"          # a text that no template has a reason to change
+QUESTION = [{"role": "user", "content": MARK}]
+ANSWER = {"role": "assistant", "content": f"{MARK}-OF-THE-END"}
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")           # what templates call the thoughts before a reply
+CALL_FORMS = ("mapping", "json")                                    # how templates take the arguments of a call
+
+
+class Unusable(Exception):
+    """Why a conversation cannot be trained on; its row is dropped and counted."""
+
+
+class Chat:
+    """A chat template and what has to be known about it: how it ends a turn, and which parts of a row it leaves out."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+        self.control = _control_tokens(tokenizer)
+        self.call_form = CALL_FORMS[0]
+        self.in_parts = False        # whether a content is a list of parts; templates of models that see images want that
+        self.left_out = {}           # shape of a conversation -> what the template leaves out of it, or None
+        self.end_of_turn, self.tail = None, ""      # such as "<|im_end|>", and all that follows a turn's text
+        if tokenizer.chat_template:
+            self._probe()
+
+    # ---- what generation starts with, and what it must write ----
+
+    def prompt(self, messages, tools, where):
+        """The text (str) with which generation starts. A last turn of the assistant's is continued."""
+        self._check(messages, tools, where)
+        if messages[-1]["role"] != "assistant":
+            return self.render(messages, tools, True, where)
+        *history, begun = messages
+        context = self.render(history, tools, True, where)
+        content = begun["content"].strip()
+        if content.startswith("<think>"):                  # templates close or drop thoughts that have no end
+            return context + _behind(_opened(context), content)
+        written = self._reply(history, begun, tools, context, where)
+        return context + written[:written.rfind(content) + len(content)]
+
+    def replies(self, prompt, turns, tools, where):
+        """[(context, reply)] of the assistant's turns among `turns`, which follow the messages `prompt`; those that
+        are not to be trained are context only. Raises Unusable, and UserError where the template leaves
+        something out."""
+        found = []
+        for i, turn in enumerate(turns):
+            if turn["role"] != "assistant" or not turn.get("train", True):
+                continue
+            history = [*prompt, *turns[:i]]
+            context = before = self.prompt(history, tools, where)
+            if history[-1]["role"] == "assistant":         # the prompt has begun this turn
+                begun = history.pop()
+                turn = turn | {"content": begun["content"] + turn["content"]}
+                before = self.render(history, tools, True, where)
+            self._check([*history, turn], tools, where)
+            reply = self._reply(history, turn, tools, before, where)
+            text = before + reply
+            _check_thoughts(turn, text, where)
+            if not text.startswith(context):
+                raise Unusable("the chat template does not continue the assistant's turn that ends the prompt")
+            found.append((context, text[len(context):]))
+        return found
+
+    def whole(self, messages, tools, where):
+        """The text of a whole conversation, through its last end-of-turn."""
+        return self._through_end(self.render(messages, tools, False, where))
+
+    def _reply(self, history, turn, tools, context, where):
+        """What the model must write behind `context`."""
+        rendered = self.render([*history, turn], tools, False, where)
+        if rendered.startswith(context):
+            return self._through_end(rendered[len(context):])
+        # The template writes the history otherwise once a reply follows, or its generation prompt is no part of
+        # the turn that it renders. The turn behind a question of its own shows what is to be written.
+        before = self.render(QUESTION, tools, True, where)
+        generation_prompt = before.removeprefix(self.render(QUESTION, tools, False, where))
+        if not context.endswith(generation_prompt):
+            raise Unusable("the chat template's generation prompt depends on the turns before it")
+        alone = self.render([*QUESTION, turn], tools, False, where)
+        opened = _opened(before)
+        start = before.removesuffix(opened)
+        if not alone.startswith(start):
+            if "</think>" in generation_prompt:
+                raise Unusable("the generation prompt closes the thoughts, but the reply has some")
+            raise Unusable("the chat template's generation prompt is not how it renders the assistant's turn")
+        written = alone[len(start):]
+        if not opened:
+            return self._through_end(written)
+        if written.startswith("<think>"):
+            return self._through_end(_behind(opened, written))
+        said = _with_thoughts(turn)
+        if said is None:
+            raise Unusable("the generation prompt opens <think>, but the reply has no thoughts")
+        answer = said.rpartition("</think>")[2].strip()
+        return self._through_end(_behind(opened, said) + written[written.rfind(answer) + len(answer):])
+
+    def _through_end(self, rendered):
+        """A rendering through the end of its last turn; what the template writes after that is context for the next
+        one."""
+        if self.end_of_turn is None:
+            return rendered.removesuffix(self.tail)
+        end = rendered.rfind(self.end_of_turn)             # the last one: the text itself may hold such a token
+        if end >= 0:
+            return rendered[:end + len(self.end_of_turn)]
+        last = self._last_token(rendered)
+        if last is None:                                   # a tool call may end with a token of its own
+            raise Unusable(f"the chat template does not end the assistant's turn with {self.end_of_turn}")
+        return rendered.rstrip()
+
+    # ---- nothing is left out ----
+
+    def _check(self, messages, tools, where):
+        """UserError where the template leaves out a part of the row. Conversations of one shape are rendered once,
+        with marks in place of their texts."""
+        shape = [bool(tools)]
+        for turn in messages:
+            shape.append((turn["role"], bool(turn["content"]), "reasoning_content" in turn, len(turn.get("tool_calls", []))))
+        shape = tuple(shape)
+        if shape not in self.left_out:
+            self.left_out[shape] = self._first_left_out(messages, tools, where)
+        if self.left_out[shape]:
+            raise UserError(f"the chat template leaves out {self.left_out[shape]} in {where}; "
+                            "fix: give another chat_template, or remove that from the row")
+
+    def _first_left_out(self, messages, tools, where):
+        """The first part that is not in the rendering, as words, or None."""
+        parts, marked = [], []             # parts: [(mark, what it is)]
+        for i, turn in enumerate(messages):
+            name = f"the {turn['role']} turn (message {i + 1})"
+            turn, mark = dict(turn), f"{MARK}{i}"
+            calls = turn.get("tool_calls", [])
+            if turn["content"]:
+                turn["content"] = f"{mark}TEXT"
+                if not calls or i == len(messages) - 1:    # what was said beside an earlier call may be left out
+                    parts.append((turn["content"], name))
+            if calls:
+                turn["tool_calls"] = [_named(call, f"{mark}CALL{j}") for j, call in enumerate(calls)]
+                parts += [(call["function"]["name"], f"the tool calls of {name}") for call in turn["tool_calls"]]
+            marked.append(turn)
+        named = [_named(tool, f"{MARK}TOOL{i}") for i, tool in enumerate(tools or [])]
+        parts += [(f"{MARK}TOOL{i}", "the tools") for i in range(len(named))]
+        try:
+            history, last = (marked[:-1], marked[-1]) if messages[-1]["role"] == "assistant" else (marked, None)
+            rendered = self.render(history, named or None, True, where)
+            if last:
+                rendered += self._reply(history, last, named or None, rendered, where)
+        except Unusable:
+            return None                                    # the row itself will say why
+        return next((what for mark, what in parts if mark not in rendered), None)
+
+    # ---- rendering ----
+
+    def render(self, messages, tools, generation_prompt, where):
+        """The template's text of the messages. Raises Unusable where it refuses them, UserError where it fails."""
+        if not self.tokenizer.chat_template:
+            raise UserError(f"a conversation in {where}, but the tokenizer has no chat template; "
+                            "fix: give chat_template, such as chatml, or use prompt and response strings")
+        names = []
+        for turn in messages:
+            names += [call["function"]["name"] for call in turn.get("tool_calls", [])]
+        failure, rendered = None, ""
+        for form in (self.call_form, *CALL_FORMS) if names else (None,):
+            try:
+                turns = [self._for_template(turn, form) for turn in messages]
+                rendered = _apply(self.tokenizer, turns, tools, generation_prompt, where)
+            except (Unusable, UserError) as error:
+                failure = failure or error
+                continue
+            if all(name in rendered for name in names):
+                self.call_form = form or self.call_form
+                return rendered
+        if failure:
+            raise failure
+        return rendered
+
+    def _for_template(self, turn, call_form):
+        """A message as the template reads it, without keys of ours."""
+        turn = {key: value for key, value in turn.items() if key != "train"}
+        if "reasoning_content" in turn:
+            turn |= dict.fromkeys(THOUGHTS, turn["reasoning_content"])
+        if turn.get("tool_calls"):
+            turn["tool_calls"] = [_with_json(call) if call_form == "json" else call for call in turn["tool_calls"]]
+        if self.in_parts:
+            turn["content"] = [{"type": "text", "text": turn["content"]}]
+        return turn
+
+    def _probe(self):
+        """Find out how the template takes a content and ends a turn."""
+        where = "one question and its answer"
+        try:
+            with bounded(where):
+                rendered = self._rendered_answer(where)
+        except Unusable as refused:
+            raise UserError(f"the chat template cannot render {where} ({refused}); "
+                            "fix: give another chat_template") from None
+        self.tail = rendered[rendered.rfind(ANSWER["content"]) + len(ANSWER["content"]):]
+        # White space can be an added token too (Gemma, Phi), but it ends no turn.
+        names = {*self.tokenizer.get_added_vocab(), *self.tokenizer.all_special_tokens}
+        tokens = [token for token in names if token.strip() and token in self.tail]
+        self.end_of_turn = min(tokens, key=lambda token: (self.tail.find(token), -len(token)), default=None)
+
+    def _rendered_answer(self, where):
+        try:
+            rendered = self.render([*QUESTION, ANSWER], None, False, where)
+            if ANSWER["content"] in rendered:
+                return rendered
+        except Unusable as error:
+            rendered = error
+        self.in_parts = True
+        with contextlib.suppress(Unusable, UserError):
+            in_parts = self.render([*QUESTION, ANSWER], None, False, where)
+            if ANSWER["content"] in in_parts:
+                return in_parts
+        self.in_parts = False
+        if isinstance(rendered, Unusable):
+            raise rendered
+        return rendered
+
+    def end_of_call(self):
+        """The token with which the template ends a turn that calls a tool, or None."""
+        call = {"type": "function", "function": {"name": MARK, "arguments": {}}}
+        turn = {"role": "assistant", "content": "", "tool_calls": [call]}
+        where = "a tool call"
+        try:
+            with bounded(where):
+                if not self.tokenizer.chat_template or self._first_left_out([*QUESTION, turn], None, where):
+                    return None
+                return self._last_token(self.render([*QUESTION, turn], None, False, where))
+        except (Unusable, UserError):
+            return None                                    # the template knows no tool calls
+
+    def _last_token(self, rendered):
+        """The special token with which a text ends, white space aside, or None."""
+        rendered = rendered.rstrip()
+        *_, last = [None, *self.control.finditer(rendered)]
+        return last[0] if last and last.end() == len(rendered) else None
+
+
+def _apply(tokenizer, messages, tools, generation_prompt, where):
+    import jinja2
+    try:
+        return tokenizer.apply_chat_template(messages, tools=tools, tokenize=False,
+                                             add_generation_prompt=generation_prompt)
+    except jinja2.TemplateError as error:
+        said = (str(error).splitlines() or [""])[0][:200]
+        raise Unusable(f"the chat template refuses it: {said}") from None
+    except MemoryError:                    # `bounded` says so
+        raise
+    except Exception as error:  # noqa: BLE001  a template is a program
+        said = f"{type(error).__name__}: {' '.join(str(error)[:400].split())[:200]}"
+        raise UserError(f"the chat template fails ({said}) in {where}; fix: give another chat_template") from error
+
+
+# ---- tools ----
+
+def _named(call, name):
+    """A tool, or a call of one, under another name."""
+    return call | {"function": call["function"] | {"name": name}}
+
+
+def _with_json(call):
+    function = call["function"]
+    arguments = json.dumps(function["arguments"], ensure_ascii=False)
+    return call | {"function": function | {"arguments": arguments}}
+
+
+# ---- thoughts ----
+
+def _opened(context):
+    """The opening of thoughts with which a context ends, such as "<think>\\n", or ""."""
+    found = re.search(r"<think>\s*\Z", context)
+    return found[0] if found else ""
+
+
+def _behind(opened, said):
+    """What follows in `said`, a text that starts with <think>, once `opened` is written."""
+    if not opened:
+        return said
+    rest = said.removeprefix("<think>")
+    return rest.lstrip("\n") if opened.endswith("\n") else rest
+
+
+def _with_thoughts(turn):
+    """The turn's text from <think> on, or None if it has no thoughts."""
+    if turn.get("reasoning_content"):
+        return f"<think>\n{turn['reasoning_content'].strip()}\n</think>\n\n{turn['content'].lstrip()}"
+    text = turn["content"].lstrip()
+    if text.startswith("<think>"):
+        return text
+    return f"<think>\n{text}" if "</think>" in text else None
+
+
+def _check_thoughts(turn, rendered, where):
+    """UserError where the turn's thoughts are not in the text that is trained."""
+    *thoughts, _ = re.split("</?think>", turn["content"])
+    found = "".join(rendered.split())
+    named = [("thoughts", text) for text in thoughts]
+    for name, text in [("reasoning_content", turn.get("reasoning_content", "")), *named]:
+        if "".join(text.split()) not in found:
+            raise UserError(f"the chat template leaves out the {name} of the assistant's turn ({text.strip()[:40]!r}) "
+                            f"in {where}; fix: give a chat_template that renders them, or remove them")
+
+
+# ---- tokens ----
+
+def _control_tokens(tokenizer):
+    """The pattern that finds a special token in a text."""
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    names = sorted({*special, *tokenizer.all_special_tokens}, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, names)) or "(?!)")      # (?!) matches nothing

@@ -1,0 +1,99 @@
+"""The keys chat_template, system_prompt and chat_template_kwargs.
+
+All three become part of the tokenizer's own template. So every program here renders by them, final/ is saved with them,
+and a server that reads final/ renders what was trained without being told.
+"""
+import difflib
+import json
+import re
+from pathlib import Path
+
+from data.chat import Chat, Unusable
+from data.errors import UserError
+
+FOLDER = Path(__file__).parent / "templates"
+SYSTEM = """{{%- if messages and messages[0]['role'] not in ['system', 'developer'] %}}
+{{%- set system_prompt = {text} %}}
+{{%- set parts = [{{'type': 'text', 'text': system_prompt}}] %}}
+{{%- set content = system_prompt if messages[0]['content'] is string else parts %}}
+{{%- set messages = [{{'role': 'system', 'content': content}}] + messages %}}
+{{%- endif %}}"""
+DEFAULT = "{{%- if {name} is not defined %}}{{%- set {name} = {value} %}}{{%- endif %}}"
+NOTHING = "{{ '' }}"      # jinja removes a line's end behind a tag of the other kind
+
+
+def set_template(tokenizer, settings, notice):
+    """Change the tokenizer's chat template as `settings` say, an object with the three keys. UserError where the
+    template cannot do it."""
+    if settings.chat_template:
+        tokenizer.chat_template = read_template(settings.chat_template, tokenizer)
+        if Chat(tokenizer).end_of_turn is None:
+            notice(f"chat_template {settings.chat_template}: the tokenizer has no token with which it ends a turn; "
+                   f"{tokenizer.eos_token} ends a response")
+    arguments = settings.chat_template_kwargs or {}
+    asked = [key for key in ("system_prompt", "chat_template_kwargs") if getattr(settings, key)]
+    if asked and not tokenizer.chat_template:
+        raise UserError(f"{asked[0]} is given, but the tokenizer has no chat template; fix: add chat_template: chatml")
+    for name in arguments:
+        check_known(name, tokenizer.chat_template)
+    before = [DEFAULT.format(name=name, value=literal(value)) for name, value in arguments.items()]
+    if settings.system_prompt:
+        before.append(SYSTEM.format(text=literal(settings.system_prompt)))
+    if before:
+        prepend("".join(before) + NOTHING, tokenizer)
+    if settings.system_prompt:
+        check_system(tokenizer, settings.system_prompt)
+
+
+def read_template(name, tokenizer):
+    """The text of a built-in template or of a file."""
+    known = {path.stem: path for path in sorted(FOLDER.glob("*.jinja"))}
+    path = known.get(name, Path(name))
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        near = difflib.get_close_matches(name, known, n=1)
+        raise UserError(f"chat_template {name!r} is neither one of {', '.join(known)} nor a UTF-8 file "
+                        f"({type(error).__name__}); fix: give {near[0] if near else 'a name or the path of a file'}") from None
+    if name not in known:
+        return text
+    text = text.replace("\n", "")              # the lines of ours are for the reader
+    starts_with_bos = tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
+    return "{{ bos_token }}" + text if starts_with_bos else text
+
+
+def check_known(name, template):
+    """UserError where a template does not read a variable: it would be ignored."""
+    texts = template.values() if isinstance(template, dict) else [template]
+    words = {word for text in texts for word in re.findall(r"[A-Za-z_]\w*", text)}
+    if name not in words:
+        near = difflib.get_close_matches(name, words, n=1)
+        raise UserError(f"chat_template_kwargs: the chat template does not read {name!r}; "
+                        f"fix: {f'write {near[0]}' if near else 'remove it'}")
+
+
+def check_system(tokenizer, system_prompt):
+    question = [{"role": "user", "content": "x"}]
+    try:
+        rendered = Chat(tokenizer).render(question, None, True, "one question")
+        fault = None if system_prompt.strip() in rendered else "leaves out"
+    except Unusable:
+        fault = "refuses"
+    if fault:
+        raise UserError(f"system_prompt: the chat template {fault} a system turn; "
+                        "fix: remove system_prompt, or give another chat_template")
+
+
+def prepend(text, tokenizer):
+    """Put `text` in front of the template, of all where the tokenizer has several."""
+    template = tokenizer.chat_template
+    if isinstance(template, dict):
+        tokenizer.chat_template = {name: text + body for name, body in template.items()}
+    else:
+        tokenizer.chat_template = text + template
+
+
+def literal(value):
+    """A value as jinja writes it."""
+    text = json.dumps(value, ensure_ascii=False)
+    return {"null": "none"}.get(text, text)
