@@ -5,6 +5,7 @@ An unknown key comes from another project more often than from a slip of the han
 only a slip of a letter counts as a misspelling: a word in place of another (`value_model` for `model`) means
 something else. The tables hold judgements, each checked against tests/foreign_names.txt.
 """
+import difflib
 import os
 import re
 from typing import NamedTuple
@@ -314,16 +315,16 @@ def is_slip(word: str, right: str) -> bool:
 
 
 def misspelt(name: str, known) -> str | None:
-    """The known key of which `name` is a misspelling: with at most one slip in each of its words."""
-    words = name.lower().split("_")
+    """The known key of which `name` is a misspelling: with at most one slip in each of its words, or in the whole where
+    the slip is at a _; the most similar one."""
+    words, found = name.lower().split("_"), []
     for key in known:
-        if plain(name) == plain(key):
-            return key
-    for key in known:
-        pairs = list(zip(words, key.split("_")))
-        if key.count("_") == len(words) - 1 and all(is_slip(word, right) for word, right in pairs):
-            return key
-    return next((key for key in known if len(key) > 5 and is_slip(plain(name), plain(key))), None)
+        parts = key.split("_")
+        slips = [is_slip(word, right) for word, right in zip(words, parts)]
+        same_length = len(words) == len(parts)
+        if same_length and all(slips) or len(key) > 5 and is_slip(plain(name), plain(key)):
+            found.append(key)
+    return max(found, key=lambda key: difflib.SequenceMatcher(None, name, key).ratio(), default=None)
 
 
 def advice(name: str, known, user: str, program: str = "train.py") -> str:
@@ -333,7 +334,7 @@ def advice(name: str, known, user: str, program: str = "train.py") -> str:
     if reason := why_not(name):
         return f": {reason}; fix: remove it"
     last = ends(name)[-1]
-    key = last if last in known else None
+    key = next((key for key in known if plain(key) == plain(last)), None)
     if key is None and plain(last) not in MEANINGS and last not in OTHERS:
         key = misspelt(last, known)
     return f"; fix: write {key}" if key else f"; fix: remove it (python {program} --help lists the keys)"
