@@ -342,18 +342,18 @@ def advice(name: str, known, user: str, program: str = "train.py") -> str:
 
 def nested_advice(key: str, leaves: list[str], known) -> str:
     """The same about a YAML mapping or list under `key` with values at the dotted names `leaves`, whatever the algorithm."""
-    if reason := why_not(key):
-        return f": {reason}; fix: remove it"
-    meaning = same(key, known, "")
-    if meaning:
-        return f"; fix: write {meaning.key}, in one line: 'key: value'"
-    found = {}
+    whole, found = same(key, known, ""), {}
     for leaf in leaves:
         name = f"{key}.{leaf}"
         meaning, last = same(name, known, ""), ends(name)[-1]
         ours = meaning.key if meaning else last if last in known else None
         if ours:
             found.setdefault(ours, name)
+    if whole and not found.keys() - {whole.key}:
+        return f"; fix: write {whole.key}{whole.note}"
+    reason = why_not(key)
+    if reason and not found:
+        return f": {reason}; fix: remove it"
     pairs = [f"{ours} for {name}" for ours, name in found.items()]
     shown = f": {', '.join(pairs[:6])}" if pairs else ""
     return f"; fix: keys are flat, write one 'key: value' per line{shown}"

@@ -121,6 +121,7 @@ def load_config(argv: list[str]) -> Run:
         raise UserError("no config file in the command line; fix: python train.py example/tiny-dpo.yml")
     given, known = read_yaml(path) | overrides, algorithm_names()
     name, where = given.get("algorithm", ("", path))
+    name = name or ""
     if name not in known:
         if not name and (other := next((key for key in given if same(key, ["algorithm"], "")), None)):
             raise UserError(f"unknown key {show(other)} ({given[other][1]}); fix: write algorithm")
@@ -260,12 +261,17 @@ def read_yaml(path: str) -> dict[str, tuple[str, str]]:
         if key in found:
             raise UserError(f"duplicate key {show(key)} in {where}, first in {found[key][1]}; fix: remove one")
         found[key] = text, where
+    check_references(found)
+    return found
+
+
+def check_references(found: dict) -> None:
+    """UserError where a value holds ${other key}."""
     for key, (text, where) in found.items():
         other = REFERS.search(text) if isinstance(text, str) else None
-        if other and other[1] in found:
-            raise UserError(f"{key} ({where}) is {show(text)}, but nothing puts the value of {other[1]} there; "
-                            f"fix: write the value itself")
-    return found
+        if other and name_of(other[1]) in found:
+            raise UserError(f"{key} ({where}) is {show(text)}, but the value of {other[1]} is not put there; "
+                            "fix: write the value itself")
 
 
 def leaves(node: yaml.Node) -> list[str]:

@@ -29,10 +29,13 @@ def class_of(module: str, name: str) -> type:
     part = types.ModuleType(f"{module} as far as {name} needs it")
     part.__file__, part.__package__ = str(path), module.rpartition(".")[0]
     sys.modules[part.__name__] = part        # where dataclass, get_type_hints and getsource look for it
-    kept = []
+    rest = []
     for statement in needed(body, definition):
-        kept += without_classes(statement, vars(part))
-    exec(compile(ast.Module(kept, []), path, "exec"), vars(part))
+        if alias := imported_class(statement):
+            setattr(part, alias.asname or alias.name, class_of(statement.module, alias.name))
+        else:
+            rest.append(statement)
+    exec(compile(ast.Module(rest, []), path, "exec"), vars(part))
     return vars(part)[name]
 
 
@@ -41,8 +44,12 @@ def path_of(module: str) -> Path:
 
 
 def statements(path: Path) -> list[ast.stmt]:
-    """Those of a file of this project; [] where there is no such file."""
-    return ast.parse(path.read_bytes(), str(path)).body if path.is_file() else []
+    """Those of a file of this project, each import with one name; [] where there is no such file."""
+    tree = ast.parse(path.read_bytes(), str(path)) if path.is_file() else ast.Module([], [])
+    found = []
+    for statement in tree.body:
+        found += single_imports(statement)
+    return found
 
 
 def is_class(statement: ast.stmt, name: str) -> bool:
@@ -55,7 +62,7 @@ def needed(body: list[ast.stmt], definition: ast.stmt) -> list[ast.stmt]:
     wanted, kept = names_in(definition), [definition]
     for statement in reversed(before):
         bound = bound_by(statement)
-        if not bound.isdisjoint(wanted | {"*", "annotations"}):
+        if not bound.isdisjoint(wanted | {"*", "annotations"}):     # from __future__ import annotations changes types
             kept.append(statement)
             wanted |= names_in(statement)
     return kept[::-1]
@@ -78,15 +85,20 @@ def bound_by(statement: ast.stmt) -> set[str]:
     return names
 
 
-def without_classes(statement: ast.stmt, namespace: dict) -> list[ast.stmt]:
-    """What is left of a statement, [it] or [], once the classes that it imports from this project stand in `namespace`."""
+def single_imports(statement: ast.stmt) -> list[ast.stmt]:
+    """A statement, but an import of several names as one import of each."""
+    if isinstance(statement, ast.Import):
+        parts = [ast.Import([alias]) for alias in statement.names]
+    elif isinstance(statement, ast.ImportFrom):
+        parts = [ast.ImportFrom(statement.module, [alias], statement.level) for alias in statement.names]
+    else:
+        parts = [statement]
+    return [ast.copy_location(part, statement) for part in parts]
+
+
+def imported_class(statement: ast.stmt) -> ast.alias | None:
+    """The name that a statement imports, if that is a class of this project."""
     if not isinstance(statement, ast.ImportFrom) or statement.level:
-        return [statement]
-    body, others = statements(path_of(statement.module)), []
-    for alias in statement.names:
-        if any(is_class(node, alias.name) for node in body):
-            namespace[alias.asname or alias.name] = class_of(statement.module, alias.name)
-        else:
-            others.append(alias)
-    rest = ast.ImportFrom(statement.module, others, 0)
-    return [ast.copy_location(rest, statement)] if others else []
+        return None
+    body, alias = statements(path_of(statement.module)), statement.names[0]
+    return alias if any(is_class(node, alias.name) for node in body) else None
