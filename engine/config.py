@@ -121,12 +121,8 @@ def load_config(argv: list[str]) -> Run:
         raise UserError("no config file in the command line; fix: python train.py example/tiny-dpo.yml")
     given, known = read_yaml(path) | overrides, algorithm_names()
     name, where = given.get("algorithm", ("", path))
-    name = name or ""
     if name not in known:
-        if not name and (other := next((key for key in given if same(key, ["algorithm"], "")), None)):
-            raise UserError(f"unknown key {show(other)} ({given[other][1]}); fix: write algorithm")
-        raise UserError(f"algorithm ({where}) is {show(name) if name else 'missing'}, algorithms/ holds {', '.join(known)}; "
-                        f"fix: give {nearest(name, known) or 'one of them'}")
+        raise no_algorithm(name or "", where, given, known)
     config_class = config_of(name)
     hints = get_type_hints(Common) | get_type_hints(config_class)
     all_fields = fields(Common) + fields(config_class)
@@ -150,6 +146,16 @@ def load_config(argv: list[str]) -> Run:
     check_lora(common, sources)
     stem = Path(path).resolve().parent.name if Path(path).name == "config.yaml" else Path(path).stem
     return Run(common, config, sources, flags, stem)
+
+
+def no_algorithm(name: str, where: str, given: dict, known: list[str]) -> UserError:
+    """For an algorithm that is missing, has another project's name for `algorithm`, or is none of the `known` ones."""
+    other = next((key for key in given if same(key, ["algorithm"], "")), None)
+    if not name and other:
+        return UserError(f"unknown key {show(other)} ({given[other][1]}); fix: write algorithm")
+    state = show(name) if name else "missing"
+    return UserError(f"algorithm ({where}) is {state}, algorithms/ holds {', '.join(known)}; "
+                     f"fix: give {nearest(name, known) or 'one of them'}")
 
 
 def parse_argv(argv: list[str]) -> tuple[str | None, dict[str, tuple[str | None, str]], set[str]]:
