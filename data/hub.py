@@ -29,8 +29,10 @@ def hub_rows(name, kind="pairs", chat=True, seed=0):
     loaded = "train" if repo == SHORT["se"] and split == "test" else split      # its only split holds our test questions
     cause = why_unreachable(repo, "dataset")
     try:
-        from datasets import config, load_dataset  # slow to import and not needed for local files
-        config.HF_HUB_OFFLINE = config.HF_HUB_OFFLINE or bool(cause)
+        import datasets  # slow to import and not needed for local files
+        if cause:
+            datasets.config.HF_HUB_OFFLINE = True      # it has a switch of its own
+        load_dataset = datasets.load_dataset
         try:
             dataset = load_dataset(repo, subset, split=loaded) if subset else load_dataset(repo, split=loaded)
         except ValueError:
@@ -58,8 +60,9 @@ def hub_rows(name, kind="pairs", chat=True, seed=0):
 
 
 def why_unreachable(repo, kind):
-    """Why the hub cannot be asked about a "model" or a "dataset", None if it answers, whatever it says. It is asked once,
-    for a few seconds, and from then on only its cache is used: its client would try each file for half a minute."""
+    """Why the hub cannot be asked about a "model" or a "dataset", None if it answers, whatever it says. It is
+    asked once, for a few seconds, and from then on only its cache is used: its client would try each file for
+    half a minute."""
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
     try:

@@ -3,8 +3,8 @@
     python train.py example/tiny-dpo.yml [key=value ...] [--dry-run] [--debug] [--help]
 
 key=value, --key=value, --key value and --overrides key=value ... mean the same. --dry-run prints the resolved
-configuration and does not train; --debug shows an error's traceback. Values are read as text and cast here: YAML would
-make 5e-7 a string and `no` a bool.
+configuration and does not train; --debug shows an error's traceback. Values are read as text and cast here:
+YAML would make 5e-7 a string and `no` a bool.
 """
 import difflib
 import glob
@@ -91,7 +91,7 @@ YAML = (".yml", ".yaml")
 FLAGS = {"--help": "help", "-h": "help", "--dry-run": "dry-run", "--debug": "debug"}
 BOOL = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 NUMBER = re.compile(r"-\.?\d")         # how a negative one begins
-REFERS = re.compile(r"\$\{(\w+)[\w.]*\}")     # ${exp_name}: other projects' YAML puts another key's value there
+REFERS = re.compile(r"\$\{(\w+)[\w.]*\}")     # ${exp_name} stands for that key's value in other projects
 RANGES = [    # what a number must be, its test, the keys; None passes
     ("a number above 0", lambda x: x > 0, "lr max_grad_norm lora_alpha beta desirable_weight undesirable_weight temperature epsilon "
      "epsilon_high cliprange cliprange_value"),
@@ -149,7 +149,8 @@ def load_config(argv: list[str]) -> Run:
 
 
 def no_algorithm(name: str, where: str, given: dict, known: list[str]) -> UserError:
-    """For an algorithm that is missing, has another project's name for `algorithm`, or is none of the `known` ones."""
+    """For an algorithm that is missing, has another project's name for `algorithm`, or is none of the `known`
+    ones."""
     other = next((key for key in given if same(key, ["algorithm"], "")), None)
     if not name and other:
         return UserError(f"unknown key {show(other)} ({given[other][1]}); fix: write algorithm")
@@ -159,8 +160,8 @@ def no_algorithm(name: str, where: str, given: dict, known: list[str]) -> UserEr
 
 
 def parse_argv(argv: list[str]) -> tuple[str | None, dict[str, tuple[str | None, str]], set[str]]:
-    """-> (path of the YAML file or None, {key: (text, "command line")}, flags). The text of a `--key` without a value
-    is None."""
+    """-> (path of the YAML file or None, {key: (text, "command line")}, flags). The text of a `--key` without
+    a value is None."""
     path, overrides, flags, words = None, {}, set(), list(argv)
     while words:
         word = words.pop(0)
@@ -189,8 +190,8 @@ def parse_argv(argv: list[str]) -> tuple[str | None, dict[str, tuple[str | None,
 
 
 def value_of(words: list[str]) -> str | None:
-    """Take the value of a `--key` off the words that follow it. None where the next word is none: an option, key=value
-    or the YAML file."""
+    """Take the value of a `--key` off the words that follow it. None where the next word is none: an option,
+    key=value or the YAML file."""
     following = words[0] if words else "-"
     is_option = following.startswith("-") and not NUMBER.match(following)
     is_other = re.match(r"[A-Za-z_][\w.-]*=", following) or following.endswith(YAML)
@@ -257,11 +258,13 @@ def read_yaml(path: str) -> dict[str, tuple[str, str]]:
         if key in ("data", "eval_data") and isinstance(value_node, yaml.SequenceNode):
             text = read_sources(value_node, key, path)
         elif not isinstance(key_node, yaml.ScalarNode):
-            raise UserError(f"nested value of {show(str(key))} in {where}; fix: keys are flat, write one 'key: value' per line")
+            raise UserError(f"nested value of {show(str(key))} in {where}; "
+                            "fix: keys are flat, write one 'key: value' per line")
         elif isinstance(value_node, yaml.MappingNode) and get_type_hints(Common).get(key) == dict | None:
             text = yaml.serialize(value_node)
         elif not isinstance(value_node, yaml.ScalarNode):
-            raise UserError(f"nested value of {show(key)} in {where}" + nested_advice(key, leaves(value_node), all_keys()))
+            rest = nested_advice(key, leaves(value_node), all_keys())
+            raise UserError(f"nested value of {show(key)} in {where}{rest}")
         else:
             text = "" if (value_node.value, value_node.style) == ("~", None) else value_node.value    # ~ is YAML's null
         if key in found:
@@ -281,7 +284,7 @@ def check_references(found: dict) -> None:
 
 
 def leaves(node: yaml.Node) -> list[str]:
-    """The dotted names of the scalars below a YAML node: [] of a scalar's own, ["optim.lr"] of {optim: {lr: 1}}."""
+    """The dotted names of the scalars below a YAML node: ["optim.lr"] of {optim: {lr: 1}}; [] of a scalar."""
     names = []
     if isinstance(node, yaml.SequenceNode):
         for element in node.value:
@@ -312,13 +315,14 @@ def algorithm_names() -> list[str]:
 
 def config_of(algorithm: str) -> type:
     """The Config of algorithms/<algorithm>.py, without the rest of the file: torch is not imported."""
-    file = f"algorithms/{algorithm}.py"
     try:
         return class_of(f"algorithms.{algorithm}", "Config")
     except SyntaxError as error:
-        raise UserError(f"{error.filename}:{error.lineno} is not Python ({error.msg}); fix: correct the file") from error
+        where = f"{error.filename}:{error.lineno}"
+        raise UserError(f"{where} is not Python ({error.msg}); fix: correct the file") from error
     except AttributeError as error:
-        raise UserError(f"{file} has no class Config; fix: add one, a dataclass with the algorithm's keys") from error
+        raise UserError(f"algorithms/{algorithm}.py has no class Config; "
+                        "fix: add one, a dataclass with the algorithm's keys") from error
 
 
 def all_keys() -> set[str]:
@@ -335,7 +339,9 @@ def unknown_key(key: str, where: str, algorithm: str, known) -> UserError:
         return UserError(f"{show(key)} ({where}) is a secret, which must not be in a config; "
                          "fix: remove it and set the environment variable HF_TOKEN")
     users = [name for name in algorithm_names() if key in get_type_hints(config_of(name))]
-    fault = f"{key} ({where}) is used by {', '.join(users)}, not by {algorithm}" if users else f"unknown key {show(key)} ({where})"
+    fault = f"unknown key {show(key)} ({where})"
+    if users:
+        fault = f"{key} ({where}) is used by {', '.join(users)}, not by {algorithm}"
     return UserError(fault + advice(key, known, algorithm))
 
 

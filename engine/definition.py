@@ -1,9 +1,9 @@
 """A class out of a Python file, without running the rest of the file.
 
-`python train.py x.yml lrr=1` needs the fields of an algorithm's Config, and torch takes seconds to import. The Config
-does not use torch: `class_of` runs the class and those statements of its file that it names, imports among them. A
-class that is imported from another file of this project is found in the same way, so that `class Config(Sampling)`
-does not run engine/rollout.py either.
+`python train.py x.yml lrr=1` needs the fields of an algorithm's Config, and torch takes seconds to import.
+The Config does not use torch: `class_of` runs the class and those statements of its file that it names,
+imports among them. A class that is imported from another file of this project is found in the same way, so
+that `class Config(Sampling)` does not run engine/rollout.py either.
 """
 import ast
 import functools
@@ -18,9 +18,9 @@ DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 
 @functools.cache
 def class_of(module: str, name: str) -> type:
-    """The class `name` of `module` ("algorithms.dpo"): an object of its own, beside the one that importing the module
-    makes. Raises what running these statements raises; SyntaxError where the file is not Python, AttributeError
-    where it has no such class."""
+    """The class `name` of `module` ("algorithms.dpo"): an object of its own, beside the one that importing
+    the module makes. Raises what running these statements raises; SyntaxError where the file is not Python,
+    AttributeError where it has no such class."""
     path = path_of(module)
     body = statements(path)
     definition = next((node for node in reversed(body) if is_class(node, name)), None)
@@ -62,7 +62,8 @@ def needed(body: list[ast.stmt], definition: ast.stmt) -> list[ast.stmt]:
     wanted, kept = names_in(definition), [definition]
     for statement in reversed(before):
         bound = bound_by(statement)
-        if not bound.isdisjoint(wanted | {"*", "annotations"}):     # from __future__ import annotations changes types
+        # `from __future__ import annotations` is always kept: it changes what annotations are
+        if not bound.isdisjoint(wanted | {"*", "annotations"}):
             kept.append(statement)
             wanted |= names_in(statement)
     return kept[::-1]

@@ -19,7 +19,8 @@ from data.templates import set_template
 
 RUNS = "runs"                        # where runs are by default; no owner of models is meant by it
 HUB_MODEL = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*")
-FILES = (*SUFFIXES, ".gguf", ".safetensors", ".bin", ".pt", ".pth", ".yml", ".yaml", ".py")    # of files, not of models
+# of files, which are no models
+FILES = (*SUFFIXES, ".gguf", ".safetensors", ".bin", ".pt", ".pth", ".yml", ".yaml", ".py")
 ADAPTER = "adapter_config.json"      # in a directory with a LoRA adapter, in peft's format
 MODES = {"do_sample", "num_beams", "use_cache", "return_dict_in_generate"}    # other settings depend on these
 SETTINGS = ("config.json", "generation_config.json", "tokenizer_config.json")
@@ -51,7 +52,8 @@ def base_of(path: str) -> str:
 
 
 def check_name(name: str, key: str = "model") -> None:
-    """UserError where there is no directory `name` and it cannot be, or be asked for as, a model on the hub."""
+    """UserError where there is no directory `name` and it cannot be, or be asked for as, a model on the
+    hub."""
     check_path(name, key)
     cached = os.path.isdir(name) or isinstance(try_to_load_from_cache(name, "config.json"), str)
     cause = None if cached else why_unreachable(name, "model")
@@ -61,7 +63,8 @@ def check_name(name: str, key: str = "model") -> None:
 
 
 def check_path(name: str, key: str = "model") -> None:
-    """UserError where a model's name can only be a local directory, and there is none: the hub is not asked."""
+    """UserError where a model's name can only be a local directory, and there is none: the hub is not
+    asked."""
     folder = os.path.dirname(name) or "."
     is_local = not HUB_MODEL.fullmatch(name) or name.lower().endswith(FILES) or folder == RUNS
     if os.path.isdir(name) or not (is_local or os.path.exists(name)):
@@ -69,11 +72,12 @@ def check_path(name: str, key: str = "model") -> None:
     if os.path.exists(name):
         raise UserError(f"{key}: {name} is a file, not a directory with a model; "
                         "fix: pass a model directory or a hub name owner/name")
-    others = sorted(glob.glob(os.path.join(glob.escape(folder), "*", "config.*")))      # of a run or of a model
+    others = sorted(glob.glob(os.path.join(glob.escape(folder), "*", "config.*")))      # of runs and models
     names = list(dict.fromkeys(os.path.basename(os.path.dirname(other)) for other in others))
     shown = names[:8] if folder == RUNS else difflib.get_close_matches(os.path.basename(name), names)
     hint = f" ({folder} holds {', '.join(shown)})" if shown else ""
-    raise UserError(f"{key}: there is no directory {name}{hint}; fix: correct the path, or pass a hub name owner/name")
+    raise UserError(f"{key}: there is no directory {name}{hint}; "
+                    "fix: correct the path, or pass a hub name owner/name")
 
 
 def load_lm(path: str, dtype=torch.float32, attn_implementation: str = "segments", **options):

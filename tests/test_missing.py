@@ -1,4 +1,5 @@
-"""What is not there: local paths are answered without the hub, and a hub that cannot be reached is named as the cause, at once."""
+"""What is not there: local paths are answered without the hub, and a hub that cannot be reached is named as
+the cause, at once."""
 import os
 import socket
 
@@ -103,7 +104,7 @@ def test_without_network_the_cache_is_used(no_network, tmp_path):
     check_name("owner/model")
     assert [row["prompt"] for _, row in hub_rows("owner/pairs")] == [row["prompt"] for row in pair_rows(3)]
     assert huggingface_hub.constants.HF_HUB_OFFLINE      # and nothing else is asked for in this process
-    with pytest.raises(UserError, match="reference: the hub is not asked, since HF_HUB_OFFLINE is set, and owner/other is neither"):
+    with pytest.raises(UserError, match="reference: the hub is not asked, .*, and owner/other is neither"):
         check_name("owner/other", "reference")
 
 
@@ -120,14 +121,15 @@ def test_a_hub_that_answers_is_left_to_loading(monkeypatch):
     assert not huggingface_hub.constants.HF_HUB_OFFLINE
 
 
-@pytest.mark.parametrize("name", ["gpt2", "Qwen/Qwen2.5-0.5B-Instruct", "meta-llama/Llama-3.2-1B", "01-ai/Yi-6B", "a/b_c.d"])
+@pytest.mark.parametrize("name", ["gpt2", "Qwen/Qwen2.5-0.5B-Instruct", "01-ai/Yi-6B", "a-b/c_d.e"])
 def test_names_of_the_hub_are_no_paths(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     check_path(name)
 
 
 @pytest.mark.parametrize("program, words", [
-    (evaluate, "./nothing --data d.jsonl --n 1"), (evaluate, "--model ./nothing --data=d.jsonl --temperature 1 n=1"),
+    (evaluate, "./nothing --data d.jsonl --n 1"),
+    (evaluate, "--model ./nothing --data=d.jsonl --temperature 1 n=1"),
     (sample, "./nothing --data d.jsonl --reward gsm8k --n 2 --max-completion-length 5"),
 ])
 def test_evaluate_and_sample(program, words, tmp_path, monkeypatch):
