@@ -17,7 +17,9 @@ Metrics:  loss                                0.5 at step 0 with both weights 1,
           rewards/chosen, rewards/rejected    beta * r of the desirable and of the undesirable responses; 0 at step 0
           rewards/margins                     their difference
           logps/chosen, logps/rejected        summed log-probs under the policy, of each
-Differs:  y' never comes from the same prompt (the paper's code takes a neighbour's, which in unpacked pairs often is the same).
+Differs:  y' never comes from the same prompt (the paper's code takes a neighbour's, which in unpacked pairs often is
+          the same): it is the response of the nearest row before in the update that has another prompt (before the
+          first row comes the last). An update whose rows all have one prompt takes it from all training rows.
 Run:      python train.py example/tiny-kto.yml
 """
 from dataclasses import dataclass
@@ -58,19 +60,39 @@ def kto_loss(policy_logps, reference_logps, labels, kl, beta=0.1, desirable_weig
     return losses, metrics
 
 
-def mismatched(examples: list, max_length: int) -> list:
-    """Every prompt of an update (or of the held-out rows) with the response of the example before it that has another prompt. Where
-    the two together exceed max_length, the prompt loses its beginning: both lengths were checked in other company."""
-    def other(i):
-        before = (examples[i - k] for k in range(1, len(examples)))            # the first one's is the last one
-        return next((other for other in before if other.prompt.tobytes() != examples[i].prompt.tobytes()), None)
+def lenders(examples: list) -> list:
+    """For every example the nearest one before it that has another prompt; before the first comes the last. None
+    where all have the same prompt."""
+    prompts = [example.prompt.tobytes() for example in examples]
+    found = [None] * len(examples)
+    for i in [*range(len(examples))] * 2:      # twice: what comes before the first is known after one round
+        alike = prompts[i] == prompts[i - 1]
+        found[i] = found[i - 1] if alike else examples[i - 1]
+    return found
 
-    if examples and other(0) is None:
-        raise UserError(f"kto: all {len(examples)} rows of one update, or all held-out rows, have the prompt of {examples[0].where}, so "
-                        "no response to another prompt is there; fix: shuffle the rows, choose another batch_size, or hold out more")
-    responses = [other(i).responses for i in range(len(examples))]
+
+def lenders_of_data(engine) -> dict:
+    """id(example) -> the lender among all training rows; held-out rows come after these."""
+    train_set, eval_set = engine.train_set, engine.eval_set
+    found = lenders(train_set)
+    if None in found:
+        raise UserError(f"kto: all {len(train_set)} training rows have the prompt of {train_set[0].where}, and z0 "
+                        "needs a response to another prompt; fix: add rows with other prompts")
+    after = lenders(train_set + eval_set)[len(train_set):]
+    return dict(zip(map(id, train_set + eval_set), found + after))
+
+
+def mismatched(examples: list, max_length: int, of_data: dict) -> list:
+    """Every prompt of an update (or of the held-out rows) with its lender's response: the lender among these
+    examples, and where all of them have one prompt, as in an update of a single row, the one among the data.
+    Where the two together exceed max_length, the prompt loses its beginning: both lengths were checked in other
+    company."""
+    others = lenders(examples)
+    if None in others:
+        others = [of_data[id(example)] for example in examples]
+    responses = [other.responses[0] for other in others]
     return [Example(example.prompt[-(max_length - len(response.tokens)):], [response], example.where)
-            for example, (response,) in zip(examples, responses)]
+            for example, response in zip(examples, responses)]
 
 
 def advise_weights(train_set, config) -> str:
@@ -88,8 +110,10 @@ def train(engine, config):
     policy, optimizer = engine.policy, engine.optimizer
     max_length = engine.config.max_length
     engine.notice(advise_weights(engine.train_set, config))
-    held_out = mismatched(engine.eval_set, max_length)
-    reference = engine.reference(config.reference, [*held_out, *(e for rows in engine.updates() for e in mismatched(rows, max_length))])
+    of_data = lenders_of_data(engine)
+    held_out = mismatched(engine.eval_set, max_length, of_data)
+    borrowed = [example for rows in engine.updates() for example in mismatched(rows, max_length, of_data)]
+    reference = engine.reference(config.reference, held_out + borrowed)
 
     @torch.no_grad()
     def estimate_kl(batches):
@@ -106,7 +130,8 @@ def train(engine, config):
                         config.beta, config.desirable_weight, config.undesirable_weight)
 
     for step in engine.steps():                                    # one optimizer update
-        kl = estimate_kl(engine.batches(mismatched(step.examples, max_length)))         # first pass, without gradients
+        others = mismatched(step.examples, max_length, of_data)
+        kl = estimate_kl(engine.batches(others))                   # first pass, without gradients
         for batch in step:                                         # one micro-batch
             losses, metrics = forward(batch, kl)
             (losses.sum() / step.num_examples).backward()          # mean over the examples of the whole update

@@ -1,8 +1,9 @@
 """Conversations -> text, exactly as generation sees it.
 
-Every trained turn of the assistant is a context and a reply. The context is what the chat template renders of all turns
-before it, with the generation prompt; the reply is what the model has to write then, through its end-of-turn. A template
-may render earlier turns otherwise than the last one, so a turn is rendered as the last one, whatever follows it.
+Every trained turn of the assistant is a context and a reply. The context is what the chat template renders of
+all turns before it, with the generation prompt. The reply is what the model has to write then, through its
+end-of-turn. A template may render earlier turns otherwise than the last one, so a turn is rendered as the
+last one, whatever follows it.
 """
 import contextlib
 import json
@@ -14,8 +15,8 @@ from data.errors import UserError
 MARK = "PROBE"          # a text that no template has a reason to change
 QUESTION = [{"role": "user", "content": MARK}]
 ANSWER = {"role": "assistant", "content": f"{MARK}-OF-THE-END"}
-THOUGHTS = ("reasoning_content", "reasoning", "thinking")           # what templates call the thoughts before a reply
-CALL_FORMS = ("mapping", "json")                                    # how templates take the arguments of a call
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")     # templates' names of what precedes a reply
+CALL_FORMS = ("mapping", "json")                              # how templates take the arguments of a call
 
 
 class Unusable(Exception):
@@ -23,15 +24,17 @@ class Unusable(Exception):
 
 
 class Chat:
-    """A chat template and what has to be known about it: how it ends a turn, and which parts of a row it leaves out."""
+    """A chat template and what has to be known about it: how it ends a turn, and which parts of a row it
+    leaves out."""
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
         self.control = _control_tokens(tokenizer)
         self.call_form = CALL_FORMS[0]
-        self.in_parts = False        # whether a content is a list of parts; templates of models that see images want that
+        self.in_parts = False        # whether a content is a list of parts, as in templates for images
         self.left_out = {}           # shape of a conversation -> what the template leaves out of it, or None
-        self.end_of_turn, self.tail = None, ""      # such as "<|im_end|>", and all that follows a turn's text
+        self.end_of_turn = None      # such as "<|im_end|>"
+        self.tail = ""               # all that follows a turn's text, such as "<|im_end|>\n"
         if tokenizer.chat_template:
             self._probe()
 
@@ -45,31 +48,30 @@ class Chat:
         *history, begun = messages
         context = self.render(history, tools, True, where)
         content = begun["content"].strip()
-        if content.startswith("<think>"):                  # templates close or drop thoughts that have no end
+        if content.startswith("<think>"):              # templates close or drop thoughts that have no end
             return context + _behind(_opened(context), content)
         written = self._reply(history, begun, tools, context, where)
         return context + written[:written.rfind(content) + len(content)]
 
     def replies(self, prompt, turns, tools, where):
-        """[(context, reply)] of the assistant's turns among `turns`, which follow the messages `prompt`; those that
-        are not to be trained are context only. Raises Unusable, and UserError where the template leaves
-        something out."""
+        """[(context, reply)] of the assistant's turns among `turns`, which follow the messages `prompt`.
+        Turns that are not to be trained are context only. Raises Unusable, and UserError where the template
+        leaves something out."""
         found = []
         for i, turn in enumerate(turns):
             if turn["role"] != "assistant" or not turn.get("train", True):
                 continue
             history = [*prompt, *turns[:i]]
             context = before = self.prompt(history, tools, where)
-            if history[-1]["role"] == "assistant":         # the prompt has begun this turn
+            if history[-1]["role"] == "assistant":     # the prompt has begun this turn
                 begun = history.pop()
                 turn = turn | {"content": begun["content"] + turn["content"]}
                 before = self.render(history, tools, True, where)
             self._check([*history, turn], tools, where)
-            reply = self._reply(history, turn, tools, before, where)
-            text = before + reply
+            text = before + self._reply(history, turn, tools, before, where)
             _check_thoughts(turn, text, where)
             if not text.startswith(context):
-                raise Unusable("the chat template does not continue the assistant's turn that ends the prompt")
+                raise Unusable("the chat template does not continue the turn that ends the prompt")
             found.append((context, text[len(context):]))
         return found
 
@@ -82,8 +84,9 @@ class Chat:
         rendered = self.render([*history, turn], tools, False, where)
         if rendered.startswith(context):
             return self._through_end(rendered[len(context):])
-        # The template writes the history otherwise once a reply follows, or its generation prompt is no part of
-        # the turn that it renders. The turn behind a question of its own shows what is to be written.
+        # The template writes the history otherwise once a reply follows, or its generation prompt is no part
+        # of the
+        # turn that it renders. The turn behind a question of its own shows what is to be written.
         before = self.render(QUESTION, tools, True, where)
         generation_prompt = before.removeprefix(self.render(QUESTION, tools, False, where))
         if not context.endswith(generation_prompt):
@@ -104,29 +107,30 @@ class Chat:
         if said is None:
             raise Unusable("the generation prompt opens <think>, but the reply has no thoughts")
         answer = said.rpartition("</think>")[2].strip()
-        return self._through_end(_behind(opened, said) + written[written.rfind(answer) + len(answer):])
+        end = written[written.rfind(answer) + len(answer):]
+        return self._through_end(_behind(opened, said) + end)
 
     def _through_end(self, rendered):
-        """A rendering through the end of its last turn; what the template writes after that is context for the next
-        one."""
+        """A rendering through the end of its last turn. What the template writes after that is context for
+        the next one."""
         if self.end_of_turn is None:
             return rendered.removesuffix(self.tail)
-        end = rendered.rfind(self.end_of_turn)             # the last one: the text itself may hold such a token
+        end = rendered.rfind(self.end_of_turn)         # the last one: the text itself may hold such a token
         if end >= 0:
             return rendered[:end + len(self.end_of_turn)]
-        last = self._last_token(rendered)
-        if last is None:                                   # a tool call may end with a token of its own
+        if self._last_token(rendered) is None:         # a tool call may end with a token of its own
             raise Unusable(f"the chat template does not end the assistant's turn with {self.end_of_turn}")
         return rendered.rstrip()
 
     # ---- nothing is left out ----
 
     def _check(self, messages, tools, where):
-        """UserError where the template leaves out a part of the row. Conversations of one shape are rendered once,
-        with marks in place of their texts."""
+        """UserError where the template leaves out a part of the row. Conversations of one shape are rendered
+        once, with marks in place of their texts."""
         shape = [bool(tools)]
         for turn in messages:
-            shape.append((turn["role"], bool(turn["content"]), "reasoning_content" in turn, len(turn.get("tool_calls", []))))
+            calls = len(turn.get("tool_calls", []))
+            shape.append((turn["role"], bool(turn["content"]), "reasoning_content" in turn, calls))
         shape = tuple(shape)
         if shape not in self.left_out:
             self.left_out[shape] = self._first_left_out(messages, tools, where)
@@ -135,35 +139,38 @@ class Chat:
                             "fix: give another chat_template, or remove that from the row")
 
     def _first_left_out(self, messages, tools, where):
-        """The first part that is not in the rendering, as words, or None."""
+        """The first part that is not in the rendering, in words, or None."""
         parts, marked = [], []             # parts: [(mark, what it is)]
         for i, turn in enumerate(messages):
-            name = f"the {turn['role']} turn (message {i + 1})"
-            turn, mark = dict(turn), f"{MARK}{i}"
+            what, is_last = f"the {turn['role']} turn (message {i + 1})", i == len(messages) - 1
+            turn = dict(turn)
             calls = turn.get("tool_calls", [])
             if turn["content"]:
-                turn["content"] = f"{mark}TEXT"
-                if not calls or i == len(messages) - 1:    # what was said beside an earlier call may be left out
-                    parts.append((turn["content"], name))
+                turn["content"] = f"{MARK}{i}TEXT"
+                if not calls or is_last:               # what was said beside an earlier call may be left out
+                    parts.append((turn["content"], what))
             if calls:
-                turn["tool_calls"] = [_named(call, f"{mark}CALL{j}") for j, call in enumerate(calls)]
-                parts += [(call["function"]["name"], f"the tool calls of {name}") for call in turn["tool_calls"]]
+                names = [f"{MARK}{i}CALL{j}" for j in range(len(calls))]
+                turn["tool_calls"] = list(map(_named, calls, names))
+                parts += [(name, f"the tool calls of {what}") for name in names]
             marked.append(turn)
-        named = [_named(tool, f"{MARK}TOOL{i}") for i, tool in enumerate(tools or [])]
-        parts += [(f"{MARK}TOOL{i}", "the tools") for i in range(len(named))]
+        names = [f"{MARK}TOOL{i}" for i in range(len(tools or []))]
+        tools = list(map(_named, tools or [], names)) or None
+        parts += [(name, "the tools") for name in names]
+        last = marked.pop() if messages[-1]["role"] == "assistant" else None
         try:
-            history, last = (marked[:-1], marked[-1]) if messages[-1]["role"] == "assistant" else (marked, None)
-            rendered = self.render(history, named or None, True, where)
+            rendered = self.render(marked, tools, True, where)
             if last:
-                rendered += self._reply(history, last, named or None, rendered, where)
+                rendered += self._reply(marked, last, tools, rendered, where)
         except Unusable:
-            return None                                    # the row itself will say why
+            return None                                # the row itself will say why
         return next((what for mark, what in parts if mark not in rendered), None)
 
     # ---- rendering ----
 
     def render(self, messages, tools, generation_prompt, where):
-        """The template's text of the messages. Raises Unusable where it refuses them, UserError where it fails."""
+        """The template's text of the messages. Raises Unusable where it refuses them, UserError where it
+        fails."""
         if not self.tokenizer.chat_template:
             raise UserError(f"a conversation in {where}, but the tokenizer has no chat template; "
                             "fix: give chat_template, such as chatml, or use prompt and response strings")
@@ -190,11 +197,13 @@ class Chat:
         turn = {key: value for key, value in turn.items() if key != "train"}
         if "reasoning_content" in turn:
             turn |= dict.fromkeys(THOUGHTS, turn["reasoning_content"])
-        if turn.get("tool_calls"):
-            turn["tool_calls"] = [_with_json(call) if call_form == "json" else call for call in turn["tool_calls"]]
+        if turn.get("tool_calls") and call_form == "json":
+            turn["tool_calls"] = list(map(_with_json, turn["tool_calls"]))
         if self.in_parts:
             turn["content"] = [{"type": "text", "text": turn["content"]}]
         return turn
+
+    # ---- what the template is like ----
 
     def _probe(self):
         """Find out how the template takes a content and ends a turn."""
@@ -205,41 +214,38 @@ class Chat:
         except Unusable as refused:
             raise UserError(f"the chat template cannot render {where} ({refused}); "
                             "fix: give another chat_template") from None
-        self.tail = rendered[rendered.rfind(ANSWER["content"]) + len(ANSWER["content"]):]
+        answer = ANSWER["content"]
+        self.tail = rendered[rendered.rfind(answer) + len(answer):]
         # White space can be an added token too (Gemma, Phi), but it ends no turn.
         names = {*self.tokenizer.get_added_vocab(), *self.tokenizer.all_special_tokens}
-        tokens = [token for token in names if token.strip() and token in self.tail]
-        self.end_of_turn = min(tokens, key=lambda token: (self.tail.find(token), -len(token)), default=None)
+        tokens = [name for name in names if name.strip() and name in self.tail]
+        self.end_of_turn = min(tokens, key=lambda name: (self.tail.find(name), -len(name)), default=None)
 
     def _rendered_answer(self, where):
-        try:
-            rendered = self.render([*QUESTION, ANSWER], None, False, where)
-            if ANSWER["content"] in rendered:
-                return rendered
-        except Unusable as error:
-            rendered = error
-        self.in_parts = True
-        with contextlib.suppress(Unusable, UserError):
-            in_parts = self.render([*QUESTION, ANSWER], None, False, where)
-            if ANSWER["content"] in in_parts:
-                return in_parts
+        """A question and its answer, with contents in parts if the template finds the answer in these
+        only."""
+        for self.in_parts in (False, True):
+            with contextlib.suppress(Unusable, UserError):
+                rendered = self.render([*QUESTION, ANSWER], None, False, where)
+                if ANSWER["content"] in rendered:
+                    return rendered
         self.in_parts = False
-        if isinstance(rendered, Unusable):
-            raise rendered
-        return rendered
+        return self.render([*QUESTION, ANSWER], None, False, where)
 
     def end_of_call(self):
         """The token with which the template ends a turn that calls a tool, or None."""
         call = {"type": "function", "function": {"name": MARK, "arguments": {}}}
-        turn = {"role": "assistant", "content": "", "tool_calls": [call]}
+        turns = [*QUESTION, {"role": "assistant", "content": "", "tool_calls": [call]}]
         where = "a tool call"
+        if not self.tokenizer.chat_template:
+            return None
         try:
             with bounded(where):
-                if not self.tokenizer.chat_template or self._first_left_out([*QUESTION, turn], None, where):
+                if self._first_left_out(turns, None, where):
                     return None
-                return self._last_token(self.render([*QUESTION, turn], None, False, where))
+                return self._last_token(self.render(turns, None, False, where))
         except (Unusable, UserError):
-            return None                                    # the template knows no tool calls
+            return None                                # the template knows no tool calls
 
     def _last_token(self, rendered):
         """The special token with which a text ends, white space aside, or None."""
@@ -260,7 +266,8 @@ def _apply(tokenizer, messages, tools, generation_prompt, where):
         raise
     except Exception as error:  # noqa: BLE001  a template is a program
         said = f"{type(error).__name__}: {' '.join(str(error)[:400].split())[:200]}"
-        raise UserError(f"the chat template fails ({said}) in {where}; fix: give another chat_template") from error
+        raise UserError(f"the chat template fails ({said}) in {where}; "
+                        "fix: give another chat_template") from error
 
 
 # ---- tools ----
@@ -305,12 +312,14 @@ def _with_thoughts(turn):
 def _check_thoughts(turn, rendered, where):
     """UserError where the turn's thoughts are not in the text that is trained."""
     *thoughts, _ = re.split("</?think>", turn["content"])
-    found = "".join(rendered.split())
     named = [("thoughts", text) for text in thoughts]
-    for name, text in [("reasoning_content", turn.get("reasoning_content", "")), *named]:
+    named.append(("reasoning_content", turn.get("reasoning_content", "")))
+    found = "".join(rendered.split())
+    for name, text in named:
         if "".join(text.split()) not in found:
-            raise UserError(f"the chat template leaves out the {name} of the assistant's turn ({text.strip()[:40]!r}) "
-                            f"in {where}; fix: give a chat_template that renders them, or remove them")
+            raise UserError(f"the chat template leaves out the {name} of the assistant's turn "
+                            f"({text.strip()[:40]!r}) in {where}; "
+                            "fix: give a chat_template that renders them, or remove them")
 
 
 # ---- tokens ----

@@ -2,14 +2,14 @@
 import hashlib
 import itertools
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from data.errors import UserError
 from data.files import SUFFIXES, find_file, read_rows, sha256
-from data.formats import parse, read_template
+from data.formats import parse, read_template, without_template
 from data.hub import HUB_NAME, SHORT_NAME, hub_rows
 from data.pack import Example
 from data.rewards import check_gold, load_reward
@@ -32,20 +32,21 @@ class Dataset:
     (repetitions of an earlier example); prompt_length,
     response_length (0 of prompts) and total (prompt + longest response), in tokens of the examples used: {"50", "90", "99"
     (percentiles), "max"}; of labelled examples also desirable and undesirable. Of several sources the sums of these, a list of sha256, and
-    `sources`: the report of each.
+    `sources`: the report of each. `notices`: sentences on how the source was read that are no counts.
     """
     examples: list[Example]
     report: dict
+    notices: list[str] = field(default_factory=list)
 
 
 def build_dataset(source, kind, tokenizer, max_length, train_on="assistant", truncate="none", hh="messages", base=None,
-                  columns=None, seed=0, template=None):
+                  columns=None, seed=0, template=None, system=False):
     """Read, parse and tokenise `source`: a local file's path or a hub name such as "Anthropic/hh-rlhf:test".
 
     `kind`: "responses" (sft), "pairs", or "labelled" (kto): one response and extras["label"] per example; a pair gives two, the
     chosen response (True) and then the rejected one (False). Pairs with a margin column have extras["margin"]. Or "prompts":
     no responses, extras["prompt"] (the prompt as text or messages) and extras["columns"] (the row's columns by name), and
-    `max_length` is the prompt's; `template`: see `parse`.
+    `max_length` is the prompt's; `template` and `system`: see `parse`.
     `max_length`, `train_on`, `truncate`: see `Tokeniser.encode`; `hh`: see `parse` (without a chat template HH transcripts stay
     text). `base`: the YAML's folder, for the error about a missing file. `columns`: {our name: the file's name}; `seed`: of
     what is left out where a prompt of shp or se has too many pairs.
@@ -55,9 +56,12 @@ def build_dataset(source, kind, tokenizer, max_length, train_on="assistant", tru
     path = find_file(source, base) if _is_local(source, base) else None
     hh = hh if tokenizer.chat_template or template else "text"
     rows = read_rows(path) if path else hub_rows(str(source), "responses" if kind == "prompts" else kind, hh == "messages", seed)
+    chat = bool(tokenizer.chat_template) and not template
     tokeniser = Tokeniser(tokenizer)
     examples, read, cut_rows, dropped, first_dropped, shapes, first = [], 0, 0, Counter(), {}, Counter(), None
     control = []      # `where` of the rows in which a turn that is not trained holds a special token
+    labelled, other_label = None, None      # the first text with a label's column, the first where that is no label
+    notices = {}                            # sentence -> None: a set in the order in which they came
 
     def drop(reason, where):
         dropped[reason] += 1
@@ -67,15 +71,26 @@ def build_dataset(source, kind, tokenizer, max_length, train_on="assistant", tru
         read += len(chunk)
         texts = []
         for where, row in chunk:
-            text = row if isinstance(row, str) else parse(rename(row, columns, where) if columns else row, where, kind, hh, template)
+            text = row
+            if not isinstance(row, str):
+                row = rename(row, columns, where) if columns else row
+                text = parse(row, where, kind, hh, template, chat, system)
             if isinstance(text, str):
                 drop(text, where)
                 continue
+            if chat and (sentence := without_template(text, columns or {})):
+                notices[f"warning: {source}: {sentence}"] = None
+            if train_on == "all" and any(turn.get("train") is False for turn in _turns(text)):
+                raise UserError(f"a turn is marked as not trained in {where}, but train_on is all; "
+                                "fix: remove train_on, or leave such rows out")
+            if text.label:
+                labelled = labelled or text
+                other_label = other_label or (None if "label" in text.extras else text)
             shapes[text.shape] += 1
             first = first or text
             if kind == "pairs" and text.extras.keys() != first.extras.keys():
                 raise UserError(f"{where} has {'a' if text.extras else 'no'} margin, unlike {first.where}; "
-                                "fix: give every row of the file a margin, or none")
+                                "fix: give every row of the file a margin, or none, or rename the column")
             texts.append(text)
         for text, result in zip(texts, tokeniser.encode(texts, max_length, train_on, truncate)):
             if isinstance(result, str):
@@ -86,6 +101,15 @@ def build_dataset(source, kind, tokenizer, max_length, train_on="assistant", tru
                     control.append(text.where)
                 cut_rows += text.raw and len(result) > 1
 
+    if kind == "responses" and labelled:
+        examples, undesirable = _desirable(examples, ignore=other_label is not None)
+        rest = set(undesirable)
+        control = [where for where in control if where not in rest]
+        for where in undesirable:
+            drop(f"{labelled.label} is false or 0 (undesirable)", where)
+        if other_label:
+            notices[f"{source}: the column {other_label.label!r} is ignored, since it holds other values than true "
+                    f"and false, 0 and 1 (first: {other_label.where})"] = None
     if not examples:
         reasons = ", ".join(f"{count} {reason} (first: {first_dropped[reason]})" for reason, count in dropped.most_common())
         raise UserError(f"none of the {read} rows of {source} can be used: {reasons}; fix: correct the rows"
@@ -104,7 +128,7 @@ def build_dataset(source, kind, tokenizer, max_length, train_on="assistant", tru
               "first_stop_inside": next(iter(inside), None),
               "control_tokens": len(control), "first_control_tokens": next(iter(control), None),
               "duplicates": _duplicates(examples)}
-    return Dataset(examples, report | _measures(examples))
+    return Dataset(examples, report | _measures(examples), list(notices))
 
 
 def load_datasets(config, algorithm_config, kind, tokenizer, notice):
@@ -116,6 +140,9 @@ def load_datasets(config, algorithm_config, kind, tokenizer, notice):
     Raises UserError as `build_dataset` does, and when labelled training examples all have the same label."""
     name = getattr(algorithm_config, "prompt_template", None)
     template = read_template(name) if name else None
+    if template and config.system_prompt:
+        raise UserError("system_prompt beside prompt_template, which has no place for it; "
+                        "fix: remove one of them, or write the system prompt into the prompt_template's file")
     max_length = config.max_length
     if kind == "prompts":
         max_length -= algorithm_config.max_completion_length
@@ -127,9 +154,10 @@ def load_datasets(config, algorithm_config, kind, tokenizer, notice):
         sources = [{"path": data}] if isinstance(data, str) else data
         parts = [build_dataset(source_name(source), kind, tokenizer, max_length,
                                getattr(algorithm_config, "train_on", "assistant"), config.truncate, config.hh,
-                               columns=source.get("columns"), seed=config.seed, template=template) for source in sources]
+                               columns=source.get("columns"), seed=config.seed, template=template,
+                               system=bool(config.system_prompt)) for source in sources]
         for part in parts:
-            _tell(part.report, notice)
+            _tell(part, notice)
         dataset = parts[0] if isinstance(data, str) else combine(parts, [source.get("weight", 1.0) for source in sources], config.seed)
         if count := dataset.report["duplicates"]:
             notice(f"{dataset.report['source']}: {count} examples occur more than once"
@@ -221,7 +249,8 @@ def split_off(dataset, fraction, seed):
                  stop_inside=0, first_stop_inside=None, control_tokens=0, first_control_tokens=None))
 
 
-def _tell(report, notice):
+def _tell(dataset, notice):
+    report = dataset.report
     source = report["source"]
     notice(f"{source}: {report['shape']}")
     for reason, count in report["dropped"].items():
@@ -238,6 +267,8 @@ def _tell(report, notice):
                f"would span the end of the prompt (first: {report['first_continued']})")
     for line in doubts(report):
         notice(f"warning: {source}: {line}")
+    for line in dataset.notices:
+        notice(line)
 
 
 def doubts(report):
@@ -261,6 +292,23 @@ def _with_extras(examples, text, kind):
     for example in examples:
         example.extras |= text.extras
     return examples
+
+
+def _turns(text):
+    """The turns of a conversation's responses."""
+    return [] if isinstance(text.prompt, str) else itertools.chain(*text.responses)
+
+
+def _desirable(examples, ignore):
+    """(the examples but for those of undesirable rows, these rows). Labels are taken off. `ignore`: a label means
+    something else."""
+    kept, undesirable = [], []
+    for example in examples:
+        if example.extras.pop("label", True) or ignore:
+            kept.append(example)
+        elif example.where not in undesirable[-1:]:
+            undesirable.append(example.where)
+    return kept, undesirable
 
 
 def _is_local(source, base):

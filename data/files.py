@@ -195,6 +195,11 @@ def _no_constant(name):
 _decoder = json.JSONDecoder(object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
 
 
+def read_json(text):
+    """The value of a JSON text. ValueError, also of NaN and duplicate keys, or RecursionError."""
+    return _decoder.decode(text)
+
+
 def _malformed(where, error, last):
     text = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
     # A duplicate key or NaN stands in a complete row, so only a syntax error suggests a file that was cut off.

@@ -8,16 +8,33 @@ Which columns are read, where a row has more than it needs: the first of these t
     responses   WHOLE, REPLIES, then the chosen side of PAIRS, then text
     labelled    with a label WHOLE or REPLIES, else PAIRS, of which both sides are trained
     prompts     PROMPTS; whole conversations without the assistant's last turns
-`instruction`, `query` and every row with a `system` column are conversations, for the chat template; other strings are not.
+`instruction`, `query` and every row with a `system` or `tools` column are conversations, for the chat template, and so
+is `question` where the tokenizer has one; other strings are not. A string that is nothing but messages as JSON is read
+as these.
+
+Only text is read. A row with something in a column of MEDIA is an error. Where such a column is gone and a line of a
+prompt or of a user's turn begins or ends with the <image> that stood for it, the row is dropped and counted; within a
+line, as in a question about HTML, it is text.
 """
 import difflib
+import itertools
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from data.errors import UserError
 from data.hub import hh_messages, is_transcript, split_hh
-from data.messages import read_history, read_messages, read_string
+from data.messages import (
+    MARKED_OFF,
+    messages_in,
+    read_history,
+    read_messages,
+    read_string,
+    read_tools,
+    says_nothing,
+    unflagged,
+)
 
 WHOLE = ("messages", "conversations", "conversation")            # one column with the whole conversation
 REPLIES = (("prompt", "response"), ("prompt", "completion"), ("question", "answer"), ("instruction", "output"),
@@ -26,8 +43,17 @@ PAIRS = (("prompt", "chosen_response", "rejected_response"), ("prompt", "chosen"
          ("conversations", "chosen", "rejected"), ("instruction", "chosen", "rejected"), ("question", "chosen", "rejected"),
          ("query", "chosen", "rejected"), ("query", "response", "rejected_response"), ("question", "response_j", "response_k"),
          ("messages", "rejected_response"), ("messages", "rejected_messages"), ("", "chosen", "rejected"))  # "": no prompt column
-PROMPTS = (*WHOLE, "prompt", "question", "instruction", "query", "chosen")
+PROMPTS = (*WHOLE, "prompt", "question", "problem", "Problem", "instruction", "query", "chosen")
+QUESTIONS = ("question", "problem", "Problem")
 LABELS = ("label", "kto_tag")
+MAY_BE_JSON = (*WHOLE, "prompt", "response", "completion", "chosen", "rejected", "chosen_response",
+               "rejected_response", "rejected_messages")
+MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+PLACEHOLDER = re.compile(r"^[^\S\n]*<(image|video|audio)>|<(image|video|audio)>[^\S\n]*$", re.MULTILINE)
+# the columns under which the same strings are a conversation
+ONLY_TEXT = "an image, video or sound stands in its text, and only text is read"
+AS_CONVERSATION = {"prompt": "instruction", "response": "output", "completion": "output", "chosen": "chosen",
+                   "rejected": "rejected", "chosen_response": "chosen", "rejected_response": "rejected"}
 LARGEST = 3.4e38      # a margin becomes a float32, which holds no larger number
 TEMPLATES = Path(__file__).parent / "prompts"
 SHAPES = {
@@ -36,21 +62,23 @@ SHAPES = {
     "pairs": "prompt + chosen + rejected (or chosen_response + rejected_response); instruction, question or conversations + "
              "chosen + rejected; messages + rejected_response; chosen + rejected as message lists or HH transcripts",
     "labelled": "prompt + response or completion + label; messages + label; or a pair's columns",
-    "prompts": "prompt; messages; conversations; question; instruction; query; chosen as a message list or HH transcript",
+    "prompts": "prompt; messages; conversations; question; problem; instruction; query; chosen as a message list or HH transcript",
 }
 
 
 @dataclass
 class Text:
-    """One row before tokenising; prompt and responses are all strings or all message lists [{"role", "content"}, ...]."""
-    prompt: str | list
+    """One row before tokenising; prompt and responses are all strings or all lists of turns (see `data.messages`)."""
+    prompt: str | list   # without flags; of prompts the last turn may be the beginning of the assistant's
     responses: list      # 1 for sft; chosen, rejected for a pair; none for prompts. Messages: the turns after the prompt, assistant
-                         # first and last
+                         # first and last, at least one of the assistant's without "train": False
     where: str           # "file:line"
     raw: bool = False    # plain running text: the prompt is "" and the only response is cut into pieces
     shape: str = ""      # the columns that were read
     extras: dict = field(default_factory=dict)      # label (bool), margin (float); of prompts: prompt, columns
-    tools: list | None = None      # what the assistant may call, as the chat template takes it
+    tools: list | None = None      # what the assistant may call, [{"type": "function", "function": {...}}, ...]
+    label: str = ""      # the column that says whether the response is desirable; extras has no label if it says
+                         # something else
 
 
 def read_template(name):
@@ -68,13 +96,14 @@ def read_template(name):
     return text
 
 
-def parse(row, where, kind, hh="messages", template=None):
+def parse(row, where, kind, hh="messages", template=None, chat=False, system=False):
     """Row (dict) -> Text, or the reason (str) to drop it.
 
     `kind`: "responses" (one response per row; of a pair, the chosen one), "pairs" (chosen, rejected) or "labelled" (one response
     and extras["label"]; or a pair) or "prompts" (no response; extras["prompt"] and extras["columns"], the row's columns by name,
     with ground_truth of verl's rows among them). `hh`: "messages" splits HH transcripts into turns, "text" keeps them as they are.
-    `template`: of prompts, a text in which the row's question takes the place of {question}.
+    `template`: of prompts, a text in which the row's question takes the place of {question}. `chat`: strings in a column of QUESTIONS
+    are a user's turn. `system`: there is a system prompt, so all strings but raw text are turns of a conversation.
     Raises UserError for malformed rows and unknown columns.
     """
     found = row
@@ -84,30 +113,63 @@ def parse(row, where, kind, hh="messages", template=None):
     shape = _shape(columns, kind)
     if shape is None:
         names = ", ".join(name if name in columns else f"{name} (null)" for name in found) or "none"
-        raise UserError(f"unknown columns in {where}: found {names}; fix: use one of these shapes: {SHAPES[kind]}")
-    if row.get("tools") not in (None, "", "[]", []):
-        raise UserError(f"a 'tools' column, which is not read, in {where}; fix: write the tools as text into a system turn")
+        raise UserError(f"unknown columns in {where}: found {names}; fix: rename them in the file, or in data: with columns: "
+                        f"{{our name: the file's}}, to one of these shapes: {SHAPES[kind]}")
+    _check_media(row, where)
+    row = row | {name: messages_in(row[name], name, where) for name in MAY_BE_JSON if name in columns}
+    tools = read_tools(row.get("tools"), where)
+    asks = ("instruction", "query", *(QUESTIONS if chat else ()))
+    conversational = system or tools is not None or shape[0] in asks
+    text = _prompt_only(row, shape[0], where, hh) if kind == "prompts" else _read(row, shape, where, hh)
+    label = next((name for name in LABELS if name in columns and _single(shape)), "")
+    if kind not in ("responses", "labelled") or kind == "responses" and row.get(label) == "":      # null in CSV
+        label = ""
+    desirable = _desirable(row, label, where, kind)
+    if isinstance(text, str):
+        return text
+    text = _conversational(text, row, shape[0], conversational)
+    if tools and (text.raw or template):
+        beside, way = ("prompt_template", "prompt_template") if template else ("raw text", "write messages")
+        raise UserError(f"tools beside {beside}, which has no place for them, in {where}; "
+                        f"fix: remove the column, or {way}")
+    text.tools, text.label = tools, label
     if kind == "prompts":
-        text = _prompt_only(row, shape[0], where, hh)
-        return text if isinstance(text, str) else _with_columns(_conversational(text, row, shape[0]), found, shape[0], template)
-    label = next((name for name in LABELS if name in columns and kind != "pairs" and _single(shape)), None)
-    try:
-        desirable = _label(row[label], label, where) if label else None
-    except UserError:
-        if kind == "labelled":
-            raise
-        label = None                       # some other label, which sft has no use for
-    text = _read(row, shape, where, hh)
-    if isinstance(text, Text):
-        text = _conversational(text, row, shape[0])
-        text.shape = " + ".join(filter(None, ["system" if "system" in columns else "", *shape, label]))
-        if label and kind == "responses" and not desirable:
-            return "undesirable"
-        if label and kind == "labelled":
-            text.extras["label"] = desirable
-        if kind == "pairs" and "margin" in columns:
-            text.extras["margin"] = _margin(row["margin"], where)
+        return _with_columns(text, found, shape[0], template)
+    parts = ["system" if "system" in columns else "", "tools" if tools else "", *shape, label]
+    text.shape = " + ".join(filter(None, parts))
+    if desirable is not None:
+        text.extras["label"] = desirable
+    if kind == "pairs" and "margin" in columns:
+        text.extras["margin"] = _margin(row["margin"], where)
     return text
+
+
+def without_template(text, columns):
+    """Where a row's plain strings pass by the tokenizer's chat template: the sentence that says so and what changes
+    it. Else None. `columns`: {our name: the file's name}, as the source gives them."""
+    names = [name for name in text.shape.split(" + ") if name != text.label]
+    if not isinstance(text.prompt, str) or text.raw or "prompt" not in names:
+        return None
+    fix = "write the prompts as messages"
+    if all(name in AS_CONVERSATION for name in names):
+        theirs = {AS_CONVERSATION[name]: columns.get(name, name) for name in names}
+        theirs |= {ours: name for ours, name in columns.items() if ours not in names}
+        pairs = [f"{ours}: {name}" for ours, name in theirs.items() if ours != name]
+        fix = f"write columns: {{{', '.join(pairs)}}}"
+    return f"plain strings are read without the tokenizer's chat template; to use it {fix}"
+
+
+def _check_media(row, where):
+    """UserError where a column holds more than text."""
+    for name in MEDIA:
+        if not _is_empty(row.get(name)):
+            raise UserError(f"something in the column {name!r}, but only text is read, in {where}; fix: leave such rows "
+                            f"out, or rename it (columns: {{unused: {name}}}) where the text stands on its own")
+
+
+def _is_empty(value):
+    parts = list(value.values()) if isinstance(value, dict) else value
+    return not parts or parts in ("[]", "null") or isinstance(parts, list) and all(map(_is_empty, parts))
 
 
 def _single(shape):
@@ -130,15 +192,18 @@ def _shape(columns, kind):
     return ("text",) if kind == "responses" and "text" in columns else None
 
 
-def _label(value, name, where):
-    """bool, 0 or 1; in CSV, where all is text, the same as words."""
-    label = value
-    if isinstance(value, str) and where.rpartition(":")[0].lower().endswith((".csv", ".csv.gz")):
-        label = {"true": 1, "1": 1, "false": 0, "0": 0}.get(value.strip().lower())
-    if not isinstance(label, (int, float)) or label not in (0, 1):
-        raise UserError(f"the {name} is {_shown(value)}, neither true or false nor 0 or 1, in {where}; "
-                        "fix: write true for a desirable response, false for an undesirable one, or rename the column")
-    return bool(label)
+def _desirable(row, name, where, kind):
+    """What the column `name` says of the response: true or false, 0 or 1, in CSV, where all is text, also as words.
+    None without a column and where it says something else; an error of labelled rows."""
+    label = row[name] if name else None
+    if isinstance(label, str) and where.rpartition(":")[0].lower().endswith((".csv", ".csv.gz")):
+        label = {"true": 1, "1": 1, "false": 0, "0": 0}.get(label.strip().lower(), label)
+    if isinstance(label, (int, float)) and label in (0, 1):
+        return bool(label)
+    if name and kind == "labelled":
+        raise UserError(f"the {name} is {_shown(row[name])}, neither true or false nor 0 or 1, in {where}; "
+                        "fix: write true for a desirable response and false for an undesirable one")
+    return None
 
 
 def _margin(value, where):
@@ -147,7 +212,8 @@ def _margin(value, where):
     except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not abs(number) <= LARGEST:
-        raise UserError(f"the margin is {_shown(value)}, not a finite number, in {where}; fix: write a number such as 0.5")
+        raise UserError(f"the margin is {_shown(value)}, not a finite number, in {where}; "
+                        "fix: write a number such as 0.5, or rename the column if it is something else")
     return number
 
 
@@ -182,15 +248,15 @@ def _reply(value):
     return [{"role": "assistant", "content": value}] if isinstance(value, str) else value
 
 
-def _conversational(text, row, prompt_name):
-    """The text with the row's `system` and `history` columns in front of its prompt; these, and the shapes that other projects
-    always send through the chat template, make plain strings a conversation."""
-    system, chat = row.get("system"), prompt_name in ("instruction", "query")
-    if text.raw or system is None and not chat:
+def _conversational(text, row, prompt_name, conversational):
+    """The text with the row's `system` and `history` columns in front of its prompt; a system text, or
+    `conversational`, makes plain strings a conversation."""
+    system = row.get("system")
+    if text.raw or system is None and not conversational:
         return text
     if isinstance(text.prompt, str):
         text.prompt, text.responses = [{"role": "user", "content": text.prompt}], [_reply(reply) for reply in text.responses]
-    if chat:
+    if prompt_name in ("instruction", "query"):
         text.prompt = read_history(row.get("history"), text.where) + text.prompt
     if system is not None and read_string(system, "system", text.where):
         turn = {"role": "system", "content": system}
@@ -246,9 +312,10 @@ def _with_input(row, name, where):
 
 def _without_prompt(prompt, reply):
     """(prompt, turns after it): a reply may be the full conversation, which repeats the prompt, perhaps after a system turn."""
+    asked, said = unflagged(prompt), unflagged(reply)
     for start in (0, 1) if reply[0]["role"] == "system" else (0,):
         end = start + len(prompt)
-        if reply[start:end] == prompt:
+        if said[start:end] == asked:
             return reply[:end], reply[end:]
     return prompt, reply
 
@@ -257,8 +324,8 @@ def _replies(conversations, where):
     """Conversations that must be the same up to their last turn, the assistant's."""
     if any(messages[-1]["role"] != "assistant" for messages in conversations):
         return "last turn is not the assistant's"
-    prompt = conversations[0][:-1]
-    if any(messages[:-1] != prompt for messages in conversations):
+    prompt = unflagged(conversations[0][:-1])
+    if any(unflagged(messages[:-1]) != prompt for messages in conversations):
         return "chosen and rejected do not share their prompt"
     if not prompt:
         return "first turn is the assistant's"
@@ -288,27 +355,33 @@ def _prompt_only(row, name, where, hh):
         if not isinstance(value, list):
             raise UserError(f"no prompt in {where}: chosen is neither a message list nor an HH transcript; fix: add a prompt column")
     reply = next((column for column in ("chosen", "completion", "response") if isinstance(row.get(column), (list, dict))), None)
+    conversation = None
     if isinstance(value, str) and reply and name not in WHOLE:     # a conversation all the same, as for the other kinds
         turns = read_messages(row[reply], reply, where)
         value = turns if turns[0]["role"] != "assistant" else [{"role": "user", "content": value}]
+        conversation = value
     if isinstance(value, str) and name not in WHOLE:
         return _checked(Text(read_string(value, name, where), [], where))
     turns = read_messages(value, name, where)
-    while turns and turns[-1]["role"] == "assistant":
+    begun = name not in (*WHOLE, "chosen") and value is not conversation
+    asked = [turn for turn in turns if turn["role"] != "assistant"]
+    while asked and turns[-1]["role"] == "assistant" and not begun:
         turns.pop()
-    return _checked(Text(turns, [], where)) if turns else "first turn is the assistant's"
+    return _checked(Text(turns, [], where)) if asked else "first turn is the assistant's"
 
 
 def _with_columns(text, row, name, template):
     """The prompt, in the template's place for it if there is one, and the row's columns for the reward."""
-    text.shape = " + ".join(filter(None, ["system" if row.get("system") is not None else "", name]))
+    parts = ["system" if row.get("system") is not None else "", "tools" if text.tools else "", name]
+    text.shape = " + ".join(filter(None, parts))
     if template:
         question = text.prompt
         if not isinstance(question, str):
             turns = [turn for turn in text.prompt if turn["role"] != "system"]
             if [turn["role"] for turn in turns] != ["user"]:
-                raise UserError(f"more than one user turn in {text.where}, but prompt_template has room for one question; "
-                                "fix: remove prompt_template or such rows")
+                more = "an assistant's" if turns[-1]["role"] == "assistant" else "more than one user"
+                raise UserError(f"{more} turn in {text.where}, but prompt_template has room for one question; "
+                                "fix: remove prompt_template, or leave such rows out")
             text.shape += ", without its system turn" if len(turns) < len(text.prompt) else ""
             question = turns[0]["content"]
         text.prompt = template.replace("{question}", question)
@@ -336,13 +409,37 @@ def _check_strings(value, name, where):
 
 def _checked(text):
     """The text if it can be trained on, else the reason to drop it. Raises UserError for a blank prompt."""
-    plain = isinstance(text.prompt, str)
-    if not (text.prompt if plain else text.prompt[-1]["content"]).strip():
-        raise UserError(f"the prompt is empty in {text.where}; fix: write a prompt or delete the row")
+    if isinstance(text.prompt, str):
+        return _checked_strings(text)
+    text.prompt = unflagged(text.prompt)
+    if text.prompt[-1]["role"] != "tool" and says_nothing(text.prompt[-1]):
+        raise _no_prompt(text)
     for response in text.responses:
-        turns = [response] if plain else [message["content"] for message in response if message["role"] == "assistant"]
-        if not all(turn.strip() for turn in turns):
+        turns = [turn for turn in response if turn["role"] == "assistant"]
+        trained = [turn for turn in turns if turn.get("train") is not False]
+        if not trained:
+            return MARKED_OFF
+        if any(map(says_nothing, trained)):
             return "empty response"
+    turns = itertools.chain(text.prompt, *text.responses)
+    if any(PLACEHOLDER.search(turn["content"]) for turn in turns if turn["role"] != "assistant"):
+        return ONLY_TEXT
+    if len(text.responses) == 2 and unflagged(text.responses[0]) == unflagged(text.responses[1]):
+        return "chosen equals rejected"
+    return text
+
+
+def _checked_strings(text):
+    if not text.prompt.strip():
+        raise _no_prompt(text)
+    if not all(response.strip() for response in text.responses):
+        return "empty response"
+    if PLACEHOLDER.search(text.prompt):
+        return ONLY_TEXT
     if len(text.responses) == 2 and text.responses[0] == text.responses[1]:
         return "chosen equals rejected"
     return text
+
+
+def _no_prompt(text):
+    return UserError(f"the prompt is empty in {text.where}; fix: write a prompt or delete the row")

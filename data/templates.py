@@ -1,7 +1,7 @@
 """The keys chat_template, system_prompt and chat_template_kwargs.
 
-All three become part of the tokenizer's own template. So every program here renders by them, final/ is saved with them,
-and a server that reads final/ renders what was trained without being told.
+All three become part of the tokenizer's own template. So every program here renders by them, final/ is saved
+with them, and a server that reads final/ renders what was trained without being told.
 """
 import difflib
 import json
@@ -23,17 +23,20 @@ NOTHING = "{{ '' }}"      # jinja removes a line's end behind a tag of the other
 
 
 def set_template(tokenizer, settings, notice):
-    """Change the tokenizer's chat template as `settings` say, an object with the three keys. UserError where the
-    template cannot do it."""
+    """Change the tokenizer's chat template as `settings` say, an object with the three keys. UserError where
+    the template cannot do it."""
     if settings.chat_template:
         tokenizer.chat_template = read_template(settings.chat_template, tokenizer)
         if Chat(tokenizer).end_of_turn is None:
-            notice(f"chat_template {settings.chat_template}: the tokenizer has no token with which it ends a turn; "
-                   f"{tokenizer.eos_token} ends a response")
+            notice(f"chat_template {settings.chat_template}: the tokenizer has no token with which it ends "
+                   f"a turn; {tokenizer.eos_token} ends a response")
     arguments = settings.chat_template_kwargs or {}
     asked = [key for key in ("system_prompt", "chat_template_kwargs") if getattr(settings, key)]
     if asked and not tokenizer.chat_template:
-        raise UserError(f"{asked[0]} is given, but the tokenizer has no chat template; fix: add chat_template: chatml")
+        raise UserError(f"{asked[0]} is given, but the tokenizer has no chat template; "
+                        "fix: add chat_template: chatml")
+    if settings.system_prompt:
+        check_system(tokenizer, settings.system_prompt)
     for name in arguments:
         check_known(name, tokenizer.chat_template)
     before = [DEFAULT.format(name=name, value=literal(value)) for name, value in arguments.items()]
@@ -41,8 +44,6 @@ def set_template(tokenizer, settings, notice):
         before.append(SYSTEM.format(text=literal(settings.system_prompt)))
     if before:
         prepend("".join(before) + NOTHING, tokenizer)
-    if settings.system_prompt:
-        check_system(tokenizer, settings.system_prompt)
 
 
 def read_template(name, tokenizer):
@@ -52,9 +53,9 @@ def read_template(name, tokenizer):
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
-        near = difflib.get_close_matches(name, known, n=1)
+        near, *_ = [*difflib.get_close_matches(name, known, n=1), "a name or the path of a file"]
         raise UserError(f"chat_template {name!r} is neither one of {', '.join(known)} nor a UTF-8 file "
-                        f"({type(error).__name__}); fix: give {near[0] if near else 'a name or the path of a file'}") from None
+                        f"({type(error).__name__}); fix: give {near}") from None
     if name not in known:
         return text
     text = text.replace("\n", "")              # the lines of ours are for the reader
@@ -73,9 +74,10 @@ def check_known(name, template):
 
 
 def check_system(tokenizer, system_prompt):
-    question = [{"role": "user", "content": "x"}]
+    """UserError where the template has no place for a system turn."""
+    turns = [{"role": "system", "content": system_prompt}, {"role": "user", "content": "x"}]
     try:
-        rendered = Chat(tokenizer).render(question, None, True, "one question")
+        rendered = Chat(tokenizer).render(turns, None, True, "a system turn and a question")
         fault = None if system_prompt.strip() in rendered else "leaves out"
     except Unusable:
         fault = "refuses"

@@ -1,10 +1,11 @@
 """Texts -> token examples. What is trained is what generation sees:
 
-A prompt's ids are exactly those that generation starts with: a plain string as the tokenizer encodes it, a conversation as
-the chat template renders it with the generation prompt. A response is what follows them where prompt and response are
-tokenised as one text; it ends, once, with the stop token: eos for plain text, the template's end-of-turn for a conversation.
-In a conversation every assistant's turn is trained, unless its message says otherwise. A turn goes on in the example of the
-turn before it where its context starts with that example's tokens, else it is an example of its own.
+A prompt's ids are exactly those that generation starts with: a plain string as the tokenizer encodes it, a
+conversation as the chat template renders it with the generation prompt. A response is what follows them where
+prompt and response are tokenised as one text. It ends, once, with the stop token: eos for plain text, the
+template's end-of-turn for a conversation. In a conversation every assistant's turn is trained, unless its
+message says otherwise. A turn goes on in the example of the turn before it where its context starts with that
+example's tokens, else it is an example of its own.
 """
 import itertools
 
@@ -21,10 +22,11 @@ NEAR = 200      # characters before the end of a context in which its last speci
 
 
 class Tokeniser:
-    """A tokenizer and what has to be known about it: the ids it puts before every text, its eos, and its chat template.
+    """A tokenizer and what has to be known about it: the ids it puts before every text, its eos, its chat
+    template.
 
-    Counts what `encode` did: `split`, the conversations that became several examples, and `continued`, `where` of the
-    responses that are tokenised on their own because a token would span the end of the prompt."""
+    Counts what `encode` did. `split`: the conversations that became several examples. `continued`: `where` of
+    the responses that are tokenised on their own, because a token would span the end of the prompt."""
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
@@ -35,12 +37,13 @@ class Tokeniser:
         self.split, self.continued = 0, []
 
     def encode(self, texts, max_length, train_on="assistant", truncate="none"):
-        """For each of `texts`, in order: its examples, or the reason (str) to drop it. There is one example, but of a
-        conversation one per turn whose context is no continuation of the turn before, and of raw text one per piece.
+        """For each of `texts`, in order: its examples, or the reason (str) to drop it. A text is one example;
+        raw text is one per piece, and a conversation one per turn whose context does not continue the turn
+        before.
 
-        `max_length` limits prompt + one response. `train_on`: "assistant", or "all" tokens but the first of prompt and
-        response (sft only). `truncate`: "none" drops what is too long, "prompt" keeps the end of its prompt instead.
-        Raises UserError when the template cannot be used, or leaves out a part of a row.
+        `max_length` limits prompt + one response. `train_on`: "assistant", or "all" tokens but the first of
+        prompt and response (sft only). `truncate`: "none" drops what is too long, "prompt" keeps the end of
+        its prompt. Raises UserError when the template cannot be used, or leaves out a part of a row.
         """
         rendered = []
         with bounded(texts[0].where if texts else "", sum(map(_characters, texts))) as row:
@@ -59,12 +62,12 @@ class Tokeniser:
         ids = dict(zip(strings, self._ids(list(strings))))
         results = []
         for text, item in zip(texts, rendered):
-            try:
-                found = item if isinstance(item, str) else self._examples(text, *item, ids, max_length, train_on, truncate)
-            except Unusable as reason:
-                found = str(reason)
-            self.split += not isinstance(found, str) and not text.raw and len(found) > 1
-            results.append(found)
+            if not isinstance(item, str):
+                try:
+                    item = self._examples(text, *item, ids, max_length, train_on, truncate)
+                except Unusable as reason:
+                    item = str(reason)
+            results.append(item)
         return results
 
     def holds_control_tokens(self, text):
@@ -79,7 +82,8 @@ class Tokeniser:
         return any(map(self.chat.control.search, said))
 
     def prompt_ids(self, prompt):
-        """The ids (list of int) with which generation starts for a prompt, a string or messages: the same as in training."""
+        """The ids (list of int) with which generation starts for a prompt, a string or messages: as in
+        training."""
         text = prompt
         if not isinstance(prompt, str):
             try:
@@ -93,12 +97,16 @@ class Tokeniser:
     # ---- text ----
 
     def _render(self, text):
-        """Text -> (context, [turns of each response]) with turns [(context, reply)], or the reason (str) to drop it."""
+        """Text -> (context, [turns of each response]) with turns [(context, reply)], or the reason (str) to
+        drop it."""
         if isinstance(text.prompt, str):
             return text.prompt, [[(text.prompt, response)] for response in text.responses]
         try:
             context = self.chat.prompt(text.prompt, text.tools, text.where)
-            return context, [self.chat.replies(text.prompt, turns, text.tools, text.where) for turns in text.responses]
+            replies = []
+            for turns in text.responses:
+                replies.append(self.chat.replies(text.prompt, turns, text.tools, text.where))
+            return context, replies
         except Unusable as reason:
             return str(reason)
 
@@ -128,10 +136,11 @@ class Tokeniser:
         """A row's examples, or the reason to drop it; `ids`: {text: its ids}."""
         plain = isinstance(text.prompt, str)
         if text.raw:
-            tokens = self._led(self._ended(ids[responses[0][0][1]]), plain)
+            tokens = self._led(self._ended(ids[responses[0][0][1]], plain), plain)
             return _pieces(np.array(tokens, np.int32), max_length, text.where)
         if not responses:
-            return _example(self._led(ids[context], plain), [], text.where, max_length, train_on, truncate)
+            prompt = self._led(ids[context], plain)
+            return _example(prompt, [], text.where, max_length, train_on, truncate)
         chains = [self._chain(turns, plain, ids, text.where) for turns in responses]
         if len(chains) > 1:                                # a pair: one turn each
             prompt = chains[0][0][0]
@@ -142,8 +151,9 @@ class Tokeniser:
         chain, = chains
         if train_on == "all" and len(chain) > 1:           # every context would be trained again and again
             whole = self.chat.whole([*text.prompt, *text.responses[0]], text.tools, text.where)
-            tokens = self._ids([whole])[0]
-            chain = [(tokens[:1], Response.all_trained(self._ended(tokens[1:]) if self._needs_eos(plain) else tokens[1:]))]
+            first, *rest = self._ids([whole])[0]
+            chain = [([first], Response.all_trained(self._ended(rest, plain)))]
+        self.split += len(chain) > 1
         found = []
         for prompt, response in chain:
             examples = _example(prompt, [response], text.where, max_length, train_on, truncate)
@@ -153,8 +163,8 @@ class Tokeniser:
         return found
 
     def _chain(self, turns, plain, ids, where):
-        """[(context, reply)] -> [(prompt's ids, Response)]. A turn whose context starts with all ids of the turn before
-        goes on in the same response; what lies between them is not trained."""
+        """[(context, reply)] -> [(prompt's ids, Response)]. A turn whose context starts with all ids of the
+        turn before goes on in the same response. What lies between them is not trained."""
         chain = []
         for context, reply in turns:
             prompt, tokens = self._joined(context, reply, plain, ids, where)
@@ -167,30 +177,35 @@ class Tokeniser:
                     trained += [False] * len(between) + [True] * len(tokens)
                     continue
             chain.append((prompt, tokens, [True] * len(tokens)))
-        return [(prompt, Response(np.array(tokens, np.int32), np.array(trained))) for prompt, tokens, trained in chain]
+        found = []
+        for prompt, tokens, trained in chain:
+            found.append((prompt, Response(np.array(tokens, np.int32), np.array(trained))))
+        return found
 
     def _joined(self, context, reply, plain, ids, where):
-        """(ids of the context, ids of the reply behind it). Raises Unusable where they do not spell the text."""
+        """(ids of the context, ids of the reply behind it). Raises Unusable where they do not spell the
+        text."""
         border = self._border(context)
         before, both = ids[border], ids[border + reply]
         tokens = both[len(before):]
         prompt = self._led(ids[context], plain)
-        if both[:len(before)] != before:                   # a token spans both; generation starts with the prompt's own
+        if both[:len(before)] != before:           # a token spans both; generation starts with the prompt's
             tokens = self._continuation(reply)
             if self._decode(before + tokens) != self._decode(both):
                 raise Unusable("no tokens of its response continue the tokens of its prompt")
             self.continued.append(where)
-        return prompt, self._ended(tokens) if self._needs_eos(plain) else tokens
+        return prompt, self._ended(tokens, plain)
 
     def _border(self, context):
-        """The end of a context, from its last special token on: a tokenizer splits a text at these, so that what stands
-        before one does not change the tokens behind it. Where none is near, the whole context."""
+        """The end of a context, from its last special token on: a tokenizer splits a text at these, so what
+        stands before one does not change the tokens behind it. Where none is near, the whole context."""
         near = context[-NEAR:]
         *_, last = [None, *self.chat.control.finditer(near)]
         return near[last.start():] if last else context
 
     def _continuation(self, text):
-        """The ids of a text that follows another one: without the space that some tokenizers put before every text."""
+        """The ids of a text that follows another one, without the space that some tokenizers put before every
+        text."""
         anchored, anchor, alone = self._ids([self.anchor + text, self.anchor, text])
         return anchored[len(anchor):] if anchored[:len(anchor)] == anchor else alone
 
@@ -199,12 +214,10 @@ class Tokeniser:
         both, anchor, alone = self._ids(["\na", "\n", "a"])
         return "\n" if both[:len(anchor)] == anchor and both[len(anchor):] != alone else ""
 
-    def _needs_eos(self, plain):
-        return plain or self.chat.end_of_turn is None
-
-    def _ended(self, ids):
-        """The ids with eos at the end."""
-        if ids and ids[-1] == self.eos:
+    def _ended(self, ids, plain):
+        """The ids of a response with eos at the end, where nothing else ends it."""
+        has_end = ids and ids[-1] == self.eos
+        if has_end or not plain and self.chat.end_of_turn:
             return ids
         if self.eos is None:
             raise UserError("the tokenizer has no eos token, so a response cannot end; "
@@ -218,15 +231,17 @@ class Tokeniser:
     def _ids(self, strings):
         if not strings:
             return []
-        return self.tokenizer(strings, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False,
-                              verbose=False).input_ids  # verbose=False: lengths are our own business
+        # verbose=False: lengths are our own business
+        return self.tokenizer(strings, add_special_tokens=False, return_attention_mask=False,
+                              return_token_type_ids=False, verbose=False).input_ids
 
     def _decode(self, ids):
         return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
 
 
 def stop_ids(tokenizer):
-    """The ids, sorted, at which generation must stop: eos and the chat template's end of a turn and of a tool call."""
+    """The ids, sorted, at which generation must stop: eos, and the chat template's end of a turn and a tool
+    call."""
     chat = Chat(tokenizer)
     names = {chat.end_of_turn, chat.end_of_call()} - {None}
     ids = {tokenizer.eos_token_id, *map(tokenizer.convert_tokens_to_ids, names)}
@@ -260,15 +275,20 @@ def _example(prompt, responses, where, max_length, train_on, truncate):
         prompt = prompt[-room:]
     prompt = np.array(prompt, np.int32)
     if train_on == "all":
-        responses = [Response.all_trained(np.concatenate([prompt[1:], response.tokens])) for response in responses]
-        prompt = prompt[:1]
+        whole = [np.concatenate([prompt[1:], response.tokens]) for response in responses]
+        responses, prompt = list(map(Response.all_trained, whole)), prompt[:1]
     return [Example(prompt, responses, where)]
 
 
 def _pieces(tokens, max_length, where):
-    """Raw text in consecutive pieces of at most max_length tokens; the first token of each is context, the rest is trained."""
+    """Raw text in consecutive pieces of at most max_length tokens. The first token of each is context, the
+    rest is trained."""
     starts = list(range(0, len(tokens), max_length))
     if len(starts) > 1 and len(tokens) - starts[-1] == 1:
         starts[-1] -= 1  # a last piece of one token would train nothing: leave it a context
-    pieces = [tokens[start:end] for start, end in zip(starts, starts[1:] + [len(tokens)])]
-    return [Example(piece[:1], [Response.all_trained(piece[1:])], where) for piece in pieces if len(piece) > 1]
+    examples = []
+    for start, end in zip(starts, starts[1:] + [len(tokens)]):
+        if end - start > 1:
+            response = Response.all_trained(tokens[start + 1:end])
+            examples.append(Example(tokens[start:start + 1], [response], where))
+    return examples

@@ -236,7 +236,7 @@ def read_yaml(path: str) -> dict[str, tuple[str, str]]:
                         f"fix: {f'python train.py {near}' if near else 'give the path of a .yml file'}")
     try:
         raw = file.read_bytes()
-        text = raw.decode("utf-8-sig")
+        content = text = raw.decode("utf-8-sig")
         root = yaml.compose(text, Loader=yaml.BaseLoader)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; fix: check its permissions") from None
@@ -261,7 +261,8 @@ def read_yaml(path: str) -> dict[str, tuple[str, str]]:
             raise UserError(f"nested value of {show(str(key))} in {where}; "
                             "fix: keys are flat, write one 'key: value' per line")
         elif isinstance(value_node, yaml.MappingNode) and get_type_hints(Common).get(key) == dict | None:
-            text = yaml.serialize(value_node)
+            start, end = value_node.start_mark, value_node.end_mark
+            text = " " * start.column + content[start.index:end.index]      # `cast` reads it, with numbers and booleans
         elif not isinstance(value_node, yaml.ScalarNode):
             rest = nested_advice(key, leaves(value_node), all_keys())
             raise UserError(f"nested value of {show(key)} in {where}{rest}")

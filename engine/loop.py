@@ -42,6 +42,7 @@ SEAL_SECONDS = 120      # between two parts of the reference's log-probs
 
 class Engine:
     """Policy, optimizer, data and run of one training; `start` is the checkpoint to continue from, or None."""
+    may_teach_nothing = False      # whether the rows of an update may have no gradient and the run goes on
 
     def __init__(self, config, policy, tokenizer, train_set: list, eval_set: list, run: Run, progress: str, start: str | None = None):
         self.config, self.policy, self.tokenizer, self.run, self.progress = config, policy, tokenizer, run, progress
@@ -126,6 +127,10 @@ class Engine:
             group["lr"] = lr
         before = self.some_weights() if index == 1 else None
         yield self.step
+        if before and self.grad_norm == 0 and not self.may_teach_nothing:
+            raise RunError("the gradient of the first update is exactly 0, so nothing would be trained; likely "
+                           "causes: pairs whose two responses are the same once the chat template has rendered them, "
+                           "or a loss that is multiplied by 0; fix: look at the first example, which --dry-run shows")
         if before and self.grad_norm > 0 and not self.moved(before):
             raise RunError(f"no weight moved in the first update (gradient norm {self.grad_norm:.3g}, lr {lr:g}); fix: raise lr")
         tokens = sum(example.size(self.policy.share_prompt) for example in examples)

@@ -31,6 +31,7 @@ EVALUATION, TRAINING, REPLACEMENT = range(3)      # so that the random draws of 
 
 class OnlineEngine(Engine):
     """`config.batch_size` prompts per rollout; an update is one mini-batch of it, and `max_steps` counts updates."""
+    may_teach_nothing = True       # where all completions of every prompt earn the same
 
     def rollouts(self, config, num_generations: int = 1, epochs: int = 1, mini_batches: int = 1, samples: int = 0):
         """Iterate the rollouts of the run: completions of the next `batch_size` prompts, `num_generations` of each. Each is used for

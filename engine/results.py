@@ -16,8 +16,9 @@ from data.errors import RunError, UserError
 from data.files import SUFFIXES
 from data.formats import Text
 from data.pack import Example
-from data.rewards import golds_of, load_reward, r1_zero, r1_zero_details, score
+from data.rewards import load_reward, score
 from data.tokenise import Tokeniser
+from data.verifiers import golds_of, r1_zero, r1_zero_details
 from engine.advice import advice
 from engine.claim import LOCK, claim
 from engine.config import Common, Lines, cast, check_output, parse_argv, read_values, show

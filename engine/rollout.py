@@ -30,7 +30,7 @@ FEW = 64                               # rows up to which weight @ x.T beats x @
 @dataclass
 class Sampling:
     """The keys of every online algorithm that say how completions are drawn and judged."""
-    reward: str                            # gsm8k, r1_zero, path/to/file.py:function, or the run of a reward model; several: a, b
+    reward: str                            # gsm8k, r1_zero, math, path/to/file.py:function, or the run of a reward model; several: a, b
     reward_weights: str | None = None      # of several rewards: 1, 0.5; null = each counts 1
     prompt_template: str | None = None     # a name in data/prompts/, such as r1_zero, or a file with {question}; null = the chat template
     max_completion_length: int = 512       # tokens; longer completions are cut there ("truncated")

@@ -53,8 +53,8 @@ def test_labelled_rows(row, prompt, response, label):
     text = parse(row, "x.jsonl:1", "labelled")
     assert (text.prompt, text.responses, text.extras) == (prompt, [response], {"label": label})
     assert type(text.extras["label"]) is bool and text.shape.endswith(next(name for name in ("label", "kto_tag") if name in row))
-    text = parse(row, "x.jsonl:1", "responses")                              # sft trains the desirable ones
-    assert text.responses == [response] if label else text == "undesirable"
+    text = parse(row, "x.jsonl:1", "responses")                              # sft trains the desirable ones of the file
+    assert (text.responses, text.extras, text.label) == ([response], {"label": label}, text.shape.split(" + ")[-1])
 
 
 @pytest.mark.parametrize("label", [2, -1, 0.5, "true", "1", "yes", [], {}, math.nan])
@@ -62,7 +62,8 @@ def test_labels_that_are_none(label):
     row = {"prompt": "q", "completion": "a", "label": label}
     message = refused(parse, row, "x.jsonl:7", "labelled")
     assert "x.jsonl:7" in message and "0 or 1" in message and repr(label) in message
-    assert parse(row, "x.jsonl:7", "responses").responses == ["a"]            # a label of something else
+    text = parse(row, "x.jsonl:7", "responses")                              # a label of something else
+    assert (text.responses, text.extras, text.label) == (["a"], {}, "label")
 
 
 def test_text_has_no_use_for_labels():
@@ -107,7 +108,8 @@ def test_one_class_only(tmp_path):
 def test_undesirable_rows_are_dropped_and_counted_for_sft(tmp_path):
     path = write_jsonl(tmp_path / "x.jsonl", [{"prompt": f"q{i}", "completion": "a", "label": i % 3 == 0} for i in range(9)])
     train, _, reports, notices = load("responses", data=path)
-    assert [decoded(example)[0] for example in train] == ["q0", "q3", "q6"] and reports["train"]["dropped"] == {"undesirable": 6}
+    assert [decoded(example)[0] for example in train] == ["q0", "q3", "q6"]
+    assert reports["train"]["dropped"] == {"label is false or 0 (undesirable)": 6}
     assert any("6 of 9 rows dropped" in notice and "undesirable" in notice for notice in notices)
 
 
@@ -190,7 +192,7 @@ def test_pairs(row, prompt):
 
 
 @pytest.mark.parametrize("row, says", [
-    ({"prompt": "q", "response": "a", "tools": "[{}]"}, "'tools' column"),
+    ({"prompt": "q", "response": "a", "tools": "[{}]"}, "tools[0] is not a tool"),
     ({"messages": SYSTEM + Q + GOOD, "system": "other"}, "another system turn"),
     ({"instruction": "q", "output": "a", "system": 3}, "system is int"),
     ({"query": "q", "response": "a", "history": [["x"]]}, "history[0] is not a pair"),

@@ -56,14 +56,14 @@ def two_ranks(config, *words):
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     """config(name, algorithm, key=value, ...) -> the path of a configuration. Three rows per update and ten rows: the ranks get two and
-    one, and one and none (of kto eleven: one row has no other's response); five held-out rows. Online seven rows: in the last of
+    one, and one and none; five held-out rows. Online seven rows: in the last of
     three rollouts one rank has no prompt to sample, and one of the two updates from it no example."""
     folder = tmp_path_factory.mktemp("distributed")
     model = tiny_model(folder / "model")
 
     def config(name, algorithm, **values):
         rows = ROWS[algorithm]
-        count = 7 if algorithm in ONLINE else 11 if algorithm == "kto" else 10
+        count = 7 if algorithm in ONLINE else 10
         data = {"data": write_jsonl(folder / f"{algorithm}.jsonl", rows(count)),
                 "eval_data": write_jsonl(folder / f"{algorithm}-eval.jsonl", rows(5, 10))}
         options = dict(algorithm=algorithm, model=model, **data, output=folder / name / "run")

@@ -158,7 +158,7 @@ def test_a_run_is_asked_as_it_was_trained(run, folder):
 
 def test_what_is_too_long_with_the_chat_template_is_told(run):
     """The longest question, 18 bytes, fits as it is but not as a turn of 62; of max_length 10 are the completion's."""
-    with pytest.raises(UserError, match="no prompt .* fits with the chat template; fix: raise max_length"):
+    with pytest.raises(UserError, match="none of the 6 rows .* longer than max_length .* raise max_length"):
         run("chat", "gsm8k-test.jsonl", reward="r1_zero", max_length=40)
 
 

@@ -1,9 +1,13 @@
 """What is KTO's own: responses to other prompts, one class in an update, labels, counts and weights."""
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
-from helpers import labelled_rows, metrics, pair_rows, tiny_model, train_here, write_config, write_jsonl
+import torch
+from helpers import byte_tokenizer, labelled_rows, metrics, pair_rows, tiny_model, train_here, write_config, write_jsonl
+from transformers import AutoModelForCausalLM
 
-from algorithms.kto import mismatched
+from algorithms.kto import lenders_of_data, mismatched
 from data.errors import UserError
 from data.pack import Example, Response
 
@@ -15,12 +19,13 @@ def model(tmp_path_factory):
 
 @pytest.fixture
 def train(model, tmp_path):
-    """train(rows, key=value, ...) -> the run's directory."""
+    """train(rows, key=value, ...) -> the run's directory, in `train.directory`."""
     def train(rows, **values):
         options = dict(algorithm="kto", model=model, data=write_jsonl(tmp_path / "data.jsonl", rows), output=tmp_path / "run", batch_size=4,
                        epochs=1, lr=1e-3, max_length=256, save_every="null") | values
         train_here(write_config(tmp_path / "run.yml", **options))
         return options["output"]
+    train.directory = tmp_path
     return train
 
 
@@ -33,7 +38,7 @@ def examples(prompts):
 def pairing(prompts):
     """For every example the number of the one that lent its response."""
     rows = examples(prompts)
-    others = mismatched(rows, 64)
+    others = mismatched(rows, 64, {})
     assert [other.prompt.tolist() for other in others] == [list(prompt) for prompt in prompts]
     return [int(other.responses[0].tokens[0]) - 100 for other in others]
 
@@ -53,18 +58,96 @@ def test_responses_come_from_the_other_prompt_before(prompts, expected):
     assert all(prompts[i] != prompts[j] for i, j in enumerate(expected))
 
 
-def test_one_prompt_alone_is_refused():
-    assert mismatched([], 64) == []
-    for prompts in ([A], [A, A, A]):
-        with pytest.raises(UserError, match="of one update.* have the prompt of row 0.*; fix: "):
-            mismatched(examples(prompts), 64)
+def borrowed(train_prompts, eval_prompts, update):
+    """The numbers of the rows that lend to an update of these rows; held-out ones are the last numbers."""
+    rows = examples([*train_prompts, *eval_prompts])
+    count = len(train_prompts)
+    of_data = lenders_of_data(SimpleNamespace(train_set=rows[:count], eval_set=rows[count:]))
+    others = mismatched([rows[i] for i in update], 64, of_data)
+    return [int(other.responses[0].tokens[0]) - 100 for other in others]
 
 
-def test_an_update_with_one_prompt_is_refused_before_training(train, tmp_path, capsys):
-    rows = [{"prompt": prompt, "response": f"{i}", "label": i % 2 == 0} for i, prompt in enumerate(["a", "b", "c", "c", "d", "e"])]
-    with pytest.raises(UserError, match=r"kto: all 2 rows of one update.* have the prompt of .*data\.jsonl:3"):
-        train(rows, batch_size=2, shuffle="false")
+@pytest.mark.parametrize("update, expected", [
+    ([4], [3]),                # A B B C C: the row before it has its prompt, the one before that has not
+    ([0], [4]),                # before the first row comes the last one
+    ([2], [0]),
+    ([2, 1], [0, 0]),          # two rows with one prompt
+    ([1, 4], [4, 1]),          # two prompts: the update is enough
+    ([5], [4]),                # held-out rows come after the training rows ...
+    ([6, 5], [4, 4]),          # ... where they have one prompt, and it is no training row's
+])
+def test_an_update_with_one_prompt_borrows_from_the_data(update, expected):
+    data, held_out = [A, B, B, D, C], [(9, 9), (9, 9)]
+    assert borrowed(data, held_out, update) == expected
+
+
+def test_lenders_are_the_nearest_before():
+    """Against a search that goes back row by row, over data with many repetitions."""
+    generator = np.random.default_rng(0)
+    for count in (2, 3, 7, 30):
+        prompts = [(int(number),) for number in generator.integers(0, 3, count)]
+        prompts[-1] = (3,)
+        for i in range(count):
+            back = next(k for k in range(1, count) if prompts[i - k] != prompts[i])
+            assert borrowed(prompts, [], [i]) == [(i - back) % count]
+
+
+def test_data_with_one_prompt_is_refused(train, tmp_path, capsys):
+    rows = [{"prompt": "a", "response": f"{i}", "label": i % 2 == 0} for i in range(6)]
+    with pytest.raises(UserError, match=r"kto: all 6 training rows have the prompt of .*jsonl:1, .*; fix: add rows"):
+        train(rows)
     assert metrics(tmp_path / "run") == [] and "reference log-probs" not in capsys.readouterr().err
+
+
+def logp(lm, prompt, response):
+    """The summed log-prob of a response and the end after it, with the library's own forward."""
+    start, ids = len(prompt.encode()), byte_tokenizer()(prompt + response).input_ids + [258]
+    with torch.no_grad():
+        logits = lm(torch.tensor([ids])).logits[0, start - 1:-1].double()
+    return float(logits.log_softmax(-1)[range(len(ids) - start), ids[start:]].sum())
+
+
+@pytest.mark.parametrize("count, size, lender", [(5, 4, 3), (2, 1, 0), (5, 3, None)])
+def test_kl_of_a_last_update_of_one_row(train, model, tmp_path, count, size, lender):
+    """The last update's z0, from the weights before it: of its row with the response of the row before it in the
+    file; of an update of two rows each has the other's."""
+    rows = [{"prompt": f"{i}?", "response": "yes" * (i + 1), "label": True} for i in range(count)]
+    rows[-1]["label"] = False
+    keys = dict(batch_size=size, shuffle="false", save_every=1, lr=3e-3, schedule="constant", warmup=0)
+    run = train(rows, **keys)
+    last = metrics(run)[-1]
+    before = AutoModelForCausalLM.from_pretrained(run / "checkpoints" / f"step-{last['step'] - 1:06d}")
+    start = AutoModelForCausalLM.from_pretrained(model)
+    pairs = [(count - 1, lender)] if lender is not None else [(3, 4), (4, 3)]
+    texts = [(rows[i]["prompt"], rows[j]["response"]) for i, j in pairs]
+    moved = [logp(before, *text) - logp(start, *text) for text in texts]
+    assert np.mean(moved) > 0.05 and last["kl"] == pytest.approx(np.mean(moved), rel=1e-3)
+
+
+@pytest.mark.parametrize("size", [32, 1])
+def test_a_row_too_many(train, size):
+    """33 rows with the default batch_size, and updates of one row, the held-out one too."""
+    rows = labelled_rows(33 if size == 32 else 4)
+    held_out = rows[:1] if size == 1 else rows[:3]
+    made = metrics(train(rows, batch_size=size, eval_data=write_jsonl(train.directory / "eval.jsonl", held_out)))
+    assert len(made) == (2 if size == 32 else 4)
+
+
+def test_borrowing_is_the_same_after_a_stop(train, tmp_path, monkeypatch):
+    """Five rows in updates of four, twice: a stop before each of the updates of one row."""
+    from engine.loop import Engine
+    keys = dict(epochs=2, save_every=1)
+    whole = metrics(train(labelled_rows(5), output=tmp_path / "whole", **keys))
+    original = Engine.clip_gradients
+    for stop in (1, 3):
+        def signalled(engine, stop=stop):
+            original(engine)
+            engine.signal = 15 if engine.step.index == stop else None
+        with monkeypatch.context() as patch, pytest.raises(SystemExit):
+            patch.setattr(Engine, "clip_gradients", signalled)
+            train(labelled_rows(5), output=tmp_path / "parts", **keys)
+    parts = metrics(train(labelled_rows(5), output=tmp_path / "parts", **keys))
+    assert parts == whole and len(whole) == 4 and whole[1]["kl"] > 1
 
 
 def test_pairs_are_two_rows(train, capsys):

@@ -65,8 +65,10 @@ MUTATIONS = {    # name: (file, text, what it becomes, the tests that must fail)
         "data/dataset.py", "zip(example.responses, (True, False))", "zip(example.responses, (False, True))",
         ["test_kto.py::test_chosen_is_the_desirable_one"]),
     "a response to the same prompt for the KL": (
-        "algorithms/kto.py", "other.prompt.tobytes() != examples[i].prompt.tobytes()", "True",
-        [*exact("kto"), "test_kto.py::test_one_prompt_alone_is_refused"]),
+        "algorithms/kto.py", "alike = prompts[i] == prompts[i - 1]", "alike = False",
+        [*exact("kto"), "test_kto.py::test_lenders_are_the_nearest_before", "test_kto.py::test_data_with_one_prompt_is_refused"]),
+    "a response of the data for the KL, not of the update": (
+        "algorithms/kto.py", "if None in others:", "if of_data:", exact("kto")),
     "the last stop token dropped from conversations": (
         "data/chat.py", "return rendered[:end + len(self.end_of_turn)]", "return rendered[:end]",
         [*exact(*TOKENS, "cdpo", "rm"), *held_out("sft", "dpo", "kto", "rm")]),

@@ -43,7 +43,7 @@ def load(tmp_path, rows, tokenizer=TOKENIZER, prompt_template=None, max_completi
 @pytest.mark.parametrize("row, prompt", [
     ({"prompt": "q "}, "q "),
     ({"prompt": Q, "answer": "20"}, Q),
-    ({"prompt": Q + ANSWER}, Q),
+    ({"prompt": Q + ANSWER}, Q + ANSWER),                  # the beginning of the answer
     ({"prompt": Q[0]}, Q),
     ({"prompt": "q", "completion": "a", "label": "bad"}, "q"),
     ({"prompt": "q", "completion": ANSWER}, Q),
@@ -167,7 +167,7 @@ def test_gsm8k_by_its_short_name(monkeypatch, tmp_path):
     assert calls == [(("openai/gsm8k", subset), {"split": split}) for subset, split in (
         ("main", "train"), ("main", "test"), ("main", "test"), ("socratic", "test"))]
     example, = build_dataset("gsm8k:test", "prompts", TOKENIZER, 99).examples
-    assert (example.where, example.extras) == ("openai/gsm8k/main:test:1", {"prompt": "q", "columns": rows[0]})
+    assert (example.where, example.extras) == ("openai/gsm8k/main:test:1", {"prompt": Q, "columns": rows[0]})
     example, = build_dataset("gsm8k", "responses", TOKENIZER, 99).examples
     assert TOKENIZER.decode(example.responses[0].tokens, skip_special_tokens=True) == rows[0]["answer"]
 

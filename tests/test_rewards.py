@@ -10,17 +10,19 @@ import torch
 
 from data.errors import RunError, UserError
 from data.pack import Example
-from data.rewards import Reward, check_gold, golds_of, gsm8k, load_reward, r1_zero, r1_zero_details, score
+from data.rewards import Reward, check_gold, load_reward, score
+from data.verifiers import golds_of, gsm8k, r1_zero, r1_zero_details
 
 RIGHT = [("18", " 18 "), ("18", "18"), ("18", "$18"), ("18", "18.0"), ("18", "18.00"), ("1000", "1,000"), ("1,000", "1000"),
          ("18", "\\boxed{18}"), ("18", "so \\boxed{3} and \\boxed{18} it is"), ("1/2", "0.5"), ("0.5", "1/2"), ("1/2", "\\frac{1}{2}"),
+         ("18", "\\boxed 18"),
          ("18", "x = 18"), ("18", "18."), ("18", "18%"), ("18", "\\$18"), ("18", "18 apples"), ("18", "18 minutes"), ("18", "18 km"),
          ("18", "18 kg"), ("18", "18mph"), ("18", "18 percent"), ("18", "18 \\text{eggs}"), ("18", "\\text{18}"), ("42", "(42)"),
          ("42", "\\fbox{42}"), ("1234", "$1,234.00"), ("3.5", "3.50"), ("-5", "-5"), ("5", "+5"), ("0.5", ".5"), ("18 feet", "18"),
          ("Tuesday", "tuesday"), (18, "18"), (18.0, "18"), (["17", "18"], "18"), ("16 + 2 = 18\n#### 18", "18"),
          ("18", "17 </answer> </think> <answer> 18")]      # of two answers the last one counts
 WRONG = [("18", "18 dollars"), ("18", "18 eggs"), ("18", "36/2"), ("36/2", "18"), ("18", "2*9"), ("18", "The answer is 18"),
-         ("18", "\\boxed{18"), ("18", "\\boxed 18"), ("18", "\\boxed{18} \\boxed{"), ("18", ""), ("18", " "), ("18", "-18"), ("18", "1,8"),
+         ("18", "\\boxed{18"), ("18", "\\boxed{18} \\boxed{"), ("18", ""), ("18", " "), ("18", "-18"), ("18", "1,8"),
          ("18", "18 18"), ("18", "18</answer> trailing"), ("18", "__import__('os')"), ("", ""), ("0", "1/0"), ("2/4", "1/2"),
          ("18", "18.0000000001"), (["17", "18"], "19"), ("1", "١"), ("18", "0x12"), ("1", "1" + "0" * 99), ("18", "18e0"), ("18", "nan")]
 WITHOUT_FORMAT = ["think</think><answer>18</answer>", "think </think> <answer> 18", "think <answer> 18 </answer>", "18", "",
