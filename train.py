@@ -53,6 +53,7 @@ def main(argv: list[str]) -> None:
             if changed := ranks.from_main(changed_rates, place.directory, config_yaml):
                 run.notice(changed)
         tokenizer = load.load_tokenizer_for(common, common.model, run.notice)
+        load.check_path(getattr(config, "reference", None) or common.model, "reference")
         train_set, eval_set, report = load_datasets(common, config, algorithm.DATA, tokenizer, run.notice)
         for line in marked(train_set[0], tokenizer, most=400):
             run.notice(line)

@@ -8,7 +8,8 @@ SHORT = {"hh": "Anthropic/hh-rlhf", "shp": "stanfordnlp/SHP", "se": "HuggingFace
          "gsm8k": "openai/gsm8k"}
 SUBSET = {"openai/gsm8k": "main"}      # the one that is meant where none is named: the hub wants one
 SHORT_NAME = re.compile(rf"^({'|'.join(SHORT)})(?=[/:]|$)")
-HUB_NAME = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:/(?P<subset>[\w./-]+?))?(?::(?P<split>[\w.\[\]%:+-]+))?")
+ANSWER_WITHIN = 5      # seconds
+HUB_NAME = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(?:/(?P<subset>[\w./-]+?))?(?::(?P<split>[\w.\[\]%:+-]+))?")
 
 
 def hub_rows(name, kind="pairs", chat=True, seed=0):
@@ -26,8 +27,12 @@ def hub_rows(name, kind="pairs", chat=True, seed=0):
     repo, split = match["repo"], match["split"] or "train"
     subset = match["subset"] or SUBSET.get(repo)
     loaded = "train" if repo == SHORT["se"] and split == "test" else split      # its only split holds our test questions
+    cause = why_unreachable(repo, "dataset")
     try:
-        from datasets import load_dataset  # slow to import and not needed for local files
+        import datasets  # slow to import and not needed for local files
+        if cause:
+            datasets.config.HF_HUB_OFFLINE = True      # it has a switch of its own
+        load_dataset = datasets.load_dataset
         try:
             dataset = load_dataset(repo, subset, split=loaded) if subset else load_dataset(repo, split=loaded)
         except ValueError:
@@ -35,6 +40,9 @@ def hub_rows(name, kind="pairs", chat=True, seed=0):
                 raise
             dataset = load_dataset(repo, data_dir=subset, split=loaded)
     except Exception as error:  # noqa: BLE001  offline, not found, gated, unknown split: no common type
+        if cause:
+            raise UserError(f"{cause}, and {name!r} is neither an existing file nor a dataset in its cache; "
+                            "fix: correct the path, or connect to the network") from None
         reason = (str(error).strip().splitlines() or [""])[0][:200]
         raise UserError(f"{name!r} is neither an existing file nor a dataset that the hub gives us "
                         f"({type(error).__name__}: {reason}); "
@@ -49,6 +57,24 @@ def hub_rows(name, kind="pairs", chat=True, seed=0):
     else:
         for number, row in enumerate(dataset, 1):
             yield f"{label}:{number}", row
+
+
+def why_unreachable(repo, kind):
+    """Why the hub cannot be asked about a "model" or a "dataset", None if it answers, whatever it says. It is
+    asked once, for a few seconds, and from then on only its cache is used: its client would try each file for
+    half a minute."""
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+    try:
+        HfApi().repo_info(repo, repo_type=kind, timeout=ANSWER_WITHIN)
+    except OfflineModeIsEnabled:
+        return "the hub is not asked, since HF_HUB_OFFLINE is set"
+    except (HfHubHTTPError, HFValidationError):      # it answers, or would refuse: loading tells why
+        return None
+    except Exception as error:  # noqa: BLE001  no network: each version has errors of its own
+        constants.HF_HUB_OFFLINE = True
+        return f"no network: {constants.ENDPOINT} does not answer ({error or type(error).__name__})"
+    return None
 
 
 # ---- HH transcripts: "\n\nHuman: ...\n\nAssistant: ...\n\nHuman: ...\n\nAssistant: ..." ----

@@ -2,8 +2,9 @@
 
     python train.py example/tiny-dpo.yml [key=value ...] [--dry-run] [--debug] [--help]
 
-key=value, --key=value and --overrides key=value ... mean the same. --dry-run prints the resolved configuration and does not
-train; --debug shows an error's traceback. Values are read as text and cast here: YAML would make 5e-7 a string and `no` a bool.
+key=value, --key=value, --key value and --overrides key=value ... mean the same. --dry-run prints the resolved
+configuration and does not train; --debug shows an error's traceback. Values are read as text and cast here:
+YAML would make 5e-7 a string and `no` a bool.
 """
 import difflib
 import glob
@@ -24,6 +25,8 @@ import yaml
 
 from data.errors import UserError
 from data.sources import read_sources
+from engine.advice import SECRET, advice, is_secret, nested_advice, same
+from engine.definition import class_of
 
 Lines = NewType("Lines", str)      # text of one or more lines
 
@@ -84,9 +87,11 @@ class Run(NamedTuple):
 
 
 ROOT = Path(__file__).resolve().parents[1]
+YAML = (".yml", ".yaml")
 FLAGS = {"--help": "help", "-h": "help", "--dry-run": "dry-run", "--debug": "debug"}
 BOOL = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
-SECRET = re.compile(r"(token|secret|password|api_?key)(?![a-z])", re.IGNORECASE)    # not tokens, tokenizer
+NUMBER = re.compile(r"-\.?\d")         # how a negative one begins
+REFERS = re.compile(r"\$\{(\w+)[\w.]*\}")     # ${exp_name} stands for that key's value in other projects
 RANGES = [    # what a number must be, its test, the keys; None passes
     ("a number above 0", lambda x: x > 0, "lr max_grad_norm lora_alpha beta desirable_weight undesirable_weight temperature epsilon "
      "epsilon_high cliprange cliprange_value reward_timeout"),
@@ -104,24 +109,6 @@ RANGES = [    # what a number must be, its test, the keys; None passes
     ("2 or more", lambda x: x >= 2, "micro_batch_tokens max_length keep num_generations"),
 ]
 
-FOREIGN = {theirs: ours for ours, names in {    # our key: what other projects call it
-    "model": "model_name_or_path model_name model_path base_model adapter_name_or_path adapters tokenizer tokenizer_name_or_path",
-    "data": "dataset_name dataset datasets dataset_path data_path data_files train_file train_data",
-    "eval_data": "eval_dataset eval_file val_data", "eval_fraction": "val_size test_size val_set_size",
-    "output": "exp_name output_dir run_name save_dir out_dir", "lr": "learning_rate", "reference": "ref_model reference_model",
-    "batch_size (examples per update, over all devices; micro_batch_tokens bounds memory)": "total_batch_size global_batch_size "
-    "train_batch_size per_device_train_batch_size per_device_batch_size micro_batch_size gradient_accumulation_steps",
-    "epochs": "n_epochs num_train_epochs num_epochs max_epochs", "max_steps": "max_train_steps total_steps num_steps train_steps",
-    "max_length": "max_seq_length max_seq_len cutoff_len sequence_len seq_length max_prompt_length",
-    "schedule": "lr_scheduler_type lr_scheduler", "max_grad_norm": "grad_clip gradient_clipping",
-    "warmup (below 1: a share of all updates; from 1: a number of updates)": "warmup_ratio warmup_steps num_warmup_steps",
-    "precision": "bf16 fp16 dtype torch_dtype mixed_precision", "algorithm": "loss_type stage trainer",
-    "log_every": "logging_steps", "save_every": "save_steps", "eval_every": "eval_steps", "keep": "save_total_limit",
-    "lora_r": "lora_rank use_lora use_peft", "lora_targets": "lora_target lora_target_modules target_modules",
-    "load_in_4bit": "quantization_bit quant_bits",
-    "resume": "resume_from_checkpoint", "micro_batch_tokens": "per_device_eval_batch_size",
-}.items() for theirs in names.split()}
-
 ALIASES = {"local_rollout_forward_batch_size": "rollout_batch_size"}      # TRL's names of keys that mean the same here
 
 
@@ -137,8 +124,7 @@ def load_config(argv: list[str]) -> Run:
     if isinstance(name, list):
         raise nested("algorithm", where)
     if name not in known:
-        raise UserError(f"algorithm ({where}) is {show(name) if name else 'missing'}, algorithms/ holds {', '.join(known)}; "
-                        f"fix: give {nearest(name, known) or 'one of them'}")
+        raise no_algorithm(name or "", where, given, known)
     config_class = config_of(name)
     hints = get_type_hints(Common) | get_type_hints(config_class)
     all_fields = fields(Common) + fields(config_class)
@@ -164,29 +150,60 @@ def load_config(argv: list[str]) -> Run:
     return Run(common, config, sources, flags, stem)
 
 
-def parse_argv(argv: list[str]) -> tuple[str | None, dict[str, tuple[str, str]], set[str]]:
-    """-> (path of the YAML file or None, {key: (text, "command line")}, flags)."""
-    path, overrides, flags = None, {}, set()
-    for word in argv:
+def no_algorithm(name: str, where: str, given: dict, known: list[str]) -> UserError:
+    """For an algorithm that is missing, has another project's name for `algorithm`, or is none of the `known`
+    ones."""
+    other = next((key for key in given if same(key, ["algorithm"], "")), None)
+    if not name and other:
+        return UserError(f"unknown key {show(other)} ({given[other][1]}); fix: write algorithm")
+    state = show(name) if name else "missing"
+    return UserError(f"algorithm ({where}) is {state}, algorithms/ holds {', '.join(known)}; "
+                     f"fix: give {nearest(name, known) or 'one of them'}")
+
+
+def parse_argv(argv: list[str]) -> tuple[str | None, dict[str, tuple[str | None, str]], set[str]]:
+    """-> (path of the YAML file or None, {key: (text, "command line")}, flags). The text of a `--key` without
+    a value is None."""
+    path, overrides, flags, words = None, {}, set(), list(argv)
+    while words:
+        word = words.pop(0)
         assignment = re.fullmatch(r"(?:--)?([A-Za-z_][\w.-]*)=(.*)", word, re.DOTALL)
+        option = re.fullmatch(r"--([A-Za-z_][\w.-]*)", word)
         if word in FLAGS:
             flags.add(FLAGS[word])
-        elif assignment:
-            key = assignment[1].replace("-", "_")
-            key = ALIASES.get(key, key)
+        elif word == "--overrides":    # which needs no handling: key=value words follow
+            continue
+        elif assignment or option and not nearest(option[1], FLAGS.values()):
+            key, text = assignment.groups() if assignment else (option[1], value_of(words))
+            key = name_of(key)
             if key in overrides:
                 print(f"note: {key} is given more than once on the command line; the last one is used", file=sys.stderr)
-            overrides[key] = assignment[2], "command line"
-        elif not word.startswith("-") and (word.endswith((".yml", ".yaml")) or os.path.exists(word)):
+            overrides[key] = text, "command line"
+        elif not word.startswith("-") and (word.endswith(YAML) or os.path.exists(word)):
             if path is not None:
                 raise UserError(f"two config files in the command line, {show(path)} and {show(word)}; fix: give one")
             path = word
-        elif word != "--overrides":    # which needs no handling: key=value words follow
+        else:
             name = word.lstrip("-").replace("-", "_")
             flag, form = nearest(name, FLAGS.values()), f"{name}=VALUE" if name.isidentifier() else "key=value, such as lr=2e-5"
             raise UserError(f"{show(word)} in the command line is neither a .yml file nor key=value; "
                             f"fix: write {f'--{flag}' if flag else form}")
     return path, overrides, flags
+
+
+def value_of(words: list[str]) -> str | None:
+    """Take the value of a `--key` off the words that follow it. None where the next word is none: an option,
+    key=value or the YAML file."""
+    following = words[0] if words else "-"
+    is_option = following.startswith("-") and not NUMBER.match(following)
+    is_other = re.match(r"[A-Za-z_][\w.-]*=", following) or following.endswith(YAML)
+    return None if is_option or is_other else words.pop(0)
+
+
+def name_of(key: str) -> str:
+    """A key as it is called here: with _ for -, and ours for an alias."""
+    key = key.replace("-", "_")
+    return ALIASES.get(key, key)
 
 
 def read_values(given: dict, hints: dict, unknown, allowed: tuple | None = None) -> dict:
@@ -196,6 +213,9 @@ def read_values(given: dict, hints: dict, unknown, allowed: tuple | None = None)
     for key, (text, where) in given.items():
         if key not in hints:
             raise unknown(key, where)
+        if text is None:
+            value = "true" if hints[key] is bool else "VALUE"
+            raise UserError(f"--{key} ({where}) has no value; fix: write {key}={value}")
         if isinstance(text, list) and not {list, list[str]} & {*get_args(hints[key])}:
             raise nested(key, where)
         try:
@@ -238,21 +258,26 @@ def read_yaml(path: str) -> dict[str, tuple[str, str]]:
     found = {}
     for key_node, value_node in root.value:
         key, where = key_node.value, f"{path}:{key_node.start_mark.line + 1}"
-        key = ALIASES.get(key, key) if isinstance(key_node, yaml.ScalarNode) else key
+        key = name_of(key) if isinstance(key_node, yaml.ScalarNode) else key
         if key in ("data", "eval_data") and isinstance(value_node, yaml.SequenceNode):
             text = read_sources(value_node, key, path)
-        elif isinstance(key_node, yaml.ScalarNode) and is_list_of_texts(value_node):
+        elif not isinstance(key_node, yaml.ScalarNode):
+            raise UserError(f"nested value of {show(str(key))} in {where}; "
+                            "fix: keys are flat, write one 'key: value' per line")
+        elif is_list_of_texts(value_node) and key in all_keys():      # some keys take one
             text = [node.value for node in value_node.value]
         elif isinstance(value_node, yaml.MappingNode) and get_type_hints(Common).get(key) == dict | None:
             start, end = value_node.start_mark, value_node.end_mark
-            text = " " * start.column + content[start.index:end.index]      # `cast` reads it, with numbers and booleans
-        elif not isinstance(key_node, yaml.ScalarNode) or not isinstance(value_node, yaml.ScalarNode):
-            raise nested(str(key), where)
+            # `cast` reads it, with numbers and booleans
+            text = " " * start.column + content[start.index:end.index]
+        elif not isinstance(value_node, yaml.ScalarNode):
+            raise nested(key, where, leaves(value_node))
         else:
             text = "" if (value_node.value, value_node.style) == ("~", None) else value_node.value    # ~ is YAML's null
         if key in found:
             raise UserError(f"duplicate key {show(key)} in {where}, first in {found[key][1]}; fix: remove one")
         found[key] = text, where
+    check_references(found)
     return found
 
 
@@ -261,9 +286,30 @@ def is_list_of_texts(node: yaml.Node) -> bool:
     return is_list and all(isinstance(item, yaml.ScalarNode) for item in node.value)
 
 
-def nested(key: str, where: str) -> UserError:
-    fix = "keys are flat, write one 'key: value' per line"
-    return UserError(f"nested value of {show(key)} in {where}; fix: {fix}")
+def nested(key: str, where: str, names: tuple = ()) -> UserError:
+    """`names`: the dotted names of the values below the key."""
+    return UserError(f"nested value of {show(key)} in {where}{nested_advice(key, names, all_keys())}")
+
+
+def check_references(found: dict) -> None:
+    """UserError where a value holds ${other key}."""
+    for key, (text, where) in found.items():
+        other = REFERS.search(text) if isinstance(text, str) else None
+        if other and name_of(other[1]) in found:
+            raise UserError(f"{key} ({where}) is {show(text)}, but the value of {other[1]} is not put there; "
+                            "fix: write the value itself")
+
+
+def leaves(node: yaml.Node) -> list[str]:
+    """The dotted names of the scalars below a YAML node: ["optim.lr"] of {optim: {lr: 1}}; [] of a scalar."""
+    names = []
+    if isinstance(node, yaml.SequenceNode):
+        for element in node.value:
+            names += leaves(element)
+    for key_node, value_node in node.value if isinstance(node, yaml.MappingNode) else []:
+        below = leaves(value_node)
+        names += [f"{key_node.value}.{name}" for name in below] or [str(key_node.value)]
+    return names
 
 
 def syntax_error(error: yaml.YAMLError, path: str, text: str) -> UserError:
@@ -285,20 +331,35 @@ def algorithm_names() -> list[str]:
 
 
 def config_of(algorithm: str) -> type:
-    return importlib.import_module(f"algorithms.{algorithm}").Config
+    """The Config of algorithms/<algorithm>.py, without the rest of the file: torch is not imported."""
+    try:
+        return class_of(f"algorithms.{algorithm}", "Config")
+    except SyntaxError as error:
+        where = f"{error.filename}:{error.lineno}"
+        raise UserError(f"{where} is not Python ({error.msg}); fix: correct the file") from error
+    except AttributeError as error:
+        raise UserError(f"algorithms/{algorithm}.py has no class Config; "
+                        "fix: add one, a dataclass with the algorithm's keys") from error
+
+
+def all_keys() -> set[str]:
+    """Every key of every algorithm."""
+    keys = {field.name for field in fields(Common)}
+    for name in algorithm_names():
+        keys |= {field.name for field in fields(config_of(name))}
+    return keys
 
 
 def unknown_key(key: str, where: str, algorithm: str, known) -> UserError:
     """For a secret (its value is never echoed), another algorithm's key, another project's name, or a misspelling."""
-    if SECRET.search(key):
+    if is_secret(key):
         return UserError(f"{show(key)} ({where}) is a secret, which must not be in a config; "
                          "fix: remove it and set the environment variable HF_TOKEN")
     users = [name for name in algorithm_names() if key in get_type_hints(config_of(name))]
+    fault = f"unknown key {show(key)} ({where})"
     if users:
-        return UserError(f"{key} ({where}) is used by {', '.join(users)}, not by {algorithm}; fix: remove it")
-    ours = FOREIGN.get(key.lower()) or nearest(key.rpartition(".")[2], known)
-    return UserError(f"unknown key {show(key)} ({where}); "
-                     f"fix: {f'write {ours}' if ours else 'remove it (python train.py --help lists the keys)'}")
+        fault = f"{key} ({where}) is used by {', '.join(users)}, not by {algorithm}"
+    return UserError(fault + advice(key, known, algorithm))
 
 
 def cast(text: str, kind) -> Any:

@@ -12,7 +12,7 @@ from data.pack import Example, Response, order, pack
 from engine import lora
 from engine.checkpoint import model_path
 from engine.config import describe
-from engine.load import base_of, is_adapter, load_config, load_tokenizer_for, unloadable
+from engine.load import base_of, check_path, is_adapter, load_config, load_tokenizer_for, unloadable
 from engine.model import LOGITS_AT_ONCE
 
 
@@ -23,6 +23,7 @@ def dry_run(run_config, kind: str, world: int = 1) -> None:
     lora.quantization(common, torch.device("cuda" if torch.cuda.is_available() else "cpu"), torch.bfloat16)
     section("configuration", describe(run_config))
     tokenizer = load_tokenizer_for(common, common.model, notice)
+    check_path(getattr(config, "reference", None) or common.model, "reference")
     train_set, eval_set, reports = load_datasets(common, config, kind, tokenizer, notice)
     for name, report in reports.items():
         if report:

@@ -1,18 +1,26 @@
 """Models and tokenizers from a local directory or the hub; one plain line for whatever cannot be trained."""
+import difflib
+import glob
 import json
 import os
 import re
 from pickle import UnpicklingError
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedConfig
 from transformers.utils import cached_file, logging
 
 from data.errors import UserError
-from data.files import kind_of
+from data.files import SUFFIXES, kind_of
+from data.hub import why_unreachable
 from data.templates import set_template
 
+RUNS = "runs"                        # where runs are by default; no owner of models is meant by it
+HUB_MODEL = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*")
+# of files, which are no models
+FILES = (*SUFFIXES, ".gguf", ".safetensors", ".bin", ".pt", ".pth", ".yml", ".yaml", ".py")
 ADAPTER = "adapter_config.json"      # in a directory with a LoRA adapter, in peft's format
 MODES = {"do_sample", "num_beams", "use_cache", "return_dict_in_generate"}    # other settings depend on these
 SETTINGS = ("config.json", "generation_config.json", "tokenizer_config.json")
@@ -43,14 +51,40 @@ def base_of(path: str) -> str:
     return base
 
 
+def check_name(name: str, key: str = "model") -> None:
+    """UserError where there is no directory `name` and it cannot be, or be asked for as, a model on the
+    hub."""
+    check_path(name, key)
+    cached = os.path.isdir(name) or isinstance(try_to_load_from_cache(name, "config.json"), str)
+    cause = None if cached else why_unreachable(name, "model")
+    if cause:
+        raise UserError(f"{key}: {cause}, and {name} is neither a local directory nor in its cache; "
+                        "fix: correct the name, or connect to the network")
+
+
+def check_path(name: str, key: str = "model") -> None:
+    """UserError where a model's name can only be a local directory, and there is none: the hub is not
+    asked."""
+    folder = os.path.dirname(name) or "."
+    is_local = not HUB_MODEL.fullmatch(name) or name.lower().endswith(FILES) or folder == RUNS
+    if os.path.isdir(name) or not (is_local or os.path.exists(name)):
+        return
+    if os.path.exists(name):
+        raise UserError(f"{key}: {name} is a file, not a directory with a model; "
+                        "fix: pass a model directory or a hub name owner/name")
+    others = sorted(glob.glob(os.path.join(glob.escape(folder), "*", "config.*")))      # of runs and models
+    names = list(dict.fromkeys(os.path.basename(os.path.dirname(other)) for other in others))
+    shown = names[:8] if folder == RUNS else difflib.get_close_matches(os.path.basename(name), names)
+    hint = f" ({folder} holds {', '.join(shown)})" if shown else ""
+    raise UserError(f"{key}: there is no directory {name}{hint}; "
+                    "fix: correct the path, or pass a hub name owner/name")
+
+
 def load_lm(path: str, dtype=torch.float32, attn_implementation: str = "segments", **options):
     """A causal LM from a local directory or the hub; UserError for what is not one. `dtype` is fp32 for whatever is trained;
     `options` are more of from_pretrained's."""
     if is_adapter(path):
         raise UserError(f"{path} holds a LoRA adapter, not a model; fix: pass its base model, or a run of it with merge: true")
-    is_path = os.path.exists(path) or path.startswith((".", "/")) or path.count("/") > 1
-    if is_path and not os.path.isdir(path):
-        raise UserError(f"model: {path} is not a directory with a model; fix: pass a model directory or a hub name owner/name")
     config = load_config(path)
     kinds = config.architectures
     kinds = kinds if kinds and isinstance(kinds, list) else ["CausalLM"]
@@ -122,6 +156,7 @@ def can_be_saved(settings: dict) -> bool:
 
 def load_config(path: str):
     """The configuration of a model; UserError where there is none, or no model could be built from it."""
+    check_name(path)
     try:
         check_settings(path)
         return AutoConfig.from_pretrained(path)
@@ -203,6 +238,7 @@ def load_tokenizer(path: str):
     if has_run and not has_tokenizer:
         raise UserError(f"model: {path} is a run without a whole final/ or checkpoint; "
                         "fix: let it end, or pass another model")
+    check_name(path)
     if has_model:
         load_config(path)                  # the tokenizer reads it too, and would be blamed
     else:

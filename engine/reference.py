@@ -15,7 +15,7 @@ from data.errors import RunError, UserError
 from data.files import sha256
 from engine import checkpoint
 from engine.claim import claim, release
-from engine.load import base_of, first_line, is_adapter
+from engine.load import base_of, check_name, first_line, is_adapter
 
 
 class Reference:
@@ -63,6 +63,7 @@ def model_key(path: str, arithmetic: str) -> str:
         if is_adapter(path):
             digest.update(model_key(base_of(path), arithmetic).encode())
     else:
+        check_name(path, "reference")
         try:
             snapshot = os.path.dirname(cached_file(path, "config.json"))       # .../snapshots/<commit>
         except OSError as error:

@@ -20,8 +20,9 @@ from data.pack import Example
 from data.rewards import load_reward, score_all
 from data.tokenise import Tokeniser
 from data.verifiers import golds_of, r1_zero, r1_zero_details
+from engine.advice import advice
 from engine.claim import LOCK, claim
-from engine.config import FOREIGN, Common, Lines, cast, check_output, nearest, parse_argv, read_values, show
+from engine.config import Common, Lines, cast, check_output, parse_argv, read_values, show
 from engine.directory import read_config
 from engine.fingerprint import fingerprints
 from engine.load import base_of, load_config, load_tokenizer_for
@@ -77,9 +78,7 @@ def read_settings(argv: list[str], kind: type, program: str):
     hints = get_type_hints(kind)
 
     def unknown(key, where):
-        ours = FOREIGN.get(key) if FOREIGN.get(key) in hints else nearest(key, hints)
-        return UserError(f"unknown key {show(key)} ({where}); "
-                         f"fix: {f'write {ours}' if ours else f'remove it (python {program} --help lists the keys)'}")
+        return UserError(f"unknown key {show(key)} ({where})" + advice(key, hints, program, program))
 
     values = read_values(given, hints, unknown, allowed=("temperature", 0))
     for field in fields(kind):

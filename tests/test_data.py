@@ -139,6 +139,7 @@ def test_missing_files_directories_and_suffixes(tmp_path, write, monkeypatch):
 
 def fake_hub(monkeypatch, load_dataset):
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    monkeypatch.setattr("data.hub.why_unreachable", lambda repo, kind: None)
 
 
 def test_hub_names(monkeypatch):

@@ -653,7 +653,7 @@ def test_chat_ends_with_one_line(good, changed, talk, tmp_path):
     listed = changed({"config.json": "[]"})
     cases = [
         (tmp_path / "runs", "hi\n", "is a run without a whole final/ or checkpoint"),
-        (tmp_path / "nothing", "hi\n", "no tokenizer can be loaded"),
+        (tmp_path / "nothing", "hi\n", "there is no directory"),
         (reward, "hi\n", "is a reward model"),
         (good, b"caf\xe9\n", "not UTF-8 (byte 0xe9)"),
         (listed, "hi\n", "config.json holds a list"),

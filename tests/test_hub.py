@@ -107,7 +107,9 @@ def test_test_split_as_evaluation_data(tmp_path):
 def test_name_that_is_nowhere(tmp_path):
     hub_model(tmp_path, "Qwen/Qwen2.5-0.5B-Instruct")
     done = run_train(["example/qwen2.5-dpo.yml", f"output={tmp_path / 'run'}"], HF_HOME=str(tmp_path), HF_HUB_OFFLINE="1")
-    assert done.returncode == 2 and done.stderr.strip().splitlines()[-1].startswith("error: 'Anthropic/hh-rlhf' is neither")
+    last = done.stderr.strip().splitlines()[-1]
+    cause = "the hub is not asked, since HF_HUB_OFFLINE is set"
+    assert done.returncode == 2 and last.startswith(f"error: {cause}, and 'Anthropic/hh-rlhf' is neither")
     done = run_train(["example/qwen2.5-dpo.yml", f"output={tmp_path / 'run'}", "model=Qwen/none"],
                      HF_HOME=str(tmp_path), HF_HUB_OFFLINE="1")
     assert done.returncode == 2 and "Qwen/none" in done.stderr and "Traceback" not in done.stderr

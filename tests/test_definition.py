@@ -1,0 +1,128 @@
+"""engine/definition.py: a Config without the rest of its file. That torch is not imported shows in a fresh
+process."""
+import dataclasses
+import importlib
+import inspect
+import subprocess
+import sys
+from typing import Literal, get_type_hints
+
+import pytest
+from helpers import ROOT
+
+from data.errors import UserError
+from engine import definition
+from engine.config import algorithm_names, config_of, help_text, load_config
+from engine.definition import class_of
+
+PROGRAM = """
+import sys
+from data.errors import UserError
+from engine.config import help_text, load_config
+try:
+    load_config(sys.argv[1:])
+    print("read")
+except UserError as error:
+    print(error)
+help_text()
+print([name for name in ("torch", "transformers", "numpy") if name in sys.modules])
+"""
+
+
+@pytest.mark.parametrize("words, says", [
+    ("lrr=1", "unknown key 'lrr' (command line); fix: write lr"),
+    ("lr=1e-5", "read"), ("algorithm=grpo reward=gsm8k", "read"),
+    ("train_on=all", "train_on (command line) is used by dft, sft, not by dpo; fix: remove it"),
+])
+def test_no_torch(words, says):
+    arguments = ["example/tiny-dpo.yml", *words.split()]
+    command = [sys.executable, "-c", PROGRAM, *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.startswith(says) and done.stdout.endswith("\n[]\n"), done
+
+
+@pytest.mark.parametrize("name", algorithm_names())
+def test_real_configs(name):
+    """As the import makes them: fields, defaults, types, bases."""
+    found, imported = config_of(name), importlib.import_module(f"algorithms.{name}").Config
+    assert found is config_of(name) and get_type_hints(found) == get_type_hints(imported)
+    pairs = zip(dataclasses.fields(found), dataclasses.fields(imported), strict=True)
+    assert all((ours.name, ours.default) == (theirs.name, theirs.default) for ours, theirs in pairs)
+    assert [base.__name__ for base in found.__mro__] == [base.__name__ for base in imported.__mro__]
+    assert inspect.getsource(found) == inspect.getsource(imported)
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """-> a function: write algorithms/<name>.py of a project of its own. `boom` is a module that cannot be
+    imported."""
+    (tmp_path / "algorithms").mkdir()
+    monkeypatch.setattr(definition, "ROOT", tmp_path)
+    files = tmp_path / "algorithms"
+    monkeypatch.setattr("engine.config.algorithm_names", lambda: [path.stem for path in files.iterdir()])
+    monkeypatch.syspath_prepend(str(tmp_path))
+    class_of.cache_clear()
+
+    def write(name, text):
+        (tmp_path / "algorithms" / f"{name}.py").write_text(text)
+    yield write
+    class_of.cache_clear()
+
+
+def test_only_what_the_class_uses_is_run(project):
+    project("mine", """
+from __future__ import annotations
+import math, boom
+from dataclasses import dataclass, field as new
+from boom import nothing
+from typing import Literal
+from algorithms.base import Config as Base, FACTOR
+boom.run()
+KINDS = {}
+KINDS["a"] = FACTOR * 2
+def half(x):
+    return x / 2
+def train(engine, config):
+    boom.run()
+@dataclass
+class Config(Base):
+    share: float = half(KINDS["a"])       # half of it
+    kind: Literal["x", "y"] = "x"
+    root: float = new(default=math.sqrt(4))
+    def total(self) -> float:
+        return half(self.share) + self.beta
+later = boom.run()
+""")
+    project("base", """
+import os
+from dataclasses import dataclass
+FACTOR = 3
+@dataclass
+class Config:
+    beta: float | None = 0.5              # of the base
+import os
+""")
+    config = config_of("mine")
+    types = {"beta": float | None, "share": float, "kind": Literal["x", "y"], "root": float}
+    assert get_type_hints(config) == types
+    assert (config().share, config().root, config(beta=1.0).total()) == (3.0, 2.0, 2.5)
+    assert config.__mro__[1] is config_of("base")
+    text = help_text()
+    assert "share: float" in text and "# half of it" in text and "keys of mine" in text
+
+
+def test_errors_of_a_file_are_told(project, tmp_path):
+    project("good", "from dataclasses import dataclass\n@dataclass\nclass Config:\n    beta: float = 1.0\n")
+    project("cut", "import boom\n\nclass Config:\n    beta: float = (\n")
+    with pytest.raises(UserError, match=r"cut.py:4 is not Python \(.* was never closed\); fix: correct"):
+        config_of("cut")
+    project("empty", "X = 1\n")
+    with pytest.raises(UserError, match="algorithms/empty.py has no class Config; fix: add one"):
+        config_of("empty")
+    project("wrong", "\n\nclass Config:\n    beta: float = nothing\n")
+    with pytest.raises(NameError) as caught:
+        config_of("wrong")
+    last = caught.traceback[-1]
+    assert (str(last.path), last.lineno + 1) == (str(tmp_path / "algorithms" / "wrong.py"), 4)
+    (tmp_path / "x.yml").write_text("algorithm: good\nmodel: m\ndata: d\n")
+    assert load_config([str(tmp_path / "x.yml"), "beta=2"]).config.beta == 2      # the others are not read
