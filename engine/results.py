@@ -10,15 +10,10 @@ from functools import partial
 from pathlib import Path
 from typing import get_type_hints
 
-import numpy as np
-
-from data.dataset import doubts, load_datasets
+from data.dataset import load_datasets
 from data.errors import RunError, UserError
 from data.files import SUFFIXES
-from data.formats import Text
-from data.pack import Example
 from data.rewards import load_reward, score_all
-from data.tokenise import Tokeniser
 from data.verifiers import golds_of, r1_zero, r1_zero_details
 from engine.advice import advice
 from engine.claim import LOCK, claim
@@ -128,7 +123,8 @@ def with_lengths(settings, path: str):
 
 def load_examples(settings, kind: str, path: str, tokenizer, notice):
     """The first `limit` examples of the data, and its report."""
-    common = Common(algorithm="", model=path, data=settings.data, seed=settings.seed, max_length=settings.max_length)
+    common = Common(algorithm="", model=path, data=settings.data, seed=settings.seed, max_length=settings.max_length,
+                    system_prompt=settings.system_prompt)
     examples, _, reports = load_datasets(common, settings, kind, tokenizer, notice)
     return examples, reports["train"]
 
@@ -139,15 +135,15 @@ def load_prompts(settings, path: str, tokenizer, verifies_r1_zero: bool, notice)
     trained = read_config(model) or read_config(os.path.dirname(model)) or {}      # of a run, or its final/: with what it was trained
     if auto := settings.prompt_template == "auto":
         settings = replace(settings, prompt_template=cast(trained.get("prompt_template", "null"), str | None))
+    if settings.system_prompt is None:       # strings are turns of a conversation where they were in training
+        settings = replace(settings, system_prompt=cast(trained.get("system_prompt", "null"), Lines | None))
     told = []
     examples, report = load_examples(settings, "prompts", path, tokenizer, told.append)
-    bare = all(example.extras["prompt"] == example.extras["columns"].get("question") for example in examples)
-    if bare and not settings.prompt_template and not (auto and "prompt_template" in trained):
-        if tokenizer.chat_template:
-            examples = as_turns(examples, settings, tokenizer, told.append)
-        elif auto and verifies_r1_zero:
-            told, settings = [], replace(settings, prompt_template="r1_zero")
-            examples, report = load_examples(settings, "prompts", path, tokenizer, told.append)
+    is_question = [example.extras["prompt"] == example.extras["columns"].get("question") for example in examples]
+    has_choice = auto and "prompt_template" not in trained and not settings.prompt_template
+    if has_choice and verifies_r1_zero and all(is_question):       # so the model has no chat template
+        told, settings = [], replace(settings, prompt_template="r1_zero")
+        examples, report = load_examples(settings, "prompts", path, tokenizer, told.append)
     if settings.stop == "auto":
         own = cast(trained.get("stop", "null"), str | list[str] | None)
         own_template = cast(trained.get("prompt_template", "null"), str | None)
@@ -159,27 +155,6 @@ def load_prompts(settings, path: str, tokenizer, verifies_r1_zero: bool, notice)
     for text in [*told, f"prompts: {form}{f', stop {stop}' if stop else ''}"]:
         notice(text)
     return examples, report, settings
-
-
-def as_turns(examples: list[Example], settings, tokenizer, notice) -> list[Example]:
-    """Prompts of plain text as conversations."""
-    tokeniser, turns, control = Tokeniser(tokenizer), [], []
-    for example in examples:
-        messages = [{"role": "user", "content": example.extras["prompt"]}]
-        ids = np.array(tokeniser.prompt_ids(messages), np.int32)
-        if tokeniser.holds_control_tokens(Text(messages, [], example.where)):
-            control.append(example.where)
-        if len(ids) + settings.max_completion_length <= settings.max_length:
-            turns.append(Example(ids, [], example.where, example.extras | {"prompt": messages}))
-    first = control[0] if control else None
-    found = {"stop_inside": 0, "control_tokens": len(control), "first_control_tokens": first}
-    for line in doubts(found):
-        notice(f"warning: {settings.data}: {line}")
-    if len(turns) < len(examples):
-        notice(f"{len(examples) - len(turns)} of {len(examples)} prompts dropped: longer than max_length with the chat template")
-    if not turns:
-        raise UserError(f"no prompt of {settings.data} fits with the chat template; fix: raise max_length, or lower max_completion_length")
-    return turns
 
 
 # ---- completions ------------------------------------------------------------------------------------------------------
