@@ -17,13 +17,15 @@ SAME = {
     "algorithm":
         "loss_type loss_name loss loss.name rlhf_type rlhf stage trainer rl pref_loss dpo_loss_type "
         "advantage_estimator adv_estimator policy_loss_type loss_mode policy_loss.loss_mode algo "
-        "algorithm.name trainer_type training_type method",
+        "algorithm.name trainer_type training_type",
     "algorithm (ipo)": "ipo",
-    "algorithm (gspo has one ratio per completion)": "importance_sampling_level",
-    "algorithm (dr_grpo divides by a constant length, dapo by all tokens)":
+    "algorithm of grpo dr_grpo dapo gspo cispo rloo reinforce_pp ppo (gspo has one ratio per completion)":
+        "importance_sampling_level",
+    "algorithm of grpo dr_grpo dapo gspo cispo rloo reinforce_pp ppo (dr_grpo divides by a constant "
+    "length, dapo by all tokens)":
         "loss_agg_mode length_normalization_type loss_aggregation token_level_loss",
     "model":
-        "model_name_or_path model_name model_path model_id model_id_or_path model_dir base_model pretrain "
+        "model_name_or_path model_name model_path model_id model_id_or_path base_model pretrain "
         "pretrained_model pretrained_model_name_or_path name_or_path hf_model policy_model actor_model "
         "policy_path model.path model.name",
     "model (the adapter's directory)":
@@ -63,7 +65,7 @@ SAME = {
         "n_eval_examples",
     "output":
         "exp_name experiment_name output_dir output_dirs output_path run_name save_dir save_path out_dir "
-        "results_dir checkpoint_dir ckpt_dir ckpt_path default_local_dir trial_name",
+        "results_dir ckpt_dir ckpt_path default_local_dir trial_name",
     "truncate": "truncation truncation_mode truncation_strategy truncation_side",
     "shuffle": "shuffle_dataset dataset_shuffle shuffle_data train_dataloader_shuffle",
     "batch_size (examples per update, over all devices)":
@@ -99,16 +101,16 @@ SAME = {
     "gradient_checkpointing":
         "activation_checkpointing use_gradient_checkpointing enable_gradient_checkpointing",
     "deterministic": "full_determinism",
-    "lora_r": "lora_rank lora_dim rank",
+    "lora_r": "lora_rank lora_dim",
     "lora_r (a rank such as 16; 0 trains every weight)":
         "use_lora use_peft train_type tuner_type sft_type finetuning_type adapter peft_type lora "
         "tune_type",
     "lora_targets": "lora_target lora_target_modules target_modules lora_modules",
-    "load_in_4bit (true)": "quantization_bit quant_bits quantization qlora load_4bit",
+    "load_in_4bit (true: there are 4 bits only)": "quantization_bit quant_bits qlora load_4bit",
     "merge": "merge_lora merge_adapter merge_and_unload",
     "eval_every":
         "eval_steps evaluation_steps eval_freq eval_interval eval_every_steps eval_step test_freq "
-        "val_check_interval evals_per_epoch validation_steps",
+        "val_check_interval validation_steps",
     "save_every":
         "save_steps save_freq save_interval save_every_steps save_step save_model_step checkpoint_every "
         "checkpointing_steps save_iters",
@@ -121,12 +123,10 @@ SAME = {
     "resume":
         "resume_from_checkpoint resume_from_path resume_from resume_mode load_checkpoint resume_training "
         "auto_resume_from_checkpoints",
-    "sample_every (a number of updates)":
-        "log_completions completions_to_log sample_steps sample_during_eval",
+    "sample_every (a number of updates)": "log_completions sample_during_eval",
     "seed": "random_seed global_seed",
     "chat_template":
-        "template chat_template_path chat_template_jinja custom_chat_template chat_template_name "
-        "prompt_format",
+        "template chat_template_path chat_template_jinja custom_chat_template chat_template_name",
     "system_prompt": "system default_system system_message default_system_prompt default_system_message",
     "chat_template_kwargs": "apply_chat_template_kwargs",
     "chat_template_kwargs (a mapping such as {enable_thinking: false})": "enable_thinking",
@@ -141,7 +141,7 @@ SAME = {
     "beta of simpo": "simpo_beta",
     "beta of cpo": "cpo_beta",
     "beta of ipo": "ipo_beta ipo_tau tau",
-    "beta of orpo": "orpo_alpha orpo_beta orpo_lambda lambda lambda_orpo lambda_or cpo_beta_orpo",
+    "beta of orpo": "orpo_alpha orpo_beta orpo_lambda lambda lambda_orpo lambda_or",
     "rpo_alpha": "pref_ftx cpo_alpha sft_weight nll_weight nll_loss_coef sft_loss_weight sft_coef dpo_ftx",
     "cpo_alpha":
         "pref_ftx rpo_alpha sft_weight nll_weight nll_loss_coef sft_loss_weight sft_coef cpo_weight "
@@ -157,7 +157,7 @@ SAME = {
         "reward_model reward_funcs reward_func reward_fn reward_function reward_functions "
         "reward_model_path reward_model_name_or_path reward_model_id reward_pretrain "
         "custom_reward_function custom_reward_function.path reward_model.path reward_model.model.path "
-        "reward_models reward_function_path reward_type verifier",
+        "reward_models reward_function_path verifier",
     "reward_weights": "reward_funcs_weights reward_func_weights reward_fn_weights",
     "max_completion_length":
         "max_new_tokens generate_max_len max_response_length response_length sampling_max_tokens "
@@ -168,10 +168,10 @@ SAME = {
     "num_generations":
         "group_size n_samples_per_prompt num_return_sequences num_samples_per_prompt "
         "num_responses_per_prompt samples_per_prompt num_samples_per_question rollout_n rollout.n rloo_k "
-        "num_generations_per_prompt n num_rollouts",
+        "num_generations_per_prompt n",
     "n":
         "num_generations group_size n_samples_per_prompt num_return_sequences num_samples_per_prompt "
-        "samples_per_prompt n_samples num_samples best_of_n k",
+        "samples_per_prompt n_samples num_samples best_of_n",
     "num_iterations":
         "num_ppo_epochs ppo_epochs epochs_per_rollout_batch update_epochs mu ppo_inner_epochs "
         "num_inner_epochs",
@@ -274,7 +274,7 @@ NOT_NEEDED = {
         "tensorboard use_tensorboard tensorboard_dir mlflow_* use_mlflow comet_* logging_dir plot_loss "
         "project project_name entity tracker_project_name tracker",
     "save_every and eval_every count updates":
-        "save_strategy eval_strategy evaluation_strategy logging_strategy saves_per_epoch",
+        "save_strategy eval_strategy evaluation_strategy logging_strategy saves_per_epoch evals_per_epoch",
     "final/ holds the last weights":
         "load_best_model_at_end metric_for_best_model greater_is_better early_stopping_patience "
         "early_stop_interval",
@@ -308,13 +308,13 @@ NOT_NEEDED = {
 }
 
 # names that look like a slip in one of our keys and are something else
-OTHERS = set("load_in_8bit alpha mode step steps date label_smoothing_factor lora_bias".split())
+OTHERS = set("load_in_8bit alpha mode step steps date top label_smoothing_factor lora_bias".split())
 
 # parts of a dotted name that say where a key stands, not what it means
 NEUTRAL = set(
     "train training trainer config cfg args hparams model data dataset policy actor actor_rollout_ref "
-    "rollout optim optimizer loss policy_loss algorithm algo generation sampling logging trl lora peft grpo dpo "
-    "sft ppo kto orpo run checkpoint scheduler sampling_params training_args hyperparameters".split())
+    "rollout optim optimizer loss policy_loss algorithm algo generation sampling logging trl lora peft grpo "
+    "dpo sft ppo kto orpo run checkpoint scheduler sampling_params training_args hyperparameters".split())
 
 SECRET = re.compile(r"(token|secret|password|api_?key)(?![a-z])", re.IGNORECASE)    # not tokens, tokenizer
 TEXT_TOKEN = re.compile(      # of a text: stop_token, token_level
