@@ -57,16 +57,19 @@ def is_class(statement: ast.stmt, name: str) -> bool:
 
 
 def needed(body: list[ast.stmt], definition: ast.stmt) -> list[ast.stmt]:
-    """`definition` and the statements before it that it uses, directly or through others; in their order."""
-    before = body[:body.index(definition)]
+    """`definition` and the statements that it uses, directly or through others, in their order: those before it,
+    and functions and classes behind it, which its methods may call."""
+    place = body.index(definition)
+    usable = body[:place] + [node for node in body[place + 1:] if isinstance(node, DEFINITIONS)]
     wanted, kept = names_in(definition), [definition]
-    for statement in reversed(before):
-        bound = bound_by(statement)
+    while True:
         # `from __future__ import annotations` is always kept: it changes what annotations are
-        if not bound.isdisjoint(wanted | {"*", "annotations"}):
-            kept.append(statement)
-            wanted |= names_in(statement)
-    return kept[::-1]
+        names = wanted | {"*", "annotations"}
+        found = [node for node in usable if node not in kept and not bound_by(node).isdisjoint(names)]
+        if not found:
+            return [node for node in body if node in kept]
+        kept += found
+        wanted = wanted.union(*map(names_in, found))
 
 
 def names_in(node: ast.AST) -> set[str]:
@@ -98,8 +101,8 @@ def single_imports(statement: ast.stmt) -> list[ast.stmt]:
 
 
 def imported_class(statement: ast.stmt) -> ast.alias | None:
-    """The name that a statement imports, if that is a class of this project."""
-    if not isinstance(statement, ast.ImportFrom) or statement.level:
+    """The name that a statement imports, if that is a class in a file of this project that is not loaded yet."""
+    if not isinstance(statement, ast.ImportFrom) or statement.level or statement.module in sys.modules:
         return None
     body, alias = statements(path_of(statement.module)), statement.names[0]
     return alias if any(is_class(node, alias.name) for node in body) else None

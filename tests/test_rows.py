@@ -64,6 +64,7 @@ def load(tmp_path, rows, kind="responses", tokenizer=TOKENIZER, **config):
             "max_length": 400,
             "truncate": "none",
             "hh": "messages",
+            "system_prompt": None,
         }
         | config
     )
