@@ -55,10 +55,10 @@ def main(argv: list[str]) -> None:
         tokenizer = load.load_tokenizer_for(common, common.model, run.notice)
         load.check_path(getattr(config, "reference", None) or common.model, "reference")
         train_set, eval_set, report = load_datasets(common, config, algorithm.DATA, tokenizer, run.notice)
-        for line in marked(train_set[0], tokenizer, most=400):
-            run.notice(line)
         if start:
             ranks.from_main(run.check_data, report)
+        for line in marked(train_set[0], tokenizer, most=400):
+            run.notice(line)
         policy = model.build_policy(common, tokenizer, start)
         model.check_policy(policy, train_set, common.share_prompt, run.notice)
         if algorithm.MODEL == "reward":

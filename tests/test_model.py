@@ -256,7 +256,7 @@ def test_load_lm_names_what_is_not_a_causal_lm(tmp_path):
     (tmp_path / "cut" / "model.safetensors").write_bytes((tmp_path / "cut" / "model.safetensors").read_bytes()[:1000])
     cases = [
         (str(tmp_path / "missing"), "there is no directory"), ("./missing", "there is no directory"),
-        (str(tmp_path / "file"), "is not a directory with a model"),
+        (str(tmp_path / "file"), "is a file, not a directory with a model"),
         (directory("empty"), "cannot be loaded"),
         (adapter, "holds a LoRA adapter"),
         (quantized, "is quantized"),
