@@ -72,9 +72,11 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (default: 1)")
     parser.add_argument("--max-new-tokens", type=int, default=512)
     parser.add_argument("--seed", type=int, default=None)
-    parser.add_argument("--chat-template", help="a file, or chatml, llama3, mistral, gemma (default: the model's own)")
+    parser.add_argument("--chat-template",
+                        help="a file, or chatml, llama3, mistral, gemma (default: the model's own)")
     parser.add_argument("--system-prompt", help="of every conversation")
-    parser.add_argument("--chat-template-kwargs", type=read_mapping, help="such as '{enable_thinking: false}'")
+    parser.add_argument("--chat-template-kwargs", type=read_mapping,
+                        help="such as '{enable_thinking: false}'")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args(argv)
     logging.set_verbosity_error()

@@ -48,8 +48,8 @@ class Config(Sampling):            # reward, temperature, max_completion_length,
 
 
 def group_advantages(rewards):
-    """Per prompt (G,) rewards -> per prompt (G,) advantages, exactly 0 where the rewards are all alike. NaN marks
-    a completion without a reward; it counts nowhere."""
+    """Per prompt (G,) rewards -> per prompt (G,) advantages, exactly 0 where the rewards are all alike. NaN
+    marks a completion without a reward; it counts nowhere."""
     advantages = []
     for group in rewards:
         judged = group[~group.isnan()]

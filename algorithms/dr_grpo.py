@@ -44,8 +44,8 @@ class Config(Sampling):            # reward, temperature, max_completion_length,
 
 
 def group_advantages(rewards):
-    """Per prompt (G,) rewards -> per prompt (G,) advantages, exactly 0 where the rewards are all alike. NaN marks
-    a completion without a reward; it counts nowhere."""
+    """Per prompt (G,) rewards -> per prompt (G,) advantages, exactly 0 where the rewards are all alike. NaN
+    marks a completion without a reward; it counts nowhere."""
     advantages = []
     for group in rewards:
         advantages.append(group - group.nanmean() if not alike(group) else 0 * group)

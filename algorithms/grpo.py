@@ -53,8 +53,8 @@ class Config(Sampling):            # reward, temperature, max_completion_length,
 
 
 def group_advantages(rewards, scale_rewards="group", baseline=True):
-    """Per prompt (G,) rewards -> per prompt (G,) advantages, exactly 0 where the rewards are all alike. NaN marks
-    a completion without a reward; it counts nowhere."""
+    """Per prompt (G,) rewards -> per prompt (G,) advantages, exactly 0 where the rewards are all alike. NaN
+    marks a completion without a reward; it counts nowhere."""
     everywhere = torch.cat(rewards)
     advantages = []
     for group in rewards:

@@ -17,9 +17,10 @@ Metrics:  loss                                0.5 at step 0 with both weights 1,
           rewards/chosen, rewards/rejected    beta * r of the desirable and of the undesirable responses; 0 at step 0
           rewards/margins                     their difference
           logps/chosen, logps/rejected        summed log-probs under the policy, of each
-Differs:  y' never comes from the same prompt (the paper's code takes a neighbour's, which in unpacked pairs often is
-          the same): it is the response of the nearest row before in the update that has another prompt (before the
-          first row comes the last). An update whose rows all have one prompt takes it from all training rows.
+Differs:  y' never comes from the same prompt (the paper's code takes a neighbour's, which in unpacked pairs often
+          is the same): it is the response of the nearest row before in the update that has another prompt
+          (before the first row comes the last). An update whose rows all have one prompt takes it from all
+          training rows.
 Run:      python train.py example/tiny-kto.yml
 """
 from dataclasses import dataclass
@@ -61,8 +62,8 @@ def kto_loss(policy_logps, reference_logps, labels, kl, beta=0.1, desirable_weig
 
 
 def lenders(examples: list) -> list:
-    """For every example the nearest one before it that has another prompt; before the first comes the last. None
-    where all have the same prompt."""
+    """For every example the nearest one before it that has another prompt; before the first comes the last.
+    None where all have the same prompt."""
     prompts = [example.prompt.tobytes() for example in examples]
     found = [None] * len(examples)
     for i in [*range(len(examples))] * 2:      # twice: what comes before the first is known after one round
@@ -76,8 +77,8 @@ def lenders_of_data(engine) -> dict:
     train_set, eval_set = engine.train_set, engine.eval_set
     found = lenders(train_set)
     if None in found:
-        raise UserError(f"kto: all {len(train_set)} training rows have the prompt of {train_set[0].where}, and z0 "
-                        "needs a response to another prompt; fix: add rows with other prompts")
+        raise UserError(f"kto: all {len(train_set)} training rows have the prompt of {train_set[0].where}, and "
+                        "z0 needs a response to another prompt; fix: add rows with other prompts")
     after = lenders(train_set + eval_set)[len(train_set):]
     return dict(zip(map(id, train_set + eval_set), found + after))
 
@@ -85,8 +86,8 @@ def lenders_of_data(engine) -> dict:
 def mismatched(examples: list, max_length: int, of_data: dict) -> list:
     """Every prompt of an update (or of the held-out rows) with its lender's response: the lender among these
     examples, and where all of them have one prompt, as in an update of a single row, the one among the data.
-    Where the two together exceed max_length, the prompt loses its beginning: both lengths were checked in other
-    company."""
+    Where the two together exceed max_length, the prompt loses its beginning: both lengths were checked in
+    other company."""
     others = lenders(examples)
     if None in others:
         others = [of_data[id(example)] for example in examples]

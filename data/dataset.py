@@ -1,4 +1,5 @@
-"""Data files and hub datasets -> `Dataset`: token examples and a report of what was read, used and dropped, and why."""
+"""Data files and hub datasets -> `Dataset`: token examples and a report of what was read, used and dropped,
+and why."""
 import hashlib
 import itertools
 from collections import Counter
@@ -23,16 +24,16 @@ CHUNK = 1000  # rows tokenised in one call
 class Dataset:
     """Examples in the order of their rows. `report` keys:
 
-    source; sha256 (of a local file, else None); shape (how the columns were understood); read (rows); used (examples);
-    dropped {reason: rows}; first_dropped {reason: where}; cut_rows (raw texts cut into pieces); split_rows
-    (conversations that became several examples); continued (responses tokenised apart from their prompt) and
-    first_continued (where); stop_inside (responses with a
-    stop token before their end, None with train_on="all") and first_stop_inside (where); control_tokens (rows
-    in which a turn that is not trained holds a special token) and first_control_tokens (where); duplicates
-    (repetitions of an earlier example); prompt_length,
-    response_length (0 of prompts) and total (prompt + longest response), in tokens of the examples used: {"50", "90", "99"
-    (percentiles), "max"}; of labelled examples also desirable and undesirable. Of several sources the sums of these, a list of sha256, and
-    `sources`: the report of each. `notices`: sentences on how the source was read that are no counts.
+    source; sha256 (of a local file, else None); shape (how the columns were understood); read (rows); used
+    (examples); dropped {reason: rows}; first_dropped {reason: where}; cut_rows (raw texts cut into pieces);
+    split_rows (conversations that became several examples); continued (responses tokenised apart from their
+    prompt) and first_continued (where); stop_inside (responses with a stop token before their end, None with
+    train_on="all") and first_stop_inside (where); control_tokens (rows in which a turn that is not trained
+    holds a special token) and first_control_tokens (where); duplicates (repetitions of an earlier example);
+    prompt_length, response_length (0 of prompts) and total (prompt + longest response), in tokens of the
+    examples used: {"50", "90", "99" (percentiles), "max"}; of labelled examples also desirable and
+    undesirable. Of several sources the sums of these, a list of sha256, and `sources`: the report of each.
+    `notices`: sentences on how the source was read that are no counts.
     """
     examples: list[Example]
     report: dict
@@ -43,15 +44,15 @@ def build_dataset(source, kind, tokenizer, max_length, train_on="assistant", tru
                   columns=None, seed=0, template=None, system=False):
     """Read, parse and tokenise `source`: a local file's path or a hub name such as "Anthropic/hh-rlhf:test".
 
-    `kind`: "responses" (sft), "pairs", or "labelled" (kto): one response and extras["label"] per example; a pair gives two, the
-    chosen response (True) and then the rejected one (False). Pairs with a margin column have extras["margin"]. Or "prompts":
-    no responses, extras["prompt"] (the prompt as text or messages) and extras["columns"] (the row's columns by name), and
-    `max_length` is the prompt's; `template` and `system`: see `parse`.
-    `max_length`, `train_on`, `truncate`: see `Tokeniser.encode`; `hh`: see `parse` (without a chat template HH transcripts stay
-    text). `base`: the YAML's folder, for the error about a missing file. `columns`: {our name: the file's name}; `seed`: of
-    what is left out where a prompt of shp or se has too many pairs.
-    Raises UserError for anything wrong with the file or a row, when no row can be used, or when more than 1 % of the rows
-    have an empty response.
+    `kind`: "responses" (sft), "pairs", or "labelled" (kto): one response and extras["label"] per example; a
+    pair gives two, the chosen response (True) and then the rejected one (False). Pairs with a margin column
+    have extras["margin"]. Or "prompts": no responses, extras["prompt"] (the prompt as text or messages) and
+    extras["columns"] (the row's columns by name), and `max_length` is the prompt's; `template` and `system`:
+    see `parse`. `max_length`, `train_on`, `truncate`: see `Tokeniser.encode`; `hh`: see `parse` (without a
+    chat template HH transcripts stay text). `base`: the YAML's folder, for the error about a missing file.
+    `columns`: {our name: the file's name}; `seed`: of what is left out where a prompt of shp or se has too
+    many pairs. Raises UserError for anything wrong with the file or a row, when no row can be used, or when
+    more than 1 % of the rows have an empty response.
     """
     path = find_file(source, base) if _is_local(source, base) else None
     hh = hh if tokenizer.chat_template or template else "text"
@@ -60,7 +61,8 @@ def build_dataset(source, kind, tokenizer, max_length, train_on="assistant", tru
     tokeniser = Tokeniser(tokenizer)
     examples, read, cut_rows, dropped, first_dropped, shapes, first = [], 0, 0, Counter(), {}, Counter(), None
     control = []      # `where` of the rows in which a turn that is not trained holds a special token
-    labelled, other_label = None, None      # the first text with a label's column, the first where that is no label
+    # the first text with a label's column, and the first where that is no label
+    labelled, other_label = None, None
     notices = {}                            # sentence -> None: a set in the order in which they came
 
     def drop(reason, where):
@@ -108,8 +110,8 @@ def build_dataset(source, kind, tokenizer, max_length, train_on="assistant", tru
         for where in undesirable:
             drop(f"{labelled.label} is false or 0 (undesirable)", where)
         if other_label:
-            notices[f"{source}: the column {other_label.label!r} is ignored, since it holds other values than true "
-                    f"and false, 0 and 1 (first: {other_label.where})"] = None
+            notices[f"{source}: the column {other_label.label!r} is ignored, since it holds other values than "
+                    f"true and false, 0 and 1 (first: {other_label.where})"] = None
     if not examples:
         reasons = ", ".join(f"{count} {reason} (first: {first_dropped[reason]})" for reason, count in dropped.most_common())
         raise UserError(f"none of the {read} rows of {source} can be used: {reasons}; fix: correct the rows"
@@ -132,9 +134,9 @@ def build_dataset(source, kind, tokenizer, max_length, train_on="assistant", tru
 
 
 def load_datasets(config, algorithm_config, kind, tokenizer, notice):
-    """The training and evaluation examples that a configuration names, and their reports: (list, list, {"train", "eval"}).
-    Prompts are put into the algorithm's `prompt_template`, if it has one, and their gold answers through its rewards. Of evaluate.py
-    and sample.py only the first `limit` examples are returned.
+    """The training and evaluation examples that a configuration names, and their reports: (list, list,
+    {"train", "eval"}). Prompts are put into the algorithm's `prompt_template`, if it has one, and their gold
+    answers through its rewards. Of evaluate.py and sample.py only the first `limit` examples are returned.
 
     `notice(text)` is told once how each source was understood and of everything dropped, cut or doubtful.
     Raises UserError as `build_dataset` does, and when labelled training examples all have the same label."""
@@ -211,7 +213,8 @@ def combine(parts, weights, seed):
 
 
 def _weighted(groups, weight, seed):
-    """`groups` (lists of examples, one per row) `weight` times: the whole part of it in full, of the rest a random choice."""
+    """`groups` (lists of examples, one per row) `weight` times: the whole part of it in full, of the rest a
+    random choice."""
     count = round(weight % 1 * len(groups))
     if weight < 1:
         count = max(1, count)
@@ -220,16 +223,16 @@ def _weighted(groups, weight, seed):
 
 
 def overlap(train, evaluation):
-    """(rows, prompts): how many examples of the Dataset `evaluation` occur in the Dataset `train`, prompt and responses alike,
-    token by token; and how many have the prompt of a training example."""
+    """(rows, prompts): how many examples of the Dataset `evaluation` occur in the Dataset `train`, prompt and
+    responses alike, token by token; and how many have the prompt of a training example."""
     rows, prompts = {_key(example) for example in train.examples}, {_prompt_key(example) for example in train.examples}
     return (sum(_key(example) in rows for example in evaluation.examples),
             sum(_prompt_key(example) in prompts for example in evaluation.examples))
 
 
 def split_off(dataset, fraction, seed):
-    """(train, evaluation): about a random `fraction` of the examples is for evaluation, at least one prompt; all examples with
-    the same prompt are on the same side. Both keep the order."""
+    """(train, evaluation): about a random `fraction` of the examples is for evaluation, at least one prompt;
+    all examples with the same prompt are on the same side. Both keep the order."""
     total = len(dataset.examples)
     groups = {}                                                                # prompt -> its examples' numbers
     for i, example in enumerate(dataset.examples):
@@ -247,7 +250,8 @@ def split_off(dataset, fraction, seed):
 
     return (part([example for i, example in enumerate(dataset.examples) if i not in chosen]),
             part([example for i, example in enumerate(dataset.examples) if i in chosen],      # what was dropped is told of once
-                 dropped={}, first_dropped={}, cut_rows=0, split_rows=0, continued=0, first_continued=None, duplicates=0,
+                 dropped={}, first_dropped={}, cut_rows=0, split_rows=0, continued=0, first_continued=None,
+                 duplicates=0,
                  stop_inside=0, first_stop_inside=None, control_tokens=0, first_control_tokens=None))
 
 
@@ -262,11 +266,11 @@ def _tell(dataset, notice):
     if report["cut_rows"]:
         notice(f"{source}: {report['cut_rows']} texts cut into pieces of max_length tokens")
     if report["split_rows"]:
-        notice(f"{source}: {report['split_rows']} conversations became an example per turn: the chat template renders "
-               "earlier turns otherwise than the last one")
+        notice(f"{source}: {report['split_rows']} conversations became an example per turn: the chat template "
+               "renders earlier turns otherwise than the last one")
     if report["continued"]:
-        notice(f"{source}: {report['continued']} responses are tokenised apart from their prompts, because a token "
-               f"would span the end of the prompt (first: {report['first_continued']})")
+        notice(f"{source}: {report['continued']} responses are tokenised apart from their prompts, because a "
+               f"token would span the end of the prompt (first: {report['first_continued']})")
     for line in doubts(report):
         notice(f"warning: {source}: {line}")
     for line in dataset.notices:
@@ -302,8 +306,8 @@ def _turns(text):
 
 
 def _desirable(examples, ignore):
-    """(the examples but for those of undesirable rows, these rows). Labels are taken off. `ignore`: a label means
-    something else."""
+    """(the examples but for those of undesirable rows, these rows). Labels are taken off. `ignore`: a label
+    means something else."""
     kept, undesirable = [], []
     for example in examples:
         if example.extras.pop("label", True) or ignore:
@@ -314,7 +318,8 @@ def _desirable(examples, ignore):
 
 
 def _is_local(source, base):
-    """A file, or clearly meant as one: not of a hub name's form, with a data file's suffix, or in a directory that is here."""
+    """A file, or clearly meant as one: not of a hub name's form, with a data file's suffix, or in a directory
+    that is here."""
     if SHORT_NAME.match(str(source)) and not str(source).lower().endswith(SUFFIXES) and not Path(source).exists():
         return False
     return (not HUB_NAME.fullmatch(str(source)) or str(source).lower().endswith(SUFFIXES) or Path(source).exists()
@@ -330,7 +335,8 @@ def _key(example):
 
 
 def _prompt_key(example):
-    """Raw text (and train_on: all) has but one token in the place of a prompt: there it is the whole example."""
+    """Raw text (and train_on: all) has but one token in the place of a prompt: there it is the whole
+    example."""
     return example.prompt.tobytes() if len(example.prompt) > 1 else _key(example)
 
 

@@ -1,20 +1,21 @@
 """One row of any accepted shape -> `Text`: a prompt and its responses, as strings or as messages.
 
-Plain strings stay exactly as they are. A row that is well-formed but cannot be trained on is dropped: `parse` returns the reason,
-a short constant that the dataset counts. A row that is malformed is the file's mistake: `parse` raises UserError naming where.
+Plain strings stay exactly as they are. A row that is well-formed but cannot be trained on is dropped: `parse`
+returns the reason, a short constant that the dataset counts. A row that is malformed is the file's mistake:
+`parse` raises UserError naming where.
 
 Which columns are read, where a row has more than it needs: the first of these that is there in full.
     pairs       PAIRS below, from top to bottom
     responses   WHOLE, REPLIES, then the chosen side of PAIRS, then text
     labelled    with a label WHOLE or REPLIES, else PAIRS, of which both sides are trained
     prompts     PROMPTS; whole conversations without the assistant's last turns
-`instruction`, `query` and every row with a `system` or `tools` column are conversations, for the chat template, and so
-is `question` where the tokenizer has one; other strings are not. A string that is nothing but messages as JSON is read
-as these.
+`instruction`, `query` and every row with a `system` or `tools` column are conversations, for the chat template,
+and so are QUESTIONS where the tokenizer has one; other strings are not. A string that is nothing but messages
+as JSON is read as these.
 
-Only text is read. A row with something in a column of MEDIA is an error. Where such a column is gone and a line of a
-prompt or of a user's turn begins or ends with the <image> that stood for it, the row is dropped and counted; within a
-line, as in a question about HTML, it is text.
+Only text is read. A row with something in a column of MEDIA is an error. Where such a column is gone and a
+line of a prompt or of a user's turn begins or ends with the <image> that stood for it, the row is dropped and
+counted; within a line, as in a question about HTML, it is text.
 """
 import difflib
 import itertools
@@ -62,13 +63,15 @@ SHAPES = {
     "pairs": "prompt + chosen + rejected (or chosen_response + rejected_response); instruction, question or conversations + "
              "chosen + rejected; messages + rejected_response; chosen + rejected as message lists or HH transcripts",
     "labelled": "prompt + response or completion + label; messages + label; or a pair's columns",
-    "prompts": "prompt; messages; conversations; question; problem; instruction; query; chosen as a message list or HH transcript",
+    "prompts": "prompt; messages; conversations; question; problem; instruction; query; chosen as a message "
+               "list or HH transcript",
 }
 
 
 @dataclass
 class Text:
-    """One row before tokenising; prompt and responses are all strings or all lists of turns (see `data.messages`)."""
+    """One row before tokenising; prompt and responses are all strings or all lists of turns (see
+    `data.messages`)."""
     prompt: str | list   # without flags; of prompts the last turn may be the beginning of the assistant's
     responses: list      # 1 for sft; chosen, rejected for a pair; none for prompts. Messages: the turns after the prompt, assistant
                          # first and last, at least one of the assistant's without "train": False
@@ -76,13 +79,14 @@ class Text:
     raw: bool = False    # plain running text: the prompt is "" and the only response is cut into pieces
     shape: str = ""      # the columns that were read
     extras: dict = field(default_factory=dict)      # label (bool), margin (float); of prompts: prompt, columns
-    tools: list | None = None      # what the assistant may call, [{"type": "function", "function": {...}}, ...]
-    label: str = ""      # the column that says whether the response is desirable; extras has no label if it says
-                         # something else
+    tools: list | None = None      # what the assistant may call, as `data.messages` reads it
+    label: str = ""      # the column that says whether the response is desirable; extras has no label if it
+                         # says something else
 
 
 def read_template(name):
-    """The text of a prompt template: a name in data/prompts/, such as r1_zero, or a file. Raises UserError, also without {question}."""
+    """The text of a prompt template: a name in data/prompts/, such as r1_zero, or a file. Raises UserError,
+    also without {question}."""
     known = {path.stem: path for path in sorted(TEMPLATES.glob("*.prompt"))}
     path = known.get(name, Path(name))
     try:
@@ -99,11 +103,12 @@ def read_template(name):
 def parse(row, where, kind, hh="messages", template=None, chat=False, system=False):
     """Row (dict) -> Text, or the reason (str) to drop it.
 
-    `kind`: "responses" (one response per row; of a pair, the chosen one), "pairs" (chosen, rejected) or "labelled" (one response
-    and extras["label"]; or a pair) or "prompts" (no response; extras["prompt"] and extras["columns"], the row's columns by name,
-    with ground_truth of verl's rows among them). `hh`: "messages" splits HH transcripts into turns, "text" keeps them as they are.
-    `template`: of prompts, a text in which the row's question takes the place of {question}. `chat`: strings in a column of QUESTIONS
-    are a user's turn. `system`: there is a system prompt, so all strings but raw text are turns of a conversation.
+    `kind`: "responses" (one response per row; of a pair, the chosen one), "pairs" (chosen, rejected) or
+    "labelled" (one response and extras["label"]; or a pair) or "prompts" (no response; extras["prompt"] and
+    extras["columns"], the row's columns by name, with ground_truth of verl's rows among them). `hh`:
+    "messages" splits HH transcripts into turns, "text" keeps them as they are. `template`: of prompts, a text
+    in which the row's question takes the place of {question}. `chat`: strings in a column of QUESTIONS are a
+    user's turn. `system`: there is a system prompt, so all strings but raw text are turns of a conversation.
     Raises UserError for malformed rows and unknown columns.
     """
     found = row
@@ -113,8 +118,9 @@ def parse(row, where, kind, hh="messages", template=None, chat=False, system=Fal
     shape = _shape(columns, kind)
     if shape is None:
         names = ", ".join(name if name in columns else f"{name} (null)" for name in found) or "none"
-        raise UserError(f"unknown columns in {where}: found {names}; fix: rename them in the file, or in data: with columns: "
-                        f"{{our name: the file's}}, to one of these shapes: {SHAPES[kind]}")
+        raise UserError(f"unknown columns in {where}: found {names}; "
+                        "fix: rename them in the file, or in data: with columns: {our name: the file's}, "
+                        f"to one of these shapes: {SHAPES[kind]}")
     _check_media(row, where)
     row = row | {name: messages_in(row[name], name, where) for name in MAY_BE_JSON if name in columns}
     tools = read_tools(row.get("tools"), where)
@@ -122,7 +128,8 @@ def parse(row, where, kind, hh="messages", template=None, chat=False, system=Fal
     conversational = system or tools is not None or shape[0] in asks
     text = _prompt_only(row, shape[0], where, hh) if kind == "prompts" else _read(row, shape, where, hh)
     label = next((name for name in LABELS if name in columns and _single(shape)), "")
-    if kind not in ("responses", "labelled") or kind == "responses" and row.get(label) == "":      # null in CSV
+    is_null = kind == "responses" and row.get(label) == ""      # in CSV
+    if is_null or kind not in ("responses", "labelled"):
         label = ""
     desirable = _desirable(row, label, where, kind)
     if isinstance(text, str):
@@ -145,8 +152,8 @@ def parse(row, where, kind, hh="messages", template=None, chat=False, system=Fal
 
 
 def without_template(text, columns):
-    """Where a row's plain strings pass by the tokenizer's chat template: the sentence that says so and what changes
-    it. Else None. `columns`: {our name: the file's name}, as the source gives them."""
+    """Where a row's plain strings pass by the tokenizer's chat template: the sentence that says so and what
+    changes it. Else None. `columns`: {our name: the file's name}, as the source gives them."""
     names = [name for name in text.shape.split(" + ") if name != text.label]
     if not isinstance(text.prompt, str) or text.raw or "prompt" not in names:
         return None
@@ -163,8 +170,9 @@ def _check_media(row, where):
     """UserError where a column holds more than text."""
     for name in MEDIA:
         if not _is_empty(row.get(name)):
-            raise UserError(f"something in the column {name!r}, but only text is read, in {where}; fix: leave such rows "
-                            f"out, or rename it (columns: {{unused: {name}}}) where the text stands on its own")
+            raise UserError(f"something in the column {name!r}, but only text is read, in {where}; "
+                            f"fix: leave such rows out, or rename it (columns: {{unused: {name}}}) where the "
+                            "text stands on its own")
 
 
 def _is_empty(value):
@@ -193,8 +201,8 @@ def _shape(columns, kind):
 
 
 def _desirable(row, name, where, kind):
-    """What the column `name` says of the response: true or false, 0 or 1, in CSV, where all is text, also as words.
-    None without a column and where it says something else; an error of labelled rows."""
+    """What the column `name` says of the response: true or false, 0 or 1, in CSV, where all is text, also as
+    words. None without a column and where it says something else; an error of labelled rows."""
     label = row[name] if name else None
     if isinstance(label, str) and where.rpartition(":")[0].lower().endswith((".csv", ".csv.gz")):
         label = {"true": 1, "1": 1, "false": 0, "0": 0}.get(label.strip().lower(), label)
@@ -279,8 +287,8 @@ def _conversation(row, name, where):
 
 
 def _prompted(row, prompt_name, names, where, pair):
-    """A prompt column and one or two response columns, each a string, a message or a message list. Of a pair's side only the
-    last turn is the response, as in a pair."""
+    """A prompt column and one or two response columns, each a string, a message or a message list. Of a
+    pair's side only the last turn is the response, as in a pair."""
     prompt, replies = _with_input(row, prompt_name, where), [row[name] for name in names]
     if isinstance(prompt, str) and all(isinstance(reply, str) for reply in replies):
         prompt = read_string(prompt, prompt_name, where)
@@ -311,7 +319,8 @@ def _with_input(row, name, where):
 
 
 def _without_prompt(prompt, reply):
-    """(prompt, turns after it): a reply may be the full conversation, which repeats the prompt, perhaps after a system turn."""
+    """(prompt, turns after it): a reply may be the full conversation, which repeats the prompt, perhaps after
+    a system turn."""
     asked, said = unflagged(prompt), unflagged(reply)
     for start in (0, 1) if reply[0]["role"] == "system" else (0,):
         end = start + len(prompt)
@@ -380,8 +389,8 @@ def _with_columns(text, row, name, template):
             turns = [turn for turn in text.prompt if turn["role"] != "system"]
             if [turn["role"] for turn in turns] != ["user"]:
                 more = "an assistant's" if turns[-1]["role"] == "assistant" else "more than one user"
-                raise UserError(f"{more} turn in {text.where}, but prompt_template has room for one question; "
-                                "fix: remove prompt_template, or leave such rows out")
+                raise UserError(f"{more} turn in {text.where}, but prompt_template has room for one "
+                                "question; fix: remove prompt_template, or leave such rows out")
             text.shape += ", without its system turn" if len(turns) < len(text.prompt) else ""
             question = turns[0]["content"]
         text.prompt = template.replace("{question}", question)

@@ -80,7 +80,8 @@ def read_history(value, where):
 
 
 def read_tools(value, where):
-    """The `tools` column, a list, perhaps as JSON text -> [{"type": "function", "function": {...}}] or None."""
+    """The `tools` column, a list, perhaps as JSON text -> [{"type": "function", "function": {...}}] or
+    None."""
     value = _from_text(value, "'tools'", where)
     if value in (None, []):
         return None

@@ -32,8 +32,9 @@ NO_MESSAGE = ("a completion is a string here, of a conversation too: write compl
 # ---- gold answers ----
 
 def check_gold(rewards, examples):
-    """Feed the gold answers of `examples` (of kind "prompts"), wrapped in each verifier's format, through it: UserError that lists
-    the rows which do not score 1. A reward that no answer can earn would only look like a model that does not learn."""
+    """Feed the gold answers of `examples` (of kind "prompts"), wrapped in each verifier's format, through it:
+    UserError that lists the rows which do not score 1. A reward that no answer can earn would only look like
+    a model that does not learn."""
     for reward in rewards:
         wrap = WRAPPED.get(reward.function)
         failed = []
@@ -45,8 +46,10 @@ def check_gold(rewards, examples):
             if not all(reward.function([None], [wrap.format(gold)], answer=[gold]) == [1.0] for gold in golds):
                 failed.append(f"{example.where} ({_shown(', '.join(golds))})")
         if failed:
-            raise UserError(f"{reward.name} cannot verify the gold answers of {len(failed)} of {len(examples)} rows, in "
-                            f"{', '.join(failed[:5])}{', ...' if len(failed) > 5 else ''}; fix: correct or remove these rows")
+            shown = ", ".join(failed[:5]) + (", ..." if len(failed) > 5 else "")
+            other = "" if reward.function is math_answer else ", or take reward=math, which reads formulas"
+            raise UserError(f"{reward.name} cannot verify the gold answers of {len(failed)} of {len(examples)} "
+                            f"rows, in {shown}; fix: correct or remove these rows{other}")
 
 
 # ---- which rewards ----
@@ -61,7 +64,8 @@ class Reward:
 
 
 BUILT_IN = {"gsm8k": gsm8k, "r1_zero": r1_zero, "math": math_answer}
-WRAPPED = {gsm8k: "#### {}", r1_zero: " So that is it. </think> <answer> {} </answer>", math_answer: "\\boxed{{{}}}"}
+WRAPPED = {gsm8k: "#### {}", r1_zero: " So that is it. </think> <answer> {} </answer>",
+           math_answer: "\\boxed{{{}}}"}
 PACKAGES = {"math": "math-verify"}                 # optional ones
 
 
@@ -77,10 +81,11 @@ def is_model(part):
 
 @functools.cache
 def load_reward(spec, weights=None, where="reward"):
-    """The rewards named in `spec`, separated by commas: gsm8k, r1_zero, math, path.py:function, or a reward model's directory.
+    """The rewards named in `spec`, separated by commas: gsm8k, r1_zero, math, path.py:function, or a reward
+    model's directory.
 
-    `weights`: as many numbers, separated by commas; None = all 1. `where`: the key, for errors. Raises UserError; a Python file
-    is run to load it, once in a process.
+    `weights`: as many numbers, separated by commas; None = all 1. `where`: the key, for errors. Raises
+    UserError; a Python file is run to load it, once in a process.
     """
     parts = parts_of(spec)
     try:

@@ -57,8 +57,8 @@ def is_class(statement: ast.stmt, name: str) -> bool:
 
 
 def needed(body: list[ast.stmt], definition: ast.stmt) -> list[ast.stmt]:
-    """`definition` and the statements that it uses, directly or through others, in their order: those before it,
-    and functions and classes behind it, which its methods may call."""
+    """`definition` and the statements that it uses, directly or through others, in their order: those before
+    it, and functions and classes behind it, which its methods may call."""
     place = body.index(definition)
     usable = body[:place] + [node for node in body[place + 1:] if isinstance(node, DEFINITIONS)]
     wanted, kept = names_in(definition), [definition]
@@ -101,7 +101,8 @@ def single_imports(statement: ast.stmt) -> list[ast.stmt]:
 
 
 def imported_class(statement: ast.stmt) -> ast.alias | None:
-    """The name that a statement imports, if that is a class in a file of this project that is not loaded yet."""
+    """The name that a statement imports, if that is a class in a file of this project that is not loaded
+    yet."""
     if not isinstance(statement, ast.ImportFrom) or statement.level or statement.module in sys.modules:
         return None
     body, alias = statements(path_of(statement.module)), statement.names[0]

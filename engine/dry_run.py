@@ -1,4 +1,5 @@
-"""`--dry-run`: everything a run would do, printed before it does anything. Reads the data and the tokenizer, not the weights."""
+"""`--dry-run`: everything a run would do, printed before it does anything. Reads the data and the tokenizer,
+not the weights."""
 import math
 from dataclasses import replace
 
@@ -17,7 +18,8 @@ from engine.model import LOGITS_AT_ONCE
 
 
 def dry_run(run_config, kind: str, world: int = 1) -> None:
-    """Print configuration, data audit, the first example, batch arithmetic and a memory forecast; UserError as training would."""
+    """Print configuration, data audit, the first example, batch arithmetic and a memory forecast; UserError
+    as training would."""
     common, config = run_config.common, run_config.config
     common = replace(common, model=model_path(common.model, notice))
     lora.quantization(common, torch.device("cuda" if torch.cuda.is_available() else "cpu"), torch.bfloat16)
@@ -71,8 +73,8 @@ def audit(report: dict) -> list[str]:
 
 
 def marked(example, tokenizer, most: int | None = None) -> list[str]:
-    """Prompt and responses as text, runs of trained tokens between [[ and ]]; of a text longer than `most` characters the
-    middle is left out."""
+    """Prompt and responses as text, runs of trained tokens between [[ and ]]; of a text longer than `most`
+    characters the middle is left out."""
     texts = [("prompt", tokenizer.decode(example.prompt))]
     for response in example.responses:
         text, start = "", 0
@@ -91,7 +93,8 @@ def marked(example, tokenizer, most: int | None = None) -> list[str]:
 
 
 def forecast(common, config, train_set: list, tokens: int, online: bool = False) -> list[str]:
-    """Weights, gradients, optimizer, reference and the largest micro-batch, in GB, from the model's configuration alone."""
+    """Weights, gradients, optimizer, reference and the largest micro-batch, in GB, from the model's
+    configuration alone."""
     adapter, base = is_adapter(common.model), base_of(common.model)
     settings = load_config(base)
     try:
@@ -107,14 +110,16 @@ def forecast(common, config, train_set: list, tokens: int, online: bool = False)
     width = 2 if torch.cuda.is_available() and common.precision != "fp32" else 4      # bytes of a frozen weight that is not in 4 bits
     hidden, vocabulary = settings.hidden_size, settings.vocab_size
     inner = getattr(settings, "intermediate_size", 4 * hidden)
-    # per token and layer, kept for the backward: two norms (input and output, fp32), q k v and rotated q k, attention output, and
+    # per token and layer, kept for the backward: two norms (input and output, fp32), q k v and rotated q k,
+    # attention output, and
     # the MLP's gate and up
     per_layer = 4 * (10 * hidden + 2 * inner) if not common.gradient_checkpointing else 4 * hidden
     activations = tokens * (settings.num_hidden_layers * per_layer + 4 * 4 * hidden)
     at_once = LOGITS_AT_ONCE["cuda" if torch.cuda.is_available() else "cpu"]
     logits = 2 * 4 * min(at_once, tokens * vocabulary) + (0 if frozen else 4 * hidden * vocabulary)      # a slice twice
     table = 4 * sum(example.num_trained for example in train_set) if hasattr(config, "reference") else 0
-    # online a second model must answer for every new completion; under a fresh adapter it is the policy without that
+    # online a second model must answer for every new completion; under a fresh adapter it is the policy
+    # without that
     reference = (getattr(config, "beta", 0) or getattr(config, "kl_coef", 0)) and (adapter or not common.lora_r)
     critic = getattr(config, "share_value_trunk", True) is False
     rows = {

@@ -253,7 +253,7 @@ def load_tokenizer(path: str):
         raise UserError(f"model: the tokenizer of {path} has no eos token, so no response could end; fix: set eos_token")
     if empty:
         raise UserError(f"model: the tokenizer of {path} has no vocabulary; fix: save tokenizer.json beside the model")
-    if hasattr(tokenizer, "legacy"):       # Llama's; transformers does not save it, and then cuts texts otherwise
+    if hasattr(tokenizer, "legacy"):       # Llama's; unsaved, as transformers leaves it, texts are cut otherwise
         tokenizer.init_kwargs["legacy"] = tokenizer.legacy
     return tokenizer
 

@@ -128,9 +128,10 @@ class Engine:
         before = self.some_weights() if index == 1 else None
         yield self.step
         if before and self.grad_norm == 0 and not self.may_teach_nothing:
-            raise RunError("the gradient of the first update is exactly 0, so nothing would be trained; likely "
-                           "causes: pairs whose two responses are the same once the chat template has rendered them, "
-                           "or a loss that is multiplied by 0; fix: look at the first example, which --dry-run shows")
+            raise RunError("the gradient of the first update is exactly 0, so nothing would be trained; "
+                           "likely causes: pairs whose two responses are the same once the chat template has "
+                           "rendered them, or a loss that is multiplied by 0; "
+                           "fix: look at the first example, which --dry-run shows")
         if before and self.grad_norm > 0 and not self.moved(before):
             raise RunError(f"no weight moved in the first update (gradient norm {self.grad_norm:.3g}, lr {lr:g}); fix: raise lr")
         tokens = sum(example.size(self.policy.share_prompt) for example in examples)

@@ -123,8 +123,8 @@ def with_lengths(settings, path: str):
 
 def load_examples(settings, kind: str, path: str, tokenizer, notice):
     """The first `limit` examples of the data, and its report."""
-    common = Common(algorithm="", model=path, data=settings.data, seed=settings.seed, max_length=settings.max_length,
-                    system_prompt=settings.system_prompt)
+    common = Common(algorithm="", model=path, data=settings.data, seed=settings.seed,
+                    max_length=settings.max_length, system_prompt=settings.system_prompt)
     examples, _, reports = load_datasets(common, settings, kind, tokenizer, notice)
     return examples, reports["train"]
 
@@ -139,9 +139,9 @@ def load_prompts(settings, path: str, tokenizer, verifies_r1_zero: bool, notice)
         settings = replace(settings, system_prompt=cast(trained.get("system_prompt", "null"), Lines | None))
     told = []
     examples, report = load_examples(settings, "prompts", path, tokenizer, told.append)
-    is_question = [example.extras["prompt"] == example.extras["columns"].get("question") for example in examples]
     has_choice = auto and "prompt_template" not in trained and not settings.prompt_template
-    if has_choice and verifies_r1_zero and all(is_question):       # so the model has no chat template
+    # a question is a string only where the model has no chat template
+    if has_choice and verifies_r1_zero and all(map(is_plain_question, examples)):
         told, settings = [], replace(settings, prompt_template="r1_zero")
         examples, report = load_examples(settings, "prompts", path, tokenizer, told.append)
     if settings.stop == "auto":
@@ -155,6 +155,10 @@ def load_prompts(settings, path: str, tokenizer, verifies_r1_zero: bool, notice)
     for text in [*told, f"prompts: {form}{f', stop {stop}' if stop else ''}"]:
         notice(text)
     return examples, report, settings
+
+
+def is_plain_question(example) -> bool:
+    return example.extras["prompt"] == example.extras["columns"].get("question")
 
 
 # ---- completions ------------------------------------------------------------------------------------------------------
