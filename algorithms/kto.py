@@ -62,13 +62,19 @@ def kto_loss(policy_logps, reference_logps, labels, kl, beta=0.1, desirable_weig
 
 
 def lenders(examples: list) -> list:
-    """For every example the nearest one before it that has another prompt; before the first comes the last.
-    None where all have the same prompt."""
+    """For every example the nearest one before it that has another prompt and is no other turn of the same
+    conversation; before the first comes the last. None where there is none."""
     prompts = [example.prompt.tobytes() for example in examples]
-    found = [None] * len(examples)
-    for i in [*range(len(examples))] * 2:      # twice: what comes before the first is known after one round
-        alike = prompts[i] == prompts[i - 1]
-        found[i] = found[i - 1] if alike else examples[i - 1]
+    found = []
+    for i, example in enumerate(examples):
+        lender = None
+        for k in range(1, len(examples)):
+            if prompts[i - k] != prompts[i] and examples[i - k].where != example.where:
+                lender = examples[i - k]
+                break
+        found.append(lender)
+        if lender is None:                 # nearly always all have the same prompt
+            return found
     return found
 
 
@@ -77,8 +83,8 @@ def lenders_of_data(engine) -> dict:
     train_set, eval_set = engine.train_set, engine.eval_set
     found = lenders(train_set)
     if None in found:
-        raise UserError(f"kto: all {len(train_set)} training rows have the prompt of {train_set[0].where}, and "
-                        "z0 needs a response to another prompt; fix: add rows with other prompts")
+        raise UserError(f"kto: no training row has another prompt than {train_set[len(found) - 1].where}, and z0 "
+                        "needs a response to another prompt; fix: add rows with other prompts")
     after = lenders(train_set + eval_set)[len(train_set):]
     return dict(zip(map(id, train_set + eval_set), found + after))
 

@@ -232,11 +232,16 @@ def overlap(train, evaluation):
 
 def split_off(dataset, fraction, seed):
     """(train, evaluation): about a random `fraction` of the examples is for evaluation, at least one prompt;
-    all examples with the same prompt are on the same side. Both keep the order."""
+    all examples with the same prompt are on the same side, and all turns of a conversation. Both keep the
+    order."""
     total = len(dataset.examples)
-    groups = {}                                                                # prompt -> its examples' numbers
+    groups = {}                            # prompt -> its examples' numbers
+    key, row = None, None
     for i, example in enumerate(dataset.examples):
-        groups.setdefault(_prompt_key(example), []).append(i)
+        is_piece = len(example.prompt) == 1                # of raw text
+        if is_piece or example.where != row:
+            key, row = _prompt_key(example), example.where
+        groups.setdefault(key, []).append(i)
     groups, wanted, chosen = list(groups.values()), max(1, round(fraction * total)), set()
     for i in np.random.default_rng(seed).permutation(len(groups)).tolist():
         if not chosen or len(chosen) + len(groups[i]) <= wanted:

@@ -15,7 +15,7 @@ as JSON is read as these.
 
 Only text is read. A row with something in a column of MEDIA is an error. Where such a column is gone and a
 line of a prompt or of a user's turn begins or ends with the <image> that stood for it, the row is dropped and
-counted; within a line, as in a question about HTML, it is text.
+counted; within a line, and beside a closing tag such as </image>, it is text.
 """
 import difflib
 import itertools
@@ -38,8 +38,8 @@ from data.messages import (
 )
 
 WHOLE = ("messages", "conversations", "conversation")            # one column with the whole conversation
-REPLIES = (("prompt", "response"), ("prompt", "completion"), ("question", "answer"), ("instruction", "output"),
-           ("query", "response"), ("prompt", "extra_info.answer"))          # the last: verl's
+REPLIES = (("prompt", "response"), ("prompt", "completion"), ("question", "answer"), ("problem", "solution"),
+           ("instruction", "output"), ("query", "response"), ("prompt", "extra_info.answer"))   # the last: verl's
 PAIRS = (("prompt", "chosen_response", "rejected_response"), ("prompt", "chosen", "rejected"),
          ("conversations", "chosen", "rejected"), ("instruction", "chosen", "rejected"), ("question", "chosen", "rejected"),
          ("query", "chosen", "rejected"), ("query", "response", "rejected_response"), ("question", "response_j", "response_k"),
@@ -50,7 +50,8 @@ LABELS = ("label", "kto_tag")
 MAY_BE_JSON = (*WHOLE, "prompt", "response", "completion", "chosen", "rejected", "chosen_response",
                "rejected_response", "rejected_messages")
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
-PLACEHOLDER = re.compile(r"^[^\S\n]*<(image|video|audio)>|<(image|video|audio)>[^\S\n]*$", re.MULTILINE)
+PLACEHOLDER = re.compile(r"^[^\S\n]*<(image|video|audio)>|<image>[^\S\n]*$", re.MULTILINE)
+MARKUP = re.compile(r"</(image|video|audio)>")      # HTML or XML, not a place for an image
 # the columns under which the same strings are a conversation
 ONLY_TEXT = "an image, video or sound stands in its text, and only text is read"
 AS_CONVERSATION = {"prompt": "instruction", "response": "output", "completion": "output", "chosen": "chosen",
@@ -58,8 +59,8 @@ AS_CONVERSATION = {"prompt": "instruction", "response": "output", "completion": 
 LARGEST = 3.4e38      # a margin becomes a float32, which holds no larger number
 TEMPLATES = Path(__file__).parent / "prompts"
 SHAPES = {
-    "responses": "messages; conversations; prompt + response or completion; question + answer; instruction + output; "
-                 "query + response; text; or a pair's columns",
+    "responses": "messages; conversations; prompt + response or completion; question + answer; "
+                 "problem + solution; instruction + output; query + response; text; or a pair's columns",
     "pairs": "prompt + chosen + rejected (or chosen_response + rejected_response); instruction, question or conversations + "
              "chosen + rejected; messages + rejected_response; chosen + rejected as message lists or HH transcripts",
     "labelled": "prompt + response or completion + label; messages + label; or a pair's columns",
@@ -431,7 +432,7 @@ def _checked(text):
         if any(map(says_nothing, trained)):
             return "empty response"
     turns = itertools.chain(text.prompt, *text.responses)
-    if any(PLACEHOLDER.search(turn["content"]) for turn in turns if turn["role"] != "assistant"):
+    if any(_misses_media(turn["content"]) for turn in turns if turn["role"] != "assistant"):
         return ONLY_TEXT
     if len(text.responses) == 2 and unflagged(text.responses[0]) == unflagged(text.responses[1]):
         return "chosen equals rejected"
@@ -443,11 +444,15 @@ def _checked_strings(text):
         raise _no_prompt(text)
     if not all(response.strip() for response in text.responses):
         return "empty response"
-    if PLACEHOLDER.search(text.prompt):
+    if _misses_media(text.prompt):
         return ONLY_TEXT
     if len(text.responses) == 2 and text.responses[0] == text.responses[1]:
         return "chosen equals rejected"
     return text
+
+
+def _misses_media(content):
+    return bool(PLACEHOLDER.search(content)) and not MARKUP.search(content)
 
 
 def _no_prompt(text):

@@ -189,6 +189,8 @@ def _calls(message, name, where):
     """What `tool_calls`, or the older `function_call`, holds."""
     calls = _from_text(message.get("tool_calls"), f"{name}.tool_calls", where) or []
     old = _from_text(message.get("function_call"), f"{name}.function_call", where)
+    if isinstance(old, dict) and all(value is None for value in old.values()):
+        old = None                     # Parquet and the hub fill it in beside rows that have a call
     if calls and old:
         raise UserError(f"{name} has both tool_calls and function_call in {where}; fix: keep tool_calls")
     if old:

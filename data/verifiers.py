@@ -40,7 +40,7 @@ SIGN = rf"[+-]? ?{CURRENCY}? ?|{CURRENCY} ?[+-]"
 QUANTITY = re.compile(rf"(?P<sign>{SIGN})(?:{RATIONAL})(?: ?(?P<unit>{UNIT}))?\.?", re.IGNORECASE)
 # words after a number that change its value or take it back
 NO_UNITS = re.compile(r"\b(?:or|and|nor|not?|k|half|dozen|hundred|thousand|[a-z]+illion|plus|minus|times|over"
-                      r"|by|more|less|than|least|most|factorial|mod|base|wrong)s?\b|[十百千万亿]", re.IGNORECASE)
+                      r"|by|more|less|than|least|most|factorial|mod|base|wrong|short)s?\b|[十百千万亿]", re.IGNORECASE)
 AROUND = [re.compile(pattern, re.DOTALL) for pattern in (
     r"\$\$([^$]*)\$\$", r"\$([^$]*)\$", r"\\\((.*)\\\)", r"\\\[(.*)\\\]", r"\*\*(.*)\*\*", r"(.*[^.])\.",
     r"\\(?:text|textbf|textrm|mathrm|mathbf|mathit|mbox|fbox)\{([^{}]*)\}")]
@@ -133,7 +133,8 @@ def last_boxed(text, longest):
 
 NUMBER = re.compile(                                                   # a number in a text
     r"(?P<exponent>(?<=[A-Za-z)}])\^\{?-?[0-9]+)"                      # cm^2, x^2
-    r"|(?P<other>\^\{?-?[0-9]+|(?<![0-9])[0-9]{1,2}:[0-9]{2}(?![0-9]))"      # after 10, and 3:30
+    r"|(?P<other>\^\{?-?[0-9]+|(?<![0-9])[0-9]{1,2}:[0-9]{2}(?![0-9])"      # after 10, and 3:30,
+    r"|0[xX][0-9a-fA-F]+|[0-9]+(?:\.[0-9]+){2,})"                          # 0x12, 1.2.3
     r"|(?:(?P<whole>[0-9]+) )?(?P<top>[0-9]+)/(?P<bottom>[0-9]+)"
     r"|(?P<decimal>(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|(?<![\w.])\.[0-9]+)"
     r"(?P<power>[eE][+-]?[0-9]{1,2}(?![\w.]))?")

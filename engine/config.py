@@ -16,7 +16,7 @@ import os
 import pkgutil
 import re
 import sys
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, NamedTuple, NewType, Union, get_args, get_origin, get_type_hints
@@ -333,7 +333,10 @@ def algorithm_names() -> list[str]:
 def config_of(algorithm: str) -> type:
     """The Config of algorithms/<algorithm>.py, without the rest of the file: torch is not imported."""
     try:
-        return class_of(f"algorithms.{algorithm}", "Config")
+        found = class_of(f"algorithms.{algorithm}", "Config")
+        if not is_dataclass(found):
+            raise UserError(f"Config in algorithms/{algorithm}.py is no dataclass; fix: write @dataclass above it")
+        return found
     except SyntaxError as error:
         where = f"{error.filename}:{error.lineno}"
         raise UserError(f"{where} is not Python ({error.msg}); fix: correct the file") from error

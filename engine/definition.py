@@ -58,14 +58,15 @@ def is_class(statement: ast.stmt, name: str) -> bool:
 
 def needed(body: list[ast.stmt], definition: ast.stmt) -> list[ast.stmt]:
     """`definition` and the statements that it uses, directly or through others, in their order: those before
-    it, and functions and classes behind it, which its methods may call."""
+    it, and behind it what its methods may use when they are called."""
     place = body.index(definition)
-    usable = body[:place] + [node for node in body[place + 1:] if isinstance(node, DEFINITIONS)]
+    binds = {node: bound_by(node) for node in body[:place]}
+    binds |= {node: set_by(node) for node in body[place + 1:]}
     wanted, kept = names_in(definition), [definition]
     while True:
         # `from __future__ import annotations` is always kept: it changes what annotations are
         names = wanted | {"*", "annotations"}
-        found = [node for node in usable if node not in kept and not bound_by(node).isdisjoint(names)]
+        found = [node for node in binds if node not in kept and not binds[node].isdisjoint(names)]
         if not found:
             return [node for node in body if node in kept]
         kept += found
@@ -87,6 +88,17 @@ def bound_by(statement: ast.stmt) -> set[str]:
         elif isinstance(node, DEFINITIONS):
             names.add(node.name)
     return names
+
+
+def set_by(statement: ast.stmt) -> set[str]:
+    """The names that a definition, an import or an assignment gives a meaning to; of other statements
+    none."""
+    if isinstance(statement, (*DEFINITIONS, ast.Import, ast.ImportFrom)):
+        return bound_by(statement)
+    targets = statement.targets if isinstance(statement, ast.Assign) else []
+    if isinstance(statement, ast.AnnAssign):
+        targets = [statement.target]
+    return set().union(*map(names_in, targets))
 
 
 def single_imports(statement: ast.stmt) -> list[ast.stmt]:

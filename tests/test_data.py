@@ -540,6 +540,16 @@ def test_overlap():
     assert overlap(train, evaluation) == (2, 3)        # the third has the first one's prompt, other responses
 
 
+def test_split_off_keeps_the_turns_of_a_conversation_together():
+    turns = []
+    for row in range(10):
+        for turn in range(3):
+            turns.append(Example(np.arange(row, row + 2 + turn, dtype=np.int32), [Response.all_trained([9])], f"x:{row}"))
+    train, evaluation = split_off(Dataset(turns, {"read": 10, "used": 30}), 0.2, seed=0)
+    rows = [{example.where for example in part.examples} for part in (train, evaluation)]
+    assert not rows[0] & rows[1] and len(evaluation.examples) == 6 and len(train.examples) == 24
+
+
 def test_split_off():
     dataset = Dataset([example([i], [i + 1]) for i in range(20)], {"read": 21, "used": 20})
     train, evaluation = split_off(dataset, 0.2, seed=1)

@@ -8,7 +8,7 @@ import sys
 from typing import Literal, get_type_hints
 
 import pytest
-from helpers import ROOT
+from helpers import ROOT, tiny_model, train_here, write_config, write_jsonl
 
 from data.errors import UserError
 from engine import definition
@@ -126,3 +126,41 @@ def test_errors_of_a_file_are_told(project, tmp_path):
     assert (str(last.path), last.lineno + 1) == (str(tmp_path / "algorithms" / "wrong.py"), 4)
     (tmp_path / "x.yml").write_text("algorithm: good\nmodel: m\ndata: d\n")
     assert load_config([str(tmp_path / "x.yml"), "beta=2"]).config.beta == 2      # the others are not read
+
+
+def test_what_methods_use_may_stand_behind_the_class(project):
+    project("late", """
+from dataclasses import dataclass
+import boom
+@dataclass
+class Config:
+    beta: float = 1.0
+    def __post_init__(self):
+        check(self.beta)
+def check(beta):
+    if floor(beta) > MOST:
+        raise ValueError(beta)
+MOST: int = 3
+OTHER = boom.run(MOST)
+from math import floor
+""")
+    assert config_of("late")(beta=3.5).beta == 3.5
+    with pytest.raises(ValueError):
+        config_of("late")(beta=4.0)
+
+
+def test_a_config_that_is_no_dataclass(project):
+    project("plain", "class Config:\n    beta: float = 1.0\n")
+    with pytest.raises(UserError, match="Config in algorithms/plain.py is no dataclass; fix: write @dataclass above it"):
+        config_of("plain")
+
+
+def test_training_gets_a_config_of_the_file_s_own_class(tmp_path, monkeypatch):
+    import algorithms.sft
+    seen = []
+    monkeypatch.setattr(algorithms.sft, "train", lambda engine, config: seen.append(config))
+    data = write_jsonl(tmp_path / "data.jsonl", [{"prompt": "q", "response": "a"}])
+    path = write_config(tmp_path / "x.yml", algorithm="sft", model=tiny_model(tmp_path / "model"), data=data,
+                        output=tmp_path / "run", train_on="all", max_length=200)
+    train_here(path)
+    assert isinstance(seen[0], algorithms.sft.Config) and seen[0].train_on == "all"

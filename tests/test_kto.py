@@ -94,7 +94,7 @@ def test_lenders_are_the_nearest_before():
 
 def test_data_with_one_prompt_is_refused(train, tmp_path, capsys):
     rows = [{"prompt": "a", "response": f"{i}", "label": i % 2 == 0} for i in range(6)]
-    with pytest.raises(UserError, match=r"kto: all 6 training rows have the prompt of .*jsonl:1, .*; fix: add rows"):
+    with pytest.raises(UserError, match=r"kto: no training row has another prompt than .*jsonl:1, .*; fix: add rows"):
         train(rows)
     assert metrics(tmp_path / "run") == [] and "reference log-probs" not in capsys.readouterr().err
 

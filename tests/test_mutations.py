@@ -65,7 +65,7 @@ MUTATIONS = {    # name: (file, text, what it becomes, the tests that must fail)
         "data/dataset.py", "zip(example.responses, (True, False))", "zip(example.responses, (False, True))",
         ["test_kto.py::test_chosen_is_the_desirable_one"]),
     "a response to the same prompt for the KL": (
-        "algorithms/kto.py", "alike = prompts[i] == prompts[i - 1]", "alike = False",
+        "algorithms/kto.py", "prompts[i - k] != prompts[i] and ", "",
         [*exact("kto"), "test_kto.py::test_lenders_are_the_nearest_before", "test_kto.py::test_data_with_one_prompt_is_refused"]),
     "a response of the data for the KL, not of the update": (
         "algorithms/kto.py", "if None in others:", "if of_data:", exact("kto")),

@@ -102,7 +102,7 @@ def test_numbers_in_any_notation():
     ("\\frac{x+1}{2}", "x+1/2"), ("\\frac{1}{2x}", "1/2x"), ("12\\text{ thousand}", "12"),
     ("12 \\text{ or more}", "12"), ("\\text{non }12", "12"), ("12\\text{ or 13}", "12"), ("3x = 12", "12"),
     ("12k", "12"), ("12亿", "12"), ("3 feet 2 inches", "32"), ("\\Delta", "\\delta"), ("12!", "12"),
-    ("{12", "12"), ("12,5", "125"), ("1 2345", "12345"), ("", ""), ("\\boxed", "")])
+    ("12 \\text{ apples short}", "12"), ("{12", "12"), ("12,5", "125"), ("1 2345", "12345"), ("", ""), ("\\boxed", "")])
 def test_r1_zero_takes_nothing_away(answer, gold):
     assert not r1(answer, gold) and not r1(gold, answer)
 
@@ -123,7 +123,7 @@ def test_the_last_number(text, number):
     assert not any(last(text, str(other)) for other in others)
 
 
-@pytest.mark.parametrize("text", ["it is 12/0", "10^12", "at 8:12", "10^{12}", "\\frac{1}{0}"])
+@pytest.mark.parametrize("text", ["it is 12/0", "10^12", "at 8:12", "10^{12}", "\\frac{1}{0}", "v1.8.12", "0x12"])
 def test_no_plain_number_at_the_end(text):
     assert not any(last(text, gold) for gold in ("0", "1", "8", "10", "12", "-12"))
 
@@ -264,3 +264,9 @@ def test_the_process_ends_with_ours(package):
     while process.exists() and time.monotonic() < deadline:
         time.sleep(0.02)
     assert not process.exists() and not made.stderr
+
+
+def test_math_takes_no_false_equation():
+    pytest.importorskip("math_verify")
+    assert not maths("\\boxed{17 = 18}", "18")
+    assert maths("\\boxed{x = 18}", "18") and maths("\\boxed{18 = 18}", "18")
