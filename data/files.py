@@ -195,6 +195,17 @@ def _no_constant(name):
 _decoder = json.JSONDecoder(object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
 
 
+def read_named(key, name, known):
+    """(path, text) of what the value `name` of `key` names: one of `known`, {name: path}, or a file."""
+    path = known.get(name, Path(name))
+    try:
+        return path, path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        near, *_ = [*difflib.get_close_matches(name, known, n=1), "a name or the path of a file"]
+        raise UserError(f"{key} {name!r} is neither one of {', '.join(known)} nor a UTF-8 file "
+                        f"({type(error).__name__}); fix: give {near}") from None
+
+
 def read_json(text):
     """The value of a JSON text. ValueError, also of NaN and duplicate keys, or RecursionError."""
     return _decoder.decode(text)

@@ -17,7 +17,6 @@ Only text is read. A row with something in a column of MEDIA is an error. Where 
 line of a prompt or of a user's turn begins or ends with the <image> that stood for it, the row is dropped and
 counted; within a line, and beside a closing tag such as </image>, it is text.
 """
-import difflib
 import itertools
 import math
 import re
@@ -25,6 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from data.errors import UserError
+from data.files import read_named
 from data.hub import hh_messages, is_transcript, split_hh
 from data.messages import (
     MARKED_OFF,
@@ -89,15 +89,10 @@ def read_template(name):
     """The text of a prompt template: a name in data/prompts/, such as r1_zero, or a file. Raises UserError,
     also without {question}."""
     known = {path.stem: path for path in sorted(TEMPLATES.glob("*.prompt"))}
-    path = known.get(name, Path(name))
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        near = difflib.get_close_matches(name, known, n=1)
-        raise UserError(f"prompt_template {name!r} is neither one of {', '.join(known)} nor a UTF-8 file ({type(error).__name__}); "
-                        f"fix: give {near[0] if near else 'a name or the path of a file'}") from None
+    path, text = read_named("prompt_template", name, known)
     if "{question}" not in text:
-        raise UserError(f"no {{question}} in {path}, the prompt_template; fix: write {{question}} where the row's question belongs")
+        raise UserError(f"no {{question}} in {path}, the prompt_template; "
+                        "fix: write {question} where the row's question belongs")
     return text
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from data.chat import Chat, Unusable
 from data.errors import UserError
+from data.files import read_named
 
 FOLDER = Path(__file__).parent / "templates"
 SYSTEM = """{{%- if messages and messages[0]['role'] not in ['system', 'developer'] %}}
@@ -49,13 +50,7 @@ def set_template(tokenizer, settings, notice):
 def read_template(name, tokenizer):
     """The text of a built-in template or of a file."""
     known = {path.stem: path for path in sorted(FOLDER.glob("*.jinja"))}
-    path = known.get(name, Path(name))
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        near, *_ = [*difflib.get_close_matches(name, known, n=1), "a name or the path of a file"]
-        raise UserError(f"chat_template {name!r} is neither one of {', '.join(known)} nor a UTF-8 file "
-                        f"({type(error).__name__}); fix: give {near}") from None
+    _, text = read_named("chat_template", name, known)
     if name not in known:
         return text
     text = text.replace("\n", "")              # the lines of ours are for the reader
