@@ -11,13 +11,13 @@ import re
 
 from data.bounds import bounded
 from data.errors import UserError
+from data.messages import THOUGHTS, unflagged
 
 MARK = "PROBE"          # a text that no template has a reason to change
 QUESTION = [{"role": "user", "content": MARK}]
 ANSWER = {"role": "assistant", "content": f"{MARK}-OF-THE-END"}
 THINKING_ANSWER = {"role": "assistant", "content": f"<think>\n{MARK}\n</think>\n\n{MARK}"}
 TWO_THOUGHTS = re.compile(r"\s*<think>\s*</think>\s*<think>")      # empty ones, and then those of the reply
-THOUGHTS = ("reasoning_content", "reasoning", "thinking")     # templates' names of what precedes a reply
 CALL_FORMS = ("mapping", "json")                              # how templates take the arguments of a call
 
 
@@ -67,21 +67,22 @@ class Chat:
                 return context + written[:start + len(text)]
         raise Unusable("the chat template changes the text of the assistant's turn that ends the prompt")
 
-    def replies(self, prompt, turns, tools, where):
-        """[(context, reply)] of the assistant's turns among `turns`, which follow the messages `prompt`.
-        Turns that are not to be trained are context only. Raises Unusable, and UserError where the template
-        leaves something out."""
-        found, begun = [], None
-        if prompt[-1]["role"] == "assistant":          # the prompt has begun the first turn
-            begun = self.prompt(prompt, tools, where)
-            *prompt, start = prompt
-            turns = [turns[0] | {"content": start["content"] + turns[0]["content"]}, *turns[1:]]
+    def replies(self, prompt, start, turns, tools, where):
+        """[(context, reply)] of the assistant's turns among `turns`, which follow the messages `prompt`;
+        `start`: the text of these, as the method `prompt` gives it. Turns that are not to be trained are
+        context only. Raises Unusable, and UserError where the template leaves something out."""
+        found = []
+        is_begun = prompt[-1]["role"] == "assistant"   # by the prompt, which continues in the first turn
+        if is_begun:
+            *prompt, begun = prompt
+            turns = [turns[0] | {"content": begun["content"] + turns[0]["content"]}, *turns[1:]]
         for i, turn in enumerate(turns):
             if turn["role"] != "assistant" or not turn.get("train", True):
                 continue
             history = [*prompt, *turns[:i]]
-            before = self.render(history, tools, True, where)
-            context = begun if begun and i == 0 else before
+            is_known = i == 0 and not is_begun
+            before = start if is_known else self.render(history, tools, True, where)
+            context = start if i == 0 else before
             self._check([*history, turn], tools, where)
             reply = self._reply(history, turn, tools, before, where)
             _check_thoughts(turn, reply, where)
@@ -204,7 +205,7 @@ class Chat:
         failure, rendered = None, ""
         for form in (self.call_form, *CALL_FORMS) if names else (None,):
             try:
-                turns = [self._for_template(turn, form) for turn in messages]
+                turns = [self._for_template(turn, form) for turn in unflagged(messages)]
                 rendered = _apply(self.tokenizer, turns, tools, generation_prompt, where)
             except (Unusable, UserError) as error:
                 failure = failure or error
@@ -217,8 +218,8 @@ class Chat:
         return rendered
 
     def _for_template(self, turn, call_form):
-        """A message as the template reads it, without keys of ours."""
-        turn = {key: value for key, value in turn.items() if key != "train"}
+        """A message as the template reads it."""
+        turn = dict(turn)
         if turn["role"] == "assistant":
             begun = turn["content"].partition("</think>")
             if begun[1] and "<think>" not in begun[0]:     # as a model writes it whose prompt has opened them

@@ -2,7 +2,8 @@
 
 A turn is {"role", "content": str} and, where its message has them,
     reasoning_content   str: the thoughts before the answer
-    tool_calls          [{"type": "function", "function": {"name": str, "arguments": dict}}, ...], some with "id"
+    tool_calls          [{"type": "function", "function": {"name": str, "arguments": dict}}, ...]; some
+                        with "id"
     tool_call_id, name  str
     train               False: an assistant's turn that is context only
 Notations: OpenAI's (role, content), ShareGPT's as LLaMA-Factory reads it (from, value; function_call,
@@ -19,7 +20,7 @@ ROLES = ("system", "user", "assistant", "tool")
 NAMES = {role: role for role in ROLES} | {
     "developer": "system", "human": "user", "gpt": "assistant", "function_call": "assistant",
     "function": "tool", "observation": "tool", "function_response": "tool", "ipython": "tool"}
-THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")      # names of what precedes a reply
 FLAGS = ("weight", "train", "loss")
 CONTENTS = {"content", "value", "tool_calls", "function_call"}
 FILLED = re.compile(r":row \d+$|:[^:]+:\d+$")      # `where` of a row in a Parquet file, or of the hub

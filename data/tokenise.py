@@ -106,7 +106,7 @@ class Tokeniser:
             context = self.chat.prompt(text.prompt, text.tools, text.where)
             replies = []
             for turns in text.responses:
-                replies.append(self.chat.replies(text.prompt, turns, text.tools, text.where))
+                replies.append(self.chat.replies(text.prompt, context, turns, text.tools, text.where))
             return context, replies
         except Unusable as reason:
             return str(reason)
