@@ -20,6 +20,7 @@ SYSTEM = """{{%- if messages and messages[0]['role'] not in ['system', 'develope
 {{%- set messages = [{{'role': 'system', 'content': content}}] + messages %}}
 {{%- endif %}}"""
 DEFAULT = "{{%- if {name} is not defined %}}{{%- set {name} = {value} %}}{{%- endif %}}"
+JSON = "{%- set null = none %}"      # with it jinja reads all of JSON
 NOTHING = "{{ '' }}"      # jinja removes a line's end behind a tag of the other kind
 
 
@@ -40,11 +41,11 @@ def set_template(tokenizer, settings, notice):
         check_system(tokenizer, settings.system_prompt)
     for name in arguments:
         check_known(name, tokenizer.chat_template)
-    before = [DEFAULT.format(name=name, value=literal(value)) for name, value in arguments.items()]
+    before = [DEFAULT.format(name=name, value=as_json(value)) for name, value in arguments.items()]
     if settings.system_prompt:
-        before.append(SYSTEM.format(text=literal(settings.system_prompt)))
+        before.append(SYSTEM.format(text=as_json(settings.system_prompt)))
     if before:
-        prepend("".join(before) + NOTHING, tokenizer)
+        prepend(JSON + "".join(before) + NOTHING, tokenizer)
 
 
 def read_template(name, tokenizer):
@@ -90,7 +91,5 @@ def prepend(text, tokenizer):
         tokenizer.chat_template = text + template
 
 
-def literal(value):
-    """A value as jinja writes it."""
-    text = json.dumps(value, ensure_ascii=False)
-    return {"null": "none"}.get(text, text)
+def as_json(value):
+    return json.dumps(value, ensure_ascii=False)

@@ -58,6 +58,12 @@ def test_variables_of_a_template(value, shown):
     assert said == "QUICK " + BEGIN                    # a server's own argument still wins
 
 
+def test_a_null_within_a_variable():
+    template = "{% if levels.low is none %}NONE {% endif %}" + CHATML
+    tokenizer, _ = changed(byte_tokenizer(template), chat_template_kwargs={"levels": {"low": None, "high": [True]}})
+    assert begin(tokenizer, "q") == "NONE " + BEGIN
+
+
 def test_named_templates_are_all_changed():
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = {"default": CHATML, "tool_use": "TOOLS " + CHATML}
