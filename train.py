@@ -28,7 +28,8 @@ def main(argv: list[str]) -> None:
 
     common, config = run_config.common, run_config.config
     algorithm = importlib.import_module(f"algorithms.{common.algorithm}")
-    config = algorithm.Config(**asdict(config))      # until here an object of the class alone, without its file
+    # until here it is an object of the class alone, without its file
+    config = algorithm.Config(**asdict(config))
     if "dry-run" in run_config.flags:
         from engine.dry_run import dry_run
         return dry_run(run_config, algorithm.DATA)

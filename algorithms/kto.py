@@ -17,10 +17,10 @@ Metrics:  loss                                0.5 at step 0 with both weights 1,
           rewards/chosen, rewards/rejected    beta * r of the desirable and of the undesirable responses; 0 at step 0
           rewards/margins                     their difference
           logps/chosen, logps/rejected        summed log-probs under the policy, of each
-Differs:  y' never comes from the same prompt (the paper's code takes a neighbour's, which in unpacked pairs often
-          is the same): it is the response of the nearest row before in the update that has another prompt
-          (before the first row comes the last). An update whose rows all have one prompt takes it from all
-          training rows.
+Differs:  y' never comes from the same prompt (the paper's code takes a neighbour's, which in unpacked pairs
+          often is the same): it is the response of the nearest row before in the update that has another
+          prompt (before the first row comes the last). An update whose rows all have one prompt takes it from
+          all training rows.
 Run:      python train.py example/tiny-kto.yml
 """
 from dataclasses import dataclass
@@ -83,7 +83,8 @@ def lenders_of_data(engine) -> dict:
     train_set, eval_set = engine.train_set, engine.eval_set
     found = lenders(train_set)
     if None in found:
-        raise UserError(f"kto: no training row has another prompt than {train_set[len(found) - 1].where}, and z0 "
+        alone = train_set[len(found) - 1].where
+        raise UserError(f"kto: no training row has another prompt than {alone}, and z0 "
                         "needs a response to another prompt; fix: add rows with other prompts")
     after = lenders(train_set + eval_set)[len(train_set):]
     return dict(zip(map(id, train_set + eval_set), found + after))

@@ -104,14 +104,15 @@ def build_dataset(source, kind, tokenizer, max_length, train_on="assistant", tru
                 cut_rows += text.raw and len(result) > 1
 
     if kind == "responses" and labelled:
-        examples, undesirable = _desirable(examples, ignore=other_label is not None)
+        examples, undesirable = _without_undesirable(examples, ignore=other_label is not None)
         rest = set(undesirable)
         control = [where for where in control if where not in rest]
         for where in undesirable:
             drop(f"{labelled.label} is false or 0 (undesirable)", where)
         if other_label:
-            notices[f"{source}: the column {other_label.label!r} is ignored, since it holds other values than "
-                    f"true and false, 0 and 1 (first: {other_label.where})"] = None
+            sentence = (f"{source}: the column {other_label.label!r} is ignored, since it holds other values "
+                        f"than true and false, 0 and 1 (first: {other_label.where})")
+            notices[sentence] = None
     if not examples:
         reasons = ", ".join(f"{count} {reason} (first: {first_dropped[reason]})" for reason, count in dropped.most_common())
         raise UserError(f"none of the {read} rows of {source} can be used: {reasons}; fix: correct the rows"
@@ -271,8 +272,8 @@ def _tell(dataset, notice):
     if report["cut_rows"]:
         notice(f"{source}: {report['cut_rows']} texts cut into pieces of max_length tokens")
     if report["split_rows"]:
-        notice(f"{source}: {report['split_rows']} conversations became an example per turn: the chat template "
-               "renders earlier turns otherwise than the last one")
+        notice(f"{source}: {report['split_rows']} conversations became an example per turn: "
+               "the chat template renders earlier turns otherwise than the last one")
     if report["continued"]:
         notice(f"{source}: {report['continued']} responses are tokenised apart from their prompts, because a "
                f"token would span the end of the prompt (first: {report['first_continued']})")
@@ -310,7 +311,7 @@ def _turns(text):
     return [] if isinstance(text.prompt, str) else itertools.chain(*text.responses)
 
 
-def _desirable(examples, ignore):
+def _without_undesirable(examples, ignore):
     """(the examples but for those of undesirable rows, these rows). Labels are taken off. `ignore`: a label
     means something else."""
     kept, undesirable = [], []

@@ -9,9 +9,9 @@ Which columns are read, where a row has more than it needs: the first of these t
     responses   WHOLE, REPLIES, then the chosen side of PAIRS, then text
     labelled    with a label WHOLE or REPLIES, else PAIRS, of which both sides are trained
     prompts     PROMPTS; whole conversations without the assistant's last turns
-`instruction`, `query` and every row with a `system` or `tools` column are conversations, for the chat template,
-and so are QUESTIONS where the tokenizer has one; other strings are not. A string that is nothing but messages
-as JSON is read as these.
+`instruction`, `query` and every row with a `system` or `tools` column are conversations, for the chat
+template, and so are QUESTIONS where the tokenizer has one; other strings are not. A string that is nothing
+but messages as JSON is read as these.
 
 Only text is read. A row with something in a column of MEDIA is an error. Where such a column is gone and a
 line of a prompt or of a user's turn begins or ends with the <image> that stood for it, the row is dropped and
@@ -39,7 +39,8 @@ from data.messages import (
 
 WHOLE = ("messages", "conversations", "conversation")            # one column with the whole conversation
 REPLIES = (("prompt", "response"), ("prompt", "completion"), ("question", "answer"), ("problem", "solution"),
-           ("instruction", "output"), ("query", "response"), ("prompt", "extra_info.answer"))   # the last: verl's
+           ("instruction", "output"), ("query", "response"),
+           ("prompt", "extra_info.answer"))          # verl's
 PAIRS = (("prompt", "chosen_response", "rejected_response"), ("prompt", "chosen", "rejected"),
          ("conversations", "chosen", "rejected"), ("instruction", "chosen", "rejected"), ("question", "chosen", "rejected"),
          ("query", "chosen", "rejected"), ("query", "response", "rejected_response"), ("question", "response_j", "response_k"),

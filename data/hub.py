@@ -9,7 +9,9 @@ SHORT = {"hh": "Anthropic/hh-rlhf", "shp": "stanfordnlp/SHP", "se": "HuggingFace
 SUBSET = {"openai/gsm8k": "main"}      # the one that is meant where none is named: the hub wants one
 SHORT_NAME = re.compile(rf"^({'|'.join(SHORT)})(?=[/:]|$)")
 ANSWER_WITHIN = 5      # seconds
-HUB_NAME = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(?:/(?P<subset>[\w./-]+?))?(?::(?P<split>[\w.\[\]%:+-]+))?")
+NAME = r"\w[\w.-]*"      # of an owner or of what it owns
+HUB_NAME = re.compile(rf"(?P<repo>{NAME}/{NAME})"
+                      r"(?:/(?P<subset>[\w./-]+?))?(?::(?P<split>[\w.\[\]%:+-]+))?")
 
 
 def hub_rows(name, kind="pairs", chat=True, seed=0):

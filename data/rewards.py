@@ -48,8 +48,9 @@ def check_gold(rewards, examples):
         if failed:
             shown = ", ".join(failed[:5]) + (", ..." if len(failed) > 5 else "")
             other = "" if reward.function is math_answer else ", or take reward=math, which reads formulas"
-            raise UserError(f"{reward.name} cannot verify the gold answers of {len(failed)} of {len(examples)} "
-                            f"rows, in {shown}; fix: correct or remove these rows{other}")
+            raise UserError(f"{reward.name} cannot verify the gold answers of "
+                            f"{len(failed)} of {len(examples)} rows, in {shown}; "
+                            f"fix: correct or remove these rows{other}")
 
 
 # ---- which rewards ----

@@ -31,8 +31,8 @@ DECIMAL = rf"(?:{GROUPED}|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+"
 POWER = r"(?:\^[23]|\^\{[23]\}|[²³])"
 WORDS = ("degree|mm|cm|dm|km|kg|kmh|mph|millimeter|centimeter|kilometer|meter|mile|gram|kilogram|pound|liter"
          "|second|minute|hour|day|week|month|year|foot|feet|ft|inch|yard|people|person|percent|apple")
-HAN = ("元|块|角|分|人|个|只|本|张|米|厘米|毫米|分米|千米|公里|克|千克|公斤|吨|升|毫升|度|岁|天|小时|分钟|秒|年|月|周"
-       "|平方米|平方厘米|平方千米|立方米|立方厘米")
+HAN = ("元|块|角|分|人|个|只|本|张|米|厘米|毫米|分米|千米|公里|克|千克|公斤|吨|升|毫升|度|岁"
+       "|天|小时|分钟|秒|年|月|周|平方米|平方厘米|平方千米|立方米|立方厘米")
 UNIT = (rf"%|(?:(?:square|cubic) )?(?:{WORDS})(?:es|s)?{POWER}?|(?:{HAN})"
         rf"|\\text\{{ ?(?P<words>[^\W\d_]+(?: [^\W\d_]+){{0,2}}) ?\}}{POWER}?")
 RATIONAL = rf"(?:(?P<whole>[0-9]+) )?(?P<top>[0-9]+)/(?P<bottom>[0-9]+)|(?P<decimal>{DECIMAL})"
@@ -40,7 +40,8 @@ SIGN = rf"[+-]? ?{CURRENCY}? ?|{CURRENCY} ?[+-]"
 QUANTITY = re.compile(rf"(?P<sign>{SIGN})(?:{RATIONAL})(?: ?(?P<unit>{UNIT}))?\.?", re.IGNORECASE)
 # words after a number that change its value or take it back
 NO_UNITS = re.compile(r"\b(?:or|and|nor|not?|k|half|dozen|hundred|thousand|[a-z]+illion|plus|minus|times|over"
-                      r"|by|more|less|than|least|most|factorial|mod|base|wrong|short)s?\b|[十百千万亿]", re.IGNORECASE)
+                      r"|by|more|less|than|least|most|factorial|mod|base|wrong|short)s?\b|[十百千万亿]",
+                      re.IGNORECASE)
 AROUND = [re.compile(pattern, re.DOTALL) for pattern in (
     r"\$\$([^$]*)\$\$", r"\$([^$]*)\$", r"\\\((.*)\\\)", r"\\\[(.*)\\\]", r"\*\*(.*)\*\*", r"(.*[^.])\.",
     r"\\(?:text|textbf|textrm|mathrm|mathbf|mathit|mbox|fbox)\{([^{}]*)\}")]

@@ -42,8 +42,8 @@ class Common:
     output: str | None = None              # the run's directory; null = runs/<name of the YAML file>
     truncate: Literal["none", "prompt"] = "none"     # examples over max_length: none = drop, prompt = keep the prompt's end
     hh: Literal["messages", "text"] = "messages"     # HH transcripts: as chat messages where there is a template, or raw text
-    chat_template: str | None = None       # a file, or chatml, llama3, mistral, gemma; null = the tokenizer's own
-    system_prompt: Lines | None = None     # of conversations without a system turn; strings become conversations then
+    chat_template: str | None = None       # a file, or chatml, llama3, mistral, gemma; null = the tokenizer's
+    system_prompt: Lines | None = None     # of conversations without a system turn; strings become these then
     chat_template_kwargs: dict | None = None     # variables of the template, such as {enable_thinking: false}
     seed: int = 0                          # of data order, sampling and initialisation
     shuffle: bool = True                   # false = the order of the file
@@ -335,7 +335,8 @@ def config_of(algorithm: str) -> type:
     try:
         found = class_of(f"algorithms.{algorithm}", "Config")
         if not is_dataclass(found):
-            raise UserError(f"Config in algorithms/{algorithm}.py is no dataclass; fix: write @dataclass above it")
+            raise UserError(f"Config in algorithms/{algorithm}.py is no dataclass; "
+                            "fix: write @dataclass above it")
         return found
     except SyntaxError as error:
         where = f"{error.filename}:{error.lineno}"

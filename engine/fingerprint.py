@@ -11,6 +11,7 @@ from huggingface_hub import try_to_load_from_cache
 
 from data.errors import UserError
 from data.files import digest_of
+from data.hub import NAME
 from engine import checkpoint
 from engine.load import base_of, is_adapter
 
@@ -22,7 +23,7 @@ INPUT = re.compile(r".*\.(safetensors|jinja|model)|.*model.*\.bin|.*\.index\.jso
 NO_INPUT = ("optimizer.safetensors", checkpoint.ROLLOUT)
 # keys without digests here; the reports of the data files hold the digests of those
 NOT_HERE = ("algorithm", "data", "eval_data", "output", "resume")
-HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+HUB_NAME = re.compile(f"{NAME}/{NAME}")
 
 
 def fingerprints(values: dict) -> dict[str, dict[str, str]]:

@@ -14,11 +14,11 @@ from transformers.utils import cached_file, logging
 
 from data.errors import UserError
 from data.files import SUFFIXES, kind_of
-from data.hub import why_unreachable
+from data.hub import NAME, why_unreachable
 from data.templates import set_template
 
 RUNS = "runs"                        # where runs are by default; no owner of models is meant by it
-HUB_MODEL = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*")
+HUB_MODEL = re.compile(f"({NAME}/)?{NAME}")
 # of files, which are no models
 FILES = (*SUFFIXES, ".gguf", ".safetensors", ".bin", ".pt", ".pth", ".yml", ".yaml", ".py")
 ADAPTER = "adapter_config.json"      # in a directory with a LoRA adapter, in peft's format
@@ -253,7 +253,8 @@ def load_tokenizer(path: str):
         raise UserError(f"model: the tokenizer of {path} has no eos token, so no response could end; fix: set eos_token")
     if empty:
         raise UserError(f"model: the tokenizer of {path} has no vocabulary; fix: save tokenizer.json beside the model")
-    if hasattr(tokenizer, "legacy"):       # Llama's; unsaved, as transformers leaves it, texts are cut otherwise
+    if hasattr(tokenizer, "legacy"):
+        # Llama's; transformers does not save it, and without it texts are cut otherwise
         tokenizer.init_kwargs["legacy"] = tokenizer.legacy
     return tokenizer
 

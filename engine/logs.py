@@ -77,8 +77,8 @@ class Run:
                 self.write("run.json", json.dumps(self.started, indent=1) + "\n")
 
     def take_back(self) -> None:
-        """Undo what an earlier process left half done: remove halves of files, and restore the rows of before a
-        run went back that then saved nothing: its own do not count."""
+        """Undo what an earlier process left half done: remove halves of files, and restore the rows of before
+        a run went back that then saved nothing: its own do not count."""
         for name in LEFTOVERS:
             if self.main and os.path.exists(self.path(name)):
                 os.remove(self.path(name))

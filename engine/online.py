@@ -136,9 +136,9 @@ class OnlineEngine(Engine):
             reward = rollout.metrics.get("reward", math.nan)
             unit = "prompt" if self.num_generations > 1 else "rollout"
             known = f"mean reward {reward:.4g}, {cut:.0%} cut at max_completion_length"
-            self.notice(f"warning: in {self.updates_without_signal} updates all completions of a {unit} earned "
-                        f"the same ({known}): the reward teaches little or nothing; try: read some of them "
-                        "(sample_every: 1), easier prompts, a larger num_generations, temperature or "
+            self.notice(f"warning: in {self.updates_without_signal} updates all completions of a {unit} "
+                        f"earned the same ({known}): the reward teaches little or nothing; try: read some of "
+                        "them (sample_every: 1), easier prompts, a larger num_generations, temperature or "
                         "max_completion_length, a reward with partial credit")
 
     def divided(self, examples: list[Example]) -> list[Example]:

@@ -45,7 +45,8 @@ class Settings(Sampling):
     #                                        </answer> with the template r1_zero
     max_completion_length: int | None = None    # tokens; longer completions are cut there; null = 512, or half of max_length
     chat_template: str | None = None       # a file, or chatml, llama3, mistral, gemma; null = the model's own
-    system_prompt: Lines | None = None     # of conversations without a system turn; null = the model's own, if a run gave it one
+    system_prompt: Lines | None = None     # of conversations without a system turn; null = the model's own,
+    #                                        if a run gave it one
     chat_template_kwargs: dict | None = None     # variables of the template, such as {enable_thinking: false}
     limit: int | None = None               # only so many rows of data
     max_length: int | None = None          # tokens, prompt and completion together; null = as many as the model knows

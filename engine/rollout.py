@@ -31,17 +31,18 @@ FEW = 64                               # rows up to which weight @ x.T beats x @
 @dataclass
 class Sampling:
     """The keys of every online algorithm that say how completions are drawn and judged."""
-    reward: str                            # gsm8k, r1_zero, math, path/to/file.py:function, or the run of a reward model; several: a, b
+    reward: str                            # gsm8k, r1_zero, math, path/to/file.py:function, or the run of a
+    #                                        reward model; several: a, b
     reward_weights: str | None = None      # of several rewards: 1, 0.5; null = each counts 1
     prompt_template: str | None = None     # a name in data/prompts/, such as r1_zero, or a file with {question}; null = the chat template
     max_completion_length: int = 512       # tokens; longer completions are cut there ("truncated")
     temperature: float = 1.0               # of sampling, and of every log-prob
     top_p: float = 1.0                     # below 1: only the likeliest tokens that together have this probability are drawn
     top_k: int = 0                         # above 0: only the k likeliest tokens are drawn
-    stop: str | list[str] | None = "auto"  # strings that end a completion, besides stop tokens: </answer>, </s>
-    #                                        A text is cut at its commas, \n in it is a newline; a list, such as
-    #                                        ["\n\n", "Question:"], stands as it is. auto = </answer> with the
-    #                                        template r1_zero, else none
+    stop: str | list[str] | None = "auto"  # strings that end a completion, besides stop tokens: </answer>.
+    #                                        A text is cut at its commas, \n in it is a newline; a list, such
+    #                                        as ["\n\n", "Question:"], stands as it is. auto = </answer> with
+    #                                        the template r1_zero, else none
     reward_timeout: float = 60.0           # seconds that a call of a reward may take
     rollout_batch_size: int = 64           # completions decoded together on one device: memory and speed, not the result
 
