@@ -98,7 +98,8 @@ def refused(tmp_path, models, monkeypatch, capfd):
     ("per_device_train_batch_size=1", "fix: write batch_size"),
     ("lrr=1", "unknown key 'lrr' (command line); fix: write lr"),
     ("train.lr=1", "fix: write lr"),
-    ("--lr", "--lr (command line) has no value; fix: write lr=VALUE"), ("--lr abc", "lr (command line) is 'abc'"),
+    ("--lr", "--lr (command line) has no value; fix: write lr=VALUE"),
+    ("--lr abc", "lr (command line) is 'abc'"),
     ("lr 1", "'lr' in the command line is neither a .yml file nor key=value"),
     ("hf_token=hf_abcdefghijklmnopqrstu", "is a secret, which must not be in a config"),
     ("keep=1", "keep (command line) is 1; fix: give 2 or more"),
@@ -125,7 +126,8 @@ def test_yaml(content, says, refused, tmp_path):
 
 
 @pytest.mark.parametrize("model, says", [
-    ("nowhere/nothing", "HF_HUB_OFFLINE is set, and nowhere/nothing is neither a local directory nor"), ("./nothing", "./nothing"),
+    ("nowhere/nothing", "HF_HUB_OFFLINE is set, and nowhere/nothing is neither a local directory nor"),
+    ("./nothing", "./nothing"),
     ("a/b/c", "a/b/c"), ("{}/model.gguf", "model.gguf"), ("{}/empty", "no tokenizer can be loaded from .*/empty"),
     ("{}/no-tokenizer", "the tokenizer of .*/no-tokenizer has no vocabulary"), ("{}/cut-tokenizer", "no tokenizer can be loaded"),
     ("{}/no-eos", "no eos token"),
@@ -139,7 +141,8 @@ def test_yaml(content, says, refused, tmp_path):
     ("{}/small-embedding", "the tokenizer has 259 tokens but the embedding only 100 rows"),
     ("{}/no-template", r"a conversation in sft.jsonl:1, but the tokenizer has no chat template"),
     ("{}/rewrites", "leaves out the assistant turn .message 2. in sft.jsonl:2"),
-    ("{}/refuses", "chat template cannot render one question and its answer .the chat template refuses it: no roles here"),
+    ("{}/refuses",
+     "chat template cannot render one question and its answer .the chat template refuses it: no roles here"),
 ])
 def test_models(model, says, refused, models):
     message = refused("model=" + model.format(models))
@@ -235,7 +238,8 @@ def test_outputs(refused, tmp_path):
 
 @pytest.mark.parametrize("words, line", [
     (["lr=abc"], "error: lr (command line) is 'abc'; fix: give a number such as 2e-5\n"),
-    (["model=nowhere"], "error: model: the hub is not asked, *, and nowhere is neither a local directory *; fix: *\n"),
+    (["model=nowhere"],
+     "error: model: the hub is not asked, *, and nowhere is neither a local directory *; fix: *\n"),
 ])
 def test_what_the_user_sees(words, line, models, tmp_path):
     """Exit code 2, one line on stderr, nothing on stdout; with --debug the traceback too."""

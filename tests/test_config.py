@@ -13,7 +13,16 @@ import pytest
 import yaml
 
 from data.errors import UserError
-from engine.config import Common, algorithm_names, as_yaml, config_of, describe, help_text, load_config, parse_argv
+from engine.config import (
+    Common,
+    algorithm_names,
+    as_yaml,
+    config_of,
+    describe,
+    help_text,
+    load_config,
+    parse_argv,
+)
 
 
 @dataclass
@@ -99,13 +108,16 @@ def test_override_given_twice(capsys):
 
 
 @pytest.mark.parametrize("words, says", [
-    ("lr 2e-5", "lr=VALUE"), ("--lr", "--lr (command line) has no value; fix: write lr=VALUE"), ("--max-steps", "max_steps=VALUE"),
+    ("lr 2e-5", "lr=VALUE"), ("--lr", "--lr (command line) has no value; fix: write lr=VALUE"),
+    ("--max-steps", "max_steps=VALUE"),
     ("--max-steps --debug", "max_steps=VALUE"), ("--lr max_steps=3", "lr=VALUE"), ("-lr=1", "key=value"),
     ("--gradient-checkpointing", "has no value; fix: write gradient_checkpointing=true"),
     ("--shuffle lr=1", "has no value; fix: write shuffle=true"),
     ("--bf16 --lr 2e-5", "unknown key 'bf16' (command line); fix: write precision"),
-    ("--lr -1e-5", "lr (command line) is -1e-05; fix: give a number above 0"), ("--lr -.5", "lr (command line) is -0.5"),
-    ("--reference -x", "'-x' in the command line is neither"), ("--algorithm", "algorithm (command line) is missing"),
+    ("--lr -1e-5", "lr (command line) is -1e-05; fix: give a number above 0"),
+    ("--lr -.5", "lr (command line) is -0.5"),
+    ("--reference -x", "'-x' in the command line is neither"),
+    ("--algorithm", "algorithm (command line) is missing"),
     ("--dryrun", "--dry-run"), ("=3", "key=value"), ("x.yml", "two config files"), ("lr==3", "a number such as 2e-5"),
 ])
 def test_bad_words(words, says):
@@ -242,20 +254,27 @@ def test_missing_file_and_directory(tmp_path):
 
 
 @pytest.mark.parametrize("text, says", [
-    ("datasets:\n  - type: custom\n    path: d.json", "nested value of 'datasets' in x.yml:2; fix: write data"),
+    ("datasets:\n  - type: custom\n    path: d.json",
+     "nested value of 'datasets' in x.yml:2; fix: write data"),
     ("datasets: [hh, shp]", "nested value of 'datasets' in x.yml:2; fix: write data"),
     ("test_datasets:\n  - path: d.json", "'test_datasets' in x.yml:2; fix: write eval_data"),
-    ("model:\n  name_or_path: m\n  policy_dtype: float32", "'model' in x.yml:2; fix: keys are flat, write one 'key: value' per line: "
+    ("model:\n  name_or_path: m\n  policy_dtype: float32",
+     "'model' in x.yml:2; fix: keys are flat, write one 'key: value' per line: "
      "model for model.name_or_path, precision for model.policy_dtype"),
-    ("loss:\n  name: dpo\n  beta: 0.1", "'loss' in x.yml:2; fix: keys are flat, write one 'key: value' per line: "
+    ("loss:\n  name: dpo\n  beta: 0.1",
+     "'loss' in x.yml:2; fix: keys are flat, write one 'key: value' per line: "
      "algorithm for loss.name, beta for loss.beta"),
     ("loss: {name: dpo}", "'loss' in x.yml:2; fix: write algorithm"),
-    ("policy:\n  model_name_or_path: m", "'policy' in x.yml:2; fix: keys are flat, write one 'key: value' per line: "
+    ("policy:\n  model_name_or_path: m",
+     "'policy' in x.yml:2; fix: keys are flat, write one 'key: value' per line: "
      "model for policy.model_name_or_path"),
-    ("trainer: {optim: {lr: 1}}", "lr for trainer.optim.lr"), ("wandb: {enabled: false}", "metrics are written to metrics.jsonl"),
+    ("trainer: {optim: {lr: 1}}", "lr for trainer.optim.lr"),
+    ("wandb: {enabled: false}", "metrics are written to metrics.jsonl"),
     ("model: {hf_token: canary}", "nested value of 'model' in x.yml:2"),
-    ("lora_target_modules: [q_proj, v_proj]", "fix: write lora_targets"), ("unknown: {other: 1}", "fix: keys are flat"),
-    ("exp_name: a\noutput: runs/${exp_name}", "output (x.yml:3) is 'runs/${exp_name}', but the value of exp_name is not put there"),
+    ("lora_target_modules: [q_proj, v_proj]", "fix: write lora_targets"),
+    ("unknown: {other: 1}", "fix: keys are flat"),
+    ("exp_name: a\noutput: runs/${exp_name}",
+     "output (x.yml:3) is 'runs/${exp_name}', but the value of exp_name is not put there"),
     ("model: ${seed.of}", "model (x.yml:2) is '${seed.of}', but the value of seed"),
 ])
 def test_nested_values_of_older_projects(text, says):
@@ -317,7 +336,8 @@ def test_required_keys_and_algorithm():
     assert "algorithm (x.yml) is missing, algorithms/ holds dpo, sft" in error(base="model: m")
     assert "algorithm (x.yml:1) is 'dop', algorithms/ holds dpo, sft; fix: give dpo" in error(base="algorithm: dop")
     assert "one of them" in error("", "algorithm=../train")
-    assert "unknown key 'rlhf_type' (x.yml:4); fix: write algorithm" in error("rlhf-type: dpo", base="model: m\ndata: d\nlr: 1\n")
+    message = error("rlhf-type: dpo", base="model: m\ndata: d\nlr: 1\n")
+    assert "unknown key 'rlhf_type' (x.yml:4); fix: write algorithm" in message
 
 
 # ---- output

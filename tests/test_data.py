@@ -398,7 +398,8 @@ def test_a_template_without_end_of_turn():
     first, second = encode({"messages": turns("q", "a", "r", "b")}, tokenizer)      # each learns to stop
     assert [tokenizer.decode(first.prompt), tokenizer.decode(second.prompt)] == [
         "user: q\nassistant: ", "user: q\nassistant: a\nuser: r\nassistant: "]
-    assert [tokenizer.decode(example.responses[0].tokens) for example in (first, second)] == [f"a{END}", f"b{END}"]
+    replies = [tokenizer.decode(example.responses[0].tokens) for example in (first, second)]
+    assert replies == [f"a{END}", f"b{END}"]
 
 
 def test_a_template_whose_end_of_turn_is_not_eos():
@@ -420,8 +421,9 @@ def test_templates_that_cannot_be_used():
     shout = byte_tokenizer("{% for m in messages %}{{ m['role'] + (m['content'] | upper "
                            "if m['role'] == 'assistant' and not loop.last else m['content']) + '<|im_end|>' }}"
                            "{% endfor %}{% if add_generation_prompt %}assistant{% endif %}")
-    first, second = encode(row, shout)                 # earlier turns look otherwise: every turn has its own context
-    assert (shout.decode(first.prompt), shout.decode(first.responses[0].tokens)) == ("userq<|im_end|>assistant", f"a{END}")
+    first, second = encode(row, shout)       # earlier turns look otherwise: every turn has its own context
+    assert shout.decode(first.prompt) == "userq<|im_end|>assistant"
+    assert shout.decode(first.responses[0].tokens) == f"a{END}"
     assert shout.decode(second.prompt) == "userq<|im_end|>assistantA<|im_end|>userr<|im_end|>assistant"
     assert shout.decode(second.responses[0].tokens) == f"b{END}"
     thinking = byte_tokenizer("{% for m in messages %}{{ m['role'] + m['content'] + '<|im_end|>' }}{% endfor %}"
@@ -429,7 +431,8 @@ def test_templates_that_cannot_be_used():
     assert encode(row, thinking) == "the generation prompt opens <think>, but the reply has no thoughts"
     odd = byte_tokenizer("{% for m in messages %}{{ m['role'] + m['content'] + '<|im_end|>' }}{% endfor %}"
                          "{% if add_generation_prompt %}bot{% endif %}")
-    assert encode(row, odd) == "the chat template's generation prompt is not how it renders the assistant's turn"
+    reason = "the chat template's generation prompt is not how it renders the assistant's turn"
+    assert encode(row, odd) == reason
     assert "no chat template" in (message := error(encode, row, byte_tokenizer(chat_template=False))) and "x:1" in message
     no_system = byte_tokenizer("{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system\nhere') }}{% endif %}"
                                "{% for m in messages %}{{ m['content'] + '<|im_end|>' }}{% endfor %}")
@@ -503,7 +506,8 @@ def test_report(write):
         "source": path, "read": 300, "used": 297, "dropped": {"empty response": 1, "longer than max_length": 2},
         "first_dropped": {"empty response": f"{path}:11", "longer than max_length": f"{path}:21"},
         "shape": "299 rows read as prompt + response", "duplicates": 0,
-        "cut_rows": 0, "split_rows": 0, "continued": 0, "first_continued": None, "stop_inside": 1, "first_stop_inside": f"{path}:41",
+        "cut_rows": 0, "split_rows": 0, "continued": 0, "first_continued": None,
+        "stop_inside": 1, "first_stop_inside": f"{path}:41",
         "control_tokens": 0, "first_control_tokens": None,
         "prompt_length": {"50": 152, "90": 270, "99": 297, "max": 300},
         "response_length": {"50": 2, "90": 2, "99": 2, "max": 4},
@@ -544,7 +548,8 @@ def test_split_off_keeps_the_turns_of_a_conversation_together():
     turns = []
     for row in range(10):
         for turn in range(3):
-            turns.append(Example(np.arange(row, row + 2 + turn, dtype=np.int32), [Response.all_trained([9])], f"x:{row}"))
+            prompt = np.arange(row, row + 2 + turn, dtype=np.int32)
+            turns.append(Example(prompt, [Response.all_trained([9])], f"x:{row}"))
     train, evaluation = split_off(Dataset(turns, {"read": 10, "used": 30}), 0.2, seed=0)
     rows = [{example.where for example in part.examples} for part in (train, evaluation)]
     assert not rows[0] & rows[1] and len(evaluation.examples) == 6 and len(train.examples) == 24

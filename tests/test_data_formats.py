@@ -54,8 +54,9 @@ def test_labelled_rows(row, prompt, response, label):
     text = parse(row, "x.jsonl:1", "labelled")
     assert (text.prompt, text.responses, text.extras) == (prompt, [response], {"label": label})
     assert type(text.extras["label"]) is bool and text.shape.endswith(next(name for name in ("label", "kto_tag") if name in row))
-    text = parse(row, "x.jsonl:1", "responses")                              # sft trains the desirable ones of the file
-    assert (text.responses, text.extras, text.label) == ([response], {"label": label}, text.shape.split(" + ")[-1])
+    text = parse(row, "x.jsonl:1", "responses")            # sft trains the desirable ones of the file
+    column = text.shape.split(" + ")[-1]
+    assert (text.responses, text.extras, text.label) == ([response], {"label": label}, column)
 
 
 @pytest.mark.parametrize("label", [2, -1, 0.5, "true", "1", "yes", [], {}, math.nan])

@@ -151,7 +151,8 @@ from math import floor
 
 def test_a_config_that_is_no_dataclass(project):
     project("plain", "class Config:\n    beta: float = 1.0\n")
-    with pytest.raises(UserError, match="Config in algorithms/plain.py is no dataclass; fix: write @dataclass above it"):
+    message = "Config in algorithms/plain.py is no dataclass; fix: write @dataclass above it"
+    with pytest.raises(UserError, match=message):
         config_of("plain")
 
 

@@ -4,7 +4,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import byte_tokenizer, labelled_rows, metrics, pair_rows, tiny_model, train_here, write_config, write_jsonl
+from helpers import (
+    byte_tokenizer,
+    labelled_rows,
+    metrics,
+    pair_rows,
+    tiny_model,
+    train_here,
+    write_config,
+    write_jsonl,
+)
 from transformers import AutoModelForCausalLM
 
 from algorithms.kto import lenders_of_data, mismatched
@@ -94,7 +103,8 @@ def test_lenders_are_the_nearest_before():
 
 def test_data_with_one_prompt_is_refused(train, tmp_path, capsys):
     rows = [{"prompt": "a", "response": f"{i}", "label": i % 2 == 0} for i in range(6)]
-    with pytest.raises(UserError, match=r"kto: no training row has another prompt than .*jsonl:1, .*; fix: add rows"):
+    message = r"kto: no training row has another prompt than .*jsonl:1, .*; fix: add rows"
+    with pytest.raises(UserError, match=message):
         train(rows)
     assert metrics(tmp_path / "run") == [] and "reference log-probs" not in capsys.readouterr().err
 
@@ -109,8 +119,8 @@ def logp(lm, prompt, response):
 
 @pytest.mark.parametrize("count, size, lender", [(5, 4, 3), (2, 1, 0), (5, 3, None)])
 def test_kl_of_a_last_update_of_one_row(train, model, tmp_path, count, size, lender):
-    """The last update's z0, from the weights before it: of its row with the response of the row before it in the
-    file; of an update of two rows each has the other's."""
+    """The last update's z0, from the weights before it: of its row with the response of the row before it in
+    the file; of an update of two rows each has the other's."""
     rows = [{"prompt": f"{i}?", "response": "yes" * (i + 1), "label": True} for i in range(count)]
     rows[-1]["label"] = False
     keys = dict(batch_size=size, shuffle="false", save_every=1, lr=3e-3, schedule="constant", warmup=0)
@@ -129,7 +139,8 @@ def test_a_row_too_many(train, size):
     """33 rows with the default batch_size, and updates of one row, the held-out one too."""
     rows = labelled_rows(33 if size == 32 else 4)
     held_out = rows[:1] if size == 1 else rows[:3]
-    made = metrics(train(rows, batch_size=size, eval_data=write_jsonl(train.directory / "eval.jsonl", held_out)))
+    eval_data = write_jsonl(train.directory / "eval.jsonl", held_out)
+    made = metrics(train(rows, batch_size=size, eval_data=eval_data))
     assert len(made) == (2 if size == 32 else 4)
 
 

@@ -66,14 +66,16 @@ MUTATIONS = {    # name: (file, text, what it becomes, the tests that must fail)
         ["test_kto.py::test_chosen_is_the_desirable_one"]),
     "a response to the same prompt for the KL": (
         "algorithms/kto.py", "prompts[i - k] != prompts[i] and ", "",
-        [*exact("kto"), "test_kto.py::test_lenders_are_the_nearest_before", "test_kto.py::test_data_with_one_prompt_is_refused"]),
+        [*exact("kto"), "test_kto.py::test_lenders_are_the_nearest_before",
+         "test_kto.py::test_data_with_one_prompt_is_refused"]),
     "a response of the data for the KL, not of the update": (
         "algorithms/kto.py", "if None in others:", "if of_data:", exact("kto")),
     "the last stop token dropped from conversations": (
         "data/chat.py", "return rendered[:end + len(self.end_of_turn)]", "return rendered[:end]",
         [*exact(*TOKENS, "cdpo", "rm"), *held_out("sft", "dpo", "kto", "rm")]),
     "the last stop token dropped from plain text": (
-        "data/tokenise.py", "return [*ids, self.eos]", "return ids", [*exact("sft", "dft"), *held_out("sft", "dft")]),
+        "data/tokenise.py", "return [*ids, self.eos]", "return ids",
+        [*exact("sft", "dft"), *held_out("sft", "dft")]),
     "the sign of advantages": (
         "engine/rollout.py", "example.extras[name] = value", "example.extras[name] = -value if name == 'advantages' else value",
         online(*GROUPS)),

@@ -415,7 +415,8 @@ def test_tools_make_a_conversation_of_strings():
 
 
 def test_fields_that_parquet_fills_with_null_are_no_arguments(tmp_path):
-    """Two calls of different tools: every struct of the file has the fields of both. In JSON a null is meant."""
+    """Two calls of different tools: every struct of the file has the fields of both. In JSON a null is
+    meant."""
     import pyarrow
     import pyarrow.parquet
 

@@ -218,7 +218,8 @@ def test_no_space_that_the_data_has_not(version, form, tokenizers):
 
 
 @pytest.mark.parametrize("prompt, response", [
-    ("Hello wor", "ld"), ("The ans", "wer is 4."), ("caf", "és and bars"), ("q: ", "four"), ("问：你", "们好吗"),
+    ("Hello wor", "ld"), ("The ans", "wer is 4."), ("caf", "és and bars"), ("q: ", "four"),
+    ("问：你", "们好吗"),
     ("a\n", "\nb"), ("1", "234"), ("x  ", "  y")])
 @pytest.mark.parametrize("version, form", FORMS)
 def test_a_token_that_would_span_both(version, form, prompt, response, tokenizers):

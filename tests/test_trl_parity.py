@@ -1,5 +1,6 @@
-"""Whole runs equal TRL's over several updates: loss, gradient norm, rewards and log-probs. sft and dpo go through `benchmark/vs_trl.py`,
-which holds the same against the real tokenizer and real HH pairs; the others train here on plain strings."""
+"""Whole runs equal TRL's over several updates: loss, gradient norm, rewards and log-probs. sft and dpo go
+through `benchmark/vs_trl.py`, which holds the same against the real tokenizer and real HH pairs; the others
+train here on plain strings."""
 import importlib
 import importlib.util
 import math
@@ -52,7 +53,8 @@ PAIRS = [{"prompt": f"\n\nHuman: {'what ' * (i % 3 + 1)}{i}?\n\nAssistant:", "ch
 LABELLED = [{"prompt": row["prompt"], "completion": row["chosen" if i % 3 else "rejected"], "label": i % 3 > 0}
             for i, row in enumerate(PAIRS)]
 
-# name: (TRL's trainer, its options, ours, pairs or labelled rows, rows per update, the metrics with the same definition)
+# name: (TRL's trainer, its options, ours, pairs or labelled rows, rows per update, the metrics with the same
+# definition)
 TRAINERS = {
     "ipo": ("trl.DPOTrainer", {"loss_type": "ipo"}, {}, PAIRS, 4, []),             # TRL's metrics are of sums
     "kto": ("trl.KTOTrainer", {"desirable_weight": 1.5}, {"desirable_weight": 1.5}, LABELLED, 4,
@@ -81,7 +83,8 @@ def train_ours(folder, algorithm, model, rows, **options):
 
 
 def train_trl(folder, name, options, model, rows, batch, tokenizer=None):
-    """-> the metrics of every update of one of TRL's trainers. `tokenizer`: the model's, if it is not the byte tokenizer."""
+    """-> the metrics of every update of one of TRL's trainers. `tokenizer`: the model's, if it is not the
+    byte tokenizer."""
     from datasets import Dataset
     package, _, trainer_name = name.rpartition(".")
     trl_module = importlib.import_module(package)
@@ -100,7 +103,8 @@ def train_trl(folder, name, options, model, rows, batch, tokenizer=None):
         tokenizer = byte_tokenizer(chat_template=False)
         replies = ("chosen", "rejected", "completion")
         rows = [{key: value + END if key in replies else value for key, value in row.items()} for row in rows]
-    trainer = trainer_class(model=policy, args=arguments, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+    trainer = trainer_class(model=policy, args=arguments, train_dataset=Dataset.from_list(rows),
+                            processing_class=tokenizer)
     trainer.train()
     return [row for row in trainer.state.log_history if "loss" in row]
 
@@ -126,7 +130,8 @@ def test_a_run_equals_trl(algorithm, model, tmp_path):
 
 
 def test_orpo_equals_trl(model, tmp_path):
-    """TRL's methods for the preference term in a loop of our own: the likelihood of its trainer includes the prompt's tokens."""
+    """TRL's methods for the preference term in a loop of our own: the likelihood of its trainer includes the
+    prompt's tokens."""
     from trl.experimental.orpo import ORPOTrainer
     stand_in = SimpleNamespace(beta=0.25, accelerator=SimpleNamespace(device="cpu"))
     policy, tokenizer = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval(), byte_tokenizer()
