@@ -7,10 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
+
+from data.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)    # more threads only cost time on matrices this small
@@ -67,6 +70,14 @@ def write_jsonl(path, rows):
     return str(path)
 
 
+def user(content):
+    return {"role": "user", "content": content}
+
+
+def assistant(content, **parts):
+    return {"role": "assistant", "content": content, **parts}
+
+
 def messages(*turns):
     return [{"role": "assistant" if i % 2 else "user", "content": turn} for i, turn in enumerate(turns)]
 
@@ -99,6 +110,14 @@ def prompt_rows(count, first=0):
     """Conversations and plain strings of varying lengths, with the answer that rewards read."""
     return [{"prompt": messages(f"Add {i}." + " Go!" * (i % 4)) if i % 3 else f"{i} plus {i} = ", "answer": str(i)}
             for i in range(first, first + count)]
+
+
+def refused(function, *arguments, **options):
+    """The one line with which a call refuses bad input."""
+    with pytest.raises(UserError) as caught:
+        function(*arguments, **options)
+    assert "\n" not in str(caught.value) and "; fix: " in str(caught.value)
+    return str(caught.value)
 
 
 ALGORITHMS = {"sft": sft_rows, "dft": sft_rows, "kto": labelled_rows,      # name -> the rows it trains on

@@ -5,7 +5,7 @@ import json
 import random
 
 import pytest
-from helpers import CHATML, byte_tokenizer
+from helpers import CHATML, assistant, byte_tokenizer, user
 from tokenizers import AddedToken
 
 from data.errors import UserError
@@ -37,14 +37,6 @@ CALLS = """{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content 
 {%- for call in m.tool_calls or [] %}
 {{- call.function.name }}{{ call.function.arguments }}{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
-
-
-def user(content):
-    return {"role": "user", "content": content}
-
-
-def assistant(content, **parts):
-    return {"role": "assistant", "content": content, **parts}
 
 
 def encode(template, prompt, *responses):

@@ -3,22 +3,14 @@ import math
 from types import SimpleNamespace
 
 import pytest
-from helpers import byte_tokenizer, messages, write_jsonl
+from helpers import byte_tokenizer, messages, refused, write_jsonl
 
 from data.dataset import build_dataset, load_datasets
-from data.errors import UserError
 from data.formats import parse
 
 TOKENIZER = byte_tokenizer()
 Q, GOOD, BAD = messages("q"), messages("q", "good")[1:], messages("q", "bad")[1:]
 SYSTEM = [{"role": "system", "content": "s"}]
-
-
-def refused(function, *arguments, **options):
-    with pytest.raises(UserError) as caught:
-        function(*arguments, **options)
-    assert "\n" not in str(caught.value) and "; fix: " in str(caught.value)
-    return str(caught.value)
 
 
 def build(path, kind, **options):

@@ -2,7 +2,7 @@
 from types import SimpleNamespace
 
 import pytest
-from helpers import REWARDS, byte_tokenizer, messages, write_jsonl
+from helpers import REWARDS, byte_tokenizer, messages, refused, write_jsonl
 
 from data.dataset import build_dataset, load_datasets, overlap, split_off
 from data.errors import UserError
@@ -18,13 +18,6 @@ R1_ZERO = "A conversation between User and Assistant. The User asks a question, 
           "enclosed within <think> </think> and answer is enclosed within <answer> </answer> tags, respectively, i.e., <think> " \
           "reasoning process here </think> <answer> answer here </answer>.\nUser: {}\nAssistant: <think>"
 HH = "\n\nHuman: q\n\nAssistant: a\n\nHuman: r\n\nAssistant: "
-
-
-def refused(function, *arguments, **options):
-    with pytest.raises(UserError) as caught:
-        function(*arguments, **options)
-    assert "\n" not in str(caught.value) and "; fix: " in str(caught.value)
-    return str(caught.value)
 
 
 def build(tmp_path, rows, max_length=1000, tokenizer=TOKENIZER, **options):

@@ -13,6 +13,7 @@ from helpers import (
     metrics,
     pair_rows,
     prompt_rows,
+    refused,
     tiny_model,
     train_here,
     write_config,
@@ -20,7 +21,7 @@ from helpers import (
 )
 
 from data.dataset import build_dataset, load_datasets
-from data.errors import RunError, UserError
+from data.errors import RunError
 from data.files import read_rows
 from data.formats import parse
 from data.messages import MARKED_OFF, NAMES, read_messages
@@ -30,13 +31,6 @@ Q, A, BAD = messages("6*7?"), messages("", "42")[1:], messages("", "41")[1:]
 CALL = {"name": "area", "arguments": {"wide": 2, "high": [3, None]}}
 CALLED = [{"type": "function", "function": CALL}]
 TOOL = {"name": "area", "description": "of a box", "parameters": {"type": "object", "properties": {}}}
-
-
-def refused(function, *arguments, **options):
-    with pytest.raises(UserError) as caught:
-        function(*arguments, **options)
-    assert "\n" not in str(caught.value) and "; fix: " in str(caught.value)
-    return str(caught.value)
 
 
 def read(*turns):

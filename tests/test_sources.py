@@ -4,20 +4,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from helpers import byte_tokenizer, write_jsonl
+from helpers import byte_tokenizer, refused, write_jsonl
 
 from data.dataset import build_dataset, load_datasets, split_off
-from data.errors import UserError
 from engine.config import as_yaml, describe, load_config
 
 TOKENIZER = byte_tokenizer()
-
-
-def refused(function, *arguments, **options):
-    with pytest.raises(UserError) as caught:
-        function(*arguments, **options)
-    assert "\n" not in str(caught.value) and "; fix: " in str(caught.value)
-    return str(caught.value)
 
 
 def build(path, kind, **options):

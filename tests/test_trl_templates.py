@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 
 import pytest
+from helpers import assistant, user
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -96,14 +97,6 @@ SYSTEM_IN_LAST_TURN = """{% set system, turns = '', messages %}{% if messages[0]
 TOOLS = [{"type": "function", "function": {"name": "forecast", "description": "Sky.", "parameters": {
     "type": "object", "properties": {"town": {"type": "string"}}}}}]
 CALL = {"type": "function", "function": {"name": "forecast", "arguments": {"town": "Ulm"}}}
-
-
-def user(content):
-    return {"role": "user", "content": content}
-
-
-def assistant(content, **parts):
-    return {"role": "assistant", "content": content, **parts}
 
 
 SYSTEM = {"role": "system", "content": "Be brief."}
