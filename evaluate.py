@@ -20,8 +20,6 @@ from data.errors import UserError, notice, printable, run_program
 from data.hub import SHORT
 from engine import console
 from engine.checkpoint import model_path
-from engine.load import load_tokenizer, load_tokenizer_for
-from engine.model import is_reward_model
 from engine.results import (
     Results,
     Settings,
@@ -36,6 +34,8 @@ from engine.results import (
     write,
 )
 from engine.score import load_frozen, scores
+from model.load import load_tokenizer, load_tokenizer_for
+from model.reward_model import is_reward_model
 
 PAIRS_AT_ONCE = 64
 

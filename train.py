@@ -18,13 +18,20 @@ def main(argv: list[str]) -> None:
         return print(help_text())
     # these imports take seconds, so they wait until the configuration is known to be good
     from data.dataset import load_datasets
-    from engine import checkpoint, load, logs, model, ranks, value
+    from engine import checkpoint, logs, ranks
     from engine.claim import release
     from engine.directory import changed_rates, choose_directory
     from engine.dry_run import marked
     from engine.fingerprint import fingerprints
     from engine.loop import Engine, Stopped
-    from engine.online import OnlineEngine
+    from engine.rollouts import OnlineEngine
+    from engine.score import critic_path
+    from model import load
+    from model.actor_critic import build_actor_critic
+    from model.build import build_policy, shard
+    from model.check import check_policy
+    from model.reward_model import build_reward_model
+    from rewards.functions import check_rewards
 
     common, config = run_config.common, run_config.config
     algorithm = importlib.import_module(f"algorithms.{common.algorithm}")
@@ -57,16 +64,19 @@ def main(argv: list[str]) -> None:
         tokenizer = load.load_tokenizer_for(common, common.model, run.notice)
         load.check_path(getattr(config, "reference", None) or common.model, "reference")
         train_set, eval_set, report = load_datasets(common, config, algorithm.DATA, tokenizer, run.notice)
+        if algorithm.DATA == "prompts":
+            check_rewards(config, train_set + eval_set)
         if start:
             ranks.from_main(run.check_data, report)
         for line in marked(train_set[0], tokenizer, most=400):
             run.notice(line)
-        policy = model.build_policy(common, tokenizer, start)
-        model.check_policy(policy, train_set, common.share_prompt, run.notice)
+        policy = build_policy(common, tokenizer, start)
+        check_policy(policy, train_set, common.share_prompt, run.notice)
         if algorithm.MODEL == "reward":
-            policy = model.build_reward_model(policy, start or common.model, common.seed, run.notice)
+            policy = build_reward_model(policy, start or common.model, common.seed, run.notice)
         if algorithm.MODEL == "actor_critic":
-            policy = value.build_actor_critic(policy, common, config, tokenizer, start, run.notice)
+            critic = critic_path(config.reward, tokenizer, run.notice)
+            policy = build_actor_critic(policy, common, tokenizer, config.share_value_trunk, critic, start, run.notice)
         step = checkpoint.load_trainer(start)["step"] if start else 0
         # once more: loading may have fetched another commit of a hub model
         digests = ranks.from_main(fingerprints, values)
@@ -75,7 +85,7 @@ def main(argv: list[str]) -> None:
         ranks.from_main(run.begin, config_yaml, report, digests, step)
         run.notice(f"run {place.directory}" + (f", resumed from {start}" if start else ""))
         if world > 1:
-            model.shard(policy)
+            shard(policy)
         kind = OnlineEngine if algorithm.DATA == "prompts" else Engine
         engine = kind(common, policy, tokenizer, train_set, eval_set, run, algorithm.PROGRESS, start)
         engine.try_saving()

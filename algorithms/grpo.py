@@ -31,7 +31,8 @@ from typing import Literal
 
 import torch
 
-from engine.rollout import Sampling, alike
+from engine.options import Sampling
+from engine.rollout import alike
 
 DATA = "prompts"                   # every row holds a prompt and what its reward needs
 MODEL = "policy"                   # what is trained
@@ -39,7 +40,7 @@ PROGRESS = "reward"                # the number shown beside the loss
 
 
 @dataclass
-class Config(Sampling):            # reward, temperature, max_completion_length, ...: see engine/rollout.py
+class Config(Sampling):            # reward, temperature, max_completion_length, ...: see engine/options.py
     num_generations: int = 8       # completions per prompt: the group
     num_iterations: int = 1        # passes over each rollout
     num_mini_batches: int = 1      # updates per pass

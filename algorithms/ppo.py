@@ -41,7 +41,8 @@ from typing import Literal
 
 import torch
 
-from engine.rollout import Sampling, alike
+from engine.options import Sampling
+from engine.rollout import alike
 
 DATA = "prompts"                   # every row holds a prompt and what its reward needs
 MODEL = "actor_critic"             # what is trained
@@ -49,7 +50,7 @@ PROGRESS = "reward"                # the number shown beside the loss
 
 
 @dataclass
-class Config(Sampling):            # reward, temperature, max_completion_length, ...: see engine/rollout.py
+class Config(Sampling):            # reward, temperature, max_completion_length, ...: see engine/options.py
     num_ppo_epochs: int = 4        # passes over each rollout
     num_mini_batches: int = 1      # updates per pass
     kl_coef: float = 0.05          # weight of the KL to the reference in the reward

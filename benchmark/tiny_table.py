@@ -114,7 +114,8 @@ def measure_model(path: str, seed: int) -> dict:
     from data.dataset import build_dataset
     from data.pack import Example, Response
     from data.tokenise import Tokeniser
-    from engine.model import Policy, load_lm
+    from model.load import load_lm
+    from model.policy import Policy
 
     if (Path(path) / "value_head.safetensors").exists():
         rows = [json.loads(line) for line in (Path(path).parent / "metrics.jsonl").read_text().splitlines()]

@@ -159,10 +159,14 @@ def our_engine(job: dict, keys: dict):
     """(algorithm, its Config, engine, when the clock started): what train.py builds, with the weights loaded before the clock starts and
     nothing saved at the end. `keys`: of the configuration, beside those that all benchmarks share."""
     from data.dataset import load_datasets
-    from engine import load, logs, model
+    from engine import logs
     from engine.config import as_yaml, load_config
     from engine.loop import Engine
-    from engine.online import OnlineEngine
+    from engine.rollouts import OnlineEngine
+    from model import load
+    from model.build import build_policy
+    from model.check import check_policy
+    from model.reward_model import build_reward_model
 
     config_file = Path(job["work"]) / "benchmark.yml"
     config_file.write_text(json.dumps({"algorithm": job["algorithm"]}))                # JSON is YAML
@@ -172,12 +176,12 @@ def our_engine(job: dict, keys: dict):
     common, config = run_config.common, run_config.config
     algorithm = importlib.import_module(f"algorithms.{common.algorithm}")
     tokenizer, run = load.load_tokenizer(common.model), logs.Run(common.output)
-    policy = model.build_policy(common, tokenizer)
+    policy = build_policy(common, tokenizer)
     started = time.perf_counter()
     train_set, eval_set, report = load_datasets(common, config, algorithm.DATA, tokenizer, run.notice)
-    model.check_policy(policy, train_set, common.share_prompt, run.notice)
+    check_policy(policy, train_set, common.share_prompt, run.notice)
     if algorithm.MODEL == "reward":
-        policy = model.build_reward_model(policy, common.model, common.seed)
+        policy = build_reward_model(policy, common.model, common.seed)
     run.begin(as_yaml(common, config), report, {}, 0)
     kind = OnlineEngine if algorithm.DATA == "prompts" else Engine
     engine = kind(common, policy, tokenizer, train_set, eval_set, run, algorithm.PROGRESS)

@@ -47,10 +47,10 @@ def reward(prompts, completions, **columns):
 
 def train_ours(job: dict) -> dict:
     """Our side; with job["replay"] from TRL's completions."""
-    from engine import online
-    from engine.rollout import Completion, Stops
+    from engine import rollouts
+    from model.sampler import Completion, Stops
 
-    seconds, tokens, sample, ids = [], [], online.sample, set(stops_of(job))
+    seconds, tokens, sample, ids = [], [], rollouts.sample, set(stops_of(job))
     Stops.__call__ = lambda self, tokens: int(tokens[-1]) in ids
 
     def timed(*arguments):
@@ -65,9 +65,9 @@ def train_ours(job: dict) -> dict:
         groups = iter(job["replay"])
         return [[Completion(np.array(ids, np.int32), np.zeros(len(ids), np.float32), True) for ids in next(groups)] for _ in prompts]
 
-    online.sample = replayed if job.get("replay") else timed
+    rollouts.sample = replayed if job.get("replay") else timed
     if job.get("replay"):
-        online.OnlineEngine.old_logps = lambda self, batch, logps: logps.detach()
+        rollouts.OnlineEngine.old_logps = lambda self, batch, logps: logps.detach()
     grpo, config, engine, started = vs_trl.our_engine(job, {
         "data": job["rows"], "batch_size": job["prompts"], "num_generations": job["group"], "max_completion_length": job["length"],
         "beta": 0, "reward": f"{__file__}:reward", "precision": "fp32"})

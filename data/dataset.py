@@ -13,7 +13,6 @@ from data.files import SUFFIXES, find_file, read_rows, sha256
 from data.formats import parse, read_template, without_template
 from data.hub import HUB_NAME, SHORT_NAME, hub_rows
 from data.pack import Example
-from data.rewards import check_arguments, check_gold, load_reward
 from data.sources import rename, source_name
 from data.tokenise import Tokeniser, stop_ids
 
@@ -136,8 +135,7 @@ def build_dataset(source, kind, tokenizer, max_length, train_on="assistant", tru
 
 def load_datasets(config, algorithm_config, kind, tokenizer, notice):
     """The training and evaluation examples that a configuration names, and their reports: (list, list,
-    {"train", "eval"}). Prompts are put into the algorithm's `prompt_template`, if it has one, and their gold
-    answers through its rewards. Of evaluate.py and sample.py only the first `limit` examples are returned.
+    {"train", "eval"}). Prompts are put into the algorithm's `prompt_template`, if it has one. Of evaluate.py and sample.py only the first `limit` examples are returned.
 
     `notice(text)` is told once how each source was understood and of everything dropped, cut or doubtful.
     Raises UserError as `build_dataset` does, and when labelled training examples all have the same label."""
@@ -179,10 +177,6 @@ def load_datasets(config, algorithm_config, kind, tokenizer, notice):
         notice(f"warning: {counts[0]} of {len(evaluation.examples)} evaluation rows are training rows too; "
                f"{counts[1]} have the prompt of one")
     examples, held_out = train.examples[:getattr(algorithm_config, "limit", None)], evaluation.examples if evaluation else []
-    if kind == "prompts":
-        rewards = load_reward(algorithm_config.reward, algorithm_config.reward_weights)
-        check_arguments(rewards, examples + held_out)
-        check_gold(rewards, examples + held_out)
     return examples, held_out, {"train": train.report, "eval": evaluation.report if evaluation else None}
 
 

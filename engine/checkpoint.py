@@ -21,17 +21,17 @@ from transformers import AutoModelForSequenceClassification
 from data.errors import RunError, UserError
 from data.files import digest_of, sha256
 from data.tokenise import stop_ids
-from engine import lora
-from engine.load import first_line, is_finite
-from engine.lora import written
-from engine.model import HEAD_BIAS, HEAD_WEIGHT, VALUE_HEAD
 from engine.ranks import distributed, from_main, sum_over_ranks
+from model import lora
+from model.actor_critic import CRITIC
+from model.load import first_line, is_finite
+from model.lora import written
+from model.reward_model import HEAD_BIAS, HEAD_WEIGHT, VALUE_HEAD
 
 MANIFEST = "manifest.json"
 WEIGHTS = ".safetensors"
 ROLLOUT = "rollout.safetensors"              # of a checkpoint between two updates of the same rollout
 MOMENTS = "exp_avg", "exp_avg_sq"            # AdamW's names
-CRITIC = "critic.safetensors"                # of a checkpoint of a policy with a critic: its trained weights
 
 
 def sync(path: str) -> None:

@@ -3,7 +3,7 @@
 `python train.py x.yml lrr=1` needs the fields of an algorithm's Config, and torch takes seconds to import.
 The Config does not use torch: `class_of` runs the class and those statements of its file that it names,
 imports among them. A class that is imported from another file of this project is found in the same way, so
-that `class Config(Sampling)` does not run engine/rollout.py either.
+that `class Config(Sampling)` does not run engine/options.py either.
 """
 import ast
 import functools

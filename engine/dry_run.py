@@ -10,11 +10,11 @@ from transformers import AutoModelForCausalLM
 from data.dataset import doubts, load_datasets
 from data.errors import printable
 from data.pack import Example, Response, order, pack
-from engine import lora
 from engine.checkpoint import model_path
 from engine.config import describe
-from engine.load import base_of, check_path, is_adapter, load_config, load_tokenizer_for, unloadable
-from engine.model import LOGITS_AT_ONCE
+from model import lora
+from model.load import base_of, check_path, is_adapter, load_config, load_tokenizer_for, unloadable
+from model.logps import LOGITS_AT_ONCE
 
 
 def dry_run(run_config, kind: str, world: int = 1) -> None:

@@ -13,7 +13,7 @@ from data.errors import UserError
 from data.files import digest_of
 from data.hub import NAME
 from engine import checkpoint
-from engine.load import base_of, is_adapter
+from model.load import base_of, is_adapter
 
 # the files of a model directory that change numbers: weights, configuration, tokenizer and templates ...
 INPUT = re.compile(r".*\.(safetensors|jinja|model)|.*model.*\.bin|.*\.index\.json|(merges|vocab)\.txt"

@@ -15,14 +15,12 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from data.errors import RunError, UserError
-from data.guard import handle, interrupt, leave
 from data.pack import Example, order, pack
 from data.tokenise import stop_ids
 from engine import checkpoint
 from engine.console import per_second
-from engine.load import base_of, generation_settings, is_finite
 from engine.logs import Run
-from engine.model import RewardModel, build_policy, reshard
+from engine.options import Sampling
 from engine.ranks import distributed, from_all_ranks, from_main, sum_over_ranks
 from engine.reference import (
     Reference,
@@ -34,8 +32,12 @@ from engine.reference import (
     unpacked,
     write_part,
 )
-from engine.rollout import Sampling, sample
 from engine.step import Step
+from model.build import build_policy, reshard
+from model.load import base_of, generation_settings, is_finite
+from model.reward_model import RewardModel
+from model.sampler import sample
+from rewards.guard import handle, interrupt, leave
 
 SEAL_SECONDS = 120      # between two parts of the reference's log-probs
 

@@ -15,7 +15,7 @@ from data.errors import RunError, UserError
 from data.files import sha256
 from engine import checkpoint
 from engine.claim import claim, release
-from engine.load import base_of, check_name, first_line, is_adapter
+from model.load import base_of, check_name, first_line, is_adapter
 
 
 class Reference:

@@ -13,19 +13,20 @@ from typing import get_type_hints
 from data.dataset import load_datasets
 from data.errors import RunError, UserError
 from data.files import SUFFIXES
-from data.rewards import load_reward, score_all
-from data.verifiers import golds_of, r1_zero, r1_zero_details
 from engine.advice import advice
 from engine.claim import LOCK, claim
 from engine.config import Common, Lines, cast, check_output, parse_argv, read_values, show
 from engine.directory import read_config
 from engine.fingerprint import fingerprints
-from engine.load import base_of, load_config, load_tokenizer_for
 from engine.logs import Run
-from engine.model import is_reward_model
-from engine.rollout import Rollout, Sampling, sample, stop_strings, usual_stop, with_completions
-from engine.score import judge, load_frozen, scores, text_of
-from engine.value import reward_model_path
+from engine.options import Sampling, stop_strings, usual_stop
+from engine.rollout import Rollout, with_completions
+from engine.score import judge, load_frozen, reward_model_path, scores, text_of
+from model.load import base_of, load_config, load_tokenizer_for
+from model.reward_model import is_reward_model
+from model.sampler import sample
+from rewards.functions import check_rewards, load_reward, score_all
+from rewards.verifiers import golds_of, r1_zero, r1_zero_details
 
 # keys that change no completion and no score
 FREE = ("output", "limit", "rollout_batch_size", "min_reward", "reward_timeout")
@@ -127,6 +128,8 @@ def load_examples(settings, kind: str, path: str, tokenizer, notice):
     common = Common(algorithm="", model=path, data=settings.data, seed=settings.seed,
                     max_length=settings.max_length, system_prompt=settings.system_prompt)
     examples, _, reports = load_datasets(common, settings, kind, tokenizer, notice)
+    if kind == "prompts":
+        check_rewards(settings, examples)
     return examples, reports["train"]
 
 

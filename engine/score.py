@@ -1,10 +1,17 @@
 """Numbers for completions: rewards from functions and reward models, and what a model gives to responses that are there already."""
 import torch
 
+from data.errors import UserError
 from data.pack import Example, pack
+from engine import checkpoint
 from engine.config import Common
-from engine.model import RewardModel, build_policy, build_reward_model, check_policy, is_reward_model
+from engine.ranks import from_main
 from engine.rollout import Rollout
+from model.build import build_policy
+from model.check import check_policy
+from model.load import load_tokenizer
+from model.reward_model import VALUE_HEAD, RewardModel, build_reward_model, is_reward_model
+from rewards.functions import is_model, parts_of
 
 
 def judge(rollout: Rollout, rewards: list, tokenizer, by_functions, by_model) -> None:
@@ -62,3 +69,22 @@ def load_frozen(path: str, tokenizer, examples: list[Example], notice):
     if not is_reward_model(path):
         return policy
     return build_reward_model(policy, path, common.seed, notice).requires_grad_(False)
+
+
+def critic_path(reward: str, tokenizer, notice) -> str | None:
+    """The first reward model among the rewards, as which a critic starts; None where all are functions."""
+    run = next(filter(is_model, parts_of(reward)), None)
+    return run and reward_model_path(run, tokenizer, notice)
+
+
+def reward_model_path(run: str, tokenizer, notice) -> str:
+    """The directory with trunk and head of the run of `rm` that a reward names; UserError where it is none, or its tokenizer is not the
+    policy's."""
+    path = from_main(checkpoint.model_path, run, notice)
+    if not is_reward_model(path):
+        raise UserError(f"reward: {run} is not the run of a reward model ({VALUE_HEAD} is missing in {path}); "
+                        "fix: pass a run of algorithm: rm")
+    if load_tokenizer(path).get_vocab() != tokenizer.get_vocab():
+        raise UserError(f"reward: the reward model {run} has another tokenizer than the model; "
+                        "fix: train it from a model with the same tokenizer")
+    return path

@@ -525,7 +525,7 @@ def operation_kills(campaign: Campaign, options, pool: ThreadPoolExecutor) -> No
 def main(argv: list[str]) -> int:
     options, since = parse(argv), time.time()
     child.preload("algorithms.grpo", "algorithms.ppo", "algorithms.dapo", "algorithms.kto", "algorithms.rm",
-                  "engine.value", "peft")
+                  "model.actor_critic", "peft")
     folder = Path(options.folder or tempfile.mkdtemp(prefix="kills-")).resolve()
     folder.mkdir(exist_ok=True)
     campaign = Campaign(folder, make_kinds(folder, options.kinds, options.save_every), options.cold)

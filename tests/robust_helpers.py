@@ -17,7 +17,7 @@ BASE = dict(batch_size=4, max_length=200, lr=1e-3, save_every=1, eval_every=2, e
 OUT, ERR = "stdout.txt", "stderr.txt"
 
 _server = multiprocessing.get_context("forkserver")
-PRELOADED = ["robust_warm", "train", "evaluate", "sample", "engine.loop", "engine.online",
+PRELOADED = ["robust_warm", "train", "evaluate", "sample", "engine.loop", "engine.rollouts",
              "algorithms.dpo", "algorithms.sft", "data.dataset"]
 _server.set_forkserver_preload(PRELOADED)
 
@@ -132,8 +132,8 @@ def signal_in_reference_pass(number):
 
 
 def signal_while_loading(number):
-    from engine import model
-    before(model, "build_policy", send(number))
+    from model import build
+    before(build, "build_policy", send(number))
 
 
 def full_disk(step):

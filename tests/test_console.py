@@ -20,9 +20,9 @@ import robust_helpers as child
 from helpers import prompt_rows, tiny_model, write_jsonl
 
 import evaluate
-from data.guard import _time_limit
 from engine import console
 from engine.console import Console, clock, counted, cut, fitting
+from rewards.guard import _time_limit
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs pseudo-terminals")
 

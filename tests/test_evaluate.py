@@ -17,7 +17,7 @@ import evaluate
 from data.errors import UserError
 from engine import results
 from engine.results import name_of
-from engine.rollout import Completion
+from model.sampler import Completion
 
 QUESTIONS = [{"question": f"What is {i} plus {i}?", "answer": f"{i} + {i} = {2 * i}\n#### {2 * i}"} for i in range(6)]
 

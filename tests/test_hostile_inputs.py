@@ -40,9 +40,9 @@ from data.errors import RunError, UserError, printable, run_program
 from data.formats import Text
 from data.tokenise import Tokeniser
 from engine import dry_run, results
-from engine.load import load_lm
 from engine.logs import Run
-from engine.model import saved_head
+from model.load import load_lm
+from model.reward_model import saved_head
 
 ESCAPES = "\x1b[31m \x07 \x9b2J \u202e \x7f \r \udc9b"
 RAW = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")

@@ -34,10 +34,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data.dataset import build_dataset
 from data.errors import UserError
-from engine import checkpoint, lora
+from engine import checkpoint
 from engine.config import Common, load_config
-from engine.load import base_of
-from engine.model import build_policy, build_reward_model
+from model import lora
+from model.build import build_policy
+from model.load import base_of
+from model.reward_model import build_reward_model
 from train import main
 
 peft = pytest.importorskip("peft")
@@ -400,7 +402,7 @@ def test_keys_and_adapter_must_agree(adapter, base, monkeypatch):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there it works")
 def test_four_bits_without_cuda(base, monkeypatch):
-    from engine import model
-    monkeypatch.setattr(model, "load_lm", None)               # nothing is loaded before the error
+    from model import build
+    monkeypatch.setattr(build, "load_lm", None)               # nothing is loaded before the error
     with pytest.raises(UserError, match="load_in_4bit: this machine has no CUDA GPU"):
         build_policy(config(base, lora_r=4, load_in_4bit=True), byte_tokenizer())

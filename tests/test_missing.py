@@ -13,7 +13,7 @@ import evaluate
 import sample
 from data.errors import UserError
 from data.hub import hub_rows, why_unreachable
-from engine.load import check_name, check_path
+from model.load import check_name, check_path
 
 
 @pytest.fixture(scope="module")

@@ -20,9 +20,12 @@ from transformers import (
 
 from data.errors import UserError
 from data.pack import Example, Response, collate
-from engine import model
 from engine.config import Common
-from engine.model import ChunkedLogps, Policy, build_policy, check_policy, load_lm
+from model.build import build_policy
+from model.check import check_policy
+from model.load import load_lm
+from model.logps import LOGITS_AT_ONCE, ChunkedLogps
+from model.policy import Policy
 
 ARCHITECTURES = {
     "qwen2": config_of(Qwen2Config),
@@ -147,7 +150,7 @@ def head_inputs(rows=11, trained_head=True):
 @pytest.mark.parametrize("width", [1, 7, 50, 100])      # of a vocabulary of 50: one at a time, not a divisor, all at once
 @pytest.mark.parametrize("trained_head", [True, False])
 def test_chunked_log_probs_equal_full_logits(monkeypatch, width, trained_head):
-    monkeypatch.setitem(model.LOGITS_AT_ONCE, "cpu", width * 11 + 10)
+    monkeypatch.setitem(LOGITS_AT_ONCE, "cpu", width * 11 + 10)
     hidden, weight, target = head_inputs(trained_head=trained_head)
     slopes = torch.randn(11)
     inputs = [hidden, weight][:1 + trained_head]

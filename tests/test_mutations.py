@@ -43,7 +43,7 @@ PAIRS = "dpo", "ipo", "orpo", "simpo", "cpo"             # algorithms that take 
 TOKENS = "sft", "dft", "kto", *PAIRS
 GROUPS = "grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "reinforce_pp"
 SHIFT = "data/pack.py", "source.append(predictors[response.trained])", "source.append(predictors[response.trained] + 1)"
-UNCHECKED = "; import engine.model; engine.model.check_policy = lambda *_: None"
+UNCHECKED = "; import model.check; model.check.check_policy = lambda *_: None"
 MUTATIONS = {    # name: (file, text, what it becomes, the tests that must fail)
     "source shifted by one": (
         *SHIFT, [*exact("sft", "dpo"), "test_pack.py::test_pairs_share_their_prompt",
@@ -80,13 +80,13 @@ MUTATIONS = {    # name: (file, text, what it becomes, the tests that must fail)
         "engine/rollout.py", "example.extras[name] = value", "example.extras[name] = -value if name == 'advantages' else value",
         online(*GROUPS)),
     "log-probs at temperature 1": (
-        "engine/model.py", "states if temperature == 1 else states / temperature", "states", online("grpo", "rloo")),
+        "model/policy.py", "states if temperature == 1 else states / temperature", "states", online("grpo", "rloo")),
     "completions cut before their stop token": (
-        "engine/rollout.py", "lengths[row], finished[row] = i + 1, stops(tokens[row, :i + 1])",
+        "model/sampler.py", "lengths[row], finished[row] = i + 1, stops(tokens[row, :i + 1])",
         "finished[row] = stops(tokens[row, :i + 1]); lengths[row] = i + 1 - (finished[row] and i > 0)",
         [*online("grpo", "dapo"), *(f"test_rollout.py::test_sampler_equals_a_plain_loop[{name}-plain]" for name in ("qwen2", "llama"))]),
     "one completion's draws for another": (
-        "engine/rollout.py", "(*keys[row[0]], row[1])", "(*keys[row[0]], row[1] + 1)",
+        "model/sampler.py", "(*keys[row[0]], row[1])", "(*keys[row[0]], row[1] + 1)",
         ["test_rollout.py::test_sampler_equals_a_plain_loop[qwen2-plain]"]),
     "a collective in a loop over a set": (
         "engine/checkpoint.py", "for key, tensor in state.items():", "for key, tensor in set(state.items()):",
@@ -100,7 +100,7 @@ def results(tmp_path_factory):
     folders = {}
     for mutation, (path, old, new, _) in MUTATIONS.items():
         folder = folders[mutation] = tmp_path_factory.mktemp("copy")
-        for name in ("algorithms", "data", "engine", "tests"):
+        for name in ("algorithms", "data", "engine", "model", "rewards", "tests"):
             shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(ROOT / "train.py", folder)
         source = (folder / path).read_text()

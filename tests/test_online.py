@@ -29,10 +29,12 @@ from test_engine_exact import PLAIN, chat, close, ids, read
 from transformers import AutoModelForCausalLM
 
 from data.errors import RunError, UserError
-from engine.model import Policy, load_lm
-from engine.online import OnlineEngine
-from engine.rollout import Sampling, sample
+from engine.options import Sampling
+from engine.rollouts import OnlineEngine
 from engine.step import Step
+from model.load import load_lm
+from model.policy import Policy
+from model.sampler import sample
 
 ONCE_GROUPS = SAMPLED | {"num_generations": 4, "num_mini_batches": 1}      # one update per rollout
 LIMIT = SAMPLED["max_completion_length"]
@@ -395,7 +397,7 @@ def refused(run, *arguments, name="refused", **keys):
 def test_a_sampler_that_differs_stops_the_run(run, tmp_path, monkeypatch, algorithm, error):
     def wrong(*arguments):
         return [[completion._replace(logps=completion.logps + error) for completion in group] for group in sample(*arguments)]
-    monkeypatch.setattr("engine.online.sample", wrong)
+    monkeypatch.setattr("engine.rollouts.sample", wrong)
     with pytest.raises(RunError, match="the training forward and the sampler differ by .* of rollout 1"):
         run("wrong", algorithm, **ONLINE[algorithm])
     assert metrics(tmp_path / "wrong") == []
@@ -417,7 +419,7 @@ def test_a_reward_that_is_not_a_number_names_itself_prompt_and_completion(run):
 
 
 def test_gold_answers_that_do_not_verify_stop_the_run_before_the_model_loads(files, run, tmp_path, monkeypatch):
-    monkeypatch.setattr("engine.model.load_lm", None)
+    monkeypatch.setattr("model.build.load_lm", None)
     rows = [row | {"answer": "none"} if i == 3 else row for i, row in enumerate(prompt_rows(8))]
     data = write_jsonl(tmp_path / "gold.jsonl", rows)
     for key in ("data", "eval_data"):

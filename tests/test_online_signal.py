@@ -26,8 +26,8 @@ from algorithms import grpo, ppo, reinforce_pp, rloo
 from data.errors import RunError
 from engine import checkpoint
 from engine.loop import Engine
-from engine.online import OnlineEngine
 from engine.rollout import Rollout, alike
+from engine.rollouts import OnlineEngine
 from engine.score import judge
 
 NAN = math.nan
@@ -146,7 +146,7 @@ def test_alike():
 def test_rewards_that_differ_by_rounding_are_one():
     """0.1 + 0.2 is not 0.3 in fp64; one reward of 0.3 and two of 0.1 and 0.2 are the same."""
     from data.pack import Example, Response
-    from data.rewards import Reward
+    from rewards.functions import Reward
     responses = [Response.all_trained([5])] * 2
     rollout = Rollout(0, [Example([1], responses, "x:1", {"prompt": "p", "columns": {}})])
     returned = {"one": [0.1, 0.3], "two": [0.2, 0.0]}
@@ -201,7 +201,7 @@ def test_a_signal_now_and_then_is_enough(run, monkeypatch):
         calls.append(rollout)
         if len(calls) % 8 == 0:
             rollout["rewards"] = [torch.arange(4.0).double()] * len(rollout.examples)
-    monkeypatch.setattr("engine.online.judge", now_and_then)
+    monkeypatch.setattr("engine.rollouts.judge", now_and_then)
     assert "warning: in" not in told(run("grpo", max_steps=20, beta=0))
 
 

@@ -36,10 +36,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from algorithms.ppo import Config, gae, ppo_policy_loss, ppo_value_loss, token_rewards, whiten
 from data.errors import UserError
 from data.pack import Example, Response
-from engine import rollout
 from engine.config import load_config
-from engine.model import Policy
-from engine.value import ActorCritic
+from model import sampler
+from model.actor_critic import ActorCritic
+from model.policy import Policy
 
 STOPS = "a,b,c,d,e,f,g,h,i,j,k,l"            # a random model hardly draws a stop token
 REWARD = '''
@@ -358,8 +358,8 @@ def test_num_sample_generations(base, run):
 
 @pytest.mark.parametrize("key", ["rollout_batch_size", "local_rollout_forward_batch_size"])
 def test_rollout_batch_size_and_its_alias(files, base, run, updates, key, monkeypatch):
-    sizes, decode = [], rollout.decode
-    monkeypatch.setattr(rollout, "decode", lambda lm, prompts, *rest: sizes.append(len(prompts)) or decode(lm, prompts, *rest))
+    sizes, decode = [], sampler.decode
+    monkeypatch.setattr(sampler, "decode", lambda lm, prompts, *rest: sizes.append(len(prompts)) or decode(lm, prompts, *rest))
     assert load_config([write_config(files.folder / "alias.yml", **options_of(files, **{key: 2}))]).config.rollout_batch_size == 2
     assert load_config([str(files.folder / "alias.yml"), f"{key}=3"]).config.rollout_batch_size == 3
     again = run(f"size-{key}", **{key: 2})

@@ -8,7 +8,8 @@ from data.dataset import build_dataset, load_datasets, overlap, split_off
 from data.errors import UserError
 from data.formats import parse, read_template
 from data.hub import hub_rows
-from engine.rollout import Sampling
+from engine.options import Sampling
+from rewards.functions import check_rewards
 
 TOKENIZER, PLAIN = byte_tokenizer(), byte_tokenizer(chat_template=False)
 Q, S = messages("q"), [{"role": "system", "content": "s"}]
@@ -32,7 +33,9 @@ def load(tmp_path, rows, tokenizer=TOKENIZER, prompt_template=None, max_completi
                                 "max_length": 1000, "truncate": "none", "hh": "messages"} | config)
     config = Sampling(f"{REWARDS}:none", prompt_template=prompt_template,
                       max_completion_length=max_completion_length)
-    return *load_datasets(common, config, "prompts", tokenizer, notices.append), notices
+    train, held_out, reports = load_datasets(common, config, "prompts", tokenizer, notices.append)
+    check_rewards(config, train + held_out)
+    return train, held_out, reports, notices
 
 
 @pytest.mark.parametrize("row, prompt", [

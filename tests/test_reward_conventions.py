@@ -13,9 +13,10 @@ import evaluate
 import sample as sampling_program
 from data.errors import RunError, UserError
 from data.pack import Example
-from data.rewards import check_arguments, load_reward, score, score_all
 from engine.config import load_config
-from engine.rollout import Sampling, Stops, stop_strings
+from engine.options import Sampling, stop_strings
+from model.sampler import Stops
+from rewards.functions import check_arguments, load_reward, score, score_all
 
 COLUMNS = {"answer": ["1", "22"], "completion_ids": [[1, 2, 3], [4]]}
 KEYS = dict(max_completion_length=6, num_generations=2, batch_size=2, lr=1e-3, max_length=64, max_steps=1)
@@ -217,7 +218,7 @@ def test_arguments_that_nobody_passes(load):
 
 @pytest.mark.parametrize("words", [(), ("--dry-run",)])
 def test_arguments_are_looked_at_before_a_model_is_loaded(words, run, tmp_path, monkeypatch):
-    monkeypatch.setattr("engine.model.load_lm", None)
+    monkeypatch.setattr("model.build.load_lm", None)
     (tmp_path / "arguments.py").write_text(textwrap.dedent(ARGUMENTS))
     message = refused(UserError, lambda: run(*words, reward=f"{tmp_path}/arguments.py:verl"))
     assert "reward verl takes ground_truth, solution_str, but gets prompts, completions, " in message

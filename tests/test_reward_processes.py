@@ -13,10 +13,10 @@ import robust_helpers as child
 import torch
 from helpers import assert_same_weights, final_weights, metrics, tiny_model
 
-from data import guard, rewards
 from data.errors import RunError, UserError
 from data.pack import Example
-from data.rewards import Reward, load_reward, score
+from rewards import functions, guard
+from rewards.functions import Reward, load_reward, score
 
 FAST = dict(num_iterations=1, num_mini_batches=1, max_completion_length=4, batch_size=2, max_steps=2,
             save_every=1, eval_data="null")
@@ -268,7 +268,7 @@ def test_ctrl_c_is_no_fault_of_the_reward():
 # ---- it does not end ----
 
 def test_an_import_that_hangs(load, monkeypatch):
-    monkeypatch.setattr(rewards, "IMPORT_SECONDS", 0.2)
+    monkeypatch.setattr(functions, "IMPORT_SECONDS", 0.2)
     message = refused(UserError, load, f"while True:\n    pass\n{REWARD}", "hangs.py")
     assert "hangs.py in reward cannot be loaded (its import took longer than 0.2 s); fix: correct" in message
 
@@ -394,10 +394,10 @@ def test_its_texts_reach_no_terminal_raw(load):
 
     assert "raised Broken: (a Broken), prompt" in refused(RunError, called, raises_broken)
     assert "returned (a Broken)" in refused(RunError, called, lambda **_: [broken(), 1.0])
-    without_gold = refused(UserError, lambda: rewards.gsm8k(["p"], ["1"], **{text: ["1"]}))
+    without_gold = refused(UserError, lambda: functions.gsm8k(["p"], ["1"], **{text: ["1"]}))
     assert f"columns found: {shown}; fix" in without_gold
     example = Example(np.array([1]), [], "x.jsonl:1", {"prompt": "q", "columns": {"answer": "\x1bno\ud800"}})
-    wrong_gold = refused(UserError, rewards.check_gold, load_reward("gsm8k"), [example])
+    wrong_gold = refused(UserError, functions.check_gold, load_reward("gsm8k"), [example])
     assert "x.jsonl:1 ('\\x1bno\\ud800')" in wrong_gold
 
 

@@ -10,8 +10,8 @@ import torch
 
 from data.errors import RunError, UserError
 from data.pack import Example
-from data.rewards import Reward, check_gold, load_reward, score
-from data.verifiers import golds_of, gsm8k, r1_zero, r1_zero_details
+from rewards.functions import Reward, check_gold, load_reward, score
+from rewards.verifiers import golds_of, gsm8k, r1_zero, r1_zero_details
 
 RIGHT = [("18", " 18 "), ("18", "18"), ("18", "$18"), ("18", "18.0"), ("18", "18.00"), ("1000", "1,000"), ("1,000", "1000"),
          ("18", "\\boxed{18}"), ("18", "so \\boxed{3} and \\boxed{18} it is"), ("1/2", "0.5"), ("0.5", "1/2"), ("1/2", "\\frac{1}{2}"),

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from data.pack import Example, Response
-from engine.model import Policy, build_reward_model
+from model.policy import Policy
+from model.reward_model import build_reward_model
 
 
 def pad_is_eos(tokenizer):

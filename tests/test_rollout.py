@@ -9,10 +9,11 @@ import torch
 from helpers import byte_tokenizer, config_of, random_lm
 from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
-from engine import lora
 from engine.config import Common
-from engine.model import Policy
-from engine.rollout import BLOCK, Cache, Sampling, Stops, draw, invert, sample
+from engine.options import Sampling
+from model import lora
+from model.policy import Policy
+from model.sampler import BLOCK, Cache, Stops, draw, invert, sample
 
 ARCHITECTURES = {
     "qwen2": config_of(Qwen2Config, tie_word_embeddings=True),
@@ -171,7 +172,7 @@ def test_many_prompts_are_computed_in_several_forwards(tokenizer, monkeypatch):
     policy, given = Policy(model(ARCHITECTURES["llama"])), prompts()
     whole = sample(policy, tokenizer, given, keys(5), COPIES, settings())
     for tokens in (1, 13, 30):
-        monkeypatch.setattr("engine.rollout.PREFILL_TOKENS", tokens)
+        monkeypatch.setattr("model.sampler.PREFILL_TOKENS", tokens)
         assert_same_completions(sample(policy, tokenizer, given, keys(5), COPIES, settings()), whole)
 
 
@@ -181,9 +182,9 @@ def test_memory_bounds_the_rows(tokenizer, monkeypatch):
     monkeypatch.setattr(Cache, "__init__", lambda cache, *arguments: original(cache, *arguments) or sizes.append(cache.rows))
     whole = sample(policy, tokenizer, given, keys(5), COPIES, settings())
     row = (20 + LIMIT) * 2 * 2 * 2 * 8 * 4         # tokens x layers x keys and values x heads x their width x bytes
-    monkeypatch.setattr("engine.rollout.CACHE_BYTES", 4 * row)
+    monkeypatch.setattr("model.sampler.CACHE_BYTES", 4 * row)
     assert_same_completions(sample(policy, tokenizer, given, keys(5), COPIES, settings()), whole)
-    monkeypatch.setattr("engine.rollout.CACHE_BYTES", row - 1)
+    monkeypatch.setattr("model.sampler.CACHE_BYTES", row - 1)
     sample(policy, tokenizer, given[:1], keys(1), 2, settings())
     assert sizes == [15, 4, 4, 4, 3, 2]            # a prompt of one token is shorter than a row of 20
 

@@ -25,6 +25,7 @@ from data.errors import RunError
 from data.files import read_rows
 from data.formats import parse
 from data.messages import MARKED_OFF, NAMES, read_messages
+from rewards.functions import check_rewards
 
 TOKENIZER, PLAIN = byte_tokenizer(), byte_tokenizer(chat_template=False)
 Q, A, BAD = messages("6*7?"), messages("", "42")[1:], messages("", "41")[1:]
@@ -64,6 +65,8 @@ def load(tmp_path, rows, kind="responses", tokenizer=TOKENIZER, **config):
     )
     settings = SimpleNamespace(max_completion_length=0, reward=f"{REWARDS}:varied", reward_weights=None)
     examples, _, reports = load_datasets(common, settings, kind, tokenizer, notices.append)
+    if kind == "prompts":
+        check_rewards(settings, examples)
     return examples, reports["train"], notices
 
 

@@ -33,10 +33,12 @@ from transformers import (
 )
 
 from data.errors import RunError, UserError
-from engine import checkpoint, load, loop
+from engine import checkpoint, loop
 from engine.logs import Run
 from engine.loop import Engine
-from engine.model import build_policy, build_reward_model
+from model import load
+from model.build import build_policy
+from model.reward_model import build_reward_model
 
 MERGED = {"lora_r": 2, "merge": "true"}
 VICUNA = {"temperature": 0.9, "top_p": 0.6}           # as published: sampling settings without do_sample

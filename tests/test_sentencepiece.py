@@ -25,7 +25,7 @@ from transformers import (
 
 from data.formats import parse
 from data.tokenise import Tokeniser, stop_ids
-from engine.load import load_tokenizer
+from model.load import load_tokenizer
 
 PACKAGES = "trl", "mistral_common", "sentencepiece"
 MISSING = [name for name in PACKAGES if importlib.util.find_spec(name) is None]

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 from graded_pairs import PAIRS
 
-from data import math_judge
 from data.errors import UserError
 from data.formats import parse
-from data.guard import TimedOut, guarded
 from data.pack import Example
-from data.rewards import check_gold, load_reward
-from data.verifiers import golds_of, gsm8k, math_answer, r1_zero_details
+from rewards import math_judge
+from rewards.functions import check_gold, load_reward
+from rewards.guard import TimedOut, guarded
+from rewards.verifiers import golds_of, gsm8k, math_answer, r1_zero_details
 
 ROOT = Path(__file__).parent.parent
 

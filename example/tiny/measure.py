@@ -17,9 +17,9 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
 from data.tokenise import Tokeniser  # noqa: E402
-from engine import rollout  # noqa: E402
-from engine.model import Policy  # noqa: E402
-from engine.rollout import Sampling  # noqa: E402
+from engine.options import Sampling  # noqa: E402
+from model import sampler  # noqa: E402
+from model.policy import Policy  # noqa: E402
 
 FORMAT = re.compile(r"<think>.*</think> <answer>.*</answer>", re.DOTALL)
 ANSWER = re.compile(r"<answer>\s*(-?\d+)\s*</answer>")
@@ -41,7 +41,7 @@ def generate(model, tokenizer, prompts, sample, seed=0):
     tokeniser = Tokeniser(tokenizer)
     ids = [np.array(tokeniser.prompt_ids(prompt), np.int32) for prompt in prompts]
     sampling = Sampling(reward="", max_completion_length=120, temperature=1.0 if sample else 0.0, rollout_batch_size=100)
-    found = rollout.sample(Policy(model), tokenizer, ids, [(seed, i) for i in range(len(ids))], 1, sampling)
+    found = sampler.sample(Policy(model), tokenizer, ids, [(seed, i) for i in range(len(ids))], 1, sampling)
     return [tokenizer.decode(completion.tokens, skip_special_tokens=True) for completion, in found]
 
 

@@ -15,16 +15,19 @@ from safetensors.torch import load_file
 
 from data.errors import RunError, UserError
 from data.pack import Example, Response
-from data.rewards import load_reward, score_all
-from engine import checkpoint, lora
+from engine import checkpoint
 from engine.console import per_second
-from engine.load import is_adapter
 from engine.loop import Engine, Stopped
-from engine.model import build_policy, build_reward_model, shard
+from engine.options import stop_strings
 from engine.ranks import PATIENCE, from_main
-from engine.rollout import Rollout, alike, sample, stop_strings, with_completions
-from engine.score import judge
-from engine.value import reward_model_path
+from engine.rollout import Rollout, alike, with_completions
+from engine.score import judge, reward_model_path
+from model import lora
+from model.build import build_policy, shard
+from model.load import is_adapter
+from model.reward_model import build_reward_model
+from model.sampler import sample
+from rewards.functions import load_reward, score_all
 
 EVALUATION, TRAINING, REPLACEMENT = range(3)      # so that the random draws of these never coincide
 # so many updates in a row without a signal are told of, so many rollouts with nothing to train end the run

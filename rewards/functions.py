@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.errors import RunError, UserError, printable
-from data.guard import Interrupted, TimedOut, guarded
-from data.verifiers import golds_of, gsm8k, math_answer, no_gold, r1_zero
+from rewards.guard import Interrupted, TimedOut, guarded
+from rewards.verifiers import golds_of, gsm8k, math_answer, no_gold, r1_zero
 
 IMPORT_SECONDS = 600.0                             # limit for the import of its file, which may load a model
 GIVEN = ("prompts", "completions", "completion_ids")               # what a reward gets beside the columns
@@ -29,7 +29,15 @@ NO_MESSAGE = ("a completion is a string here, of a conversation too: write compl
               "TRL has completion[0]['content'] (a prompt is a string or a list of messages, as in the data)")
 
 
-# ---- gold answers ----
+# ---- before the start ----
+
+def check_rewards(config, examples):
+    """UserError where the rewards that an online configuration names could score none of the `examples` (of
+    kind "prompts")."""
+    rewards = load_reward(config.reward, config.reward_weights)
+    check_arguments(rewards, examples)
+    check_gold(rewards, examples)
+
 
 def check_gold(rewards, examples):
     """Feed the gold answers of `examples` (of kind "prompts"), wrapped in each verifier's format, through it:

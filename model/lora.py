@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
 from data.errors import UserError
-from engine.load import ADAPTER, MOST, check_finite, first_line, load_lm, unloadable
+from model.load import ADAPTER, MOST, check_finite, first_line, load_lm, unloadable
 
 PREFIX = "base_model.model."         # peft's names in files, relative to its wrapper around the LM
 

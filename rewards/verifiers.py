@@ -2,7 +2,7 @@ r"""The verifiers gsm8k, r1_zero and math: each compares a completion with the r
 
 What a model writes is hostile input. It is never evaluated here; every search takes time linear in its
 length; what is read as a number is short before any arithmetic begins. math-verify, which does evaluate,
-works in a process of its own that is stopped when its time is over (data/math_judge.py).
+works in a process of its own that is stopped when its time is over (rewards/math_judge.py).
 
 How a number is written, for all of them: full-width characters are ASCII's, U+2212 is a minus, and `1{,}234`,
 `1\,234` and 1 234 with a no-break or thin space are 1,234.
@@ -10,8 +10,8 @@ How a number is written, for all of them: full-width characters are ASCII's, U+2
 import re
 from fractions import Fraction
 
-from data import math_judge
 from data.errors import UserError, printable
+from rewards import math_judge
 
 # columns with the gold answer; the first one that a row has
 GOLD = ("answer", "Answer", "ground_truth", "solution", "Solution")
