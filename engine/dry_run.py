@@ -27,6 +27,8 @@ def dry_run(run_config, kind: str, world: int = 1) -> None:
     tokenizer = load_tokenizer_for(common, common.model, notice)
     check_path(getattr(config, "reference", None) or common.model, "reference")
     train_set, eval_set, reports = load_datasets(common, config, kind, tokenizer, notice)
+    if kind == "prompts":
+        check_rewards(config, train_set + eval_set)
     for name, report in reports.items():
         if report:
             section(f"{name} data", audit(report))

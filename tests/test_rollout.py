@@ -309,7 +309,7 @@ def test_stop_strings_are_found_with_the_token_that_completes_them(strings):
     tokenizer = byte_tokenizer()
     tokenizer.add_tokens(["</a", "a>a<", "/", "é<"])
     rng, wanted = random.Random(0), [string.strip() for string in strings.split(",")]
-    stops, found = Stops(tokenizer, strings), 0
+    stops, found = Stops(tokenizer, wanted), 0
     for _ in range(300):
         tokens = np.array(tokenizer.encode("".join(rng.choices(["<", "/", "é", ">", "a", "🙂", *wanted], k=12))), np.int32)
         for i in range(1, len(tokens) + 1):

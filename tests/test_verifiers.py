@@ -259,7 +259,7 @@ def test_a_call_that_is_stopped_leaves_no_verdict_behind(package):
 
 
 def test_the_process_ends_with_ours(package):
-    program = ("from data import math_judge, verifiers\n"
+    program = ("from rewards import math_judge, verifiers\n"
                "assert verifiers.math_answer([''], ['\\\\boxed{\\\\frac{4}{2}}'], answer=['2']) == [1.0]\n"
                "print(math_judge._process.pid)\n")
     command = [sys.executable, "-c", program]
