@@ -15,6 +15,7 @@ from engine.config import describe
 from model import lora
 from model.load import base_of, check_path, is_adapter, load_config, load_tokenizer_for, unloadable
 from model.logps import LOGITS_AT_ONCE
+from rewards.functions import check_rewards
 
 
 def dry_run(run_config, kind: str, world: int = 1) -> None:
