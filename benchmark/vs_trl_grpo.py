@@ -67,7 +67,7 @@ def train_ours(job: dict) -> dict:
 
     rollouts.sample = replayed if job.get("replay") else timed
     if job.get("replay"):
-        rollouts.OnlineEngine.old_logps = lambda self, batch, logps: logps.detach()
+        rollouts.Rollouts.old_logps = lambda self, batch, logps: logps.detach()
     grpo, config, engine, started = vs_trl.our_engine(job, {
         "data": job["rows"], "batch_size": job["prompts"], "num_generations": job["group"], "max_completion_length": job["length"],
         "beta": 0, "reward": f"{__file__}:reward", "precision": "fp32"})

@@ -21,7 +21,7 @@ from engine.fingerprint import fingerprints
 from engine.logs import Run
 from engine.options import Sampling, stop_strings, usual_stop
 from engine.rollout import Rollout, with_completions
-from engine.score import score_rollout, load_frozen, reward_model_path, scores, text_of
+from engine.score import load_frozen, reward_model_path, score_rollout, scores, text_of
 from model.load import base_of, load_config, load_tokenizer_for
 from model.reward_model import is_reward_model
 from model.sampler import sample

@@ -17,7 +17,7 @@ BASE = dict(batch_size=4, max_length=200, lr=1e-3, save_every=1, eval_every=2, e
 OUT, ERR = "stdout.txt", "stderr.txt"
 
 _server = multiprocessing.get_context("forkserver")
-PRELOADED = ["robust_warm", "train", "evaluate", "sample", "engine.loop", "engine.rollouts",
+PRELOADED = ["robust_warm", "train", "evaluate", "sample", "engine.build",
              "algorithms.dpo", "algorithms.sft", "data.dataset"]
 _server.set_forkserver_preload(PRELOADED)
 
@@ -104,8 +104,8 @@ def kill_after_save(step):
     from engine.loop import Engine
     save = Engine.save
 
-    def patched(engine, index):
-        save(engine, index)
+    def patched(engine, index, is_left=False):
+        save(engine, index, is_left)
         if index == step:
             os.kill(os.getpid(), signal.SIGKILL)
     Engine.save = patched
@@ -127,8 +127,8 @@ def signal_in_update(number, step, times=1):
 
 
 def signal_in_reference_pass(number):
-    from engine.loop import Engine
-    before(Engine, "frozen_logps", send(number))
+    from engine import frozen
+    before(frozen, "frozen_logps", send(number))
 
 
 def signal_while_loading(number):
@@ -142,7 +142,7 @@ def full_disk(step):
 
     from engine.loop import Engine
     limit = (20_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1])
-    before(Engine, "save", lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit), lambda engine, index: index == step)
+    before(Engine, "save", lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit), lambda engine, index, *_: index == step)
 
 
 def full_disk_for_metrics(step):
@@ -155,7 +155,7 @@ def full_disk_for_metrics(step):
 
 
 def infinite_loss(step):
-    from engine.loop import Step
+    from engine.step import Step
     log = Step.log
 
     def patched(self, losses, metrics, split="train"):

@@ -21,7 +21,8 @@ from helpers import (
 from transformers import AutoModelForCausalLM
 
 from data.errors import RunError
-from engine.loop import Engine, Step
+from engine.loop import Engine
+from engine.step import Step
 
 PLAIN = dict(share_prompt="true", shuffle="false", schedule="constant", warmup=0, weight_decay=0, batch_size=4, lr=1e-3, max_length=256,
              save_every="null")

@@ -153,7 +153,7 @@ def test_borrowing_is_the_same_after_a_stop(train, tmp_path, monkeypatch):
     for stop in (1, 3):
         def signalled(engine, stop=stop):
             original(engine)
-            engine.signal = 15 if engine.step.index == stop else None
+            engine.signals.number = 15 if engine.step.index == stop else None
         with monkeypatch.context() as patch, pytest.raises(SystemExit):
             patch.setattr(Engine, "clip_gradients", signalled)
             train(labelled_rows(5), output=tmp_path / "parts", **keys)

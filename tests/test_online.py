@@ -30,7 +30,7 @@ from transformers import AutoModelForCausalLM
 
 from data.errors import RunError, UserError
 from engine.options import Sampling
-from engine.rollouts import OnlineEngine
+from engine.rollouts import Rollouts
 from engine.step import Step
 from model.load import load_lm
 from model.policy import Policy
@@ -87,25 +87,25 @@ def seen(monkeypatch):
     """What a run did, in order: `rollouts`, each a list of groups (prompt's row number, responses); `updates`, each the number of its
     rollout and its responses; `first`, of every first update from a rollout the log-probs and the old ones."""
     seen = SimpleNamespace(rollouts=[], updates=[], first=[])
-    steps, update, old_logps = OnlineEngine.steps, Step.__init__, OnlineEngine.old_logps
+    steps, update, old_logps = Rollouts.steps, Step.__init__, Rollouts.old_logps
 
-    def watch_steps(engine, rollout, *arguments):
+    def watch_steps(rollouts, rollout, *arguments):
         seen.rollouts.append([(int(example.extras["columns"]["answer"]), example.responses) for example in rollout.examples])
-        return steps(engine, rollout, *arguments)
+        return steps(rollouts, rollout, *arguments)
 
     def watch_update(step, engine, index, examples):
         seen.updates.append((len(seen.rollouts) - 1, [response for example in examples for response in example.responses]))
         update(step, engine, index, examples)
 
-    def watch_old_logps(engine, batch, logps):
-        old = old_logps(engine, batch, logps)
-        if (engine.step.index - 1) % engine.per_draw == 0:
+    def watch_old_logps(rollouts, batch, logps):
+        old = old_logps(rollouts, batch, logps)
+        if (rollouts.engine.step.index - 1) % rollouts.updates_per_rollout == 0:
             seen.first.append((logps.detach(), old))
         return old
 
-    monkeypatch.setattr(OnlineEngine, "steps", watch_steps)
+    monkeypatch.setattr(Rollouts, "steps", watch_steps)
     monkeypatch.setattr(Step, "__init__", watch_update)
-    monkeypatch.setattr(OnlineEngine, "old_logps", watch_old_logps)
+    monkeypatch.setattr(Rollouts, "old_logps", watch_old_logps)
     return seen
 
 
@@ -128,14 +128,15 @@ def by_group(completions):
     return groups.values()
 
 
-def normalised(completions, scale="group", baseline=True):
-    """GRPO's advantages."""
+def normalised(completions, is_scaled=True):
+    """GRPO's advantages; without scaling Dr. GRPO's."""
     for group in by_group(completions):
         scores = [completion.score for completion in group]
-        deviation = mean_and_std([completion.score for completion in completions] if scale == "batch" else scores, 1)[1]
+        mean, deviation = mean_and_std(scores, 1)
         for completion in group:
-            completion.advantage = completion.score - baseline * sum(scores) / len(scores)
-            completion.advantage /= deviation + 1e-4 if scale != "none" else 1
+            completion.advantage = completion.score - mean
+            if is_scaled:
+                completion.advantage /= deviation + 1e-4
 
 
 def left_out(completions, kl_coef=0.05):
@@ -269,13 +270,11 @@ NARROW = dict(epsilon=0.02, epsilon_high=0.02)      # so that clipping is at wor
 GRPO = per_token(completion_means, beta=0.04)
 CASES = {    # name: (algorithm, its keys, the reward, advantages, loss of the completions of an update)
     "grpo": ("grpo", NARROW, varied, normalised, GRPO),
-    "grpo-batch": ("grpo", NARROW | {"scale_rewards": "batch", "beta": 0}, varied, lambda made: normalised(made, "batch"),
-                   per_token(completion_means)),
-    "grpo-no-baseline": ("grpo", NARROW | {"scale_rewards": "none", "baseline": "false", "beta": 0.5}, varied,
-                         lambda made: normalised(made, "none", False), per_token(completion_means, beta=0.5)),
+    "grpo-no-kl": ("grpo", NARROW | {"beta": 0}, varied, normalised, per_token(completion_means)),
     "grpo-none": ("grpo", NARROW, some, normalised, GRPO),
-    "grpo-truncated": ("grpo", NARROW | {"mask_truncated_completions": "true"}, varied, normalised, GRPO),
-    "dr_grpo": ("dr_grpo", NARROW, varied, lambda made: normalised(made, "none"), per_token(by_a_constant)),
+    "dr_grpo": ("dr_grpo", NARROW, varied, lambda made: normalised(made, False), per_token(by_a_constant)),
+    "dr_grpo-kl": ("dr_grpo", NARROW | {"beta": 0.04}, varied, lambda made: normalised(made, False),
+                   per_token(by_a_constant, beta=0.04)),
     "dapo": ("dapo", {"epsilon": 0.02, "epsilon_high": 0.03, "soft_overlong_cache": 0}, varied, normalised,
              per_token(token_means, high=0.03)),
     "dapo-all": ("dapo", {"epsilon": 0.02, "epsilon_high": 0.03, "soft_overlong_cache": 6, "mask_truncated_completions": "true"}, coarse,

@@ -22,13 +22,13 @@ from helpers import (
 from safetensors.torch import load_file
 from test_distributed import two_ranks
 
-from algorithms import grpo, ppo, reinforce_pp, rloo
+from algorithms import ppo, reinforce_pp, rloo
 from data.errors import RunError
 from engine import checkpoint
 from engine.loop import Engine
 from engine.rollout import Rollout, alike
-from engine.rollouts import OnlineEngine
-from engine.score import judge
+from engine.rollouts import Rollouts
+from engine.score import score_rollout
 
 NAN = math.nan
 VALUES = 0.1, 0.3, 0.6, 0.7, 0.9, -0.1, 1 / 3
@@ -106,8 +106,6 @@ def whitened_gae(rewards):
 ADVANTAGES = {name: importlib.import_module(f"algorithms.{name}").group_advantages for name in
               ("grpo", "dr_grpo", "dapo", "gspo", "cispo")}
 OF_A_GROUP = {name: lambda rewards, made=made: made([rewards]) for name, made in ADVANTAGES.items()} | {
-    "grpo-batch": lambda rewards: grpo.group_advantages([rewards, rewards.clone()], "batch"),
-    "grpo-none": lambda rewards: grpo.group_advantages([rewards], "none"),
     "rloo": lambda rewards: [rloo.leave_one_out(rewards)],
     "rloo-kl-0": lambda rewards: [rloo.leave_one_out(less_the_kl(rewards))],
     "reinforce_pp": whitened_returns,
@@ -148,7 +146,7 @@ def test_rewards_that_differ_by_rounding_are_one():
     from data.pack import Example, Response
     from rewards.functions import Reward
     responses = [Response.all_trained([5])] * 2
-    rollout = Rollout(0, [Example([1], responses, "x:1", {"prompt": "p", "columns": {}})])
+    rollout = Rollout(0, [0], [Example([1], responses, "x:1", {"prompt": "p", "columns": {}})])
     returned = {"one": [0.1, 0.3], "two": [0.2, 0.0]}
     rewards = [Reward(name, 1.0, len) for name in returned]
 
@@ -158,8 +156,8 @@ def test_rewards_that_differ_by_rounding_are_one():
 
     def by_functions(functions, *arguments):
         return [returned[reward.name] for reward in functions]
-    judge(rollout, rewards, Tokenizer(), by_functions, None)
-    rewards, = rollout["rewards"]
+    score_rollout(rollout, rewards, Tokenizer(), by_functions, None)
+    rewards, = rollout.rewards
     assert rewards.dtype == torch.float64 and alike(rewards) and rewards[0] == torch.tensor(0.3).double()
 
 
@@ -186,7 +184,7 @@ def test_a_reward_that_is_constant_where_it_judges(reward, run, files):
 def test_ten_updates_without_a_signal_are_told_of_once(run):
     result = run("grpo", max_steps=22, beta=0, num_iterations=2, batch_size=1)
     lines = [line for line in told(result).splitlines() if "warning: in" in line]
-    assert len(lines) == 1 and "in 10 updates all completions of a prompt earned the same" in lines[0]
+    assert len(lines) == 1 and "in 10 updates all completions of a prompt got the same reward" in lines[0]
     assert "(mean reward 0.1, " in lines[0] and "try: " in lines[0]
     quiet = run("grpo", max_steps=9, beta=0, name="quiet")
     assert "warning: in" not in told(quiet)
@@ -197,17 +195,17 @@ def test_a_signal_now_and_then_is_enough(run, monkeypatch):
     calls = []
 
     def now_and_then(rollout, *arguments):
-        judge(rollout, *arguments)
+        score_rollout(rollout, *arguments)
         calls.append(rollout)
         if len(calls) % 8 == 0:
-            rollout["rewards"] = [torch.arange(4.0).double()] * len(rollout.examples)
-    monkeypatch.setattr("engine.rollouts.judge", now_and_then)
+            rollout.rewards = [torch.arange(4.0).double()] * len(rollout.examples)
+    monkeypatch.setattr("engine.rollouts.score_rollout", now_and_then)
     assert "warning: in" not in told(run("grpo", max_steps=20, beta=0))
 
 
 def test_one_completion_per_prompt_is_compared_with_other_prompts(run):
     result = run("ppo", max_steps=10, kl_coef=0)
-    assert "in 10 updates all completions of a rollout earned the same" in told(result)
+    assert "in 10 updates all completions of a rollout got the same reward" in told(result)
     assert "warning: in" not in told(run("ppo", name="varied", max_steps=10, reward=f"{REWARDS}:varied"))
 
 
@@ -223,7 +221,7 @@ def stop_after(step, patch):
 
     def requested(engine):
         if engine.step and engine.step.index == step:
-            engine.signal = signal.SIGTERM
+            engine.signals.number = signal.SIGTERM
         return stop_requested(engine)
     patch.setattr(Engine, "stop_requested", requested)
 
@@ -267,13 +265,13 @@ def test_a_rollout_with_nothing_to_train_is_passed_over(algorithm, name, run, mo
 
 def test_cut_completions_that_are_masked(run, monkeypatch):
     """The second rollout has none that ended by itself."""
-    sample_rollout = OnlineEngine.sample_rollout
+    sample_rollout = Rollouts.sample_rollout
 
-    def cut(engine, number):
-        rollout = sample_rollout(engine, number)
-        rollout["truncated"] = [torch.full((4,), number == 1)] * len(rollout.examples)
+    def cut(rollouts, number):
+        rollout = sample_rollout(rollouts, number)
+        rollout.truncated = [torch.full((4,), number == 1)] * len(rollout.examples)
         return rollout
-    monkeypatch.setattr(OnlineEngine, "sample_rollout", cut)
+    monkeypatch.setattr(Rollouts, "sample_rollout", cut)
     result = run("dapo", reward=f"{REWARDS}:varied", mask_truncated_completions="true", max_steps=3)
     assert ["loss" in row for row in metrics(result)] == [True, False, True]
     assert "nothing to train in rollout 2 (8 cut at max_completion_length, and masked); " in told(result)

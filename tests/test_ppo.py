@@ -373,13 +373,20 @@ def test_an_alias_and_its_key_are_one(files):
         load_config([write_config(files.folder / "twice.yml", **both)])
 
 
-def test_completions_without_a_reward_are_left_out(files, run):
+def test_completions_without_a_reward_are_left_out(files, run, monkeypatch):
     """As if they had not been drawn: their tokens are in no mean, and no whitening."""
-    directory = run("some", reward=f"{files.folder}/reward.py:some", num_mini_batches=1)
+    trained, loss = [], ppo.ppo_policy_loss
+
+    def watched(logps, old_logps, advantages, *bounds):
+        trained.append(advantages)
+        return loss(logps, old_logps, advantages, *bounds)
+
+    monkeypatch.setattr(ppo, "ppo_policy_loss", watched)
+    directory = run("some", reward=f"{files.folder}/reward.py:some", num_mini_batches=1, num_ppo_epochs=1)
     row, given = metrics(directory)[0], stored_rollout(directory, 1)
     judged = [i for i, number in enumerate(given["rows"]) if number not in (1, 4)]
     assert row["completions/without_reward"] == 2 and len(judged) == 3
-    advantages = torch.cat([torch.tensor(given["advantages"][i]) for i in judged])
+    advantages = torch.cat(trained)
     assert abs(advantages.mean()) < 1e-6 and advantages.std().item() == pytest.approx(1, abs=1e-5)
     assert row["val/ratio"] == 1 and all(math.isfinite(value) for value in row.values() if not isinstance(value, str))
     entropies = [-x for i in judged for x in given["old_logps"][i]]
@@ -457,7 +464,7 @@ def test_a_reward_model_judges_and_starts_the_critic(files, run, reward_runs, na
         with torch.no_grad():
             states = lm(torch.tensor([prompt + given["tokens"][i]]), output_hidden_states=True).hidden_states[-1][0] @ head[0]
         assert given["old_values"][i] == pytest.approx(states[len(prompt) - 1:-1].tolist(), abs=1e-5)
-        assert given["scores"][i] == pytest.approx([states[-1].item()], abs=1e-5)
+        assert given["scored"][i] == pytest.approx([states[-1].item()], abs=1e-5)
     assert len(metrics(directory)) == 5 and not (directory / "final" / "value_head.safetensors").exists()
     head_later = critic_of(directory, 5)["critic_head.weight"]
     assert not torch.equal(head_later, head) and torch.allclose(head_later, head, atol=0.1)

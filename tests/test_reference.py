@@ -18,6 +18,7 @@ from helpers import (
 )
 from safetensors.torch import load_file
 
+from engine import frozen
 from engine.loop import Engine
 
 
@@ -29,12 +30,12 @@ def model(tmp_path_factory):
 @pytest.fixture
 def train(model, tmp_path, monkeypatch, capsys):
     """train(folder/name, algorithm, key=value, ...) -> .path, .computed (rows for which the reference ran), .printed"""
-    computed, original = [], Engine.frozen_logps
+    computed, original = [], frozen.frozen_logps
 
-    def spy(self, frozen, examples, *more):
+    def spy(engine, model, examples, *more):
         computed.append(len(examples))
-        return original(self, frozen, examples, *more)
-    monkeypatch.setattr(Engine, "frozen_logps", spy)
+        return original(engine, model, examples, *more)
+    monkeypatch.setattr(frozen, "frozen_logps", spy)
     pairs = write_jsonl(tmp_path / "pairs.jsonl", pair_rows(10))
 
     def train(place, algorithm, **values):
@@ -159,7 +160,7 @@ def test_a_lost_table_is_computed_again_on_resuming(train, tmp_path, monkeypatch
 
         def stop(engine):
             original(engine)
-            engine.signal = 15 if engine.step.index == 4 else None
+            engine.signals.number = 15 if engine.step.index == 4 else None
         patch.setattr(Engine, "clip_gradients", stop)
         with pytest.raises(SystemExit):
             train("part/run", algorithm, data=data)

@@ -90,7 +90,7 @@ def train(model, tmp_path, monkeypatch):
 
             def stop(engine):
                 clip(engine)
-                engine.signal = signal.SIGTERM if engine.step.index == last else None
+                engine.signals.number = signal.SIGTERM if engine.step.index == last else None
             patch.setattr(Engine, "clip_gradients", stop)
             try:
                 train_here(folder / "config.yml")

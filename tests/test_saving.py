@@ -36,6 +36,7 @@ from data.errors import RunError, UserError
 from engine import checkpoint, loop
 from engine.logs import Run
 from engine.loop import Engine
+from engine.saver import Saver
 from model import load
 from model.build import build_policy
 from model.reward_model import build_reward_model
@@ -285,14 +286,14 @@ def test_an_adapter_that_cannot_be_merged_at_the_end_is_kept(model, tmp_path):
     pytest.importorskip("peft")
     base = shutil.copytree(model, tmp_path / "base")
 
-    write = Engine.write_final
+    write = Saver.write_final
 
     def after_the_base_has_gone(engine, weights, trial=False):
         if not trial:
             os.rename(base, tmp_path / "elsewhere")
         return write(engine, weights, trial)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Engine, "write_final", after_the_base_has_gone)
+        patch.setattr(Saver, "write_final", after_the_base_has_gone)
         with pytest.raises(UserError):
             train(tmp_path, base, lora_r=2, merge="true", epochs=1)
     run = tmp_path / "run"

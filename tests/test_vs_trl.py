@@ -50,7 +50,7 @@ def test_grpo_makes_trls_update_from_trls_completions(tmp_path, monkeypatch):
     from model.sampler import Stops
     monkeypatch.setitem(sys.modules, "vs_trl", vs_trl)                                 # as which the script knows it
     from benchmark import vs_trl_grpo
-    for owner, name in ((rollouts, "sample"), (rollouts.OnlineEngine, "old_logps"), (Stops, "__call__")):
+    for owner, name in ((rollouts, "sample"), (rollouts.Rollouts, "old_logps"), (Stops, "__call__")):
         monkeypatch.setattr(owner, name, getattr(owner, name))                         # put back what the benchmark replaces
     job = job_of("grpo", tmp_path) | {"prompts": 2, "group": 4, "length": 12, "rollouts": 1, "stop_share": 0.1, "per_device": 8,
                                       "rows": f"{tmp_path}/prompts.jsonl"}
