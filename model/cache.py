@@ -1,0 +1,93 @@
+"""Keys and values of the tokens so far, and the attention that reads them while completions are sampled."""
+import numpy as np
+import torch
+import torch.nn.functional as F
+from transformers import AttentionInterface
+
+from model.attention import segments_attention
+
+
+class Cache:
+    """Keys and values of every layer, one row per completion. Prompts end in the same column, so that each step writes
+    one column for all rows; `mask` hides the columns before a shorter prompt.
+
+    `groups`: each prompt's ids and its rows, a slice. `room`: how many columns follow the prompts."""
+
+    def __init__(self, groups: list[tuple[np.ndarray, slice]], room: int, device):
+        self.rows = groups[-1][1].stop
+        self.column = max(len(prompt) for prompt, _ in groups)     # the one that the next step writes
+        self.width = self.column + room
+        self.layers = {}                                           # layer: [keys, values]
+        self.prompts = []                                          # the groups that the next forward computes
+        self.mask = None                                           # (rows, 1, 1, width)
+        start = torch.zeros(self.rows, dtype=torch.long)
+        for prompt, rows in groups:
+            start[rows] = self.column - len(prompt)
+        if start.any():
+            visible = torch.arange(self.width) >= start[:, None]
+            self.mask = visible[:, None, None].to(device)
+
+    def store_prompts(self, layer: int, key, value) -> None:
+        """Copy the keys and values (1, heads, T, head_dim) of `prompts`, one after the other, to each prompt's rows."""
+        if layer not in self.layers:
+            self.layers[layer] = [self.empty(key), self.empty(value)]
+        keys, values = self.layers[layer]
+        end = 0
+        for prompt, rows in self.prompts:
+            start, end = end, end + len(prompt)
+            columns = slice(self.column - len(prompt), self.column)
+            keys[rows, :, columns] = key[0, :, start:end]
+            values[rows, :, columns] = value[0, :, start:end]
+
+    def empty(self, new):
+        """Room for one layer's keys or values, of the shape and type of `new`."""
+        made = new.new_empty(self.rows, new.shape[1], self.width, new.shape[3])
+        if self.mask is not None:
+            made[:, :, :self.column].zero_()           # the mask hides these columns, but 0 times NaN is NaN
+        return made
+
+    def append(self, layer: int, key, value):
+        """Write a step's keys and values (rows, heads, 1, head_dim) and return all that its queries see."""
+        keys, values = self.layers[layer]
+        keys[:, :, self.column] = key[:, :, 0]
+        values[:, :, self.column] = value[:, :, 0]
+        return keys[:, :, :self.column + 1], values[:, :, :self.column + 1]
+
+    def compact(self, alive: list[int], count: int) -> list[int]:
+        """Keep the rows `alive` of `count`: the last of them fill the gaps. Returns the rows in their new order."""
+        size = len(alive)
+        gaps = sorted(set(range(size)) - set(alive))
+        movers = [row for row in alive if row >= size]
+        for stored in self.layers.values():
+            for i, whole in enumerate(stored):
+                if gaps:
+                    whole[gaps, :, :self.column] = whole[movers, :, :self.column]
+                stored[i] = whole[:size]
+        order = list(range(size))
+        for gap, mover in zip(gaps, movers):
+            order[gap] = mover
+        if self.mask is not None:
+            self.mask = self.mask[order]
+        return order
+
+
+def rollout_attention(module, query, key, value, attention_mask, scaling=None, cache=None, segments=None,
+                      sliding_window=None, **_):
+    """Attention while sampling: within whole prompts (`segments`), or of one new token per row over what `cache`
+    holds. Shapes are those of `segments_attention`."""
+    key = key.to(value.dtype)                                      # as in segments_attention
+    if segments is not None:
+        cache.store_prompts(module.layer_idx, key, value)
+        return segments_attention(module, query, key, value, None, scaling, segments, sliding_window)
+    key, value = cache.append(module.layer_idx, key, value)
+    start = 0
+    if sliding_window is not None:
+        start = max(0, key.shape[2] - sliding_window)
+    mask = None if cache.mask is None else cache.mask[..., start:key.shape[2]]
+    # the query heads of a key's head are its queries: fewer and larger products than a copy of the key for each of them
+    grouped = query.to(value.dtype).view(len(query), key.shape[1], -1, query.shape[3])
+    attended = F.scaled_dot_product_attention(grouped, key[:, :, start:], value[:, :, start:], mask, scale=scaling)
+    return attended.reshape(len(query), 1, -1, query.shape[3]), None
+
+
+AttentionInterface.register("rollout", rollout_attention)
