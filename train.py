@@ -70,7 +70,8 @@ def main(argv: list[str]) -> None:
             ranks.from_main(run.check_data, report)
         for line in marked(train_set[0], tokenizer, most=400):
             run.notice(line)
-        policy = build_policy(common, tokenizer, start)
+        policy = build_policy(start or common.model, tokenizer, common,
+                              trains_adapter=load.is_adapter(common.model))
         check_policy(policy, train_set, common.share_prompt, run.notice)
         if algorithm.MODEL == "reward":
             policy = build_reward_model(policy, start or common.model, common.seed, run.notice)

@@ -33,8 +33,9 @@ from engine.reference import (
     write_part,
 )
 from engine.step import Step
+from model import classifier, lora
 from model.build import build_policy, reshard
-from model.load import base_of, generation_settings, is_finite
+from model.load import base_of, generation_settings, is_adapter, is_finite
 from model.reward_model import RewardModel
 from model.sampler import sample
 from rewards.guard import handle, interrupt, leave
@@ -182,7 +183,8 @@ class Engine:
             self.notice(f"reference log-probs: {len(table)} of {len(wanted)} responses from {store}")
         if missing := lacking(examples, table):
             if not is_start_model or self.first > 0:
-                policy = build_policy(self.config, self.tokenizer, path or self.config.model, frozen=True)
+                policy = build_policy(path or self.config.model, self.tokenizer, self.config, frozen=True,
+                                      trains_adapter=is_adapter(self.config.model))
             computed = self.frozen_logps(policy, missing, store)
             # another run may have stored the same meanwhile: then both use what a resumed run will find
             table = computed | unpacked(*from_main(packed, read_table, store, wanted, self.notice))
@@ -339,7 +341,7 @@ class Engine:
         _, changed = generation_settings(base_of(self.start or self.config.model))
         if changed:
             self.notice(changed)
-        if isinstance(self.policy, RewardModel) and (reason := checkpoint.why_no_classifier(lm, merge)):
+        if isinstance(self.policy, RewardModel) and (reason := classifier.why_no_classifier(lm, merge)):
             self.notice(f"classifier/ will not be written: {reason}")
         outline = checkpoint.outline(self.policy)
 
@@ -422,7 +424,7 @@ class Engine:
         """Write, or try, what a run ends with, on rank 0; the number of bytes of its weights."""
         lm = self.policy.lm
         if self.config.merge:
-            lm, weights = checkpoint.merged(lm, weights)
+            lm, weights = lora.merged(lm, weights)
         if self.config.save_dtype == "bf16":
             weights = checkpoint.in_dtype(weights, torch.bfloat16)
 
@@ -435,8 +437,8 @@ class Engine:
             checkpoint.write_sealed(self.run.path(name), fill, trial)
 
         copies = 1
-        if isinstance(self.policy, RewardModel) and not checkpoint.why_no_classifier(lm):
-            write("classifier", checkpoint.save_classifier)
+        if isinstance(self.policy, RewardModel) and not classifier.why_no_classifier(lm):
+            write("classifier", classifier.save_classifier)
             copies = 2
         if self.config.merge or not trial:              # else a trial has written the same as a checkpoint
             write("final", checkpoint.save_model)       # last: it marks the run as finished

@@ -226,7 +226,8 @@ class OnlineEngine(Engine):
     def load_reward_model(self, reward):
         """The run of `rm` that a reward names, as a frozen RewardModel; it must have been trained with the policy's tokenizer."""
         path = reward_model_path(reward.path, self.tokenizer, self.notice)
-        trunk = build_policy(self.config, self.tokenizer, path, frozen=True)
+        trunk = build_policy(path, self.tokenizer, self.config, frozen=True,
+                             trains_adapter=is_adapter(self.config.model))
         return build_reward_model(trunk, path, self.config.seed, self.notice).requires_grad_(False)
 
     def reward_metrics(self, rollout: Rollout) -> dict:
@@ -268,7 +269,8 @@ class OnlineEngine(Engine):
         path = path and from_main(checkpoint.model_path, path, self.notice)
         if path in (None, self.config.model) and lora.settings(self.policy.lm) and not is_adapter(self.config.model):
             return WithoutAdapter(self.policy)
-        model = build_policy(self.config, self.tokenizer, path or self.config.model, frozen=True).requires_grad_(False)
+        model = build_policy(path or self.config.model, self.tokenizer, self.config, frozen=True,
+                             trains_adapter=is_adapter(self.config.model)).requires_grad_(False)
         return shard(model) if self.world > 1 else model
 
     def logps(self, model, rollout: Rollout) -> list:

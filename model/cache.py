@@ -8,8 +8,8 @@ from model.attention import segments_attention
 
 
 class Cache:
-    """Keys and values of every layer, one row per completion. Prompts end in the same column, so that each step writes
-    one column for all rows; `mask` hides the columns before a shorter prompt.
+    """Keys and values of every layer, one row per completion. Prompts end in the same column, so that each
+    step writes one column for all rows; `mask` hides the columns before a shorter prompt.
 
     `groups`: each prompt's ids and its rows, a slice. `room`: how many columns follow the prompts."""
 
@@ -28,7 +28,8 @@ class Cache:
             self.mask = visible[:, None, None].to(device)
 
     def store_prompts(self, layer: int, key, value) -> None:
-        """Copy the keys and values (1, heads, T, head_dim) of `prompts`, one after the other, to each prompt's rows."""
+        """Copy the keys and values (1, heads, T, head_dim) of `prompts`, one after the other, to each
+        prompt's rows."""
         if layer not in self.layers:
             self.layers[layer] = [self.empty(key), self.empty(value)]
         keys, values = self.layers[layer]
@@ -54,7 +55,8 @@ class Cache:
         return keys[:, :, :self.column + 1], values[:, :, :self.column + 1]
 
     def compact(self, alive: list[int], count: int) -> list[int]:
-        """Keep the rows `alive` of `count`: the last of them fill the gaps. Returns the rows in their new order."""
+        """Keep the rows `alive` of `count`: the last of them fill the gaps. Returns the rows in their new
+        order."""
         size = len(alive)
         gaps = sorted(set(range(size)) - set(alive))
         movers = [row for row in alive if row >= size]
@@ -73,20 +75,20 @@ class Cache:
 
 def rollout_attention(module, query, key, value, attention_mask, scaling=None, cache=None, segments=None,
                       sliding_window=None, **_):
-    """Attention while sampling: within whole prompts (`segments`), or of one new token per row over what `cache`
-    holds. Shapes are those of `segments_attention`."""
+    """Attention while sampling: within whole prompts (`segments`), or of one new token per row over what
+    `cache` holds. Shapes are those of `segments_attention`."""
     key = key.to(value.dtype)                                      # as in segments_attention
     if segments is not None:
         cache.store_prompts(module.layer_idx, key, value)
         return segments_attention(module, query, key, value, None, scaling, segments, sliding_window)
     key, value = cache.append(module.layer_idx, key, value)
-    start = 0
-    if sliding_window is not None:
-        start = max(0, key.shape[2] - sliding_window)
-    mask = None if cache.mask is None else cache.mask[..., start:key.shape[2]]
-    # the query heads of a key's head are its queries: fewer and larger products than a copy of the key for each of them
+    end = key.shape[2]
+    start = 0 if sliding_window is None else max(0, end - sliding_window)
+    mask = None if cache.mask is None else cache.mask[..., start:end]
+    # the query heads of a key's head are its queries: fewer and larger products than with a copy for each
     grouped = query.to(value.dtype).view(len(query), key.shape[1], -1, query.shape[3])
-    attended = F.scaled_dot_product_attention(grouped, key[:, :, start:], value[:, :, start:], mask, scale=scaling)
+    key, value = key[:, :, start:], value[:, :, start:]
+    attended = F.scaled_dot_product_attention(grouped, key, value, mask, scale=scaling)
     return attended.reshape(len(query), 1, -1, query.shape[3]), None
 
 

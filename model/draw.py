@@ -7,8 +7,9 @@ BLOCK = 512                            # tokens of the vocabulary in a block of 
 
 
 def draw(logits, uniforms, temperature: float, top_p: float = 1.0, top_k: int = 0):
-    """(n, V) fp32, which are overwritten, and (n,) float64 in [0, 1) -> tokens (n,) and their log-probs (n,) at the
-    temperature (before top_p and top_k). Temperature 0 takes the likeliest token, with its log-prob at 1."""
+    """(n, V) fp32, which are overwritten, and (n,) float64 in [0, 1) -> tokens (n,) and their log-probs (n,)
+    at the temperature (before top_p and top_k). Temperature 0 takes the likeliest token, with its log-prob at
+    1."""
     likeliest = logits.argmax(1) if temperature == 0 else None
     weights, sums = softmax_weights(logits, temperature or 1.0)
     normalizer = sums.sum(1).log()
@@ -24,8 +25,8 @@ def draw(logits, uniforms, temperature: float, top_p: float = 1.0, top_k: int = 
 
 
 def softmax_weights(logits, temperature: float):
-    """(n, V) -> weights (n, V), exp((logit - maximum) / temperature) in the place of the logits, and their sums over
-    blocks (n, blocks) float64."""
+    """(n, V) -> weights (n, V), exp((logit - maximum) / temperature) in the place of the logits, and their
+    sums over blocks (n, blocks) float64."""
     maximum = row_max(logits)
     sums = []
     for piece in slices(logits):
@@ -38,8 +39,8 @@ def softmax_weights(logits, temperature: float):
 
 
 def block_sums(weights):
-    """(n, V) -> (n, blocks) float64: the sums over blocks of BLOCK tokens; the last block may be shorter. Sixteen
-    weights at a time are added in fp32, the rest in float64."""
+    """(n, V) -> (n, blocks) float64: the sums over blocks of BLOCK tokens; the last block may be shorter.
+    Sixteen weights at a time are added in fp32, the rest in float64."""
     whole = weights.shape[1] // BLOCK * BLOCK
     sixteens = weights[:, :whole].unflatten(1, (-1, BLOCK // 16, 16)).sum(3)
     sums = sixteens.sum(2, dtype=torch.float64)
@@ -50,7 +51,8 @@ def block_sums(weights):
 
 
 def inverse_cdf(weights, sums, uniforms):
-    """The first token whose cumulative weight exceeds uniform * total: first its block, then the token in the block."""
+    """The first token whose cumulative weight exceeds uniform * total: first its block, then the token in the
+    block."""
     cumulative = sums.cumsum(1)
     target = uniforms[:, None] * cumulative[:, -1:]
     block = first_above(cumulative, target, sums)                                     # (n, 1)
@@ -64,14 +66,16 @@ def inverse_cdf(weights, sums, uniforms):
 
 
 def first_above(cumulative, target, weights):
-    """(n, 1): the first place where `cumulative` exceeds `target`. Rounding never passes the last place with weight."""
+    """(n, 1): the first place where `cumulative` exceeds `target`. Rounding never passes the last place with
+    weight."""
     place = (cumulative <= target).sum(1, keepdim=True)
     last = (weights > 0).cumsum(1).argmax(1, keepdim=True)
     return torch.minimum(place, last)
 
 
 def restrict(weights, top_p: float, top_k: int):
-    """The weights with 0 for all but the `top_k` likeliest tokens, and then for those beyond a share of `top_p`."""
+    """The weights with 0 for all but the `top_k` likeliest tokens, and then for those beyond a share of
+    `top_p`."""
     if 0 < top_k < weights.shape[1]:
         lowest = weights.topk(top_k, 1).values[:, -1:]
         weights.masked_fill_(weights < lowest, 0.0)

@@ -1,9 +1,10 @@
 """Completions drawn from the policy.
 
-`sample` computes every prompt once (`prefill`), copies its keys and values for its completions and then draws one token
-at a time for all rows (`decode`); rows that have ended leave the batch. Each token is the inverse of a float64
-distribution function (model/draw.py) at a uniform number that depends on (seed, rollout, prompt, sample, position)
-only: neither the batch nor the number of ranks changes what is drawn (except for ties within floating-point rounding).
+`sample` computes every prompt once (`prefill`), copies its keys and values for its completions and then draws
+one token at a time for all rows (`decode`); rows that have ended leave the batch. Each token is the inverse
+of a float64 distribution function (model/draw.py) at a uniform number that depends on (seed, rollout, prompt,
+sample, position) only: neither the batch nor the number of ranks changes what is drawn (except for ties
+within floating-point rounding).
 """
 import itertools
 from typing import NamedTuple
@@ -21,8 +22,9 @@ CACHE_BYTES = 2 ** 31                  # keys and values at a time on a CPU; on 
 
 
 class Completion(NamedTuple):
-    """One completion: token ids (L,) int32 up to and including what stopped it, their log-probs (L,) fp32 under the
-    policy at the sampling temperature (before top_p and top_k), and whether it stopped by itself."""
+    """One completion: token ids (L,) int32 up to and including what stopped it, their log-probs (L,) fp32
+    under the policy at the sampling temperature (before top_p and top_k), and whether it stopped by
+    itself."""
     tokens: np.ndarray
     logps: np.ndarray
     finished: bool
@@ -46,11 +48,20 @@ class Stops:
         return any(string in text for string in self.strings)
 
 
-def sample(policy, tokenizer, prompts: list[np.ndarray], keys: list[tuple], copies: int, sampling, report=None):
+def sample(
+    policy,
+    tokenizer,
+    prompts: list[np.ndarray],
+    keys: list[tuple],
+    copies: int,
+    sampling,
+    report=None,
+) -> list[list[Completion]]:
     """`copies` completions of each prompt (ids): a list of lists of Completion.
 
-    `keys`: per prompt, whole numbers that its draws depend on. `sampling`: any object with temperature, top_p, top_k,
-    max_completion_length, rollout_batch_size and stop_strings(). `report(done, total)` is called as completions end."""
+    `keys`: per prompt, whole numbers that its draws depend on. `sampling`: any object with temperature,
+    top_p, top_k, max_completion_length, rollout_batch_size and stop_strings(). `report(done, total)` is
+    called as completions end."""
     limit = sampling.max_completion_length
     lengths = [len(prompt) for prompt in prompts]
     by_length = sorted(range(len(prompts)), key=lengths.__getitem__)
@@ -89,8 +100,8 @@ def rows_in_memory(lm, length: int) -> int:
 
 
 def decode(lm, prompts: list[np.ndarray], uniforms, sampling, stops: Stops, ended) -> list[Completion]:
-    """One completion for each of `prompts`; copies of a prompt are neighbours, and the same object. `uniforms`
-    (rows, tokens) float64. `ended(count)` is called as completions end."""
+    """One completion for each of `prompts`; copies of a prompt are neighbours, and the same object.
+    `uniforms` (rows, tokens) float64. `ended(count)` is called as completions end."""
     rows = len(prompts)
     drawn = Drawn(rows, sampling.max_completion_length)
     cache, hidden = prefill(lm, prompts, sampling.max_completion_length)       # hidden (n, D)
@@ -120,7 +131,8 @@ def decode(lm, prompts: list[np.ndarray], uniforms, sampling, stops: Stops, ende
 
 
 class Drawn:
-    """What was drawn so far: tokens and log-probs (rows, limit), and by row the completions that have ended."""
+    """What was drawn so far: tokens and log-probs (rows, limit), and by row the completions that have
+    ended."""
 
     def __init__(self, rows: int, limit: int):
         self.tokens = np.zeros((rows, limit), np.int32)
@@ -144,8 +156,9 @@ class Drawn:
 
 
 def prefill(lm, prompts: list[np.ndarray], room: int):
-    """A Cache of every prompt's keys and values, with `room` columns more, and the last hidden state of every row's
-    prompt (rows, D). Each prompt is computed once, together with as many others as PREFILL_TOKENS allow."""
+    """A Cache of every prompt's keys and values, with `room` columns more, and the last hidden state of every
+    row's prompt (rows, D). Each prompt is computed once, together with as many others as PREFILL_TOKENS
+    allow."""
     groups = copies_together(prompts)
     cache = Cache(groups, room, lm.device)
     hidden = []

@@ -9,11 +9,11 @@ import torch
 from helpers import byte_tokenizer, config_of, random_lm
 from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
-from engine.config import Common
 from engine.options import Sampling
 from model import lora
 from model.cache import Cache
 from model.draw import BLOCK, draw, inverse_cdf
+from model.keys import ModelKeys
 from model.policy import Policy
 from model.sampler import Stops, sample
 
@@ -206,7 +206,7 @@ def test_under_lora(tokenizer):
     pytest.importorskip("peft")
     lm = model(ARCHITECTURES["qwen2"])
     plain = model(ARCHITECTURES["qwen2"], "eager")
-    lora.attach(lm, lora.new_settings(Common(algorithm="", model="", data="", lora_r=4, lora_alpha=8), lm))
+    lora.attach(lm, lora.new_settings(ModelKeys(lora_r=4, lora_alpha=8), lm))
     generator = torch.Generator().manual_seed(1)
     for name, module in lm.named_modules():
         if hasattr(module, "lora_A"):

@@ -38,6 +38,7 @@ from engine.logs import Run
 from engine.loop import Engine
 from model import load
 from model.build import build_policy
+from model.classifier import save_classifier
 from model.reward_model import build_reward_model
 
 MERGED = {"lora_r": 2, "merge": "true"}
@@ -276,7 +277,7 @@ def test_a_classifier_of_an_architecture_without_sdpa(tmp_path):
     lm = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     state = {f"lm.{name}": tensor for name, tensor in lm.state_dict().items()}
     state["value_head.weight"] = torch.ones(1, 32)
-    checkpoint.save_classifier(lm, byte_tokenizer(), state, tmp_path / "classifier")
+    save_classifier(lm, byte_tokenizer(), state, tmp_path / "classifier")
     classifier = AutoModelForSequenceClassification.from_pretrained(tmp_path / "classifier")
     assert torch.equal(classifier.score.weight, torch.ones(1, 32))
 
@@ -389,8 +390,7 @@ def test_the_value_head_has_the_bias_that_others_read(model, tmp_path, capsys):
     linear = torch.nn.Linear(32, 1)
     linear.load_state_dict({name.removeprefix("v_head.summary."): tensor for name, tensor in tensors.items()})
 
-    from engine.config import Common
-    policy = build_policy(Common(algorithm="", model=str(final), data="", max_length=2), byte_tokenizer())
+    policy = build_policy(str(final), byte_tokenizer())
     for bias, said in ({}, 0), ({"v_head.summary.bias": torch.full((1,), 0.25)}, 1):
         notices = []
         save_file({"v_head.summary.weight": linear.weight.data} | bias, final / "value_head.safetensors")
