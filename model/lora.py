@@ -8,6 +8,7 @@ import contextlib
 import copy
 import importlib.util
 import os
+import warnings
 
 import torch
 from safetensors.torch import save_file
@@ -92,8 +93,10 @@ def attach(lm, adapter, seed: int = 0):
     Returns peft's PeftModel around the LM."""
     peft = library()
     adapter.base_model_name_or_path = None         # else peft warns where another path names the same base
-    with torch.random.fork_rng([lm.device] if lm.device.type == "cuda" else []):
+    devices = [lm.device] if lm.device.type == "cuda" else []
+    with torch.random.fork_rng(devices), warnings.catch_warnings():
         torch.manual_seed(seed)
+        warnings.simplefilter("ignore", FutureWarning)       # peft asks for a deprecated property of transformers
         try:
             model = peft.get_peft_model(lm, adapter)
         except Exception as error:  # noqa: BLE001  the settings may be somebody else's
@@ -156,15 +159,16 @@ def found_in(lm) -> dict:
 @contextlib.contextmanager
 def disabled(lm):
     """The LM without its adapter."""
+    # PeftModel.disable_adapter does the same after a survey of all layers, which takes four times as long
     tuner_layer = library().tuners.tuners_utils.BaseTunerLayer
     layers = [module for module in lm.modules() if isinstance(module, tuner_layer)]
     for layer in layers:
-        layer._disable_adapters = True       # PeftModel.disable_adapter would switch requires_grad off, too
+        layer.enable_adapters(False)
     try:
         yield
     finally:
         for layer in layers:
-            layer._disable_adapters = False
+            layer.enable_adapters(True)
 
 
 def dropouts(lm) -> list[nn.Module]:
