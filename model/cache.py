@@ -6,6 +6,22 @@ from transformers import AttentionInterface
 
 from model.attention import segments_attention
 
+CACHE_BYTES = 2 ** 31                  # keys and values at a time on a CPU; on a GPU half of its free memory
+
+
+def rows_in_memory(lm, length: int) -> int:
+    """How many rows of `length` tokens the memory for keys and values holds; at least 1."""
+    config = lm.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None)
+    head_dim = head_dim or config.hidden_size // config.num_attention_heads
+    per_token = config.num_hidden_layers * 2 * heads * head_dim * lm.dtype.itemsize
+    room = CACHE_BYTES
+    if lm.device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(lm.device)
+        room = free // 2
+    return max(1, room // (length * per_token))
+
 
 class Cache:
     """Keys and values of every layer, one row per completion. Prompts end in the same column, so that each
@@ -15,7 +31,8 @@ class Cache:
 
     def __init__(self, groups: list[tuple[np.ndarray, slice]], room: int, device):
         self.rows = groups[-1][1].stop
-        self.column = max(len(prompt) for prompt, _ in groups)     # the one that the next step writes
+        lengths = [len(prompt) for prompt, _ in groups]
+        self.column = max(lengths)                                 # the one that the next step writes
         self.width = self.column + room
         self.layers = {}                                           # layer: [keys, values]
         self.prompts = []                                          # the groups that the next forward computes
@@ -33,16 +50,18 @@ class Cache:
         if layer not in self.layers:
             self.layers[layer] = [self.empty(key), self.empty(value)]
         keys, values = self.layers[layer]
-        end = 0
+        start = 0
         for prompt, rows in self.prompts:
-            start, end = end, end + len(prompt)
+            end = start + len(prompt)
             columns = slice(self.column - len(prompt), self.column)
             keys[rows, :, columns] = key[0, :, start:end]
             values[rows, :, columns] = value[0, :, start:end]
+            start = end
 
     def empty(self, new):
         """Room for one layer's keys or values, of the shape and type of `new`."""
-        made = new.new_empty(self.rows, new.shape[1], self.width, new.shape[3])
+        _, heads, _, head_dim = new.shape
+        made = new.new_empty(self.rows, heads, self.width, head_dim)
         if self.mask is not None:
             made[:, :, :self.column].zero_()           # the mask hides these columns, but 0 times NaN is NaN
         return made
@@ -50,9 +69,11 @@ class Cache:
     def append(self, layer: int, key, value):
         """Write a step's keys and values (rows, heads, 1, head_dim) and return all that its queries see."""
         keys, values = self.layers[layer]
-        keys[:, :, self.column] = key[:, :, 0]
-        values[:, :, self.column] = value[:, :, 0]
-        return keys[:, :, :self.column + 1], values[:, :, :self.column + 1]
+        column = self.column
+        keys[:, :, column] = key[:, :, 0]
+        values[:, :, column] = value[:, :, 0]
+        end = column + 1
+        return keys[:, :, :end], values[:, :, :end]
 
     def compact(self, alive: list[int], count: int) -> list[int]:
         """Keep the rows `alive` of `count`: the last of them fill the gaps. Returns the rows in their new
@@ -62,8 +83,9 @@ class Cache:
         movers = [row for row in alive if row >= size]
         for stored in self.layers.values():
             for i, whole in enumerate(stored):
+                filled = whole[:, :, :self.column]
                 if gaps:
-                    whole[gaps, :, :self.column] = whole[movers, :, :self.column]
+                    filled[gaps] = filled[movers]
                 stored[i] = whole[:size]
         order = list(range(size))
         for gap, mover in zip(gaps, movers):
@@ -73,8 +95,18 @@ class Cache:
         return order
 
 
-def rollout_attention(module, query, key, value, attention_mask, scaling=None, cache=None, segments=None,
-                      sliding_window=None, **_):
+def rollout_attention(
+    module,
+    query,
+    key,
+    value,
+    attention_mask,
+    scaling=None,
+    cache=None,
+    segments=None,
+    sliding_window=None,
+    **_,
+):
     """Attention while sampling: within whole prompts (`segments`), or of one new token per row over what
     `cache` holds. Shapes are those of `segments_attention`."""
     key = key.to(value.dtype)                                      # as in segments_attention
@@ -86,10 +118,12 @@ def rollout_attention(module, query, key, value, attention_mask, scaling=None, c
     start = 0 if sliding_window is None else max(0, end - sliding_window)
     mask = None if cache.mask is None else cache.mask[..., start:end]
     # the query heads of a key's head are its queries: fewer and larger products than with a copy for each
-    grouped = query.to(value.dtype).view(len(query), key.shape[1], -1, query.shape[3])
-    key, value = key[:, :, start:], value[:, :, start:]
+    rows, _, _, head_dim = query.shape
+    grouped = query.to(value.dtype).view(rows, key.shape[1], -1, head_dim)
+    key = key[:, :, start:]
+    value = value[:, :, start:]
     attended = F.scaled_dot_product_attention(grouped, key, value, mask, scale=scaling)
-    return attended.reshape(len(query), 1, -1, query.shape[3]), None
+    return attended.reshape(rows, 1, -1, head_dim), None
 
 
 AttentionInterface.register("rollout", rollout_attention)

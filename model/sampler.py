@@ -13,12 +13,11 @@ import numpy as np
 import torch
 
 from data.tokenise import stop_ids
-from model.cache import Cache
+from model.cache import Cache, rows_in_memory
 from model.cpu import HeadLogits, cpu_linears, fast_row_count
 from model.draw import draw
 
 PREFILL_TOKENS = 8192                  # prompt tokens in one forward
-CACHE_BYTES = 2 ** 31                  # keys and values at a time on a CPU; on a GPU half of its free memory
 
 
 class Completion(NamedTuple):
@@ -77,41 +76,48 @@ def sample(
         longest = max(lengths, default=0) + limit
         size = min(sampling.rollout_batch_size, rows_in_memory(lm, longest))
         for start in range(0, len(rows), size):
-            part = rows[start:start + size]
-            batch = [prompts[prompt] for prompt, _ in part]
+            batch = []
             uniforms = []
-            for prompt, copy in part:
+            for prompt, copy in rows[start:start + size]:
+                batch.append(prompts[prompt])
                 generator = np.random.default_rng((*keys[prompt], copy))
                 uniforms.append(generator.random(limit))
-            found += decode(lm, batch, np.stack(uniforms), sampling, stops, ended)
-    groups = [found[i:i + copies] for i in range(0, len(found), copies)]
-    places = np.argsort(by_length)
-    return [groups[place] for place in places]
+            uniforms = np.stack(uniforms)
+            found += decode(lm, batch, uniforms, sampling, stops, ended)
+    completions = [None] * len(prompts)
+    for place, prompt in enumerate(by_length):
+        start = place * copies
+        completions[prompt] = found[start:start + copies]
+    return completions
 
 
-def rows_in_memory(lm, length: int) -> int:
-    """How many rows of `length` tokens the memory for keys and values holds; at least 1."""
-    config = lm.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    per_token = config.num_hidden_layers * 2 * heads * head_dim * lm.dtype.itemsize
-    room = CACHE_BYTES if lm.device.type == "cpu" else torch.cuda.mem_get_info(lm.device)[0] // 2
-    return max(1, room // (length * per_token))
-
-
-def decode(lm, prompts: list[np.ndarray], uniforms, sampling, stops: Stops, ended) -> list[Completion]:
+def decode(
+    lm,
+    prompts: list[np.ndarray],
+    uniforms: np.ndarray,
+    sampling,
+    stops: Stops,
+    ended,
+) -> list[Completion]:
     """One completion for each of `prompts`; copies of a prompt are neighbours, and the same object.
     `uniforms` (rows, tokens) float64. `ended(count)` is called as completions end."""
     rows = len(prompts)
-    drawn = Drawn(rows, sampling.max_completion_length)
-    cache, hidden = prefill(lm, prompts, sampling.max_completion_length)       # hidden (n, D)
+    limit = sampling.max_completion_length
+    drawn = Drawn(rows, limit)
+    cache, hidden = prefill(lm, prompts, room=limit)               # hidden (n, D)
     head_logits = HeadLogits(lm, rows)
     lengths = np.array([len(prompt) for prompt in prompts])
     active = list(range(rows))                                     # the n rows that are computed
-    for step in range(sampling.max_completion_length):
-        uniform = torch.from_numpy(uniforms[active, step]).to(lm.device)
-        logits = head_logits(hidden)
-        tokens, logps = draw(logits, uniform, sampling.temperature, sampling.top_p, sampling.top_k)
+    for step in range(limit):
+        logits = head_logits(hidden)                               # (n, V)
+        uniform = torch.from_numpy(uniforms[active, step])
+        tokens, logps = draw(
+            logits,
+            uniform.to(lm.device),
+            sampling.temperature,
+            sampling.top_p,
+            sampling.top_k,
+        )
         if drawn.add(step, active, tokens, logps, stops):
             ended(len(drawn.completions))
         running = rows - len(drawn.completions)
@@ -119,15 +125,22 @@ def decode(lm, prompts: list[np.ndarray], uniforms, sampling, stops: Stops, ende
             break
         size = fast_row_count(lm, running)
         if size < len(active):
-            places = sorted(range(len(active)), key=lambda place: active[place] in drawn.completions)
-            order = cache.compact(places[:size], len(active))      # running rows come first
+            alive = running_first(active, drawn.completions)[:size]
+            order = cache.compact(alive, len(active))
             active = [active[place] for place in order]
             tokens = tokens[order]
-        positions = torch.from_numpy(lengths[active] + step).to(lm.device)
+        positions = torch.from_numpy(lengths[active] + step)
+        positions = positions.to(lm.device)
         states = last_hidden(lm, cache, tokens[:, None], positions[:, None])
         hidden = states[:, 0]
         cache.column += 1
     return [drawn.completions[row] for row in range(rows)]
+
+
+def running_first(active: list[int], ended) -> list[int]:
+    """The places in `active` of the rows that have not ended, then of those that have."""
+    places = range(len(active))
+    return sorted(places, key=lambda place: active[place] in ended)
 
 
 class Drawn:
@@ -144,13 +157,15 @@ class Drawn:
         self.tokens[active, step] = tokens.cpu().numpy()
         self.logps[active, step] = logps.cpu().numpy()
         before = len(self.completions)
+        length = step + 1
+        limit = self.tokens.shape[1]
         for row in active:
             if row in self.completions:
                 continue
-            tokens = self.tokens[row, :step + 1]
-            logps = self.logps[row, :step + 1]
+            tokens = self.tokens[row, :length]
+            logps = self.logps[row, :length]
             stopped = stops(tokens)
-            if stopped or step + 1 == self.tokens.shape[1]:
+            if stopped or length == limit:
                 self.completions[row] = Completion(tokens, logps, stopped)
         return len(self.completions) > before
 
@@ -164,27 +179,36 @@ def prefill(lm, prompts: list[np.ndarray], room: int):
     hidden = []
     while groups:
         ends = np.cumsum([len(prompt) for prompt, _ in groups])
-        count = max(1, int((ends <= PREFILL_TOKENS).sum()))
-        cache.prompts, groups = groups[:count], groups[count:]
-        ids = np.concatenate([prompt for prompt, _ in cache.prompts])
-        lengths = [len(prompt) for prompt, _ in cache.prompts]
-        positions = np.concatenate([np.arange(length) for length in lengths])
-        ids = torch.from_numpy(ids).long().to(lm.device)
-        positions = torch.from_numpy(positions).to(lm.device)
-        segments = [(length, []) for length in lengths]            # prompts without responses
-        states = last_hidden(lm, cache, ids[None], positions[None], segments)[0]
+        fitting = int((ends <= PREFILL_TOKENS).sum())
+        count = max(1, fitting)
+        cache.prompts = groups[:count]
+        groups = groups[count:]
+        ids, positions, segments = [], [], []
+        for prompt, _ in cache.prompts:
+            length = len(prompt)
+            ids.append(prompt)
+            positions.append(np.arange(length))
+            segments.append((length, []))                          # a prompt without responses
+        ids = torch.from_numpy(np.concatenate(ids)).long()
+        positions = torch.from_numpy(np.concatenate(positions))
+        ids = ids[None].to(lm.device)
+        positions = positions[None].to(lm.device)
+        states = last_hidden(lm, cache, ids, positions, segments)[0]
         for end, (_, rows) in zip(ends, cache.prompts):
-            hidden.append(states[end - 1].expand(rows.stop - rows.start, -1))
+            copies = rows.stop - rows.start
+            hidden.append(states[end - 1].expand(copies, -1))
     return cache, torch.cat(hidden)
 
 
 def copies_together(prompts: list[np.ndarray]) -> list[tuple[np.ndarray, slice]]:
     """Per prompt: its ids and its rows, the copies of it that are neighbours in `prompts`."""
-    groups, start = [], 0
+    groups = []
+    start = 0
     for _, copies in itertools.groupby(prompts, key=id):
         copies = list(copies)
-        groups.append((copies[0], slice(start, start + len(copies))))
-        start += len(copies)
+        end = start + len(copies)
+        groups.append((copies[0], slice(start, end)))
+        start = end
     return groups
 
 

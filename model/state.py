@@ -6,10 +6,13 @@ import torch
 def each_once(function, tensors: dict) -> dict:
     """`function` of every tensor; tied weights, which are one tensor under two names, stay one."""
     made = {}
-    for tensor in tensors.values():
-        if id(tensor) not in made:
-            made[id(tensor)] = function(tensor)
-    return {name: made[id(tensor)] for name, tensor in tensors.items()}
+    results = {}
+    for name, tensor in tensors.items():
+        key = id(tensor)
+        if key not in made:
+            made[key] = function(tensor)
+        results[name] = made[key]
+    return results
 
 
 def written(state: dict) -> dict:
@@ -20,9 +23,16 @@ def written(state: dict) -> dict:
 
 def precision(state: dict) -> torch.dtype:
     """The dtype of the weights, which all have the same."""
-    return next(tensor.dtype for tensor in state.values() if tensor.is_floating_point())
+    for tensor in state.values():
+        if tensor.is_floating_point():
+            return tensor.dtype
+    raise ValueError("a state without weights")
 
 
 def inside_lm(state: dict) -> dict:
     """The weights of a policy's LM by their names inside the LM."""
-    return {name.removeprefix("lm."): tensor for name, tensor in state.items() if name.startswith("lm.")}
+    weights = {}
+    for name, tensor in state.items():
+        if name.startswith("lm."):
+            weights[name.removeprefix("lm.")] = tensor
+    return weights

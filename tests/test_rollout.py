@@ -184,9 +184,9 @@ def test_memory_bounds_the_rows(tokenizer, monkeypatch):
     monkeypatch.setattr(Cache, "__init__", lambda cache, *arguments: original(cache, *arguments) or sizes.append(cache.rows))
     whole = sample(policy, tokenizer, given, keys(5), COPIES, settings())
     row = (20 + LIMIT) * 2 * 2 * 2 * 8 * 4         # tokens x layers x keys and values x heads x their width x bytes
-    monkeypatch.setattr("model.sampler.CACHE_BYTES", 4 * row)
+    monkeypatch.setattr("model.cache.CACHE_BYTES", 4 * row)
     assert_same_completions(sample(policy, tokenizer, given, keys(5), COPIES, settings()), whole)
-    monkeypatch.setattr("model.sampler.CACHE_BYTES", row - 1)
+    monkeypatch.setattr("model.cache.CACHE_BYTES", row - 1)
     sample(policy, tokenizer, given[:1], keys(1), 2, settings())
     assert sizes == [15, 4, 4, 4, 3, 2]            # a prompt of one token is shorter than a row of 20
 
