@@ -75,11 +75,11 @@ class Cache:
         end = column + 1
         return keys[:, :, :end], values[:, :, :end]
 
-    def compact(self, alive: list[int], count: int) -> list[int]:
-        """Keep the rows `alive` of `count`: the last of them fill the gaps. Returns the rows in their new
-        order."""
+    def compact(self, alive: list[int]) -> list[int]:
+        """Keep the rows `alive`: the last of them fill the gaps. Returns the rows in their new order."""
         size = len(alive)
-        gaps = sorted(set(range(size)) - set(alive))
+        kept = set(alive)
+        gaps = [row for row in range(size) if row not in kept]
         movers = [row for row in alive if row >= size]
         for stored in self.layers.values():
             for i, whole in enumerate(stored):

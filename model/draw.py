@@ -6,7 +6,13 @@ from model.cpu import row_max, slices
 BLOCK = 512                            # tokens of the vocabulary in a block of the distribution function
 
 
-def draw(logits, uniforms, temperature: float, top_p: float = 1.0, top_k: int = 0):
+def draw(
+    logits,
+    uniforms,
+    temperature: float,
+    top_p: float = 1.0,
+    top_k: int = 0,
+):
     """(n, V) fp32, which are overwritten, and (n,) float64 in [0, 1) -> tokens (n,) and their log-probs (n,)
     at the temperature (before top_p and top_k). Temperature 0 takes the likeliest token, with its log-prob at
     1."""

@@ -126,7 +126,7 @@ def decode(
         size = fast_row_count(lm, running)
         if size < len(active):
             alive = running_first(active, drawn.completions)[:size]
-            order = cache.compact(alive, len(active))
+            order = cache.compact(alive)
             active = [active[place] for place in order]
             tokens = tokens[order]
         positions = torch.from_numpy(lengths[active] + step)

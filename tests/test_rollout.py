@@ -335,7 +335,7 @@ def test_rows_that_go_on_keep_their_keys_and_values():
         cache.column = column
         cache.layers = {layer: [torch.randn(count, 2, column + 3, 4) for _ in range(2)] for layer in range(2)}
         before, mask = copy.deepcopy(cache.layers), cache.mask
-        order = cache.compact(alive, count)
+        order = cache.compact(alive)
         assert sorted(order) == alive
         assert (mask is None) == (cache.mask is None)
         for place, row in enumerate(order):
