@@ -402,18 +402,20 @@ def fitting_moments(directory: str, parameters: dict) -> dict:
 
 
 def recall(directory: str, tensors: dict[str, torch.Tensor]) -> None:
-    """Copy what a checkpoint has of remembered tensors into `tensors`, in place and sharded as these are.
-    RunError on every rank where a name or a shape does not fit."""
+    """Copy what a checkpoint has of remembered tensors into `tensors`, in place and sharded as these are. The
+    file may hold other groups of names (`ema/...`), but of each group in `tensors` it must hold the same names.
+    RunError on every rank, with nothing copied, where the file, a name or a shape does not fit."""
+    if not tensors:
+        return
     path = os.path.join(directory, REMEMBERED)
-    if not os.path.exists(path):
-        raise unfit(path, f"is missing, which should hold {', '.join(tensors)}")
     saved = read_tensors(path)
+    groups = {name.partition("/")[0] for name in tensors}
     for name in saved:
-        if name not in tensors:
-            raise unfit(path, f"holds {name}, which this run does not remember")
+        if name not in tensors and name.partition("/")[0] in groups:
+            raise unfit(path, f"holds {name}, which the algorithm does not remember")
     for name, live in tensors.items():
         if name not in saved:
-            raise unfit(path, f"lacks {name}")
+            raise unfit(path, f"lacks {name}, which the algorithm remembers")
         check_shape(path, name, saved[name], live.shape)
     with torch.no_grad():
         for name, live in tensors.items():
