@@ -29,6 +29,10 @@ class Sampling:
             raise UserError(f"stop is {self.stop!r}, which holds no string; "
                             "fix: give strings, such as </answer>, or a list of them, or null")
 
+    def rollout_shape(self):
+        g = lambda n, d=1: getattr(self, n, d)
+        return g('num_generations'), g('num_iterations', g('num_ppo_epochs')), g('num_mini_batches')
+
     def stop_strings(self) -> list[str]:
         return stop_strings(self.stop)
 
