@@ -21,7 +21,7 @@ from transformers.utils import logging
 from data.errors import UserError, notice, printable, run_program
 from data.tokenise import Tokeniser, stop_ids
 from engine.checkpoint import model_path
-from engine.config import Common, read_mapping
+from engine.config import read_mapping
 from model import lora
 from model.load import base_of, first_line, is_adapter, load_lm, load_tokenizer_for
 from model.reward_model import is_reward_model
@@ -45,7 +45,7 @@ class Speaker:
         self.tokeniser, self.stops, self.messages = Tokeniser(self.tokenizer), stop_ids(self.tokenizer), []
         self.lm = load_lm(base_of(path), "auto", None).eval()
         if is_adapter(path):
-            lora.attach_saved(self.lm, path, Common(algorithm="", model=path, data=""), check=False)
+            lora.attach_saved(self.lm, path)
         self.lm.to("cuda" if torch.cuda.is_available() else "cpu")
 
     def answer(self, text: str, **options) -> None:

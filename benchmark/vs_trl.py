@@ -176,7 +176,7 @@ def our_engine(job: dict, keys: dict):
     common, config = run_config.common, run_config.config
     algorithm = importlib.import_module(f"algorithms.{common.algorithm}")
     tokenizer, run = load.load_tokenizer(common.model), logs.Run(common.output)
-    policy = build_policy(common, tokenizer)
+    policy = build_policy(common.model, tokenizer, common, trains_adapter=load.is_adapter(common.model))
     started = time.perf_counter()
     train_set, eval_set, report = load_datasets(common, config, algorithm.DATA, tokenizer, run.notice)
     check_policy(policy, train_set, common.share_prompt, run.notice)

@@ -16,7 +16,7 @@ from engine.score import critic_path
 from model.actor_critic import build_actor_critic
 from model.build import build_policy, shard
 from model.check import check_policy
-from model.load import check_path, load_tokenizer_for
+from model.load import check_path, is_adapter, load_tokenizer_for
 from model.policy import Policy
 from model.reward_model import build_reward_model
 from rewards.functions import check_rewards
@@ -39,7 +39,8 @@ def build(run_config, run: Run, start: str | None = None,
         from_main(run.check_data, report)
     for line in marked(train_set[0], tokenizer, most=400):
         run.notice(line)
-    policy = policy or build_policy(common, tokenizer, start)
+    if policy is None:
+        policy = build_policy(start or common.model, tokenizer, common, trains_adapter=is_adapter(common.model))
     check_policy(policy, train_set, common.share_prompt, run.notice)
     policy = with_heads(policy, algorithm.MODEL, common, config, tokenizer, start, run.notice)
     step = checkpoint.load_trainer(start)["step"] if start else 0

@@ -1,10 +1,9 @@
 """Sealed directories: a checkpoint is whole or it is ignored.
 
-Files are written to a temporary directory beside their place, synced, sealed by `manifest.json` (size and sha256 of every file,
-written last) and renamed. A reader trusts only a directory whose manifest holds. Weights and optimizer state are safetensors,
-the rest is JSON: loading never unpickles.
+Files are written to a temporary directory beside their place, synced, sealed by `manifest.json` (size and
+sha256 of every file, written last) and renamed. A reader trusts only a directory whose manifest holds.
+Weights and optimizer state are safetensors, the rest is JSON: loading never unpickles.
 """
-import copy
 import errno
 import json
 import os
@@ -16,21 +15,20 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers import AutoModelForSequenceClassification
 
 from data.errors import RunError, UserError
 from data.files import digest_of, sha256
-from data.tokenise import stop_ids
 from engine.ranks import distributed, from_main, sum_over_ranks
 from model import lora
 from model.actor_critic import CRITIC
 from model.load import first_line, is_finite
-from model.lora import written
 from model.reward_model import HEAD_BIAS, HEAD_WEIGHT, VALUE_HEAD
+from model.state import each_once, inside_lm, precision, written
 
 MANIFEST = "manifest.json"
 WEIGHTS = ".safetensors"
 ROLLOUT = "rollout.safetensors"              # of a checkpoint between two updates of the same rollout
+REMEMBERED = "remembered.safetensors"        # of a checkpoint: what the algorithm keeps between updates
 MOMENTS = "exp_avg", "exp_avg_sq"            # AdamW's names
 
 
@@ -47,7 +45,8 @@ def write_sealed(directory: str, write, trial: bool = False) -> None:
     `trial` removes it instead. RunError whatever fails; what stood there before stays until its replacement
     is complete."""
     directory = os.path.normpath(directory)
-    temporary = f"{directory}.tmp-{secrets.token_hex(4)}"       # not the process's number: containers share disks, and number 1
+    # not the process's number: containers share disks, and number 1
+    temporary = f"{directory}.tmp-{secrets.token_hex(4)}"
     previous = f"{temporary}-old"
     try:
         os.makedirs(temporary)
@@ -120,8 +119,10 @@ def read_manifest(directory: str) -> dict[str, tuple[int, str]] | None:
     """{file: (bytes, sha256)} of a sealed directory; None if there is no such manifest."""
     try:
         with open(os.path.join(directory, MANIFEST)) as file:
-            return {name: (entry["bytes"], entry["sha256"]) for name, entry in json.load(file).items()}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):     # a flipped bit can leave valid JSON of another shape
+            entries = json.load(file).items()
+        return {name: (entry["bytes"], entry["sha256"]) for name, entry in entries}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        # a flipped bit can leave valid JSON of another shape
         return None
 
 
@@ -147,8 +148,11 @@ def broken(directory: str, ending: str = "") -> str | None:
 def checkpoints(run_directory: str) -> list[str]:
     """Paths of a run's checkpoints, oldest first, whole or not."""
     folder = os.path.join(run_directory, "checkpoints")
-    names = [name for name in os.listdir(folder) if name.startswith("step-") and name[5:].isdigit()] if os.path.isdir(folder) else []
-    return sorted((os.path.join(folder, name) for name in names), key=step_of)
+    paths = []
+    for name in os.listdir(folder) if os.path.isdir(folder) else ():
+        if name.startswith("step-") and name[5:].isdigit():
+            paths.append(os.path.join(folder, name))
+    return sorted(paths, key=step_of)
 
 
 def step_of(path: str) -> int:
@@ -187,7 +191,8 @@ def model_path(name: str, notice) -> str:
     final = os.path.join(name, "final")
     fault = weights_fault(final)
     if fault is None:
-        if edited := broken(final):
+        edited = broken(final)
+        if edited:
             notice(f"{final} is not as the run wrote it ({edited}); it is used as it is")
         return final
     path = newest(name, notice)
@@ -249,8 +254,8 @@ def remove(path: str) -> None:
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor on the CPU of rank 0; a sharded one is gathered from all ranks first (a collective call). None on the other
-    ranks: eight processes of one machine need not hold eight copies of a model."""
+    """A tensor on the CPU of rank 0; a sharded one is gathered from all ranks first (a collective call). None
+    on the other ranks: eight processes of one machine need not hold eight copies of a model."""
     tensor = (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
     return tensor.cpu() if distributed()[0] == 0 else None
 
@@ -265,18 +270,9 @@ def saved_tensors(policy) -> dict:
     return trained(policy) if lora.settings(policy.lm) else policy.state_dict(keep_vars=True)
 
 
-def each_once(function, tensors: dict) -> dict:
-    """`function` of every tensor; tied weights, which are one tensor under two names, stay one."""
-    made = {}
-    for tensor in tensors.values():
-        if id(tensor) not in made:
-            made[id(tensor)] = function(tensor)
-    return {name: made[id(tensor)] for name, tensor in tensors.items()}
-
-
 def model_state(policy) -> dict:
-    """The policy's weights as saved: whole, on rank 0 (gathering them is a collective call), in training precision; of a policy
-    with an adapter the trained ones."""
+    """The policy's weights as saved: whole, on rank 0 (gathering them is a collective call), in training
+    precision; of a policy with an adapter the trained ones."""
     return each_once(whole, saved_tensors(policy))
 
 
@@ -302,28 +298,10 @@ def in_dtype(state: dict, dtype: torch.dtype) -> dict:
     return each_once(rounded, state) | head
 
 
-def precision(state: dict) -> torch.dtype:
-    """The dtype of the weights, which all have the same."""
-    return next(tensor.dtype for tensor in state.values() if tensor.is_floating_point())
-
-
-def merged(lm, state: dict):
-    """The LM with its adapter merged into it, and its weights by the names of `model_state`."""
-    adapter = {name.removeprefix("lm."): tensor for name, tensor in state.items() if name.startswith("lm.")}
-    try:
-        plain = lora.merged(lm, adapter)
-    except (OSError, ValueError, RuntimeError, MemoryError) as error:
-        raise RunError(f"the adapter cannot be merged into {lm.name_or_path} ({first_line(error)}); "
-                       "fix: run the same command again with merge=false, or with more memory") from error
-    plain.generation_config = lm.generation_config
-    head = {name: tensor for name, tensor in state.items() if not name.startswith("lm.")}
-    weights = each_once(torch.Tensor.detach, plain.state_dict(keep_vars=True))
-    return plain, {f"lm.{name}": tensor for name, tensor in weights.items()} | head
-
-
 def save_model(lm, tokenizer, state: dict, directory: str) -> None:
-    """The LM as transformers saves it, or its adapter as peft does, a reward model's head beside it, and the tokenizer."""
-    weights = {name.removeprefix("lm."): tensor for name, tensor in state.items() if name.startswith("lm.")}
+    """The LM as transformers saves it, or its adapter as peft does, a reward model's head beside it, and the
+    tokenizer."""
+    weights = inside_lm(state)
     if lora.settings(lm):
         lora.save(lm, weights, directory)
     else:
@@ -338,62 +316,37 @@ def save_model(lm, tokenizer, state: dict, directory: str) -> None:
     tokenizer.save_pretrained(directory)
 
 
-def why_no_classifier(lm, merge: bool = False) -> str | None:
-    """The reason why `save_classifier` cannot save a reward model on this LM, with `merge` once its adapter
-    is merged; None if it can."""
-    if lora.settings(lm) and not merge:
-        return "with LoRA it takes merge: true"
-    known = type(lm.config) in AutoModelForSequenceClassification._model_mapping
-    return None if known else f"transformers has no sequence classifier for {lm.config.model_type}"
-
-
-def save_classifier(lm, tokenizer, state: dict, directory: str) -> None:
-    """A reward model in the form that AutoModelForSequenceClassification(num_labels=1) loads, with the same scores.
-
-    That class reads the score at the last token that is not `pad_token_id`, so padding must not be a stop token."""
-    tokenizer = copy.deepcopy(tokenizer)
-    if tokenizer.pad_token_id is None or tokenizer.pad_token_id in stop_ids(tokenizer):
-        spare = sorted(set(tokenizer.get_added_vocab().values()) - set(stop_ids(tokenizer)) - {tokenizer.bos_token_id})
-        tokenizer.add_special_tokens({"pad_token": tokenizer.convert_ids_to_tokens(spare[0]) if spare else "<|pad|>"})
-    config = copy.deepcopy(lm.config)
-    config.num_labels, config.pad_token_id = 1, tokenizer.pad_token_id
-    config._attn_implementation = "eager"      # every architecture has it; it is not saved
-    text = config.get_text_config()
-    text.vocab_size = max(text.vocab_size, tokenizer.pad_token_id + 1)
-    dtype = precision(state)
-    with torch.device("meta"):
-        classifier = AutoModelForSequenceClassification.from_config(config, dtype=dtype)
-    weights = {name: state[f"lm.{name}"] for name in classifier.state_dict() if name != "score.weight"}
-    for name, tensor in weights.items():
-        if added := len(classifier.state_dict()[name]) - len(tensor):      # the embedding: a new pad token needs a row, of whatever
-            weights[name] = torch.cat([tensor, tensor.new_zeros(added, *tensor.shape[1:])])
-    weights["score.weight"] = state["value_head.weight"].to(dtype)
-    classifier.save_pretrained(directory, state_dict=written(weights), max_shard_size="5GB")
-    tokenizer.save_pretrained(directory)
-
-
-def save_checkpoint(directory: str, policy, tokenizer, optimizer, trainer: dict, stored: dict) -> None:
+def save_checkpoint(directory: str, policy, tokenizer, optimizer, trainer: dict, stored: dict,
+                    remembered: dict | None = None) -> None:
     """Seal a checkpoint, on rank 0; where that fails, all ranks raise. Gathering is a collective call."""
     weights = model_state(policy)
-    moments = {f"{name}:{key}": whole(value) for name, parameter in policy.named_parameters()
-               for key, value in optimizer.state.get(parameter, {}).items()}
+    moments = {}
+    for name, parameter in policy.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            moments[f"{name}:{key}"] = whole(value)
+    kept = each_once(whole, remembered or {})
 
     def write(temporary):
-        write_checkpoint(temporary, policy.lm, tokenizer, weights, moments, trainer, stored)
+        write_checkpoint(temporary, policy.lm, tokenizer, weights, moments, trainer, stored, kept)
 
     # the others wait: after a signal torchrun would end rank 0 as soon as one of them leaves
     from_main(write_sealed, directory, write)
 
 
-def write_checkpoint(directory, lm, tokenizer, weights: dict, moments: dict, trainer: dict, stored: dict):
+def write_checkpoint(directory, lm, tokenizer, weights: dict, moments: dict, trainer: dict, stored: dict,
+                     remembered: dict | None = None) -> None:
     """Model, tokenizer, optimizer state (by parameter name, so any world size can load it), `trainer.json`
-    and, if there are any, the tensors `stored` of a rollout."""
+    and, if there are any, the tensors `stored` of a rollout and those that the algorithm has `remembered`."""
     save_model(lm, tokenizer, weights, directory)
-    if critic := {name: tensor for name, tensor in weights.items() if name.startswith("critic_")}:
+    critic = {name: tensor for name, tensor in weights.items() if name.startswith("critic_")}
+    if critic:
         save_file(written(critic), os.path.join(directory, CRITIC))
     save_file(moments, os.path.join(directory, "optimizer.safetensors"))
     if stored:
         save_file(stored, os.path.join(directory, ROLLOUT))
+    if remembered:                                # safetensors refuses views of one storage
+        separate = {name: tensor.contiguous().clone() for name, tensor in remembered.items()}
+        save_file(separate, os.path.join(directory, REMEMBERED))
     with open(os.path.join(directory, "trainer.json"), "w") as file:
         json.dump(trainer, file)
 
@@ -403,20 +356,25 @@ def local_part(tensor: torch.Tensor) -> torch.Tensor:
     return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
 
 
+def sharded_like(tensor: torch.Tensor, live: torch.Tensor) -> torch.Tensor:
+    """A whole tensor on the device of `live` and sharded as that is. Every rank cuts its part out, so none
+    waits for another."""
+    tensor = tensor.to(live.device)
+    if not isinstance(live, DTensor):
+        return tensor
+    # src_data_rank=None: no collective call; clone: a part may be a view, which keeps the whole in memory
+    return distribute_tensor(tensor, live.device_mesh, live.placements, src_data_rank=None).clone()
+
+
 def load_optimizer(directory: str, policy, optimizer) -> None:
-    """Put the saved moments back beside the parameters, sharded as those are. Every rank cuts its part out of
-    the file, so none waits for another. RunError on every rank where the moments do not fit the parameters or
-    hold impossible numbers."""
+    """Put the saved moments back beside the parameters, sharded as those are. RunError on every rank where
+    the moments do not fit the parameters or hold impossible numbers."""
     parameters, loaded = trained(policy), {}
     for name, state in fitting_moments(directory, parameters).items():
         parameter = parameters[name]
         for key, tensor in state.items():
-            tensor = tensor.to(parameter.device)         # the step too: the fused AdamW keeps it there
-            if key in MOMENTS and isinstance(parameter, DTensor):
-                mesh, placements = parameter.device_mesh, parameter.placements
-                # with None this is no collective call
-                # clone: a part may be a view, which keeps the whole tensor in memory
-                tensor = distribute_tensor(tensor, mesh, placements, src_data_rank=None).clone()
+            # the step goes to the parameter's device, too: the fused AdamW keeps it there
+            tensor = sharded_like(tensor, parameter) if key in MOMENTS else tensor.to(parameter.device)
             state[key] = loaded[f"{name}:{key}"] = tensor
         optimizer.state[parameter] = state
     check_numbers(directory, parameters | loaded)
@@ -427,30 +385,60 @@ def fitting_moments(directory: str, parameters: dict) -> dict:
     gradient, such as the LM head of a reward model, have no entry. RunError where the file does not fit the
     parameters."""
     path = os.path.join(directory, "optimizer.safetensors")
-
-    def refuse(fault):
-        raise RunError(f"{path} {fault}, so the run cannot go on from it; fix: {instead_of(directory)}")
-
-    try:
-        saved = load_file(path)
-    except (OSError, SafetensorError) as error:
-        refuse(f"cannot be read ({first_line(error)})")
     states = {}
-    for key, tensor in saved.items():
+    for key, tensor in read_tensors(path).items():
         name, _, kind = key.rpartition(":")
         if name not in parameters or kind not in ("step", *MOMENTS):
-            refuse(f"holds {key}, which belongs to no trained weight of this model")
-        shape = tuple(parameters[name].shape) if kind in MOMENTS else ()
-        if tuple(tensor.shape) != shape:
-            refuse(f"holds {key} of shape {list(tensor.shape)} instead of {list(shape)}")
+            raise unfit(path, f"holds {key}, which belongs to no trained weight of this model")
+        check_shape(path, key, tensor, parameters[name].shape if kind in MOMENTS else ())
         states.setdefault(name, {})[kind] = tensor
     for name, state in states.items():
         for kind in ("step", *MOMENTS):
             if kind not in state:
-                refuse(f"lacks {name}:{kind}")
+                raise unfit(path, f"lacks {name}:{kind}")
     if not states:
-        refuse("holds no moments")
+        raise unfit(path, "holds no moments")
     return states
+
+
+def recall(directory: str, tensors: dict[str, torch.Tensor]) -> None:
+    """Copy what a checkpoint has of remembered tensors into `tensors`, in place and sharded as these are. The
+    file may hold other groups of names (`ema/...`), but of each group in `tensors` it must hold the same names.
+    RunError on every rank, with nothing copied, where the file, a name or a shape does not fit."""
+    if not tensors:
+        return
+    path = os.path.join(directory, REMEMBERED)
+    saved = read_tensors(path)
+    groups = {name.partition("/")[0] for name in tensors}
+    for name in saved:
+        if name not in tensors and name.partition("/")[0] in groups:
+            raise unfit(path, f"holds {name}, which the algorithm does not remember")
+    for name, live in tensors.items():
+        if name not in saved:
+            raise unfit(path, f"lacks {name}, which the algorithm remembers")
+        check_shape(path, name, saved[name], live.shape)
+    with torch.no_grad():
+        for name, live in tensors.items():
+            live.copy_(sharded_like(saved[name], live))
+
+
+def read_tensors(path: str) -> dict:
+    """The tensors of a file of a checkpoint; RunError where it cannot be read."""
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise unfit(path, f"cannot be read ({first_line(error)})") from error
+
+
+def check_shape(path: str, name: str, tensor: torch.Tensor, shape) -> None:
+    if tuple(tensor.shape) != tuple(shape):
+        raise unfit(path, f"holds {name} of shape {list(tensor.shape)} instead of {list(shape)}")
+
+
+def unfit(path: str, fault: str) -> RunError:
+    """For a file of a checkpoint that does not fit the run."""
+    fix = instead_of(os.path.dirname(path))
+    return RunError(f"{path} {fault}, so the run cannot go on from it; fix: {fix}")
 
 
 def check_numbers(directory: str, tensors: dict) -> None:

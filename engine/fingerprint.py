@@ -20,7 +20,7 @@ INPUT = re.compile(r".*\.(safetensors|jinja|model)|.*model.*\.bin|.*\.index\.jso
                    r"|(config|adapter_config|tokenizer|tokenizer_config|special_tokens_map)\.json"
                    r"|(added_tokens|vocab)\.json")
 # ... and these of a checkpoint, which only its own run reads
-NO_INPUT = ("optimizer.safetensors", checkpoint.ROLLOUT)
+NO_INPUT = ("optimizer.safetensors", checkpoint.ROLLOUT, checkpoint.REMEMBERED)
 # keys without digests here; the reports of the data files hold the digests of those
 NOT_HERE = ("algorithm", "data", "eval_data", "output", "resume")
 HUB_NAME = re.compile(f"{NAME}/{NAME}")

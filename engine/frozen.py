@@ -73,7 +73,9 @@ def resolved(engine, path: str | None) -> str | None:
 
 
 def load_frozen(engine, path: str | None):
-    return build_policy(engine.config, engine.tokenizer, path or engine.config.model, frozen=True)
+    config = engine.config
+    trains_adapter = is_adapter(config.model)
+    return build_policy(path or config.model, engine.tokenizer, config, frozen=True, trains_adapter=trains_adapter)
 
 
 def used_examples(engine) -> list[Example]:

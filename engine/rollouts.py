@@ -25,6 +25,7 @@ from engine.score import reward_model_path, score_rollout
 from engine.signals import Stopped
 from engine.step import Step
 from model.build import build_policy
+from model.load import is_adapter
 from model.reward_model import build_reward_model
 from model.sampler import sample
 from rewards.functions import load_reward, score_all
@@ -63,7 +64,8 @@ class Rollouts:
         """The run of `rm` that a reward names, frozen; it must have the policy's tokenizer."""
         engine = self.engine
         path = reward_model_path(run, engine.tokenizer, engine.notice)
-        trunk = build_policy(engine.config, engine.tokenizer, path, frozen=True)
+        trains_adapter = is_adapter(engine.config.model)
+        trunk = build_policy(path, engine.tokenizer, engine.config, frozen=True, trains_adapter=trains_adapter)
         return build_reward_model(trunk, path, engine.config.seed, engine.notice).requires_grad_(False)
 
     def tell_sampling(self) -> None:

@@ -9,7 +9,9 @@ from data.tokenise import stop_ids
 from engine import checkpoint
 from engine.options import Sampling
 from engine.ranks import from_main, sum_over_ranks
+from model import lora
 from model.build import reshard
+from model.classifier import save_classifier, why_no_classifier
 from model.load import base_of, generation_settings, is_finite
 from model.reward_model import RewardModel
 from model.sampler import sample
@@ -37,7 +39,7 @@ class Saver:
         _, changed = generation_settings(base_of(engine.start or engine.config.model))
         if changed:
             engine.notice(changed)
-        reason = checkpoint.why_no_classifier(lm, merge)
+        reason = why_no_classifier(lm, merge)
         if isinstance(engine.policy, RewardModel) and reason:
             engine.notice(f"classifier/ will not be written: {reason}")
         outline = checkpoint.outline(engine.policy)
@@ -80,7 +82,8 @@ class Saver:
         for name, tensors in engine.remembered.items():
             for key, tensor in tensors.items():
                 remembered[f"{name}/{key}"] = tensor
-        checkpoint.save_checkpoint(directory, engine.policy, engine.tokenizer, engine.optimizer, trainer, stored)
+        checkpoint.save_checkpoint(directory, engine.policy, engine.tokenizer, engine.optimizer, trainer, stored,
+                                   remembered)
         if engine.rank == 0:
             engine.run.replace(saved=directory)
             checkpoint.clean(engine.run.directory, keep=engine.config.keep)
@@ -140,7 +143,7 @@ class Saver:
         """Write, or try, what a run ends with, on rank 0; the number of bytes of its weights."""
         engine, lm = self.engine, self.engine.policy.lm
         if engine.config.merge:
-            lm, weights = checkpoint.merged(lm, weights)
+            lm, weights = lora.merged(lm, weights)
         if engine.config.save_dtype == "bf16":
             weights = checkpoint.in_dtype(weights, torch.bfloat16)
 
@@ -155,8 +158,8 @@ class Saver:
             checkpoint.write_sealed(path, fill, trial)
 
         copies = 1
-        if isinstance(engine.policy, RewardModel) and not checkpoint.why_no_classifier(lm):
-            write("classifier", checkpoint.save_classifier)
+        if isinstance(engine.policy, RewardModel) and not why_no_classifier(lm):
+            write("classifier", save_classifier)
             copies = 2
         if engine.config.merge or not trial:            # else a trial has written the same as a checkpoint
             write("final", checkpoint.save_model)       # last: it marks the run as finished

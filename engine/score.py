@@ -9,7 +9,7 @@ from engine.ranks import from_main
 from engine.rollout import Rollout
 from model.build import build_policy
 from model.check import check_policy
-from model.load import load_tokenizer
+from model.load import is_adapter, load_tokenizer
 from model.reward_model import VALUE_HEAD, RewardModel, build_reward_model, is_reward_model
 from rewards.functions import is_model, parts_of
 
@@ -63,12 +63,11 @@ def scores(model, examples: list[Example]) -> list[torch.Tensor]:
 
 def load_frozen(path: str, tokenizer, examples: list[Example], notice):
     """The model at `path`, frozen, as a Policy, or a RewardModel where it is one; tried on some of `examples`."""
-    common = Common(algorithm="", model=path, data="", max_length=2)          # whether the examples fit is not its business
-    policy = build_policy(common, tokenizer, frozen=True).requires_grad_(False)
-    check_policy(policy, examples, common.share_prompt, notice)
+    policy = build_policy(path, tokenizer, frozen=True, trains_adapter=is_adapter(path)).requires_grad_(False)
+    check_policy(policy, examples, "auto", notice)
     if not is_reward_model(path):
         return policy
-    return build_reward_model(policy, path, common.seed, notice).requires_grad_(False)
+    return build_reward_model(policy, path, 0, notice).requires_grad_(False)
 
 
 def critic_path(reward: str, tokenizer, notice) -> str | None:

@@ -10,6 +10,7 @@ from data.errors import UserError
 from data.pack import Batch
 from model import lora
 from model.build import build_policy
+from model.load import is_adapter
 from model.policy import Policy
 from model.reward_model import saved_head
 
@@ -64,7 +65,8 @@ def build_actor_critic(policy: Policy, common, tokenizer, share_trunk: bool, rew
 
 def value_trunk(policy: Policy, path: str, common, tokenizer) -> Policy:
     """The trunk, without a head, of the model at `path`. Where the policy has an adapter, this has one too: its own, else a fresh one."""
-    lm, adapter = build_policy(common, tokenizer, path, frozen=True).lm, lora.settings(policy.lm)
+    lm = build_policy(path, tokenizer, common, frozen=True, trains_adapter=is_adapter(common.model)).lm
+    adapter = lora.settings(policy.lm)
     if adapter and not lora.settings(lm):
         lora.attach(lm, copy.deepcopy(adapter), common.seed)
     return Policy(lm.base_model, policy.precision, policy.share_prompt)

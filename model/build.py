@@ -9,57 +9,102 @@ from torch.utils.checkpoint import checkpoint
 from data.errors import UserError
 from model import attention, lora  # noqa: F401  the forms of attention are registered
 from model.cpu import return_freed_memory
+from model.keys import ModelKeys
 from model.load import base_of, is_adapter, load_lm
 from model.policy import Policy
 
 
+def build_policy(
+    path: str,
+    tokenizer,
+    keys=None,
+    frozen: bool = False,
+    trains_adapter: bool = False,
+) -> Policy:
+    """Load the model at `path` (a directory or a hub name) as a Policy on this process's device, in eval
+    mode: dropout is 0. Where it is an adapter, its base model is loaded with it; else, if `keys.lora_r` asks
+    for LoRA, it gets a fresh adapter, which a `frozen` model does not need.
+
+    `keys`: a ModelKeys (None: its defaults), or a run's configuration. `trains_adapter`: whether the run's
+    start model is an adapter. Only adapters are trained then, as with `keys.lora_r`, and on a GPU all other
+    weights may be in bf16."""
+    keys = keys or ModelKeys()
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")      # torch asks for pages of 2 MiB: fewer page faults
+    device = this_device()
+    precision = product_precision(keys.precision, device)
+    dtype = torch.float32
+    if (trains_adapter or keys.lora_r > 0) and precision == "bf16" and device.type == "cuda":
+        dtype = torch.bfloat16
+    quantized = lora.quantization(keys, device, dtype)
+    lm = load_lm(base_of(path), dtype, keys.attn_implementation, **quantized).eval()
+    if not quantized:
+        lm.to(device)
+    if device.type == "cpu" and lm.num_parameters() > 2 ** 26:      # small ones keep it: a third faster
+        return_freed_memory()
+    check_sizes(lm, path, tokenizer, keys.max_length)
+    if is_adapter(path):
+        lora.attach_saved(lm, path, keys, check=not frozen)
+    elif keys.lora_r and not frozen:
+        lora.attach(lm, lora.new_settings(keys, lm), keys.seed)
+    patch_gated_mlps(lm)
+    if keys.gradient_checkpointing:
+        lm.gradient_checkpointing_enable({"use_reentrant": False})
+        for module in lm.modules():
+            # transformers checkpoints in train mode only; everything else stays in eval, without dropout
+            module.training = getattr(module, "gradient_checkpointing", False)
+    return Policy(lm, precision, share_prompt=keys.share_prompt != "false")
+
+
+def this_device() -> torch.device:
+    """This process's GPU, else the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+
+
+def product_precision(wanted: str, device: torch.device) -> str:
+    """The precision of matrix products: "fp32" or "bf16". auto is bf16 on a GPU that has it."""
+    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    if wanted == "auto":
+        return "bf16" if has_bf16 else "fp32"
+    if wanted == "bf16" and device.type == "cuda" and not has_bf16:
+        raise UserError("precision: this GPU has no bf16; fix: precision=fp32")
+    return wanted
+
+
+def check_sizes(lm, path: str, tokenizer, max_length: int | None) -> None:
+    """UserError where the tokenizer has more tokens than the embedding, or an example may be longer than the
+    model's context."""
+    rows = lm.get_input_embeddings().num_embeddings
+    if len(tokenizer) > rows:
+        raise UserError(f"model: the tokenizer has {len(tokenizer)} tokens but the embedding only {rows} "
+                        "rows; fix: use the tokenizer this model was saved with")
+    context = getattr(lm.config.get_text_config(), "max_position_embeddings", None)
+    if context and max_length is not None and max_length > context:
+        raise UserError(f"max_length is {max_length}, but the model {path} knows only {context} positions; "
+                        "fix: lower max_length")
+
+
+def patch_gated_mlps(lm) -> None:
+    """Give every gated MLP of an LM the forward below."""
+    for module in lm.modules():
+        names = {name for name, _ in module.named_children()}
+        if {"gate_proj", "up_proj", "down_proj"} <= names and hasattr(module, "act_fn"):
+            module.forward = types.MethodType(gated_mlp, module)
+
+
 def gated_mlp(self, x):
-    """The forward of a gated MLP, down(act(gate(x)) * up(x)), that keeps two of the four wide activations: the other two cost no
-    matrix product to compute again. A third of a layer's activations less."""
+    """The forward of a gated MLP, down(act(gate(x)) * up(x)), that keeps two of the four wide activations:
+    the other two cost no matrix product to compute again. A third of a layer's activations less."""
     def down(gate, up):
         return self.down_proj(self.act_fn(gate) * up)
 
-    gate, up = self.gate_proj(x), self.up_proj(x)
+    gate = self.gate_proj(x)
+    up = self.up_proj(x)
     if not torch.is_grad_enabled():
         return down(gate, up)
-    return checkpoint(down, gate, up, use_reentrant=False, preserve_rng_state=bool(lora.dropouts(self.down_proj)))
-
-
-def build_policy(config, tokenizer, path: str | None = None, frozen: bool = False) -> Policy:
-    """Load `config.model` (or `path`, a checkpoint of it) as a Policy on this process's device, in eval mode: dropout is 0. Where
-    it is an adapter, its base model with it; else, if LoRA is asked for, with a fresh one, which a `frozen` model does not need."""
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
-    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    if config.precision == "bf16" and device.type == "cuda" and not bf16:
-        raise UserError("precision: this GPU has no bf16; fix: precision=fp32")
-    precision = config.precision if config.precision != "auto" else "bf16" if bf16 else "fp32"
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")      # torch asks Linux for pages of 2 MiB: fewer page faults
-    path, train_adapter = path or config.model, config.lora_r > 0 or is_adapter(config.model)
-    dtype = torch.bfloat16 if train_adapter and precision == "bf16" and device.type == "cuda" else torch.float32
-    quantized = lora.quantization(config, device, dtype)
-    lm = load_lm(base_of(path), dtype, config.attn_implementation, **quantized).eval()
-    lm = lm if quantized else lm.to(device)
-    if device.type == "cpu" and lm.num_parameters() > 2 ** 26:          # a small model has memory to spare, and is a third faster so
-        return_freed_memory()
-    if len(tokenizer) > lm.get_input_embeddings().num_embeddings:
-        raise UserError(f"model: the tokenizer has {len(tokenizer)} tokens but the embedding only "
-                        f"{lm.get_input_embeddings().num_embeddings} rows; fix: use the tokenizer this model was saved with")
-    context = getattr(lm.config.get_text_config(), "max_position_embeddings", None)
-    if context and config.max_length > context:
-        raise UserError(f"max_length is {config.max_length}, but the model {config.model} knows only {context} positions; "
-                        "fix: lower max_length")
-    if is_adapter(path):
-        lora.attach_saved(lm, path, config, check=not frozen)
-    elif config.lora_r and not frozen:
-        lora.attach(lm, lora.new_settings(config, lm), config.seed)
-    for module in lm.modules():
-        if {"gate_proj", "up_proj", "down_proj"} <= dict(module.named_children()).keys() and hasattr(module, "act_fn"):
-            module.forward = types.MethodType(gated_mlp, module)
-    if config.gradient_checkpointing:
-        lm.gradient_checkpointing_enable({"use_reentrant": False})
-        for module in lm.modules():      # transformers checkpoints in train mode only; everything else stays in eval, without dropout
-            module.training = getattr(module, "gradient_checkpointing", False)
-    return Policy(lm, precision, share_prompt=config.share_prompt != "false")
+    has_dropout = bool(lora.dropouts(self.down_proj))
+    return checkpoint(down, gate, up, use_reentrant=False, preserve_rng_state=has_dropout)
 
 
 def reshard(policy: Policy) -> None:
@@ -71,13 +116,16 @@ def reshard(policy: Policy) -> None:
 
 
 def shard(policy: Policy):
-    """FSDP2 over all ranks: one group per decoder layer and one for the rest. Gradients are summed, not averaged, over ranks:
-    the algorithms divide by counts of the whole step."""
-    names = {name for module in policy.modules() for name in getattr(module, "_no_split_modules", None) or ()}      # of a critic's too
+    """FSDP2 over all ranks: one group per decoder layer and one for the rest. Gradients are summed, not
+    averaged, over ranks: the algorithms divide by counts of the whole step."""
+    names = set()                                # the classes of decoder layers, also of a critic's trunk
+    for module in policy.modules():
+        names.update(getattr(module, "_no_split_modules", None) or ())
     layers = [module for module in policy.modules() if type(module).__name__ in names]
     for module in (*layers, policy):
         # 4-bit weights are integers, which cannot be split like this: every rank keeps them whole
-        fully_shard(module, ignored_params={p for p in policy.parameters() if not p.is_floating_point()})
+        whole = {parameter for parameter in policy.parameters() if not parameter.is_floating_point()}
+        fully_shard(module, ignored_params=whole)
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)       # without it gloo fails: it has no PREMUL_SUM
     return policy

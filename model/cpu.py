@@ -31,10 +31,31 @@ def few_rows_product(x, weight, buffer=None):
     return result.T
 
 
-def quick(rows: int) -> int:
-    """As many rows, or a few more, as a CPU multiplies fastest: other numbers of them take up to twice as long."""
+def fast_row_count(lm, rows: int) -> int:
+    """The number of rows, `rows` or a few more, that a CPU multiplies fastest: others take up to twice as long."""
+    if not on_plain_cpu(lm):
+        return rows
     multiple = 4 if rows <= 4 else 16
     return -(-rows // multiple) * multiple
+
+
+class HeadLogits:
+    """`HeadLogits(lm, rows)(hidden)`: (n, D) -> logits (n, V) fp32 of the LM's head, for n of at most `rows`. On a CPU
+    each call overwrites the logits of the one before."""
+
+    def __init__(self, lm, rows: int):
+        self.weight = lm.get_output_embeddings().weight
+        self.buffer = torch.empty(rows * len(self.weight)) if on_plain_cpu(lm) else None
+
+    def __call__(self, hidden):
+        if self.buffer is None:
+            return F.linear(hidden, self.weight).float()
+        return few_rows_product(hidden, self.weight, self.buffer)
+
+
+def slices(logits):
+    """(n, V) -> parts of its columns: on a CPU so few that they stay in its cache, else all of them."""
+    return logits.split(SLICE if logits.device.type == "cpu" else logits.shape[1], 1)
 
 
 def few_rows_linear(self, x):
@@ -47,7 +68,11 @@ def few_rows_linear(self, x):
 
 
 @contextlib.contextmanager
-def few_rows(lm):
+def cpu_linears(lm):
+    """While this lasts, the LM's linear layers are fast for few rows, where it runs on a CPU in fp32."""
+    if not on_plain_cpu(lm):
+        yield
+        return
     layers = [module for module in lm.modules() if type(module) is nn.Linear]
     for layer in layers:
         layer.forward = types.MethodType(few_rows_linear, layer)
@@ -58,7 +83,7 @@ def few_rows(lm):
             del layer.forward
 
 
-def largest(logits):
+def row_max(logits):
     """(n, V) -> (n, 1): the maximum of each row. On a CPU element-wise maxima of halves are faster than `amax`."""
     while logits.device.type == "cpu" and logits.shape[1] > SLICE and logits.shape[1] % 2 == 0:
         logits = torch.maximum(*logits.chunk(2, 1))

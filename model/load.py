@@ -1,4 +1,4 @@
-"""Models and tokenizers from a local directory or the hub; one plain line for whatever cannot be trained."""
+"""Models and tokenizers from a local directory or the hub; one plain line where one cannot be trained."""
 import difflib
 import glob
 import json
@@ -81,10 +81,11 @@ def check_path(name: str, key: str = "model") -> None:
 
 
 def load_lm(path: str, dtype=torch.float32, attn_implementation: str = "segments", **options):
-    """A causal LM from a local directory or the hub; UserError for what is not one. `dtype` is fp32 for whatever is trained;
-    `options` are more of from_pretrained's."""
+    """A causal LM from a local directory or the hub; UserError for what is not one. `dtype` is fp32 for
+    weights that are trained; `options` are more of from_pretrained's."""
     if is_adapter(path):
-        raise UserError(f"{path} holds a LoRA adapter, not a model; fix: pass its base model, or a run of it with merge: true")
+        raise UserError(f"{path} holds a LoRA adapter, not a model; "
+                        "fix: pass its base model, or a run of it with merge: true")
     config = load_config(path)
     kinds = config.architectures
     kinds = kinds if kinds and isinstance(kinds, list) else ["CausalLM"]
@@ -98,12 +99,14 @@ def load_lm(path: str, dtype=torch.float32, attn_implementation: str = "segments
     if changed:
         options["generation_config"] = GenerationConfig(**settings)
     try:
-        lm, info = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=attn_implementation,
-                                                        output_loading_info=True, **options)
+        lm, info = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, attn_implementation=attn_implementation, output_loading_info=True, **options)
     except Exception as error:  # noqa: BLE001  somebody else's files: anything may be raised
         raise unloadable(path, error) from error
-    if missing := sorted(info["missing_keys"]):      # transformers would train them from random values
-        raise UserError(f"model: {path} lacks {len(missing)} weights of a {type(lm).__name__} ({missing[0]}, ...); "
+    missing = sorted(info["missing_keys"])
+    if missing:                                  # transformers would train them from random values
+        kind = type(lm).__name__
+        raise UserError(f"model: {path} lacks {len(missing)} weights of a {kind} ({missing[0]}, ...); "
                         "fix: pass a complete causal LM")
     check_finite(lm.named_parameters(), path)
     return lm
@@ -229,17 +232,16 @@ def unloadable(path: str, error: Exception) -> UserError:
 
 
 def load_tokenizer(path: str):
-    """The tokenizer beside a model (beside its base, where an adapter has none); UserError for a name that is neither a directory
-    nor on the hub."""
+    """The tokenizer beside a model (beside its base, where an adapter has none); UserError for a name that is
+    neither a directory nor on the hub."""
     if is_adapter(path) and not os.path.exists(os.path.join(path, "tokenizer_config.json")):
         path = base_of(path)
-    has_run, has_tokenizer, has_model = (os.path.isfile(os.path.join(path, name))
-                                         for name in ("config.yaml", "tokenizer_config.json", "config.json"))
-    if has_run and not has_tokenizer:
+    is_run = os.path.isfile(os.path.join(path, "config.yaml"))
+    if is_run and not os.path.isfile(os.path.join(path, "tokenizer_config.json")):
         raise UserError(f"model: {path} is a run without a whole final/ or checkpoint; "
                         "fix: let it end, or pass another model")
     check_name(path)
-    if has_model:
+    if os.path.isfile(os.path.join(path, "config.json")):
         load_config(path)                  # the tokenizer reads it too, and would be blamed
     else:
         check_settings(path)
@@ -250,9 +252,11 @@ def load_tokenizer(path: str):
         raise UserError(f"model: no tokenizer can be loaded from {path} ({first_line(error)}); "
                         "fix: check the name, or save the tokenizer beside the model") from error
     if tokenizer.eos_token_id is None:
-        raise UserError(f"model: the tokenizer of {path} has no eos token, so no response could end; fix: set eos_token")
+        raise UserError(f"model: the tokenizer of {path} has no eos token, so no response could end; "
+                        "fix: set eos_token")
     if empty:
-        raise UserError(f"model: the tokenizer of {path} has no vocabulary; fix: save tokenizer.json beside the model")
+        raise UserError(f"model: the tokenizer of {path} has no vocabulary; "
+                        "fix: save tokenizer.json beside the model")
     if hasattr(tokenizer, "legacy"):
         # Llama's; transformers does not save it, and without it texts are cut otherwise
         tokenizer.init_kwargs["legacy"] = tokenizer.legacy

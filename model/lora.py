@@ -1,12 +1,14 @@
-"""LoRA: small trained matrices beside the frozen linear layers of a causal LM, through `peft` and in its file format.
+"""LoRA: small trained matrices beside the frozen linear layers of a causal LM, through `peft` and in its file
+format.
 
-They are put into the LM itself, so a `Policy` works on it unchanged. The matrices are fp32; the frozen weights need not be:
-they may be bf16, or 4-bit (QLoRA).
+peft's PeftModel puts them into the LM itself, so a `Policy` works on the LM unchanged and the wrapper is not
+kept. The matrices are fp32; the frozen weights need not be: they may be bf16, or 4-bit (QLoRA).
 """
 import contextlib
 import copy
 import importlib.util
 import os
+import warnings
 
 import torch
 from safetensors.torch import save_file
@@ -14,10 +16,12 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
-from data.errors import UserError
+from data.errors import RunError, UserError
+from model.keys import ModelKeys
 from model.load import ADAPTER, MOST, check_finite, first_line, load_lm, unloadable
+from model.state import each_once, inside_lm, written
 
-PREFIX = "base_model.model."         # peft's names in files, relative to its wrapper around the LM
+PREFIX = "base_model.model."         # peft's names in files begin so: it names weights inside its PeftModel
 
 
 def library():
@@ -26,7 +30,8 @@ def library():
         import peft
         return peft
     except ImportError as error:
-        raise UserError("lora_r: LoRA needs the package peft, which is not installed; fix: pip install peft") from error
+        raise UserError("lora_r: LoRA needs the package peft, which is not installed; "
+                        "fix: pip install peft") from error
 
 
 def settings(lm):
@@ -34,155 +39,206 @@ def settings(lm):
     return getattr(lm, "peft_config", {}).get("default")
 
 
-def new_settings(config, lm):
+def new_settings(keys, lm):
     """The LoraConfig that the configuration's lora_ keys ask for."""
-    return library().LoraConfig(r=config.lora_r, lora_alpha=config.lora_alpha or 2 * config.lora_r, lora_dropout=config.lora_dropout,
-                                target_modules=target_names(lm, config.lora_targets), task_type="CAUSAL_LM")
+    return library().LoraConfig(
+        r=keys.lora_r, lora_alpha=keys.lora_alpha or 2 * keys.lora_r, lora_dropout=keys.lora_dropout,
+        target_modules=target_names(lm, keys.lora_targets), task_type="CAUSAL_LM")
 
 
-def saved_settings(path: str, config):
-    """The LoraConfig in the adapter directory `path`. Dropout is no part of an adapter: the configuration's holds."""
+def saved_settings(path: str, keys):
+    """The LoraConfig in the adapter directory `path`. Dropout is no part of an adapter: the configuration
+    says it."""
     peft = library()
     try:
         found = peft.PeftConfig.from_pretrained(path)
     except Exception as error:  # noqa: BLE001  somebody else's file
-        raise UserError(f"model: {path}/{ADAPTER} cannot be read ({first_line(error)}); fix: check the file") from error
+        said = first_line(error)
+        raise UserError(f"model: {path}/{ADAPTER} cannot be read ({said}); fix: check the file") from error
     if found.peft_type != "LORA":
         raise UserError(f"model: {path} holds a {found.peft_type} adapter; fix: pass a LoRA adapter")
     if not isinstance(found.r, int) or not 0 < found.r <= MOST:         # peft would take memory for any rank
         raise UserError(f"model: r is {found.r} in {path}/{ADAPTER}; fix: check the file")
-    found.inference_mode, found.lora_dropout = False, config.lora_dropout
+    found.inference_mode = False
+    found.lora_dropout = keys.lora_dropout
     return found
 
 
 def linear_layers(lm) -> dict:
     """Name -> module of an LM's linear layers, without the head."""
-    return {name: module for name, module in lm.named_modules()
-            if isinstance(module, (nn.Linear, Conv1D)) and module is not lm.get_output_embeddings()}
+    head = lm.get_output_embeddings()
+    layers = {}
+    for name, module in lm.named_modules():
+        if isinstance(module, (nn.Linear, Conv1D)) and module is not head:
+            layers[name] = module
+    return layers
 
 
 def target_names(lm, wanted: str) -> list[str]:
-    """The last parts of the names of the linear layers that get an adapter: of all, or those in a comma-separated list."""
+    """The last parts of the names of the linear layers that get an adapter: of all, or those in a
+    comma-separated list."""
     linear = {name.rpartition(".")[2] for name in linear_layers(lm)}
     if wanted == "all-linear":
         return sorted(linear)
     names = {name.strip() for name in wanted.split(",")}
     if not names <= linear:
-        raise UserError(f"lora_targets: this model has no linear layers {', '.join(sorted(names - linear))} outside its head; "
+        missing = ", ".join(sorted(names - linear))
+        raise UserError(f"lora_targets: this model has no linear layers {missing} outside its head; "
                         f"fix: choose from {', '.join(sorted(linear))}")
     return sorted(names)
 
 
-def attach(lm, adapter, seed: int = 0, weights: dict | None = None):
-    """Freeze an LM and put the adapter of a LoraConfig into it: a fresh one, which changes nothing yet, or one with `weights`, by
-    their names inside the LM. Returns peft's tuner."""
+def attach(lm, adapter, seed: int = 0):
+    """Freeze an LM and put a fresh adapter with the settings `adapter` into it, which changes no output yet.
+    Returns peft's PeftModel around the LM."""
     peft = library()
-    with torch.random.fork_rng([lm.device] if lm.device.type == "cuda" else []):
+    adapter.base_model_name_or_path = None         # else peft warns where another path names the same base
+    devices = [lm.device] if lm.device.type == "cuda" else []
+    with torch.random.fork_rng(devices), warnings.catch_warnings():
         torch.manual_seed(seed)
+        warnings.simplefilter("ignore", FutureWarning)       # peft reads a deprecated property of transformers
         try:
-            tuner = peft.LoraModel(lm, adapter, "default")
+            model = peft.get_peft_model(lm, adapter)
         except Exception as error:  # noqa: BLE001  the settings may be somebody else's
             raise UserError(f"model: this adapter cannot be put into the model ({first_line(error)}); "
                             f"fix: check {ADAPTER}, or the lora_ keys") from error
     for parameter in lm.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()          # peft makes them in the precision of the weights beside them
-    if any(hasattr(module, "base_layer") or hasattr(module, "modules_to_save")
-           for module in (lm.get_input_embeddings(), lm.get_output_embeddings())):
-        raise UserError("model: this adapter changes the embedding or the head; fix: pass an adapter of the layers between them")
-    if weights is not None:
-        try:
-            result = peft.set_peft_model_state_dict(lm, weights)
-        except Exception as error:  # noqa: BLE001  as above
-            raise UserError(f"model: the adapter does not fit its base model ({first_line(error)}); fix: check {ADAPTER}") from error
-        lacking = {name for name, parameter in lm.named_parameters() if parameter.requires_grad} & set(result.missing_keys)
-        if lacking or result.unexpected_keys:
-            raise UserError(f"model: the adapter's weights and its {ADAPTER} disagree ({sorted(lacking | set(result.unexpected_keys))[0]}"
-                            "); fix: pass a whole adapter")
+        if parameter.requires_grad:              # peft leaves modules_to_save in the base's precision
+            parameter.data = parameter.data.float()
+    for module in (lm.get_input_embeddings(), lm.get_output_embeddings()):
+        if hasattr(module, "base_layer") or hasattr(module, "modules_to_save"):
+            raise UserError("model: this adapter changes the embedding or the head; "
+                            "fix: pass an adapter of the layers between them")
     lm.eval()
-    return tuner
+    return model
 
 
-def attach_saved(lm, path: str, config, check: bool) -> None:
-    """Put the adapter in the directory `path` into its base model; with `check` the lora_ keys, where given, must be its own."""
-    adapter = saved_settings(path, config)
-    if check and config.lora_r:
-        asked = {"lora_r": config.lora_r, "lora_alpha": config.lora_alpha or 2 * config.lora_r,
-                 "lora_targets": ", ".join(target_names(lm, config.lora_targets))}
+def attach_saved(lm, path: str, keys=None, check: bool = False) -> None:
+    """Put the adapter in the directory `path` into its base model; with `check` the lora_ keys, where given,
+    must be its own."""
+    keys = keys or ModelKeys()
+    adapter = saved_settings(path, keys)
+    asked = asked_of(keys, lm) if check and keys.lora_r else {}
     try:
         weights = library().utils.load_peft_weights(path, device="cpu")
-    except Exception as error:  # noqa: BLE001  as above
+    except Exception as error:  # noqa: BLE001  somebody else's file
         raise unloadable(path, error) from error
     check_finite(weights.items(), path)
-    attach(lm, adapter, weights={name.removeprefix(PREFIX): tensor for name, tensor in weights.items()})
-    if check and config.lora_r:
-        adapted = {name.rpartition(".")[2] for name, module in lm.named_modules() if hasattr(module, "lora_A")}
-        found = {"lora_r": adapter.r, "lora_alpha": adapter.lora_alpha, "lora_targets": ", ".join(sorted(adapted))}
-        for key in asked:
-            if asked[key] != found[key]:
-                raise UserError(f"{key}: the adapter {path} has {found[key]}, not {asked[key]}; fix: remove the lora_ keys, "
-                                "or start from its base model")
+    model = attach(lm, adapter)
+    try:
+        result = library().set_peft_model_state_dict(model, weights)
+    except Exception as error:  # noqa: BLE001  as above
+        raise UserError(f"model: the adapter does not fit its base model ({first_line(error)}); "
+                        f"fix: check {ADAPTER}") from error
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    wrong = trained & set(result.missing_keys) | set(result.unexpected_keys)
+    if wrong:
+        raise UserError(f"model: the adapter's weights and its {ADAPTER} disagree "
+                        f"({min(wrong).removeprefix(PREFIX)}); fix: pass a whole adapter")
+    found = found_in(lm)
+    for key, value in asked.items():
+        if value != found[key]:
+            raise UserError(f"{key}: the adapter {path} has {found[key]}, not {value}; "
+                            "fix: remove the lora_ keys, or start from its base model")
+
+
+def asked_of(keys, lm) -> dict:
+    """The adapter that the lora_ keys ask for."""
+    alpha = keys.lora_alpha or 2 * keys.lora_r
+    names = target_names(lm, keys.lora_targets)
+    return {"lora_r": keys.lora_r, "lora_alpha": alpha, "lora_targets": ", ".join(names)}
+
+
+def found_in(lm) -> dict:
+    """The adapter in an LM, described as `asked_of` does."""
+    adapter = settings(lm)
+    names = {name.rpartition(".")[2] for name, module in lm.named_modules() if hasattr(module, "lora_A")}
+    return {"lora_r": adapter.r, "lora_alpha": adapter.lora_alpha, "lora_targets": ", ".join(sorted(names))}
 
 
 @contextlib.contextmanager
 def disabled(lm):
     """The LM without its adapter."""
-    layers = [module for module in lm.modules() if isinstance(module, library().tuners.tuners_utils.BaseTunerLayer)]
+    # PeftModel.disable_adapter does the same after a survey of all layers, which takes four times as long
+    tuner_layer = library().tuners.tuners_utils.BaseTunerLayer
+    layers = [module for module in lm.modules() if isinstance(module, tuner_layer)]
     for layer in layers:
-        layer._disable_adapters = True           # enable_adapters() would switch requires_grad off, too
+        layer.enable_adapters(False)
     try:
         yield
     finally:
         for layer in layers:
-            layer._disable_adapters = False
+            layer.enable_adapters(True)
 
 
 def dropouts(lm) -> list[nn.Module]:
     """The dropout modules of the adapter in an LM; none where lora_dropout is 0."""
-    layers = (layer for module in lm.modules() if hasattr(module, "lora_dropout") for layer in module.lora_dropout.values())
-    return [layer for layer in layers if isinstance(layer, nn.Dropout)]
-
-
-def written(state: dict) -> dict:
-    """The tensors of a state that are written to a file: all of them, or none of a trial's, which have no
-    numbers."""
-    return {name: tensor for name, tensor in state.items() if not tensor.is_meta}
+    found = []
+    for module in lm.modules():
+        for layer in getattr(module, "lora_dropout", {}).values():
+            if isinstance(layer, nn.Dropout):
+                found.append(layer)
+    return found
 
 
 def save(lm, state: dict, directory: str) -> None:
-    """The adapter with the weights of `state`, by their names inside the LM, in peft's format."""
+    """The adapter with the weights of `state`, by their names inside the LM, in peft's format. PeftModel
+    would also write a README.md, a base path that holds in this directory only, and target_modules in another
+    order each time."""
     weights = library().get_peft_model_state_dict(lm, state, save_embedding_layers=False)
     tensors = {PREFIX + name: tensor.contiguous() for name, tensor in written(weights).items()}
     save_file(tensors, os.path.join(directory, "adapter_model.safetensors"), {"format": "pt"})
-    saved, base = copy.copy(settings(lm)), lm.name_or_path
+    saved = copy.copy(settings(lm))
     saved.inference_mode = True
+    base = lm.name_or_path
     saved.base_model_name_or_path = os.path.abspath(base) if os.path.isdir(base) else base
     if not isinstance(saved.target_modules, str):
-        saved.target_modules = sorted(saved.target_modules)         # a set has another order in every process
+        saved.target_modules = sorted(saved.target_modules)
     saved.save_pretrained(directory)
 
 
 def merged(lm, state: dict):
-    """A plain LM, on the CPU, with the adapter's weights in `state` added to its own. The base is read again
-    in fp32: what is in memory may be rounded to bf16 or 4 bits. Given a `state` on the meta device, which has
-    no numbers, the LM is there, too."""
-    if any(tensor.is_meta for tensor in state.values()):
-        config = AutoConfig.from_pretrained(lm.name_or_path)
-        with torch.device("meta"):
-            base = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    else:
-        base = load_lm(lm.name_or_path)
-    base.eval()
-    return attach(base, copy.deepcopy(settings(lm)), weights=state).merge_and_unload()
+    """A plain LM, on the CPU, that has the policy's weights `state` (by their names inside the policy) added
+    to its own, and the new state. A state without numbers (a trial's) gives an LM without them. RunError
+    where that fails."""
+    try:
+        base = base_in_fp32(lm, empty=any(tensor.is_meta for tensor in state.values()))
+        model = attach(base, copy.deepcopy(settings(lm)))
+        base.load_state_dict(inside_lm(state), strict=False)
+        plain = model.merge_and_unload()
+    except (OSError, ValueError, RuntimeError, MemoryError) as error:
+        raise RunError(f"the adapter cannot be merged into {lm.name_or_path} ({first_line(error)}); "
+                       "fix: run the same command again with merge=false, or with more memory") from error
+    plain.generation_config = lm.generation_config
+    weights = each_once(torch.Tensor.detach, plain.state_dict(keep_vars=True))
+    others = {name: tensor for name, tensor in state.items() if not name.startswith("lm.")}
+    return plain, {f"lm.{name}": tensor for name, tensor in weights.items()} | others
 
 
-def quantization(config, device, dtype) -> dict:
-    """What `from_pretrained` needs to load the weights in 4 bits, computing in `dtype`; nothing where that is not asked for."""
-    if not config.load_in_4bit:
+def base_in_fp32(lm, empty: bool):
+    """The LM's base model once more: what is in memory may be rounded to bf16 or 4 bits. An `empty` one has
+    no numbers."""
+    if not empty:
+        return load_lm(lm.name_or_path).eval()
+    config = AutoConfig.from_pretrained(lm.name_or_path)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+def quantization(keys, device, dtype) -> dict:
+    """What `from_pretrained` needs to load the weights in 4 bits, computing in `dtype`; nothing where that is
+    not asked for."""
+    if not keys.load_in_4bit:
         return {}
     if device.type != "cuda":
-        raise UserError("load_in_4bit: this machine has no CUDA GPU, which bitsandbytes needs; fix: load_in_4bit=false")
+        raise UserError("load_in_4bit: this machine has no CUDA GPU, which bitsandbytes needs; "
+                        "fix: load_in_4bit=false")
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise UserError("load_in_4bit: the package bitsandbytes is not installed; fix: pip install bitsandbytes, or load_in_4bit=false")
-    return {"device_map": {"": device}, "quantization_config": BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)}
+        raise UserError("load_in_4bit: the package bitsandbytes is not installed; "
+                        "fix: pip install bitsandbytes, or load_in_4bit=false")
+    four_bits = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype)
+    return {"device_map": {"": device}, "quantization_config": four_bits}

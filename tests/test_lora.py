@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import sys
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -35,10 +34,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from data.dataset import build_dataset
 from data.errors import UserError
 from engine import checkpoint
-from engine.config import Common, load_config
+from engine.config import load_config
 from model import lora
 from model.build import build_policy
-from model.load import base_of
+from model.keys import ModelKeys
+from model.load import base_of, is_adapter
 from model.reward_model import build_reward_model
 from train import main
 
@@ -75,8 +75,9 @@ def adapter(train):
     return train("adapter", "sft")
 
 
-def config(path, **values):
-    return Common(algorithm="sft", model=str(path), data="", max_length=256, **values)
+def build(path, **values):
+    keys = ModelKeys(max_length=256, **values)
+    return build_policy(str(path), byte_tokenizer(), keys, trains_adapter=is_adapter(str(path)))
 
 
 def examples(tmp_path, rows, kind="pairs"):
@@ -116,7 +117,7 @@ def randomize(lm):
 def test_equals_pefts_own_model(targets, tied, tmp_path):
     """Log-probs and gradients, against the saved adapter in peft's model with full logits."""
     path = tiny_model(tmp_path / "model", tie_word_embeddings=tied)
-    policy = build_policy(config(path, lora_targets=targets, **LORA), byte_tokenizer())
+    policy = build(path, lora_targets=targets, **LORA)
     randomize(policy.lm)
     trained = {name: parameter for name, parameter in policy.lm.named_parameters() if parameter.requires_grad}
     assert len(trained) == 2 * 2 * (7 if targets == "all-linear" else 2)
@@ -140,9 +141,9 @@ def test_equals_pefts_own_model(targets, tied, tmp_path):
 
 def test_a_fresh_adapter_changes_nothing(base, tmp_path):
     made = examples(tmp_path, pair_rows(3))
-    plain, policy = build_policy(config(base), byte_tokenizer()), build_policy(config(base, **LORA), byte_tokenizer())
-    again = build_policy(config(base, **LORA), byte_tokenizer())
-    other = build_policy(config(base, seed=1, **LORA), byte_tokenizer())
+    plain, policy = build(base), build(base, **LORA)
+    again = build(base, **LORA)
+    other = build(base, seed=1, **LORA)
     assert torch.equal(policy(policy.collate(made)), plain(plain.collate(made)))
     name = "model.layers.0.self_attn.q_proj.lora_A.default.weight"
     first, second, third = (dict(x.lm.named_parameters())[name] for x in (policy, again, other))
@@ -169,7 +170,7 @@ def test_only_the_adapter_moves_and_is_counted(train, monkeypatch):
 
 
 def test_dropout_acts_only_where_a_gradient_is_taken(base, tmp_path):
-    policy = build_policy(config(base, lora_dropout=0.5, **LORA), byte_tokenizer())
+    policy = build(base, lora_dropout=0.5, **LORA)
     randomize(policy.lm)
     batch = policy.collate(examples(tmp_path, pair_rows(3)))
     with torch.no_grad():
@@ -192,7 +193,7 @@ def test_the_adapter_loads_everywhere(adapter, base, tmp_path, monkeypatch):
     made = examples(tmp_path, pair_rows(3))
     theirs = plain_logps(loaded(adapter), made)
     for path in (str(final), checkpoint.model_path(str(adapter), print)):
-        policy = build_policy(config(path), byte_tokenizer())
+        policy = build(path)
         torch.testing.assert_close(policy(policy.collate(made)), theirs, atol=1e-5, rtol=1e-5)
     auto = AutoModelForCausalLM.from_pretrained(final, dtype=torch.float32)          # as chat.py does
     torch.testing.assert_close(plain_logps(auto.eval(), made), theirs, atol=1e-5, rtol=1e-5)
@@ -207,7 +208,7 @@ def test_merge_writes_a_plain_model(adapter, train, tmp_path):
     made = examples(tmp_path, pair_rows(3))
     plain = AutoModelForCausalLM.from_pretrained(run / "final", dtype=torch.float32)
     torch.testing.assert_close(plain_logps(plain, made), plain_logps(loaded(adapter), made), atol=1e-5, rtol=1e-5)
-    policy = build_policy(config(run / "final"), byte_tokenizer())
+    policy = build(run / "final")
     assert lora.settings(policy.lm) is None
 
 
@@ -221,7 +222,7 @@ def test_reward_model(train, tmp_path):
     assert (merged / "classifier" / "model.safetensors").exists()
     made, scores = examples(tmp_path, pair_rows(3)), []
     for path in (run / "final", merged / "final"):
-        reward = build_reward_model(build_policy(config(path), byte_tokenizer()), str(path), 0)
+        reward = build_reward_model(build(path), str(path), 0)
         scores.append(reward(reward.collate(made)))
     torch.testing.assert_close(*scores, atol=1e-5, rtol=1e-5)
 
@@ -329,13 +330,13 @@ def test_quantization_is_asked_of_bitsandbytes(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
     monkeypatch.setattr(lora, "BitsAndBytesConfig", lambda **options: options)
     cuda = SimpleNamespace(type="cuda")
-    asked = lora.quantization(config("m", load_in_4bit=True), cuda, torch.bfloat16)
+    asked = lora.quantization(ModelKeys(load_in_4bit=True), cuda, torch.bfloat16)
     assert asked == {"device_map": {"": cuda}, "quantization_config": dict(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16)}
-    assert lora.quantization(config("m"), cuda, torch.bfloat16) == {}
+    assert lora.quantization(ModelKeys(), cuda, torch.bfloat16) == {}
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install bitsandbytes"):
-        lora.quantization(config("m", load_in_4bit=True), cuda, torch.bfloat16)
+        lora.quantization(ModelKeys(load_in_4bit=True), cuda, torch.bfloat16)
 
 
 @pytest.mark.parametrize("words, says", [
@@ -381,28 +382,26 @@ def broken_adapters(folder, adapter):
 def test_adapters_that_are_refused(name, says, adapter, tmp_path):
     path = broken_adapters(tmp_path, adapter) / name
     with pytest.raises(UserError, match=says) as error:
-        build_policy(config(path), byte_tokenizer())
+        build(path)
     assert "\n" not in str(error.value) and "; fix: " in str(error.value)
 
 
 def test_keys_and_adapter_must_agree(adapter, base, monkeypatch):
     path = checkpoint.model_path(str(adapter), print)
-    same = config(path, **LORA)
-    assert lora.settings(build_policy(same, byte_tokenizer()).lm).r == 4
+    assert lora.settings(build(path, **LORA).lm).r == 4
     for changed, says in ((dict(lora_r=8), "lora_r: the adapter .* has 4, not 8"), (dict(lora_alpha=4), "lora_alpha"),
                           (dict(lora_targets="q_proj"), "lora_targets: .*, not q_proj")):
         with pytest.raises(UserError, match=says):
-            build_policy(replace(same, **changed), byte_tokenizer())
+            build(path, **LORA | changed)
     with pytest.raises(UserError, match="no linear layers lm_head, x outside its head; fix: choose from down_proj, gate_proj"):
-        build_policy(config(base, lora_r=4, lora_targets="lm_head,x,q_proj"), byte_tokenizer())
+        build(base, lora_r=4, lora_targets="lm_head,x,q_proj")
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(UserError, match=re.escape("fix: pip install peft")):
-        build_policy(config(base, lora_r=4), byte_tokenizer())
+        build(base, lora_r=4)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there it works")
 def test_four_bits_without_cuda(base, monkeypatch):
-    from model import build
-    monkeypatch.setattr(build, "load_lm", None)               # nothing is loaded before the error
+    monkeypatch.setattr("model.build.load_lm", None)               # nothing is loaded before the error
     with pytest.raises(UserError, match="load_in_4bit: this machine has no CUDA GPU"):
-        build_policy(config(base, lora_r=4, load_in_4bit=True), byte_tokenizer())
+        build(base, lora_r=4, load_in_4bit=True)

@@ -20,9 +20,9 @@ from transformers import (
 
 from data.errors import UserError
 from data.pack import Example, Response, collate
-from engine.config import Common
 from model.build import build_policy
 from model.check import check_policy
+from model.keys import ModelKeys
 from model.load import load_lm
 from model.logps import LOGITS_AT_ONCE, ChunkedLogps
 from model.policy import Policy
@@ -189,15 +189,11 @@ def test_chunked_log_probs_of_bf16_products():
 
 # ---- loading and checking ----
 
-def options(path, **values):
-    return Common(algorithm="sft", model=path, data="", max_length=256, **values)
-
-
 def test_gradient_checkpointing_changes_nothing_but_memory(tmp_path):
     path, made = tiny_model(tmp_path), examples(2)
     results, calls = [], []
     for recompute in (False, True):
-        policy = build_policy(options(path, gradient_checkpointing=recompute), byte_tokenizer())
+        policy = build_policy(path, byte_tokenizer(), ModelKeys(gradient_checkpointing=recompute))
         policy.lm.base_model.layers[0].mlp.register_forward_pre_hook(lambda *_, recompute=recompute: calls.append(recompute))
         values = policy(collate(made))
         results.append((values, *gradients(policy.lm, values).values()))
@@ -208,7 +204,7 @@ def test_gradient_checkpointing_changes_nothing_but_memory(tmp_path):
 def test_dropout_is_off(tmp_path):
     path = tiny_model(tmp_path, attention_dropout=0.5)
     for recompute in (False, True):
-        policy = build_policy(options(path, gradient_checkpointing=recompute), byte_tokenizer())
+        policy = build_policy(path, byte_tokenizer(), ModelKeys(gradient_checkpointing=recompute))
         batch = collate(examples(2))
         assert torch.equal(policy(batch), policy(batch))
         torch.testing.assert_close(policy(batch), plain_logps(AutoModelForCausalLM.from_pretrained(path).eval(), batch.examples))
@@ -286,4 +282,4 @@ def test_an_encoder_is_refused(tmp_path):
 def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path):
     path = tiny_model(tmp_path, vocab_size=200, eos_token_id=1, pad_token_id=0)
     with pytest.raises(UserError, match="259 tokens but the embedding only 200 rows"):
-        build_policy(options(path), byte_tokenizer())
+        build_policy(path, byte_tokenizer())

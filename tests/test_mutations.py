@@ -82,11 +82,11 @@ MUTATIONS = {    # name: (file, text, what it becomes, the tests that must fail)
     "log-probs at temperature 1": (
         "model/policy.py", "states if temperature == 1 else states / temperature", "states", online("grpo", "rloo")),
     "completions cut before their stop token": (
-        "model/sampler.py", "lengths[row], finished[row] = i + 1, stops(tokens[row, :i + 1])",
-        "finished[row] = stops(tokens[row, :i + 1]); lengths[row] = i + 1 - (finished[row] and i > 0)",
+        "model/sampler.py", "Completion(tokens, logps, stopped)",
+        "Completion(*((x[:-1] if stopped and step else x) for x in (tokens, logps)), stopped)",
         [*online("grpo", "dapo"), *(f"test_rollout.py::test_sampler_equals_a_plain_loop[{name}-plain]" for name in ("qwen2", "llama"))]),
     "one completion's draws for another": (
-        "model/sampler.py", "(*keys[row[0]], row[1])", "(*keys[row[0]], row[1] + 1)",
+        "model/sampler.py", "(*keys[prompt], copy)", "(*keys[prompt], copy + 1)",
         ["test_rollout.py::test_sampler_equals_a_plain_loop[qwen2-plain]"]),
     "a collective in a loop over a set": (
         "engine/checkpoint.py", "for key, tensor in state.items():", "for key, tensor in set(state.items()):",

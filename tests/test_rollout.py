@@ -9,11 +9,13 @@ import torch
 from helpers import byte_tokenizer, config_of, random_lm
 from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
-from engine.config import Common
 from engine.options import Sampling
 from model import lora
+from model.cache import Cache
+from model.draw import BLOCK, draw, inverse_cdf
+from model.keys import ModelKeys
 from model.policy import Policy
-from model.sampler import BLOCK, Cache, Stops, draw, invert, sample
+from model.sampler import Stops, sample
 
 ARCHITECTURES = {
     "qwen2": config_of(Qwen2Config, tie_word_embeddings=True),
@@ -182,9 +184,9 @@ def test_memory_bounds_the_rows(tokenizer, monkeypatch):
     monkeypatch.setattr(Cache, "__init__", lambda cache, *arguments: original(cache, *arguments) or sizes.append(cache.rows))
     whole = sample(policy, tokenizer, given, keys(5), COPIES, settings())
     row = (20 + LIMIT) * 2 * 2 * 2 * 8 * 4         # tokens x layers x keys and values x heads x their width x bytes
-    monkeypatch.setattr("model.sampler.CACHE_BYTES", 4 * row)
+    monkeypatch.setattr("model.cache.CACHE_BYTES", 4 * row)
     assert_same_completions(sample(policy, tokenizer, given, keys(5), COPIES, settings()), whole)
-    monkeypatch.setattr("model.sampler.CACHE_BYTES", row - 1)
+    monkeypatch.setattr("model.cache.CACHE_BYTES", row - 1)
     sample(policy, tokenizer, given[:1], keys(1), 2, settings())
     assert sizes == [15, 4, 4, 4, 3, 2]            # a prompt of one token is shorter than a row of 20
 
@@ -204,7 +206,7 @@ def test_under_lora(tokenizer):
     pytest.importorskip("peft")
     lm = model(ARCHITECTURES["qwen2"])
     plain = model(ARCHITECTURES["qwen2"], "eager")
-    lora.attach(lm, lora.new_settings(Common(algorithm="", model="", data="", lora_r=4, lora_alpha=8), lm))
+    lora.attach(lm, lora.new_settings(ModelKeys(lora_r=4, lora_alpha=8), lm))
     generator = torch.Generator().manual_seed(1)
     for name, module in lm.named_modules():
         if hasattr(module, "lora_A"):
@@ -239,13 +241,13 @@ def random_weights(rng, rows, size):
 
 
 def inverted(weights, uniforms):
-    """`invert` with the sums it needs, over blocks of BLOCK tokens."""
+    """`inverse_cdf` with the sums it needs, over blocks of BLOCK tokens."""
     padded = torch.nn.functional.pad(weights.double(), (0, -weights.shape[1] % BLOCK))
-    return invert(weights, padded.unflatten(1, (-1, BLOCK)).sum(2), torch.as_tensor(uniforms, dtype=torch.float64)).tolist()
+    return inverse_cdf(weights, padded.unflatten(1, (-1, BLOCK)).sum(2), torch.as_tensor(uniforms, dtype=torch.float64)).tolist()
 
 
 @pytest.mark.parametrize("size", [1, 3, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK, 3 * BLOCK + 7])
-def test_invert_finds_the_first_token_whose_running_sum_passes(size):
+def test_inverse_cdf_finds_the_first_token_whose_running_sum_passes(size):
     rng = np.random.default_rng(size)
     weights, uniforms = random_weights(rng, 200, size), rng.random(200)
     uniforms[:20], uniforms[20:40] = 0.0, np.nextafter(1.0, 0.0)
@@ -328,11 +330,12 @@ def test_rows_that_go_on_keep_their_keys_and_values():
     for _ in range(200):
         count, column = rng.randint(1, 9), rng.randint(1, 4)
         alive = [row for row in range(count) if rng.random() < rng.choice([0.1, 0.5, 0.9])]
-        cache = Cache([([row], rng.randint(1, column)) for row in range(count)], 3, "cpu")
+        groups = [(np.zeros(rng.randint(1, column)), slice(row, row + 1)) for row in range(count)]
+        cache = Cache(groups, 3, "cpu")
         cache.column = column
         cache.layers = {layer: [torch.randn(count, 2, column + 3, 4) for _ in range(2)] for layer in range(2)}
         before, mask = copy.deepcopy(cache.layers), cache.mask
-        order = cache.keep(alive, count)
+        order = cache.compact(alive)
         assert sorted(order) == alive
         assert (mask is None) == (cache.mask is None)
         for place, row in enumerate(order):

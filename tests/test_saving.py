@@ -1,6 +1,7 @@
 """What saving needs is tried before the first update; what is saved is whole, finite, and loads elsewhere."""
 import errno
 import json
+import multiprocessing
 import os
 import shutil
 import socket
@@ -24,6 +25,8 @@ from helpers import (
     write_jsonl,
 )
 from safetensors.torch import load_file, save_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -39,6 +42,7 @@ from engine.loop import Engine
 from engine.saver import Saver
 from model import load
 from model.build import build_policy
+from model.classifier import save_classifier
 from model.reward_model import build_reward_model
 
 MERGED = {"lora_r": 2, "merge": "true"}
@@ -277,7 +281,7 @@ def test_a_classifier_of_an_architecture_without_sdpa(tmp_path):
     lm = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     state = {f"lm.{name}": tensor for name, tensor in lm.state_dict().items()}
     state["value_head.weight"] = torch.ones(1, 32)
-    checkpoint.save_classifier(lm, byte_tokenizer(), state, tmp_path / "classifier")
+    save_classifier(lm, byte_tokenizer(), state, tmp_path / "classifier")
     classifier = AutoModelForSequenceClassification.from_pretrained(tmp_path / "classifier")
     assert torch.equal(classifier.score.weight, torch.ones(1, 32))
 
@@ -389,9 +393,7 @@ def test_the_value_head_has_the_bias_that_others_read(model, tmp_path, capsys):
     assert torch.equal(tensors["v_head.summary.bias"], torch.zeros(1))
     linear = torch.nn.Linear(32, 1)
     linear.load_state_dict({name.removeprefix("v_head.summary."): tensor for name, tensor in tensors.items()})
-
-    from engine.config import Common
-    policy = build_policy(Common(algorithm="", model=str(final), data="", max_length=2), byte_tokenizer())
+    policy = build_policy(str(final), byte_tokenizer())
     for bias, said in ({}, 0), ({"v_head.summary.bias": torch.full((1,), 0.25)}, 1):
         notices = []
         save_file({"v_head.summary.weight": linear.weight.data} | bias, final / "value_head.safetensors")
@@ -401,6 +403,84 @@ def test_the_value_head_has_the_bias_that_others_read(model, tmp_path, capsys):
     save_file({"weight": tensors["v_head.summary.weight"]}, final / "value_head.safetensors")
     with pytest.raises(UserError, match="holds weight, not v_head.summary.weight"):
         build_reward_model(policy, str(final), 0, notices.append)
+
+
+# ---- what an algorithm keeps between updates
+
+ROWS = torch.arange(15.0).view(5, 3)
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def save_remembered(model, folder, remembered):
+    policy = build_policy(str(model), byte_tokenizer())
+    optimizer = torch.optim.AdamW(policy.parameters())
+    checkpoint.save_checkpoint(folder, policy, byte_tokenizer(), optimizer, {"step": 1}, {}, remembered)
+
+
+def one_of_two_ranks(rank, model, folder, port):
+    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    mesh = init_device_mesh("cpu", (2,))
+    remembered = {"ema": distribute_tensor(ROWS, mesh, [Shard(0)]), "count": torch.tensor(7)}
+    save_remembered(model, folder, remembered)
+    live = {"ema": distribute_tensor(torch.zeros(5, 3), mesh, [Shard(0)]), "count": torch.tensor(0)}
+    before = live["ema"].to_local()
+    checkpoint.recall(folder, live)
+    assert torch.equal(before, ROWS[:3] if rank == 0 else ROWS[3:])              # this rank's part, in place
+    assert live["count"] == 7
+    torch.distributed.barrier()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_remembered_tensors_come_back_sharded_as_they_are(model, tmp_path):
+    folder = str(tmp_path / "step-000001")
+    port, processes = free_port(), []
+    for rank in range(2):
+        arguments = (rank, model, folder, port)
+        processes.append(multiprocessing.get_context("fork").Process(target=one_of_two_ranks, args=arguments))
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0]
+    saved = load_file(f"{folder}/remembered.safetensors")
+    assert_same_weights(saved, {"ema": ROWS, "count": torch.tensor(7)})
+    assert checkpoint.broken(folder) is None
+
+
+def test_one_process_remembers_views_and_nothing(model, tmp_path):
+    """Two views of one storage are two tensors in the file; where nothing is remembered there is no file."""
+    save_remembered(model, str(tmp_path / "nothing"), {})
+    assert not (tmp_path / "nothing" / "remembered.safetensors").exists()
+    save_remembered(model, str(tmp_path / "views"), {"all": ROWS, "column": ROWS[:, 1], "rows": ROWS[:2]})
+    live = {"all": torch.zeros(5, 3), "column": torch.zeros(5), "rows": torch.zeros(2, 3)}
+    checkpoint.recall(str(tmp_path / "views"), live)
+    assert_same_weights(live, {"all": ROWS, "column": ROWS[:, 1], "rows": ROWS[:2]})
+    column = {"column": torch.zeros(5)}
+    checkpoint.recall(str(tmp_path / "views"), column)              # the other names belong to other groups
+    assert torch.equal(column["column"], ROWS[:, 1])
+
+
+@pytest.mark.parametrize("saved, says", [
+    (None, "remembered.safetensors cannot be read .*, so the run cannot go on from it"),
+    ({"ema/w": torch.zeros(3, 5)}, r"holds ema/w of shape \[3, 5\] instead of \[5, 3\]"),
+    ({"ema/w": ROWS, "ema/b": torch.ones(1)}, "holds ema/b, which the algorithm does not remember"),
+    ({"kl/w": ROWS}, "lacks ema/w"), ({}, "lacks ema/w"), ("cut", "cannot be read")])
+def test_what_does_not_fit_is_not_recalled(saved, says, tmp_path):
+    path = tmp_path / "remembered.safetensors"
+    if saved == "cut":
+        path.write_bytes(b"cut")
+    elif saved is not None:
+        save_file(saved, path)
+    live = {"ema/w": torch.full((5, 3), 2.0)}
+    with pytest.raises(RunError, match=says) as refused:
+        checkpoint.recall(str(tmp_path), live)
+    assert "; fix: " in str(refused.value) and "\n" not in str(refused.value)
+    assert torch.equal(live["ema/w"], torch.full((5, 3), 2.0))
 
 
 # ---- only finite numbers
@@ -473,9 +553,7 @@ def join(rank, port, patch, arguments):
 
 def two_ranks(directory, patch, *arguments):
     """What torchrun does, with `patch(rank, ...)` on both; their results."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
 
     def start(rank):
         folder = directory / f"rank{rank}"

@@ -1,0 +1,129 @@
+"""Keys and values of the tokens so far, and the attention that reads them while completions are sampled."""
+import numpy as np
+import torch
+import torch.nn.functional as F
+from transformers import AttentionInterface
+
+from model.attention import segments_attention
+
+CACHE_BYTES = 2 ** 31                  # keys and values at a time on a CPU; on a GPU half of its free memory
+
+
+def rows_in_memory(lm, length: int) -> int:
+    """How many rows of `length` tokens the memory for keys and values holds; at least 1."""
+    config = lm.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None)
+    head_dim = head_dim or config.hidden_size // config.num_attention_heads
+    per_token = config.num_hidden_layers * 2 * heads * head_dim * lm.dtype.itemsize
+    room = CACHE_BYTES
+    if lm.device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(lm.device)
+        room = free // 2
+    return max(1, room // (length * per_token))
+
+
+class Cache:
+    """Keys and values of every layer, one row per completion. Prompts end in the same column, so that each
+    step writes one column for all rows; `mask` hides the columns before a shorter prompt.
+
+    `groups`: each prompt's ids and its rows, a slice. `room`: how many columns follow the prompts."""
+
+    def __init__(self, groups: list[tuple[np.ndarray, slice]], room: int, device):
+        self.rows = groups[-1][1].stop
+        lengths = [len(prompt) for prompt, _ in groups]
+        self.column = max(lengths)                                 # the one that the next step writes
+        self.width = self.column + room
+        self.layers = {}                                           # layer: [keys, values]
+        self.prompts = []                                          # the groups that the next forward computes
+        self.mask = None                                           # (rows, 1, 1, width)
+        start = torch.zeros(self.rows, dtype=torch.long)
+        for prompt, rows in groups:
+            start[rows] = self.column - len(prompt)
+        if start.any():
+            visible = torch.arange(self.width) >= start[:, None]
+            self.mask = visible[:, None, None].to(device)
+
+    def store_prompts(self, layer: int, key, value) -> None:
+        """Copy the keys and values (1, heads, T, head_dim) of `prompts`, one after the other, to each
+        prompt's rows."""
+        if layer not in self.layers:
+            self.layers[layer] = [self.empty(key), self.empty(value)]
+        keys, values = self.layers[layer]
+        start = 0
+        for prompt, rows in self.prompts:
+            end = start + len(prompt)
+            columns = slice(self.column - len(prompt), self.column)
+            keys[rows, :, columns] = key[0, :, start:end]
+            values[rows, :, columns] = value[0, :, start:end]
+            start = end
+
+    def empty(self, new):
+        """Room for one layer's keys or values, of the shape and type of `new`."""
+        _, heads, _, head_dim = new.shape
+        made = new.new_empty(self.rows, heads, self.width, head_dim)
+        if self.mask is not None:
+            made[:, :, :self.column].zero_()           # the mask hides these columns, but 0 times NaN is NaN
+        return made
+
+    def append(self, layer: int, key, value):
+        """Write a step's keys and values (rows, heads, 1, head_dim) and return all that its queries see."""
+        keys, values = self.layers[layer]
+        column = self.column
+        keys[:, :, column] = key[:, :, 0]
+        values[:, :, column] = value[:, :, 0]
+        end = column + 1
+        return keys[:, :, :end], values[:, :, :end]
+
+    def compact(self, alive: list[int]) -> list[int]:
+        """Keep the rows `alive`: the last of them fill the gaps. Returns the rows in their new order."""
+        size = len(alive)
+        kept = set(alive)
+        gaps = [row for row in range(size) if row not in kept]
+        movers = [row for row in alive if row >= size]
+        for stored in self.layers.values():
+            for i, whole in enumerate(stored):
+                filled = whole[:, :, :self.column]
+                if gaps:
+                    filled[gaps] = filled[movers]
+                stored[i] = whole[:size]
+        order = list(range(size))
+        for gap, mover in zip(gaps, movers):
+            order[gap] = mover
+        if self.mask is not None:
+            self.mask = self.mask[order]
+        return order
+
+
+def rollout_attention(
+    module,
+    query,
+    key,
+    value,
+    attention_mask,
+    scaling=None,
+    cache=None,
+    segments=None,
+    sliding_window=None,
+    **_,
+):
+    """Attention while sampling: within whole prompts (`segments`), or of one new token per row over what
+    `cache` holds. Shapes are those of `segments_attention`."""
+    key = key.to(value.dtype)                                      # as in segments_attention
+    if segments is not None:
+        cache.store_prompts(module.layer_idx, key, value)
+        return segments_attention(module, query, key, value, None, scaling, segments, sliding_window)
+    key, value = cache.append(module.layer_idx, key, value)
+    end = key.shape[2]
+    start = 0 if sliding_window is None else max(0, end - sliding_window)
+    mask = None if cache.mask is None else cache.mask[..., start:end]
+    # the query heads of a key's head are its queries: fewer and larger products than with a copy for each
+    rows, _, _, head_dim = query.shape
+    grouped = query.to(value.dtype).view(rows, key.shape[1], -1, head_dim)
+    key = key[:, :, start:]
+    value = value[:, :, start:]
+    attended = F.scaled_dot_product_attention(grouped, key, value, mask, scale=scaling)
+    return attended.reshape(rows, 1, -1, head_dim), None
+
+
+AttentionInterface.register("rollout", rollout_attention)

@@ -1,0 +1,57 @@
+"""A reward model in the form that AutoModelForSequenceClassification(num_labels=1) loads."""
+import copy
+
+import torch
+from transformers import AutoModelForSequenceClassification
+
+from data.tokenise import stop_ids
+from model import lora
+from model.state import precision, written
+
+
+def why_no_classifier(lm, merge: bool = False) -> str | None:
+    """The reason why `save_classifier` cannot save a reward model on this LM, with `merge` once its adapter
+    is merged; None if it can."""
+    if lora.settings(lm) and not merge:
+        return "with LoRA it takes merge: true"
+    known = type(lm.config) in AutoModelForSequenceClassification._model_mapping
+    return None if known else f"transformers has no sequence classifier for {lm.config.model_type}"
+
+
+def save_classifier(lm, tokenizer, state: dict, directory: str) -> None:
+    """Write the reward model with the weights `state` as a sequence classifier, which gives the same
+    scores."""
+    tokenizer = with_padding(tokenizer)
+    config = copy.deepcopy(lm.config)
+    config.num_labels = 1
+    config.pad_token_id = tokenizer.pad_token_id
+    config._attn_implementation = "eager"      # every architecture has it; it is not saved
+    text = config.get_text_config()
+    text.vocab_size = max(text.vocab_size, tokenizer.pad_token_id + 1)
+    dtype = precision(state)
+    with torch.device("meta"):
+        classifier = AutoModelForSequenceClassification.from_config(config, dtype=dtype)
+    weights = {"score.weight": state["value_head.weight"].to(dtype)}
+    for name, wanted in classifier.state_dict().items():
+        if name in weights:
+            continue
+        tensor = state[f"lm.{name}"]
+        added = len(wanted) - len(tensor)
+        if added:                              # a new pad token needs an (unused) row in the embedding
+            tensor = torch.cat([tensor, tensor.new_zeros(added, *tensor.shape[1:])])
+        weights[name] = tensor
+    classifier.save_pretrained(directory, state_dict=written(weights), max_shard_size="5GB")
+    tokenizer.save_pretrained(directory)
+
+
+def with_padding(tokenizer):
+    """The tokenizer with a pad token that is not a stop token: the class reads the score at the last token
+    that is not padding."""
+    tokenizer = copy.deepcopy(tokenizer)
+    stops = set(stop_ids(tokenizer))
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id in stops:
+        added = set(tokenizer.get_added_vocab().values())
+        spare = sorted(added - stops - {tokenizer.bos_token_id})
+        pad = tokenizer.convert_ids_to_tokens(spare[0]) if spare else "<|pad|>"
+        tokenizer.add_special_tokens({"pad_token": pad})
+    return tokenizer
