@@ -9,13 +9,14 @@ from dataclasses import asdict, replace
 
 from data.errors import give_reason, notice, run_program
 from engine import console
-from engine.config import as_yaml, help_text, load_config
+from engine.config import as_yaml, load_config
+from engine.help import help_for
 
 
 def main(argv: list[str]) -> None:
+    if text := help_for(argv):
+        return print(text)
     run_config = load_config(argv)
-    if "help" in run_config.flags:
-        return print(help_text())
     # these imports take seconds, so they wait until the configuration is known to be good
     from data.dataset import load_datasets
     from engine import checkpoint, logs, ranks
@@ -62,8 +63,10 @@ def main(argv: list[str]) -> None:
             if changed := ranks.from_main(changed_rates, place.directory, config_yaml):
                 run.notice(changed)
         tokenizer = load.load_tokenizer_for(common, common.model, run.notice)
-        load.check_path(getattr(config, "reference", None) or common.model, "reference")
-        train_set, eval_set, report = load_datasets(common, config, algorithm.DATA, tokenizer, run.notice)
+        load.check_path(config.reference or common.model, "reference")
+        train_set, eval_set, report = load_datasets(
+            common, algorithm.DATA, tokenizer, run.notice,
+            config.train_on, config.prompt_template, config.max_completion_length)
         if algorithm.DATA == "prompts":
             check_rewards(config, train_set + eval_set)
         if start:

@@ -17,14 +17,18 @@ Run:      python train.py example/tiny-dft.yml
 from dataclasses import dataclass
 from typing import Literal
 
+from engine.options import Options
+
 DATA = "responses"                 # every row holds a prompt and one response
 MODEL = "policy"                   # what is trained
 PROGRESS = "nll_loss"              # the number shown beside the loss
 
 
 @dataclass
-class Config:
-    train_on: Literal["assistant", "all"] = "assistant"  # all: every token but the first; raw `text` rows are always trained whole
+class Config(Options):
+    allows_dropout = True          # no log-probs are compared
+    train_on: Literal["assistant", "all"] = "assistant"    # all = every token but the first; raw `text` rows
+    #                                are always trained whole
 
 
 def dft_loss(logps):

@@ -1,4 +1,5 @@
-"""engine/config.py: precedence, casting, errors and round trip. Algorithms are stand-ins, so that no other piece is needed."""
+"""engine/config.py and its readers: precedence, casting, errors and round trip. Algorithms are stand-ins, so
+that no other piece is needed."""
 import dataclasses
 import importlib
 import json
@@ -6,48 +7,49 @@ import os
 import random
 import re
 import shlex
-from dataclasses import dataclass
-from typing import Literal
 
 import pytest
 import yaml
 
 from data.errors import UserError
-from engine.config import (
-    Common,
-    algorithm_names,
-    as_yaml,
-    config_of,
-    describe,
-    help_text,
-    load_config,
-    parse_argv,
-)
+from engine import definition
+from engine.command_line import parse_argv
+from engine.config import Common, algorithm_names, as_yaml, config_of, describe, load_config
+from engine.definition import class_of
+from engine.help import comments_of, help_for, help_text
 
-
+SFT = """
+from dataclasses import dataclass
+from typing import Literal
+from engine.options import Options
 @dataclass
-class Sft:
+class Config(Options):
     train_on: Literal["assistant", "all"] = "assistant"    # which tokens are trained
-
-
+"""
+DPO = """
+from dataclasses import dataclass
+from engine.options import Options, Positive, Smoothing
 @dataclass
-class Dpo:
-    beta: float = 0.1              # strength of the KL constraint
-    label_smoothing: float = 0.0   # share of flipped labels
-    reference: str | None = None   # null = the start model
-
-
-ALGORITHMS = {"dpo": Dpo, "sft": Sft}
+class Config(Options):
+    beta: Positive = 0.1                # strength of the KL constraint
+    label_smoothing: Smoothing = 0.0    # share of flipped labels
+    reference: str | None = None        # null = the start model
+"""
 BASE = "algorithm: dpo\nmodel: m\ndata: d.jsonl\n"    # three lines: what is added starts at line 4
 
 
 @pytest.fixture(autouse=True)
 def project(tmp_path, monkeypatch):
     """An empty working directory and the stand-in algorithms."""
-    monkeypatch.setattr("engine.config.algorithm_names", lambda: sorted(ALGORITHMS))
-    monkeypatch.setattr("engine.config.config_of", ALGORITHMS.get)
+    (tmp_path / "algorithms").mkdir()
+    (tmp_path / "algorithms" / "sft.py").write_text(SFT)
+    (tmp_path / "algorithms" / "dpo.py").write_text(DPO)
+    monkeypatch.setattr(definition, "ROOT", tmp_path)
+    class_of.cache_clear()
     (tmp_path / "cwd").mkdir()
     monkeypatch.chdir(tmp_path / "cwd")
+    yield
+    class_of.cache_clear()
 
 
 def load(text="", words="", path="x.yml", base=BASE):
@@ -134,13 +136,22 @@ def test_a_path_may_contain_an_equals_sign(tmp_path):
     assert load(path="runs/lr=1/config.yaml", words="lr=3").common.lr == 3
 
 
-def test_help_needs_no_file():
-    assert load_config(["--help"]).flags == {"help"}
-    text = help_text()
-    assert "train.py" in text and "--dry-run" in text and "strength of the KL constraint" in text
+def test_help():
+    """Of the algorithm that the command line or the file names, else of none."""
+    load()
+    assert help_for(["x.yml", "lr=1"]) is None
+    text = help_for(["--help"])
+    assert "usage: python train.py" in text and "strength of the KL constraint" not in text
+    assert "\nalgorithms:\n    dpo" in text and "algorithm=NAME --help" in text
     for field in dataclasses.fields(Common):
-        line = next(line for line in text.splitlines() if line.startswith(f"    {field.name}: "))
-        assert len(line.partition(" # ")[2]) > 10, field.name
+        assert f"\n    {field.name}: " in text and len(comments_of(Common)[field.name]) > 10
+    for words in (["x.yml", "-h"], ["algorithm=dpo", "--help"]):
+        text = help_for(words)
+        assert "\n    beta: a number above 0 (default 0.1)\n        strength of the KL constraint\n" in text
+        assert "\n    max_steps: 1 or more, or null (default null)\n" in text
+        assert "\n    model: text (required)\n" in text and "train_on" not in text
+    with pytest.raises(UserError, match="algorithm .* is 'dop'.*fix: give dpo"):
+        help_for(["algorithm=dop", "--help"])
 
 
 # ---- casting
@@ -402,9 +413,24 @@ def test_parse_argv_returns_text():
 def test_real_algorithms(monkeypatch):
     """Every file of algorithms/ names its data, and its keys are commented and repeat none of Common."""
     monkeypatch.undo()
-    text = help_text()
+    class_of.cache_clear()
     for name in algorithm_names():
         assert importlib.import_module(f"algorithms.{name}").DATA in ("responses", "pairs", "labelled", "prompts")
+        comments = comments_of(config_of(name))
         for field in dataclasses.fields(config_of(name)):
             assert field.name not in Common.__annotations__
-            assert re.search(rf"^    {field.name}: .* # \w", text, re.MULTILINE), f"{name}.{field.name} has no comment"
+            assert len(comments[field.name]) > 10, f"{name}.{field.name} has no comment"
+            assert not comments[field.name].lower().startswith("of ")
+
+
+def test_the_help_of_an_algorithm(monkeypatch):
+    """It fits a terminal of 80 columns, and shows the algorithm's keys and the common ones, no others."""
+    monkeypatch.undo()
+    class_of.cache_clear()
+    common = {field.name for field in dataclasses.fields(Common)}
+    for name in [None, *algorithm_names()]:
+        text = help_text(name)
+        assert max(map(len, text.splitlines())) <= 80, name
+        keys = re.findall(r"^    (\w+): .* \((?:required|default .*)\)$", text, re.MULTILINE)
+        own = {field.name for field in dataclasses.fields(config_of(name))} if name else set()
+        assert sorted(keys) == sorted(common | own)
