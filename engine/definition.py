@@ -25,8 +25,10 @@ def class_of(module: str, name: str) -> type:
     path = path_of(module)
     body = statements(path)
     definitions = [statement for statement in body if is_class(statement, name)]
-    if not definitions:
-        return getattr(importlib.import_module(module), name)      # made in another way
+    if not definitions and not sets(body, name):
+        raise AttributeError(f"{path} has no {name}")
+    if not definitions:                      # made in another way
+        return getattr(importlib.import_module(module), name)
     part = types.ModuleType(f"{module} as far as {name} needs it")
     part.__file__ = str(path)
     part.__package__ = module.rpartition(".")[0]
@@ -54,6 +56,10 @@ def defines(module: str, name: str) -> bool:
         body = statements(path_of(module))
     except (SyntaxError, ValueError):
         return False
+    return sets(body, name)
+
+
+def sets(body: list[ast.stmt], name: str) -> bool:
     return any(name in set_by(statement) for statement in body)
 
 

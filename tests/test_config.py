@@ -1,11 +1,9 @@
 """engine/config.py and its readers: precedence, casting, errors and round trip. Algorithms are stand-ins, so
 that no other piece is needed."""
 import dataclasses
-import importlib
 import json
 import os
 import random
-import re
 import shlex
 
 import pytest
@@ -14,9 +12,9 @@ import yaml
 from data.errors import UserError
 from engine import definition
 from engine.command_line import parse_argv
-from engine.config import Common, algorithm_names, as_yaml, config_of, describe, load_config
+from engine.config import Common, as_yaml, describe, load_config
 from engine.definition import class_of
-from engine.help import comments_of, help_for, help_text
+from engine.help import comments_of, help_for
 
 SFT = """
 from dataclasses import dataclass
@@ -408,29 +406,3 @@ def test_describe():
 
 def test_parse_argv_returns_text():
     assert parse_argv(["a.yml", "--x-y=1=2", "--dry-run"]) == ("a.yml", {"x_y": ("1=2", "command line")}, {"dry-run"})
-
-
-def test_real_algorithms(monkeypatch):
-    """Every file of algorithms/ names its data, and its keys are commented and repeat none of Common."""
-    monkeypatch.undo()
-    class_of.cache_clear()
-    for name in algorithm_names():
-        assert importlib.import_module(f"algorithms.{name}").DATA in ("responses", "pairs", "labelled", "prompts")
-        comments = comments_of(config_of(name))
-        for field in dataclasses.fields(config_of(name)):
-            assert field.name not in Common.__annotations__
-            assert len(comments[field.name]) > 10, f"{name}.{field.name} has no comment"
-            assert not comments[field.name].lower().startswith("of ")
-
-
-def test_the_help_of_an_algorithm(monkeypatch):
-    """It fits a terminal of 80 columns, and shows the algorithm's keys and the common ones, no others."""
-    monkeypatch.undo()
-    class_of.cache_clear()
-    common = {field.name for field in dataclasses.fields(Common)}
-    for name in [None, *algorithm_names()]:
-        text = help_text(name)
-        assert max(map(len, text.splitlines())) <= 80, name
-        keys = re.findall(r"^    (\w+): .* \((?:required|default .*)\)$", text, re.MULTILINE)
-        own = {field.name for field in dataclasses.fields(config_of(name))} if name else set()
-        assert sorted(keys) == sorted(common | own)
