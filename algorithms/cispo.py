@@ -39,9 +39,9 @@ class Config(Sampling):            # reward, temperature, max_completion_length,
     num_generations: TwoOrMore = 8  # completions per prompt: the group
     num_iterations: Count = 1      # passes over each rollout
     num_mini_batches: Count = 1    # updates per pass
-    epsilon_high: Annotated[float, Range("1 or more, as the bound of the ratio itself", lambda x: x >= 1)] = 5.0
-    #                                the largest weight of a token (4 to 8): the ratio is at most epsilon_high,
-    #                                where other algorithms have 1 + epsilon_high
+    epsilon_high: Annotated[float, Range("1 or more: it bounds the ratio itself", lambda x: x >= 1)] = 5.0
+    #                                the largest weight of a token (4 to 8): ratios are at most epsilon_high,
+    #                                not 1 + epsilon_high as elsewhere
 
 
 def group_advantages(rewards):

@@ -37,7 +37,7 @@ PROGRESS = "rewards/accuracies"    # the number shown beside the loss
 
 @dataclass
 class Config(Options):
-    beta: Positive = 0.1           # KL strength: larger keeps the policy closer to the reference (0.01 to 0.5)
+    beta: Positive = 0.1           # KL strength: larger keeps the policy closer to the reference (0.01-0.5)
     label_smoothing: Smoothing = 0.0    # share of pairs assumed to have swapped labels (cDPO); 0 = plain DPO
     rpo_alpha: NonNegative = 0.0   # weight of the chosen responses' negative log-likelihood
     reference: str | None = None   # model directory or hub name; null = the start model

@@ -47,7 +47,7 @@ class Config(Sampling):            # reward, temperature, max_completion_length,
     epsilon: Positive = 0.2        # ratios are clipped to [1 - epsilon, 1 + epsilon_high]; a huge value
     #                                disables clipping
     epsilon_high: Positive = 0.2   # the upper bound is 1 + epsilon_high
-    beta: NonNegative = 0.04       # KL strength: larger keeps the policy closer to the reference; 0 needs none
+    beta: NonNegative = 0.04       # KL strength: larger keeps the policy closer to the reference; 0 = none
     baseline: bool = True          # false = the advantage is the reward itself, neither centered nor scaled
     scale_rewards: Literal["group", "batch", "none"] = "group"    # divide advantages by the standard
     #                                deviation of the group or the batch; none = do not divide

@@ -53,7 +53,8 @@ PROGRESS = "reward"                # the number shown beside the loss
 class Config(Sampling):            # reward, temperature, max_completion_length, ...: see engine/options.py
     num_ppo_epochs: Count = 4      # passes over each rollout
     num_mini_batches: Count = 1    # updates per pass
-    kl_coef: NonNegative = 0.05    # KL strength in the reward: larger keeps the policy closer to the reference
+    kl_coef: NonNegative = 0.05    # strength of the KL in the reward: larger keeps the policy closer to the
+    #                                reference
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"    # how that KL is estimated, per token
     cliprange: Positive = 0.2      # ratios are clipped to [1 - cliprange, 1 + cliprange]; a huge value
     #                                disables clipping

@@ -42,14 +42,14 @@ PROGRESS = "reward"                # the number shown beside the loss
 
 @dataclass
 class Config(Sampling):            # reward, temperature, max_completion_length, ...: see engine/options.py
-    num_generations: Count = 8     # completions per prompt, which share its cost; 1 is possible without baseline
+    num_generations: Count = 8     # completions per prompt, which share its cost; baseline needs 2 or more
     num_iterations: Count = 1      # passes over each rollout
     num_mini_batches: Count = 1    # updates per pass
     epsilon: Positive = 0.2        # ratios are clipped to [1 - epsilon, 1 + epsilon_high]; a huge value
     #                                disables clipping
     epsilon_high: Positive = 0.2   # the upper bound is 1 + epsilon_high
-    kl_coef: NonNegative = 0.01    # KL strength in the reward: larger keeps the policy closer to the reference;
-    #                                0 needs none
+    kl_coef: NonNegative = 0.01    # strength of the KL in the reward: larger keeps the policy closer to the
+    #                                reference; 0 = no reference
     baseline: bool = False         # true = subtract the mean reward of the group first
     reference: str | None = None   # model directory or hub name; null = the start model
 

@@ -46,8 +46,8 @@ class Config(Sampling):            # reward, temperature, max_completion_length,
     epsilon: Positive = 0.2        # ratios of completions are clipped to [1 - epsilon, 1 + epsilon_high];
     #                                a huge value disables clipping
     epsilon_high: Positive = 0.2   # the upper bound is 1 + epsilon_high
-    kl_coef: NonNegative = 0.05    # KL strength in the reward: larger keeps the policy closer to the reference;
-    #                                0 needs none
+    kl_coef: NonNegative = 0.05    # strength of the KL in the reward: larger keeps the policy closer to the
+    #                                reference; 0 = no reference
     reference: str | None = None   # model directory or hub name; null = the start model
 
     def uses_reference(self) -> bool:

@@ -70,8 +70,8 @@ def cast_number(text: str, kind: type) -> int | float:
         number = math.nan
     if kind is float and not math.isfinite(number):
         raise ValueError("a number such as 2e-5")
-    exact = math.isfinite(number) and number % 1 == 0 and abs(number) <= 2**53    # above, a float loses digits
-    if kind is int and not exact:
+    is_exact = number % 1 == 0 and abs(number) <= 2**53    # above, a float loses digits
+    if kind is int and not is_exact:
         raise ValueError("a whole number")
     return kind(number)
 

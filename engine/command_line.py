@@ -36,7 +36,8 @@ def parse_argv(argv: list[str]) -> tuple[str | None, dict[str, tuple[str | None,
         elif not is_file(word):
             raise unknown_word(word)
         elif path is not None:
-            raise UserError(f"two config files in the command line, {show(path)} and {show(word)}; fix: give one")
+            raise UserError(f"two config files in the command line, {show(path)} and {show(word)}; "
+                            "fix: give one")
         else:
             path = word
     return path, overrides, flags
@@ -45,7 +46,8 @@ def parse_argv(argv: list[str]) -> tuple[str | None, dict[str, tuple[str | None,
 def override(overrides: dict, key: str, text: str | None) -> None:
     key = name_of(key)
     if key in overrides:
-        print(f"note: {key} is given more than once on the command line; the last one is used", file=sys.stderr)
+        print(f"note: {key} is given more than once on the command line; the last one is used",
+              file=sys.stderr)
     overrides[key] = text, "command line"
 
 
@@ -68,4 +70,5 @@ def unknown_word(word: str) -> UserError:
     fix = f"{name}=VALUE" if name.isidentifier() else "key=value, such as lr=2e-5"
     if flag:
         fix = f"--{flag}"
-    return UserError(f"{show(word)} in the command line is neither a .yml file nor key=value; fix: write {fix}")
+    return UserError(f"{show(word)} in the command line is neither a .yml file nor key=value; "
+                     f"fix: write {fix}")

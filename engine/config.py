@@ -40,7 +40,7 @@ class Common:
     data: str | list                       # training data: a file, a hub dataset as name or name:split, or a
     #                                        list of these (data/sources.py)
     eval_data: str | list | None = None    # evaluation data, in the same forms as data
-    eval_fraction: Share = 0.0             # share of data held out for evaluation; not together with eval_data
+    eval_fraction: Share = 0.0             # share of data held out for evaluation; not with eval_data
     output: str | None = None              # the run's directory; null = runs/<name of the YAML file>
     truncate: Literal["none", "prompt"] = "none"     # examples over max_length: none = drop them, prompt =
     #                                        keep the end of the prompt
@@ -52,7 +52,8 @@ class Common:
     chat_template_kwargs: dict | None = None     # variables of the template, such as {enable_thinking: false}
     seed: Seed = 0                         # random seed for data order, sampling and new weights
     shuffle: bool = True                   # false = the order of the file
-    batch_size: Count = 32                 # examples per update, over all devices (online: prompts per rollout)
+    batch_size: Count = 32                 # examples per update, over all devices (online: prompts per
+    #                                        rollout)
     micro_batch_tokens: TwoOrMore = 8192   # tokens per forward on one device; affects memory and speed, not
     #                                        the result
     max_length: TwoOrMore = 1024           # limit in tokens for a prompt with one response
@@ -60,8 +61,8 @@ class Common:
     epochs: Count = 1                      # passes over data
     max_steps: Count | None = None         # number of updates; wins over epochs
     lr: Positive = 1e-6                    # peak learning rate
-    schedule: Literal["linear", "cosine", "constant"] = "linear"    # how lr changes after the warmup; linear
-    #                                        and cosine end at 0
+    schedule: Literal["linear", "cosine", "constant"] = "linear"    # lr after the warmup; linear and cosine
+    #                                        end at 0
     warmup: Warmup = 0.1                   # below 1: share of all updates; from 1: number of updates
     weight_decay: NonNegative = 0.0        # AdamW's weight decay, decoupled from the gradient
     max_grad_norm: Positive = 1.0          # gradients are scaled down to this norm
@@ -79,7 +80,8 @@ class Common:
     gradient_checkpointing: bool = False   # recompute layers in backward: less memory, slower
     deterministic: bool = False            # bit-identical reruns on CUDA too, slower
     eval_every: Count | None = None        # updates between evaluations; null = ten times per run
-    save_every: Count | None = 500         # updates between checkpoints; null = only when a signal stops the run
+    save_every: Count | None = 500         # updates between checkpoints; null = only when a signal stops
+    #                                        the run
     save_dtype: Literal["fp32", "bf16"] = "fp32"     # dtype of final/; checkpoints are always fp32
     keep: TwoOrMore = 2                    # newest checkpoints that stay on disk
     resume: str = "auto"                   # auto = continue an unfinished run in output, never, or a
@@ -290,7 +292,8 @@ def check_common(common: Common, sources: dict[str, str]) -> None:
 
 
 def check_output(output: str, where: str) -> None:
-    """Refuse a directory that no run may be written into. Whether it is empty or a run is checked elsewhere."""
+    """Refuse a directory that no run may be written into. Whether it is empty or a run is checked
+    elsewhere."""
     refused = Path(output).resolve() in (ROOT, *ROOT.parents, Path(os.path.expanduser("~")))
     for part in Path(output).parts:
         if part == ".." or part.startswith("~") or len(os.fsencode(part)) > 255:
@@ -302,8 +305,8 @@ def check_output(output: str, where: str) -> None:
 
 
 def check_lora(common: Common, sources: dict[str, str]) -> None:
-    """Refuse keys of LoRA where nothing is LoRA: neither `lora_r` is given nor is the start model an adapter or
-    a run with one."""
+    """Refuse keys of LoRA where nothing is LoRA: neither `lora_r` is given nor is the start model an adapter
+    or a run with one."""
     if common.lora_r > 0:
         return
     needing_r = ["lora_alpha", "lora_targets"]

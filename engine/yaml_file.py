@@ -37,7 +37,8 @@ def read_yaml(path: str) -> dict[str, tuple[str | list | Nested, str]]:
         else:
             value = value_of(value_node, text)
         if key in found:
-            raise UserError(f"duplicate key {show(key)} in {where}, first in {found[key][1]}; fix: remove one")
+            raise UserError(f"duplicate key {show(key)} in {where}, first in {found[key][1]}; "
+                            "fix: remove one")
         found[key] = value, where
     check_references(found)
     return found
@@ -78,7 +79,8 @@ def parse(text: str, path: str) -> yaml.MappingNode:
     if root is None or root.value == "":    # the second: only '---'
         raise UserError(f"empty config file {path}; fix: add lines such as 'algorithm: dpo'")
     if not isinstance(root, yaml.MappingNode):
-        raise UserError(f"{path} is not a mapping; fix: write 'key: value' lines, with a space after the colon")
+        raise UserError(f"{path} is not a mapping; "
+                        "fix: write 'key: value' lines, with a space after the colon")
     return root
 
 

@@ -1,5 +1,5 @@
-"""An algorithm owns its options: what a Config accepts stands in its file, so a copy under another name behaves
-like the original."""
+"""An algorithm owns its options: what a Config accepts stands in its file, so a copy under another name
+behaves like the original."""
 import importlib
 import re
 import shutil
@@ -21,8 +21,9 @@ POSITIVE = ("1e-6 1 7.5", "0 -1")
 NOT_NEGATIVE = ("0 1e-6 7.5", "-1e-6")
 COUNT = ("1 7", "0 -1 1.5")
 ONLINE = {
-    "max_completion_length": COUNT, "temperature": POSITIVE, "top_p": ("1e-6 1", "0 1.1"), "top_k": ("0 7", "-1 0.5"),
-    "reward_timeout": POSITIVE, "rollout_batch_size": COUNT, "num_mini_batches": ("1 32", "0 33"),
+    "max_completion_length": COUNT, "temperature": POSITIVE, "top_p": ("1e-6 1", "0 1.1"),
+    "top_k": ("0 7", "-1 0.5"), "reward_timeout": POSITIVE, "rollout_batch_size": COUNT,
+    "num_mini_batches": ("1 32", "0 33"),
 }
 GROUP = ONLINE | {"num_generations": ("2 7", "1 0"), "num_iterations": COUNT}
 CLIPPED = GROUP | {"epsilon": POSITIVE, "epsilon_high": POSITIVE}
@@ -75,7 +76,11 @@ def load(tmp_path_factory):
 
 def required(name):
     """Words without which the algorithm's configuration is not complete."""
-    return ["lora_r=8", *(["reward=gsm8k"] if issubclass(config_of(name), Sampling) else [])]
+    return ["lora_r=8", "reward=gsm8k"] if is_online(name) else ["lora_r=8"]
+
+
+def is_online(name):
+    return issubclass(config_of(name), Sampling)
 
 
 @pytest.mark.parametrize("name", LIMITS)
@@ -83,9 +88,11 @@ def test_limits(name, load):
     for key, (good, bad) in LIMITS[name].items():
         for text in good.split():
             run = load(name, *required(name), f"{key}={text}")
-            assert (asdict(run.common) | asdict(run.config))[key] == float(text)
+            values = asdict(run.common) | asdict(run.config)
+            assert values[key] == float(text)
         for text in bad.split():
-            assert refused(load, name, *required(name), f"{key}={text}").startswith(f"{key} (command line) ")
+            message = refused(load, name, *required(name), f"{key}={text}")
+            assert message.startswith(f"{key} (command line) ")
 
 
 def test_every_number_has_its_limits_in_the_table():
@@ -118,10 +125,10 @@ def test_a_copy_accepts_and_refuses_what_the_original_does(name, load):
         words += [[f"{field.name}={value}"] for value in values]
     for given in words:
         assert outcome(load, name, given) == outcome(load, copy, given), given
-    original, copied = config_of(name), config_of(copy)
-    for method in ("uses_reference", "uses_critic", "rollout_shape"):
-        values = {"reward": "gsm8k"} if issubclass(original, Sampling) else {}
-        assert getattr(original(**values), method)() == getattr(copied(**values), method)()
+    ours = load(name, *required(name)).config
+    theirs = load(copy, *required(name)).config
+    assert ours.uses_reference() == theirs.uses_reference() and ours.uses_critic() == theirs.uses_critic()
+    assert ours.rollout_shape() == theirs.rollout_shape()
 
 
 def test_an_option_of_ones_own_has_no_range_by_its_name(load, tmp_path):
@@ -150,19 +157,22 @@ class Config(Options):
 def test_what_the_engine_is_told():
     """By hand, of the defaults and of the options that change it."""
     def made(name, **values):
-        more = {"reward": "gsm8k"} if issubclass(config_of(name), Sampling) else {}
-        return config_of(name)(**more | values)
+        if is_online(name):
+            values["reward"] = "gsm8k"
+        return config_of(name)(**values)
 
-    using = [name for name in NAMES if made(name).uses_reference()]
-    assert using == ["dpo", "grpo", "ipo", "kto", "ppo", "reinforce_pp", "rloo"]
+    with_reference = ("dpo", "grpo", "ipo", "kto", "ppo", "reinforce_pp", "rloo")
+    for name in NAMES:
+        assert made(name).uses_reference() == (name in with_reference)
+        assert made(name).uses_critic() == (name == "ppo")
+        assert made(name).allows_dropout == (name in ("sft", "dft"))
     assert not made("dpo", reference_free=True).uses_reference()
     assert not made("grpo", beta=0.0).uses_reference()
-    assert not made("rloo", kl_coef=0.0).uses_reference() and not made("reinforce_pp", kl_coef=0.0).uses_reference()
-    assert [name for name in NAMES if config_of(name).allows_dropout] == ["dft", "sft"]
-    assert [name for name in NAMES if made(name).uses_critic()] == ["ppo"]
+    assert not made("rloo", kl_coef=0.0).uses_reference()
+    assert not made("reinforce_pp", kl_coef=0.0).uses_reference()
     assert not made("ppo", share_value_trunk=True).uses_critic()
     assert made("ppo", num_ppo_epochs=3, num_mini_batches=2).rollout_shape() == (1, 3, 2)
-    assert made("grpo", num_generations=5, num_iterations=3, num_mini_batches=2).rollout_shape() == (5, 3, 2)
+    assert made("grpo", num_iterations=3, num_mini_batches=2).rollout_shape() == (8, 3, 2)
     assert made("sft").rollout_shape() == (1, 1, 1)
 
 
