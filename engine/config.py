@@ -128,15 +128,16 @@ def load_config(argv: list[str]) -> RunConfig:
 
 def read_given(path: str | None, overrides: dict) -> dict[str, tuple]:
     """{key: (value, where)} of the YAML file and the command line."""
-    given = (read_yaml(path) if path else {}) | overrides
+    given = read_yaml(path) if path else {}
+    hints = hints_of(Common)
     for key, (value, where) in given.items():
         if isinstance(value, Nested):
-            takes_it = value.mapping is not None and hints_of(Common).get(key) == dict | None
+            takes_it = value.mapping is not None and hints.get(key) == dict | None
             if not takes_it:
                 raise nested(key, where, value.names)
-        elif isinstance(value, list) and key not in all_keys():      # a key that takes no list fails later
+        elif isinstance(value, list) and key not in hints and key not in all_keys():
             raise nested(key, where)
-    return given
+    return given | overrides
 
 
 def read_values(given: dict, hints: dict, unknown) -> dict:
