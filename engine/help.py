@@ -3,7 +3,7 @@ import inspect
 import json
 import re
 import textwrap
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from types import NoneType
 from typing import Annotated, Literal, get_args, get_origin
 
@@ -70,8 +70,8 @@ def key_lines(config_class: type) -> list[str]:
     hints = hints_of(config_class)
     lines = []
     for field in fields(config_class):
-        default = "required" if is_required(field) else f"default {shown(field.default)}"
-        lines.append(wrap(f"{field.name}: {describe_type(hints[field.name])} ({default})", "    "))
+        kind = describe_type(hints[field.name])
+        lines.append(wrap(f"{field.name}: {kind} ({default_of(field)})", "    "))
         if field.name in comments:
             lines.append(wrap(comments[field.name], "        "))
     return lines
@@ -90,7 +90,8 @@ def comments_of(config_class: type) -> dict[str, str]:
 def describe_type(kind) -> str:
     """"a number above 0, or null"; of several ranges the last one, which is the narrowest."""
     if get_origin(kind) is Annotated:
-        return ranges_of(kind)[-1].wanted
+        ranges = ranges_of(kind)
+        return ranges[-1].wanted if ranges else describe_type(get_args(kind)[0])
     if get_origin(kind) is Literal:
         return " or ".join(map(str, get_args(kind)))
     if kind in TYPES:
@@ -98,9 +99,12 @@ def describe_type(kind) -> str:
     return ", or ".join(map(describe_type, get_args(kind)))
 
 
-def shown(default) -> str:
-    """As YAML has it: true, null."""
-    return default if isinstance(default, str) else json.dumps(default)
+def default_of(field) -> str:
+    """"required", or the default as YAML has it: "default true"."""
+    if is_required(field):
+        return "required"
+    value = field.default if field.default_factory is MISSING else field.default_factory()
+    return f"default {value if isinstance(value, str) else json.dumps(value)}"
 
 
 def wrap(text: str, indent: str) -> str:

@@ -89,6 +89,7 @@ class Config(Base):
     share: float = half(KINDS["a"])       # half of it
     kind: Literal["x", "y"] = "x"
     root: float = new(default=math.sqrt(4))
+    words: list[str] | None = new(default_factory=list)
     def total(self) -> float:
         return half(self.share) + self.beta
 later = boom.run()
@@ -104,12 +105,14 @@ class Config(Options):
 import os
 """)
     config = config_of("mine")
-    types = {"beta": float | None, "share": float, "kind": Literal["x", "y"], "root": float}
+    types = {"beta": float | None, "share": float, "kind": Literal["x", "y"], "root": float,
+             "words": list[str] | None}
     assert get_type_hints(config) == types
     assert (config().share, config().root, config(beta=1.0).total()) == (3.0, 2.0, 2.5)
     assert config.__mro__[1] is config_of("base")
     text = help_text("mine")
     assert "    share: a number (default 3.0)\n        half of it\n" in text and "keys of mine" in text
+    assert "    words: a list of texts, or null (default [])\n" in text
     assert "    beta: a number, or null (default 0.5)\n        of the base\n" in text
 
 
