@@ -66,7 +66,7 @@ class Common:
     warmup: Warmup = 0.1                   # below 1: share of all updates; from 1: number of updates
     weight_decay: NonNegative = 0.0        # AdamW's weight decay, decoupled from the gradient
     max_grad_norm: Positive = 1.0          # gradients are scaled down to this norm
-    precision: Literal["auto", "fp32", "bf16"] = "auto"    # matmul precision; auto = bf16 on CUDA, fp32 on CPU
+    precision: Literal["auto", "fp32", "bf16"] = "auto"    # matmul precision; auto = bf16 on CUDA, else fp32
     attn_implementation: Literal["segments", "dense"] = "segments"    # segments: memory is linear in the
     #                                        length; dense: a (T, T) mask
     lora_r: Whole = 0                      # LoRA rank (8-64); 0 = full fine-tuning

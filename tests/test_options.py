@@ -11,7 +11,7 @@ from helpers import ROOT, refused
 
 from data.errors import UserError
 from engine import definition
-from engine.config import Common, config_of, load_config
+from engine.config import Common, config_of, hints_of, load_config
 from engine.definition import class_of
 from engine.help import comments_of, help_text
 from engine.options import Options, Sampling
@@ -178,7 +178,7 @@ def test_what_the_engine_is_told():
 
 def test_the_defaults_are_no_options():
     assert not hasattr(Options, "__dataclass_fields__") and not get_type_hints(Options)
-    assert not {field.name for field in fields(Sampling)} & {field.name for field in fields(Common)}
+    assert not hints_of(Sampling).keys() & hints_of(Common).keys()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -188,7 +188,7 @@ def test_keys_are_commented_and_repeat_none_of_the_common_ones(name):
     for field in fields(config_of(name)) + fields(Common):
         comment = comments[field.name]
         assert len(comment) > 10 and not comment.lower().startswith("of "), f"{name}.{field.name}"
-    assert not {field.name for field in fields(config_of(name))} & {field.name for field in fields(Common)}
+    assert not hints_of(config_of(name)).keys() & hints_of(Common).keys()
 
 
 @pytest.mark.parametrize("name", [None, *NAMES])
