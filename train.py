@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 
 from data.errors import give_reason, notice, run_program
 from engine import console
-from engine.config import as_yaml, load_config
+from engine.config import load_config
 from engine.help import help_for
 
 
@@ -18,81 +18,42 @@ def main(argv: list[str]) -> None:
         return print(text)
     run_config = load_config(argv)
     # these imports take seconds, so they wait until the configuration is known to be good
-    from data.dataset import load_datasets
-    from engine import checkpoint, logs, ranks
+    from engine import checkpoint, ranks
+    from engine.build import build, stored_yaml
     from engine.claim import release
     from engine.directory import changed_rates, choose_directory
-    from engine.dry_run import marked
+    from engine.dry_run import dry_run
     from engine.fingerprint import fingerprints
-    from engine.loop import Engine, Stopped
-    from engine.rollouts import OnlineEngine
-    from engine.score import critic_path
-    from model import load
-    from model.actor_critic import build_actor_critic
-    from model.build import build_policy, shard
-    from model.check import check_policy
-    from model.reward_model import build_reward_model
-    from rewards.functions import check_rewards
+    from engine.logs import Run
+    from engine.signals import Stopped
 
     common, config = run_config.common, run_config.config
     algorithm = importlib.import_module(f"algorithms.{common.algorithm}")
-    # until here it is an object of the class alone, without its file
-    config = algorithm.Config(**asdict(config))
     if "dry-run" in run_config.flags:
-        from engine.dry_run import dry_run
         return dry_run(run_config, algorithm.DATA)
     ranks.start_processes(common.deterministic)
-    rank, world = ranks.distributed()
+    rank, _ = ranks.distributed()
     place = None
     try:
         # a run named as start model stands for its model of now, and a resumed run must start from the same
         start_model = ranks.from_main(checkpoint.model_path, common.model, notice)
         common = replace(common, model=start_model)
-        values = asdict(common) | asdict(config)
-        # the stored configuration always says resume: auto, since `resume` concerns this process only
-        config_yaml = as_yaml(replace(common, resume="auto"), config)
+        config_yaml = stored_yaml(common, config)
         place = ranks.from_main(choose_directory, common.output, run_config.stem, common.resume, config_yaml)
-        start = place.start
-        run = logs.Run(place.directory, main=rank == 0)
+        run = Run(place.directory, main=rank == 0)
         if place.finished:
             ranks.from_main(run.take_back)
             run.notice(f"{place.directory} is finished already: nothing is trained, nothing in it is touched")
             return run.summary(chat=algorithm.MODEL != "reward")
-        if start:
-            ranks.from_main(lambda: run.check_started(fingerprints(values)))
-            if changed := ranks.from_main(changed_rates, place.directory, config_yaml):
+        if place.start:
+            ranks.from_main(run.check_started, ranks.from_main(fingerprints, asdict(common) | asdict(config)))
+            changed = ranks.from_main(changed_rates, place.directory, config_yaml)
+            if changed:
                 run.notice(changed)
-        tokenizer = load.load_tokenizer_for(common, common.model, run.notice)
-        load.check_path(config.reference or common.model, "reference")
-        train_set, eval_set, report = load_datasets(
-            common, algorithm.DATA, tokenizer, run.notice,
-            config.train_on, config.prompt_template, config.max_completion_length)
-        if algorithm.DATA == "prompts":
-            check_rewards(config, train_set + eval_set)
-        if start:
-            ranks.from_main(run.check_data, report)
-        for line in marked(train_set[0], tokenizer, most=400):
-            run.notice(line)
-        policy = build_policy(common, tokenizer, start)
-        check_policy(policy, train_set, common.share_prompt, run.notice)
-        if algorithm.MODEL == "reward":
-            policy = build_reward_model(policy, start or common.model, common.seed, run.notice)
-        if algorithm.MODEL == "actor_critic":
-            critic = critic_path(config.reward, tokenizer, run.notice)
-            policy = build_actor_critic(policy, common, tokenizer, config.share_value_trunk, critic, start, run.notice)
-        step = checkpoint.load_trainer(start)["step"] if start else 0
-        # once more: loading may have fetched another commit of a hub model
-        digests = ranks.from_main(fingerprints, values)
-        if start:
-            digests = ranks.from_main(run.check_digests, digests)
-        ranks.from_main(run.begin, config_yaml, report, digests, step)
-        run.notice(f"run {place.directory}" + (f", resumed from {start}" if start else ""))
-        if world > 1:
-            shard(policy)
-        kind = OnlineEngine if algorithm.DATA == "prompts" else Engine
-        engine = kind(common, policy, tokenizer, train_set, eval_set, run, algorithm.PROGRESS, start)
-        engine.try_saving()
+        _, config, engine = build(run_config._replace(common=common), run, place.start)
+        engine.saver.try_saving()
         algorithm.train(engine, config)
+        engine.finish()
         ranks.from_main(run.summary, algorithm.MODEL != "reward")      # all leave together
     except Stopped as stop:
         # resume=never would start another run, resume=PATH an older part of this one

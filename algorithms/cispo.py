@@ -26,6 +26,7 @@ from typing import Annotated
 
 import torch
 
+from engine.loop import Engine
 from engine.options import Count, Range, Sampling, TwoOrMore
 from engine.rollout import alike
 
@@ -49,8 +50,8 @@ def group_advantages(rewards):
     marks a completion without a reward; it counts nowhere."""
     advantages = []
     for group in rewards:
-        judged = group[~group.isnan()]
-        std = judged.std() if len(judged) > 1 else torch.tensor(0.0)
+        known = group[~group.isnan()]
+        std = known.std() if len(known) > 1 else torch.tensor(0.0)
         centered = group - group.nanmean() if not alike(group) else 0 * group
         advantages.append(centered / (std + 1e-4))
     return advantages
@@ -60,23 +61,24 @@ def cispo_loss(logps, old_logps, advantages, epsilon_high=5.0):
     """Three (N,) -> (losses (N,), metrics); nothing is reduced."""
     ratios = (logps - old_logps).exp().detach()                                         # (N,) rho
     losses = -ratios.clamp(max=epsilon_high) * advantages * logps                       # (N,) eq. 4 and 5
-    metrics = {"entropy": -logps, "cispo_clip_ratio": (ratios > epsilon_high) & (advantages > 0)}
-    return losses, metrics
+    is_clipped = (ratios > epsilon_high) & (advantages > 0)
+    return losses, {"entropy": -logps, "cispo_clip_ratio": is_clipped}
 
 
-def train(engine, config):
+def train(engine: Engine, config: Config):
     policy, optimizer = engine.policy, engine.optimizer
 
-    for rollout in engine.rollouts(config, config.num_generations, config.num_iterations, config.num_mini_batches):     # 1 sample
-        engine.score(rollout)                                                                                           # 2 reward
-        rollout["advantages"] = group_advantages(rollout["rewards"])                                                    # 3 advantage
+    for rollout in engine.rollouts(config):                        # 1 sample
+        engine.score(rollout)                                      # 2 reward
+        rollout.advantages = group_advantages(rollout.rewards)     # 3 advantage
         for step in engine.steps(rollout):
             for batch in step:                                     # 4 loss, one micro-batch
-                logps = policy(batch, config.temperature)          # (N,) of the sampled tokens; old_logps: when they were sampled
-                losses, metrics = cispo_loss(logps, engine.old_logps(batch, logps), batch.expand(batch.extra("advantages")),
-                                             config.epsilon_high)
+                logps = policy(batch, config.temperature)          # (N,) under the current policy
+                old_logps = engine.old_logps(batch, logps)         # (N,) when they were sampled
+                advantages = batch.expand(batch.extra("advantages"))      # (S,) -> (N,)
+                losses, metrics = cispo_loss(logps, old_logps, advantages, config.epsilon_high)
                 (losses.sum() / step.num_tokens).backward()        # mean over the tokens of the whole update
                 step.log(losses, metrics)
-            engine.clip_gradients()                                # 5 update; stops on a non-finite loss or norm before it
+            engine.clip_gradients()                                # 5 update; stops if loss or norm is not finite
             optimizer.step()
             optimizer.zero_grad()

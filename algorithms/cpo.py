@@ -23,6 +23,8 @@ from dataclasses import dataclass
 
 import torch.nn.functional as F
 
+from data.pack import Batch
+from engine.loop import Engine
 from engine.options import NonNegative, Options, Positive, Smoothing
 
 DATA = "pairs"                     # every row holds a prompt, a chosen and a rejected response
@@ -45,7 +47,7 @@ def cpo_loss(policy_chosen_logps, policy_rejected_logps, beta=0.1, label_smoothi
     rejected_rewards = beta * policy_rejected_logps                                     # (B,)
     margins = chosen_rewards - rejected_rewards                                         # (B,)
     losses = (-(1 - label_smoothing) * F.logsigmoid(margins)                            # (B,) eq. 5, first term
-              - label_smoothing * F.logsigmoid(-margins))                               # the pair the other way round
+              - label_smoothing * F.logsigmoid(-margins))                               # the labels swapped
     metrics = {
         "rewards/chosen": chosen_rewards,
         "rewards/rejected": rejected_rewards,
@@ -57,23 +59,25 @@ def cpo_loss(policy_chosen_logps, policy_rejected_logps, beta=0.1, label_smoothi
     return losses, metrics
 
 
-def train(engine, config):
+def train(engine: Engine, config: Config):
     policy, optimizer = engine.policy, engine.optimizer
 
-    def forward(batch):
-        logps = policy(batch)                                                              # (N,)
-        losses, metrics = cpo_loss(*batch.pairs(batch.sum(logps)), config.beta, config.label_smoothing,
-                                   policy.tolerance)
-        nll = -batch.chosen(logps)                                                         # (tokens of the chosen responses,)
+    def forward(batch: Batch):
+        logps = policy(batch)                                                           # (N,)
+        policy_chosen_logps, policy_rejected_logps = batch.pairs(batch.sum(logps))      # (B,), (B,)
+        losses, metrics = cpo_loss(policy_chosen_logps, policy_rejected_logps, config.beta,
+                                   config.label_smoothing, policy.tolerance)
+        nll = -batch.chosen(logps)                                                      # (tokens of the chosen responses,)
         return losses, nll, metrics | {"nll_loss": nll}
 
     for step in engine.steps():                                    # one optimizer update
         for batch in step:                                         # one micro-batch
             losses, nll, metrics = forward(batch)
-            # mean over the pairs, and over the chosen tokens, of the whole update
-            (losses.sum() / step.num_examples + config.cpo_alpha * nll.sum() / step.num_chosen_tokens).backward()
+            loss = losses.sum() / step.num_examples                # mean over the pairs of the whole update
+            nll_loss = nll.sum() / step.num_chosen_tokens          # mean over the chosen tokens of the whole update
+            (loss + config.cpo_alpha * nll_loss).backward()
             step.log((losses, config.cpo_alpha * nll), metrics)
-        engine.clip_gradients()                                    # stops on a non-finite loss or norm, before the update
+        engine.clip_gradients()                                    # stops here if loss or norm is not finite
         optimizer.step()
         optimizer.zero_grad()
         for batch in engine.eval_batches(step):                    # empty unless an evaluation is due

@@ -31,6 +31,7 @@ from dataclasses import dataclass
 
 import torch
 
+from engine.loop import Engine
 from engine.options import Count, Positive, Sampling, TwoOrMore, Whole
 from engine.rollout import alike
 
@@ -60,15 +61,16 @@ def group_advantages(rewards):
     marks a completion without a reward; it counts nowhere."""
     advantages = []
     for group in rewards:
-        judged = group[~group.isnan()]
-        std = judged.std() if len(judged) > 1 else torch.tensor(0.0)
+        known = group[~group.isnan()]
+        std = known.std() if len(known) > 1 else torch.tensor(0.0)
         centered = group - group.nanmean() if not alike(group) else 0 * group
         advantages.append(centered / (std + 1e-4))
     return advantages
 
 
 def soft_overlong(lengths, max_completion_length, cache):
-    """(G,) tokens -> (G,) punishments: 0 up to max_completion_length - cache, from there down to -1 at max_completion_length."""
+    """(G,) tokens -> (G,) penalties: 0 up to max_completion_length - cache, from there down to -1 at
+    max_completion_length."""
     return ((max_completion_length - cache - lengths) / cache).clamp(-1, 0)             # (G,) eq. 13
 
 
@@ -77,32 +79,43 @@ def dapo_loss(logps, old_logps, advantages, epsilon=0.2, epsilon_high=0.28):
     ratios = (logps - old_logps).exp()                                                  # (N,) rho
     clipped = ratios.clamp(1 - epsilon, 1 + epsilon_high)
     losses = -torch.min(ratios * advantages, clipped * advantages)                      # (N,) eq. 8
-    low, high = (ratios < 1 - epsilon) & (advantages < 0), (ratios > 1 + epsilon_high) & (advantages > 0)
-    metrics = {"entropy": -logps, "clip_ratio/low_mean": low, "clip_ratio/high_mean": high, "clip_ratio/region_mean": low | high}
+    low = (ratios < 1 - epsilon) & (advantages < 0)
+    high = (ratios > 1 + epsilon_high) & (advantages > 0)
+    metrics = {
+        "entropy": -logps,
+        "clip_ratio/low_mean": low,
+        "clip_ratio/high_mean": high,
+        "clip_ratio/region_mean": low | high,
+    }
     return losses, metrics
 
 
-def train(engine, config):
+def train(engine: Engine, config: Config):
     policy, optimizer = engine.policy, engine.optimizer
 
-    for rollout in engine.rollouts(config, config.num_generations, config.num_iterations, config.num_mini_batches):     # 1 sample
-        engine.score(rollout)                                                                                           # 2 reward
-        for attempt in range(config.max_resample_times if config.dynamic_sample and not rollout.restored else 0):
-            if flat := [i for i, group in enumerate(rollout["rewards"]) if alike(group)]:
+    for rollout in engine.rollouts(config):                        # 1 sample
+        engine.score(rollout)                                      # 2 reward
+        for attempt in range(config.max_resample_times if config.dynamic_sample else 0):
+            flat = [i for i, group in enumerate(rollout.rewards) if alike(group)]
+            if flat:
                 engine.resample(rollout, flat, attempt)            # other prompts in their place, sampled and scored
-        rewards = rollout["rewards"]
+        rewards = rollout.rewards
         if config.soft_overlong_cache:
-            punishments = [soft_overlong(lengths, config.max_completion_length, config.soft_overlong_cache) for lengths in rollout.lengths]
-            rewards = [group + punishment for group, punishment in zip(rewards, punishments)]
-            rollout.metrics["rewards/soft_overlong/mean"] = float(torch.cat(punishments).mean())
-        rollout["advantages"] = group_advantages(rewards)                                                               # 3 advantage
-        for step in engine.steps(rollout, rollout["truncated"] if config.mask_truncated_completions else None):
+            penalties = []
+            for lengths in rollout.lengths:
+                penalties.append(soft_overlong(lengths, config.max_completion_length, config.soft_overlong_cache))
+            rewards = [group + penalty for group, penalty in zip(rewards, penalties)]
+            rollout.metrics["rewards/soft_overlong/mean"] = float(torch.cat(penalties).mean())
+        rollout.advantages = group_advantages(rewards)             # 3 advantage
+        skip = rollout.truncated if config.mask_truncated_completions else None
+        for step in engine.steps(rollout, skip):
             for batch in step:                                     # 4 loss, one micro-batch
-                logps = policy(batch, config.temperature)          # (N,) of the sampled tokens; old_logps: when they were sampled
-                losses, metrics = dapo_loss(logps, engine.old_logps(batch, logps), batch.expand(batch.extra("advantages")),
-                                            config.epsilon, config.epsilon_high)
+                logps = policy(batch, config.temperature)          # (N,) under the current policy
+                old_logps = engine.old_logps(batch, logps)         # (N,) when they were sampled
+                advantages = batch.expand(batch.extra("advantages"))      # (S,) -> (N,)
+                losses, metrics = dapo_loss(logps, old_logps, advantages, config.epsilon, config.epsilon_high)
                 (losses.sum() / step.num_tokens).backward()        # mean over the tokens of the whole update
                 step.log(losses, metrics)
-            engine.clip_gradients()                                # 5 update; stops on a non-finite loss or norm before it
+            engine.clip_gradients()                                # 5 update; stops if loss or norm is not finite
             optimizer.step()
             optimizer.zero_grad()

@@ -17,6 +17,8 @@ Run:      python train.py example/tiny-dft.yml
 from dataclasses import dataclass
 from typing import Literal
 
+from data.pack import Batch
+from engine.loop import Engine
 from engine.options import Options
 
 DATA = "responses"                 # every row holds a prompt and one response
@@ -33,22 +35,25 @@ class Config(Options):
 
 def dft_loss(logps):
     """(N,) log-probs -> (losses (N,), metrics); nothing is reduced."""
-    return -logps.exp().detach() * logps, {"nll_loss": -logps}                          # eq. 9
+    losses = -logps.exp().detach() * logps                         # (N,) eq. 9
+    return losses, {"nll_loss": -logps}
 
 
-def train(engine, config):
+def train(engine: Engine, config: Config):
     policy, optimizer = engine.policy, engine.optimizer
 
-    def forward(batch):
-        return dft_loss(policy(batch))
+    def forward(batch: Batch):
+        logps = policy(batch)                                      # (N,)
+        return dft_loss(logps)
 
     for step in engine.steps():                                    # one optimizer update
         for batch in step:                                         # one micro-batch
             losses, metrics = forward(batch)
             (losses.sum() / step.num_tokens).backward()            # mean over the trained tokens of the whole update
             step.log(losses, metrics)
-        engine.clip_gradients()                                    # stops on a non-finite loss or norm, before the update
+        engine.clip_gradients()                                    # stops here if loss or norm is not finite
         optimizer.step()
         optimizer.zero_grad()
         for batch in engine.eval_batches(step):                    # empty unless an evaluation is due
-            step.log(*forward(batch), split="eval")
+            losses, metrics = forward(batch)
+            step.log(losses, metrics, split="eval")

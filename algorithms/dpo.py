@@ -28,6 +28,8 @@ from dataclasses import dataclass
 
 import torch.nn.functional as F
 
+from data.pack import Batch
+from engine.loop import Engine
 from engine.options import NonNegative, Options, Positive, Smoothing
 
 DATA = "pairs"                     # every row holds a prompt, a chosen and a rejected response
@@ -51,11 +53,13 @@ def dpo_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps,
              beta=0.1, label_smoothing=0.0, tie=0.0):
     """Four (B,) summed log-probs -> (losses (B,), metrics); nothing is reduced.
     `tie`: log-ratios that differ by less are equal."""
-    chosen_rewards = beta * (policy_chosen_logps - reference_chosen_logps)              # (B,) eq. 5
-    rejected_rewards = beta * (policy_rejected_logps - reference_rejected_logps)        # (B,)
+    chosen_logratios = policy_chosen_logps - reference_chosen_logps                     # (B,)
+    rejected_logratios = policy_rejected_logps - reference_rejected_logps               # (B,)
+    chosen_rewards = beta * chosen_logratios                                            # (B,) eq. 5
+    rejected_rewards = beta * rejected_logratios                                        # (B,)
     margins = chosen_rewards - rejected_rewards                                         # (B,)
     losses = (-(1 - label_smoothing) * F.logsigmoid(margins)                            # (B,) eq. 7
-              - label_smoothing * F.logsigmoid(-margins))                               # cDPO: the pair the other way round
+              - label_smoothing * F.logsigmoid(-margins))                               # cDPO: the labels swapped
     metrics = {
         "rewards/chosen": chosen_rewards,
         "rewards/rejected": rejected_rewards,
@@ -67,28 +71,26 @@ def dpo_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps,
     return losses, metrics
 
 
-def train(engine, config):
+def train(engine: Engine, config: Config):
     policy, optimizer = engine.policy, engine.optimizer
     reference = None if config.reference_free else engine.reference(config.reference)
 
-    def forward(batch):
-        logps = policy(batch)                                                              # (N,)
-        reference_logps = reference(batch) if reference else 0 * logps.detach()            # (N,)
-        policy_chosen_logps, policy_rejected_logps = batch.pairs(batch.sum(logps))         # (B,), (B,)
-        losses, metrics = dpo_loss(policy_chosen_logps, policy_rejected_logps, *batch.pairs(batch.sum(reference_logps)),
-                                   config.beta, config.label_smoothing, policy.tolerance)
-        nll = -batch.chosen(logps)                                                         # (tokens of the chosen responses,)
-        return losses, nll, metrics | {"nll_loss": nll}
+    def forward(batch: Batch):
+        logps = policy(batch)                                                           # (N,)
+        reference_logps = reference(batch) if reference else 0 * logps.detach()         # (N,)
+        policy_chosen_logps, policy_rejected_logps = batch.pairs(batch.sum(logps))      # (B,), (B,)
+        reference_chosen_logps, reference_rejected_logps = batch.pairs(batch.sum(reference_logps))
+        return dpo_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps,
+                        reference_rejected_logps, config.beta, config.label_smoothing, policy.tolerance)
 
     for step in engine.steps():                                    # one optimizer update
         for batch in step:                                         # one micro-batch
-            losses, nll, metrics = forward(batch)
-            # mean over the pairs, and over the chosen tokens, of the whole update
-            (losses.sum() / step.num_examples + config.rpo_alpha * nll.sum() / step.num_chosen_tokens).backward()
-            step.log((losses, config.rpo_alpha * nll), metrics)
-        engine.clip_gradients()                                    # stops on a non-finite loss or norm, before the update
+            losses, metrics = forward(batch)
+            (losses.sum() / step.num_examples).backward()          # mean over the pairs of the whole update
+            step.log(losses, metrics)
+        engine.clip_gradients()                                    # stops here if loss or norm is not finite
         optimizer.step()
         optimizer.zero_grad()
         for batch in engine.eval_batches(step):                    # empty unless an evaluation is due
-            losses, nll, metrics = forward(batch)
-            step.log((losses, config.rpo_alpha * nll), metrics, split="eval")
+            losses, metrics = forward(batch)
+            step.log(losses, metrics, split="eval")

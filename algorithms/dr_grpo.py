@@ -27,6 +27,7 @@ from dataclasses import dataclass
 
 import torch
 
+from engine.loop import Engine
 from engine.options import Count, Positive, Sampling, TwoOrMore
 from engine.rollout import alike
 
@@ -50,34 +51,52 @@ def group_advantages(rewards):
     marks a completion without a reward; it counts nowhere."""
     advantages = []
     for group in rewards:
-        advantages.append(group - group.nanmean() if not alike(group) else 0 * group)
+        centered = group - group.nanmean() if not alike(group) else 0 * group
+        advantages.append(centered)
     return advantages
 
 
-def dr_grpo_loss(logps, old_logps, advantages, epsilon=0.2, epsilon_high=0.2):
-    """Three (N,) -> (losses (N,), metrics); nothing is reduced."""
+def dr_grpo_loss(logps, old_logps, advantages, reference_logps=None, epsilon=0.2, epsilon_high=0.2, beta=0.0):
+    """Three or four (N,) -> (losses (N,), metrics); nothing is reduced."""
     ratios = (logps - old_logps).exp()                                                  # (N,) rho
     clipped = ratios.clamp(1 - epsilon, 1 + epsilon_high)
     losses = -torch.min(ratios * advantages, clipped * advantages)                      # (N,)
-    low, high = (ratios < 1 - epsilon) & (advantages < 0), (ratios > 1 + epsilon_high) & (advantages > 0)
-    metrics = {"entropy": -logps, "clip_ratio/low_mean": low, "clip_ratio/high_mean": high, "clip_ratio/region_mean": low | high}
+    low = (ratios < 1 - epsilon) & (advantages < 0)
+    high = (ratios > 1 + epsilon_high) & (advantages > 0)
+    metrics = {
+        "entropy": -logps,
+        "clip_ratio/low_mean": low,
+        "clip_ratio/high_mean": high,
+        "clip_ratio/region_mean": low | high,
+    }
+    if reference_logps is not None:
+        log_ratios = reference_logps - logps
+        kl = log_ratios.exp() - log_ratios - 1                                          # (N,) eq. 4
+        losses = losses + beta * kl
+        metrics["kl"] = kl
     return losses, metrics
 
 
-def train(engine, config):
+def train(engine: Engine, config: Config):
     policy, optimizer = engine.policy, engine.optimizer
+    reference = engine.reference(config.reference) if config.beta > 0 else None
 
-    for rollout in engine.rollouts(config, config.num_generations, config.num_iterations, config.num_mini_batches):     # 1 sample
-        engine.score(rollout)                                                                                           # 2 reward
-        rollout["advantages"] = group_advantages(rollout["rewards"])                                                    # 3 advantage
+    for rollout in engine.rollouts(config):                        # 1 sample
+        engine.score(rollout)                                      # 2 reward
+        rollout.advantages = group_advantages(rollout.rewards)     # 3 advantage
+        if reference:
+            rollout.once("reference_logps", engine.logps, reference, rollout)
         for step in engine.steps(rollout):
             for batch in step:                                     # 4 loss, one micro-batch
-                logps = policy(batch, config.temperature)          # (N,) of the sampled tokens; old_logps: when they were sampled
-                losses, metrics = dr_grpo_loss(logps, engine.old_logps(batch, logps), batch.expand(batch.extra("advantages")),
-                                               config.epsilon, config.epsilon_high)
-                losses = batch.sum(losses) / config.max_completion_length    # (S,) by a constant, not by each completion's length ...
-                (losses.sum() / step.num_responses).backward()               # ... and by the completions of the whole update
+                logps = policy(batch, config.temperature)          # (N,) under the current policy
+                old_logps = engine.old_logps(batch, logps)         # (N,) when they were sampled
+                advantages = batch.expand(batch.extra("advantages"))      # (S,) -> (N,)
+                reference_logps = batch.extra("reference_logps") if reference else None
+                losses, metrics = dr_grpo_loss(
+                    logps, old_logps, advantages, reference_logps, config.epsilon, config.epsilon_high, config.beta)
+                losses = batch.sum(losses) / config.max_completion_length      # (S,) by a constant, not by length
+                (losses.sum() / step.num_responses).backward()     # mean over the completions of the whole update
                 step.log(losses, metrics)
-            engine.clip_gradients()                                # 5 update; stops on a non-finite loss or norm before it
+            engine.clip_gradients()                                # 5 update; stops if loss or norm is not finite
             optimizer.step()
             optimizer.zero_grad()

@@ -31,6 +31,7 @@ from typing import Literal
 
 import torch
 
+from engine.loop import Engine
 from engine.options import Count, NonNegative, Positive, Sampling, TwoOrMore
 from engine.rollout import alike
 
@@ -59,17 +60,15 @@ class Config(Sampling):            # reward, temperature, max_completion_length,
         return self.beta > 0
 
 
-def group_advantages(rewards, scale_rewards="group", baseline=True):
+def group_advantages(rewards):
     """Per prompt (G,) rewards -> per prompt (G,) advantages, exactly 0 where the rewards are all alike. NaN
     marks a completion without a reward; it counts nowhere."""
-    everywhere = torch.cat(rewards)
     advantages = []
     for group in rewards:
-        judged = {"group": group, "batch": everywhere, "none": group}[scale_rewards]
-        judged = judged[~judged.isnan()]
-        std = judged.std() if len(judged) > 1 else torch.tensor(0.0)
+        known = group[~group.isnan()]
+        std = known.std() if len(known) > 1 else torch.tensor(0.0)
         centered = group - group.nanmean() if not alike(group) else 0 * group
-        advantages.append(group if not baseline else centered if scale_rewards == "none" else centered / (std + 1e-4))
+        advantages.append(centered / (std + 1e-4))
     return advantages
 
 
@@ -78,8 +77,14 @@ def grpo_loss(logps, old_logps, advantages, reference_logps=None, epsilon=0.2, e
     ratios = (logps - old_logps).exp()                                                  # (N,) rho
     clipped = ratios.clamp(1 - epsilon, 1 + epsilon_high)
     losses = -torch.min(ratios * advantages, clipped * advantages)                      # (N,) eq. 3
-    low, high = (ratios < 1 - epsilon) & (advantages < 0), (ratios > 1 + epsilon_high) & (advantages > 0)
-    metrics = {"entropy": -logps, "clip_ratio/low_mean": low, "clip_ratio/high_mean": high, "clip_ratio/region_mean": low | high}
+    low = (ratios < 1 - epsilon) & (advantages < 0)
+    high = (ratios > 1 + epsilon_high) & (advantages > 0)
+    metrics = {
+        "entropy": -logps,
+        "clip_ratio/low_mean": low,
+        "clip_ratio/high_mean": high,
+        "clip_ratio/region_mean": low | high,
+    }
     if reference_logps is not None:
         log_ratios = reference_logps - logps
         kl = log_ratios.exp() - log_ratios - 1                                          # (N,) eq. 4
@@ -88,24 +93,26 @@ def grpo_loss(logps, old_logps, advantages, reference_logps=None, epsilon=0.2, e
     return losses, metrics
 
 
-def train(engine, config):
+def train(engine: Engine, config: Config):
     policy, optimizer = engine.policy, engine.optimizer
-    reference = engine.frozen(config.reference) if config.beta > 0 else None
+    reference = engine.reference(config.reference) if config.beta > 0 else None
 
-    for rollout in engine.rollouts(config, config.num_generations, config.num_iterations, config.num_mini_batches):     # 1 sample
-        engine.score(rollout)                                                                                           # 2 reward
-        rollout["advantages"] = group_advantages(rollout["rewards"], config.scale_rewards, config.baseline)             # 3 advantage
+    for rollout in engine.rollouts(config):                        # 1 sample
+        engine.score(rollout)                                      # 2 reward
+        rollout.advantages = group_advantages(rollout.rewards)     # 3 advantage
         if reference:
-            rollout["reference_logps"] = engine.logps(reference, rollout)
-        for step in engine.steps(rollout, rollout["truncated"] if config.mask_truncated_completions else None):
+            rollout.once("reference_logps", engine.logps, reference, rollout)
+        for step in engine.steps(rollout):
             for batch in step:                                     # 4 loss, one micro-batch
-                logps = policy(batch, config.temperature)          # (N,) of the sampled tokens; old_logps: when they were sampled
+                logps = policy(batch, config.temperature)          # (N,) under the current policy
+                old_logps = engine.old_logps(batch, logps)         # (N,) when they were sampled
+                advantages = batch.expand(batch.extra("advantages"))      # (S,) -> (N,)
                 reference_logps = batch.extra("reference_logps") if reference else None
-                losses, metrics = grpo_loss(logps, engine.old_logps(batch, logps), batch.expand(batch.extra("advantages")),
-                                            reference_logps, config.epsilon, config.epsilon_high, config.beta)
-                losses = batch.mean(losses)                        # (S,) mean over the tokens of each completion ...
-                (losses.sum() / step.num_responses).backward()     # ... and over the completions of the whole update
+                losses, metrics = grpo_loss(
+                    logps, old_logps, advantages, reference_logps, config.epsilon, config.epsilon_high, config.beta)
+                losses = batch.mean(losses)                        # (S,) mean over the tokens of each completion
+                (losses.sum() / step.num_responses).backward()     # mean over the completions of the whole update
                 step.log(losses, metrics)
-            engine.clip_gradients()                                # 5 update; stops on a non-finite loss or norm before it
+            engine.clip_gradients()                                # 5 update; stops if loss or norm is not finite
             optimizer.step()
             optimizer.zero_grad()

@@ -28,6 +28,7 @@ from dataclasses import dataclass
 
 import torch
 
+from engine.loop import Engine
 from engine.options import Count, Positive, Sampling, TwoOrMore
 from engine.rollout import alike
 
@@ -51,39 +52,48 @@ def group_advantages(rewards):
     marks a completion without a reward; it counts nowhere."""
     advantages = []
     for group in rewards:
-        judged = group[~group.isnan()]
-        std = judged.std() if len(judged) > 1 else torch.tensor(0.0)
+        known = group[~group.isnan()]
+        std = known.std() if len(known) > 1 else torch.tensor(0.0)
         centered = group - group.nanmean() if not alike(group) else 0 * group
         advantages.append(centered / (std + 1e-4))                                      # eq. 6
     return advantages
 
 
 def gspo_loss(logps, old_logps, advantages, lengths, epsilon=3e-4, epsilon_high=4e-4):
-    """(N,), (N,), (S,), (S,) -> (losses (S,), metrics); nothing is reduced over completions."""
+    """(N,), (N,), (S,), S lengths -> (losses (S,), metrics); nothing is reduced over completions."""
     log_ratios = logps - old_logps                                                      # (N,)
-    if len(lengths):                                                                    # (S,) their means over each completion
-        log_ratios = torch.stack([tokens.mean() for tokens in log_ratios.split([int(length) for length in lengths])])
+    if len(lengths):
+        means = [tokens.mean() for tokens in log_ratios.split(list(map(int, lengths)))]
+        log_ratios = torch.stack(means)                                                 # (S,)
     ratios = log_ratios.exp()                                                           # (S,) s, eq. 7
     clipped = ratios.clamp(1 - epsilon, 1 + epsilon_high)
     losses = -torch.min(ratios * advantages, clipped * advantages)                      # (S,) eq. 5
-    low, high = (ratios < 1 - epsilon) & (advantages < 0), (ratios > 1 + epsilon_high) & (advantages > 0)
-    metrics = {"entropy": -logps, "clip_ratio/low_mean": low, "clip_ratio/high_mean": high, "clip_ratio/region_mean": low | high}
+    low = (ratios < 1 - epsilon) & (advantages < 0)
+    high = (ratios > 1 + epsilon_high) & (advantages > 0)
+    metrics = {
+        "entropy": -logps,
+        "clip_ratio/low_mean": low,
+        "clip_ratio/high_mean": high,
+        "clip_ratio/region_mean": low | high,
+    }
     return losses, metrics
 
 
-def train(engine, config):
+def train(engine: Engine, config: Config):
     policy, optimizer = engine.policy, engine.optimizer
 
-    for rollout in engine.rollouts(config, config.num_generations, config.num_iterations, config.num_mini_batches):     # 1 sample
-        engine.score(rollout)                                                                                           # 2 reward
-        rollout["advantages"] = group_advantages(rollout["rewards"])                                                    # 3 advantage
+    for rollout in engine.rollouts(config):                        # 1 sample
+        engine.score(rollout)                                      # 2 reward
+        rollout.advantages = group_advantages(rollout.rewards)     # 3 advantage
         for step in engine.steps(rollout):
             for batch in step:                                     # 4 loss, one micro-batch
-                logps = policy(batch, config.temperature)          # (N,) of the sampled tokens; old_logps: when they were sampled
-                losses, metrics = gspo_loss(logps, engine.old_logps(batch, logps), batch.extra("advantages"), batch.lengths,
-                                            config.epsilon, config.epsilon_high)
+                logps = policy(batch, config.temperature)          # (N,) under the current policy
+                old_logps = engine.old_logps(batch, logps)         # (N,) when they were sampled
+                advantages = batch.extra("advantages")             # (S,)
+                losses, metrics = gspo_loss(
+                    logps, old_logps, advantages, batch.lengths, config.epsilon, config.epsilon_high)
                 (losses.sum() / step.num_responses).backward()     # mean over the completions of the whole update
                 step.log(losses, metrics)
-            engine.clip_gradients()                                # 5 update; stops on a non-finite loss or norm before it
+            engine.clip_gradients()                                # 5 update; stops if loss or norm is not finite
             optimizer.step()
             optimizer.zero_grad()

@@ -23,6 +23,8 @@ Run:      python train.py example/tiny-ipo.yml
 """
 from dataclasses import dataclass
 
+from data.pack import Batch
+from engine.loop import Engine
 from engine.options import Options, Positive
 
 DATA = "pairs"                     # every row holds a prompt, a chosen and a rejected response
@@ -47,11 +49,14 @@ def ipo_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps,
     `tie`: log-ratios that differ by less are equal."""
     chosen_logratios = policy_chosen_logps - reference_chosen_logps                     # (B,)
     rejected_logratios = policy_rejected_logps - reference_rejected_logps               # (B,)
+    chosen_rewards = beta * chosen_logratios                                            # (B,)
+    rejected_rewards = beta * rejected_logratios                                        # (B,)
+    margins = beta * (chosen_logratios - rejected_logratios)                            # (B,)
     losses = (chosen_logratios - rejected_logratios - 1 / (2 * beta)) ** 2              # (B,) eq. 17
     metrics = {
-        "rewards/chosen": beta * chosen_logratios,
-        "rewards/rejected": beta * rejected_logratios,
-        "rewards/margins": beta * (chosen_logratios - rejected_logratios),
+        "rewards/chosen": chosen_rewards,
+        "rewards/rejected": rejected_rewards,
+        "rewards/margins": margins,
         "rewards/accuracies": chosen_logratios - rejected_logratios > tie,
         "logps/chosen": policy_chosen_logps,
         "logps/rejected": policy_rejected_logps,
@@ -59,26 +64,28 @@ def ipo_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps,
     return losses, metrics
 
 
-def train(engine, config):
+def train(engine: Engine, config: Config):
     policy, optimizer = engine.policy, engine.optimizer
     reference = engine.reference(config.reference)
 
-    def forward(batch):
-        per_response = batch.mean if config.average_log_prob else batch.sum                # (N,) -> (2 B,)
-        logps = policy(batch)                                                              # (N,)
-        tie = policy.tolerance                                                             # of a sum
-        if config.average_log_prob:
-            tie = sum(batch.pairs(batch.per_token(policy.tolerance)))                      # (B,) of two means
-        policy_logps, reference_logps = per_response(logps), per_response(reference(batch))
-        return ipo_loss(*batch.pairs(policy_logps), *batch.pairs(reference_logps), config.beta, tie)
+    def forward(batch: Batch):
+        per_response = batch.mean if config.average_log_prob else batch.sum             # (N,) -> (2 B,)
+        logps = policy(batch)                                                           # (N,)
+        reference_logps = reference(batch)                                              # (N,)
+        policy_chosen_logps, policy_rejected_logps = batch.pairs(per_response(logps))   # (B,), (B,)
+        reference_chosen_logps, reference_rejected_logps = batch.pairs(per_response(reference_logps))
+        ties = sum(batch.pairs(batch.per_token(policy.tolerance)))                      # (B,) for two means
+        return ipo_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps,
+                        reference_rejected_logps, config.beta, ties if config.average_log_prob else policy.tolerance)
 
     for step in engine.steps():                                    # one optimizer update
         for batch in step:                                         # one micro-batch
             losses, metrics = forward(batch)
             (losses.sum() / step.num_examples).backward()          # mean over the pairs of the whole update
             step.log(losses, metrics)
-        engine.clip_gradients()                                    # stops on a non-finite loss or norm, before the update
+        engine.clip_gradients()                                    # stops here if loss or norm is not finite
         optimizer.step()
         optimizer.zero_grad()
         for batch in engine.eval_batches(step):                    # empty unless an evaluation is due
-            step.log(*forward(batch), split="eval")
+            losses, metrics = forward(batch)
+            step.log(losses, metrics, split="eval")

@@ -23,12 +23,14 @@ Differs:  y' never comes from the same prompt (the paper's code takes a neighbou
           all training rows.
 Run:      python train.py example/tiny-kto.yml
 """
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 
 from data.errors import UserError
-from data.pack import Example
+from data.pack import Batch, Example
+from engine.loop import Engine
 from engine.options import Options, Positive
 
 DATA = "labelled"                  # every row holds a prompt, one response and whether it is desirable
@@ -66,7 +68,7 @@ def kto_loss(policy_logps, reference_logps, labels, kl, beta=0.1, desirable_weig
     return losses, metrics
 
 
-def lenders(examples: list) -> list:
+def lenders(examples: list[Example]) -> list[Example | None]:
     """For every example the nearest one before it that has another prompt and is no other turn of the same
     conversation; before the first comes the last. None where there is none."""
     prompts = [example.prompt.tobytes() for example in examples]
@@ -83,7 +85,7 @@ def lenders(examples: list) -> list:
     return found
 
 
-def lenders_of_data(engine) -> dict:
+def lenders_of_data(engine: Engine) -> dict[int, Example]:
     """id(example) -> the lender among all training rows; held-out rows come after these."""
     train_set, eval_set = engine.train_set, engine.eval_set
     found = lenders(train_set)
@@ -92,54 +94,64 @@ def lenders_of_data(engine) -> dict:
         raise UserError(f"kto: no training row has another prompt than {alone}, and z0 "
                         "needs a response to another prompt; fix: add rows with other prompts")
     after = lenders(train_set + eval_set)[len(train_set):]
-    return dict(zip(map(id, train_set + eval_set), found + after))
+    return {id(example): lender for example, lender in zip(train_set + eval_set, found + after)}
 
 
-def mismatched(examples: list, max_length: int, of_data: dict) -> list:
+def mismatched(examples: list[Example], max_length: int, of_data: dict[int, Example]) -> list[Example]:
     """Every prompt of an update (or of the held-out rows) with its lender's response: the lender among these
     examples, and where all of them have one prompt, as in an update of a single row, the one among the data.
-    Where the two together exceed max_length, the prompt loses its beginning: both lengths were checked in
-    other company."""
+    Where the two together exceed max_length, the prompt loses its beginning: prompt and response were
+    length-checked with other partners."""
     others = lenders(examples)
     if None in others:
         others = [of_data[id(example)] for example in examples]
-    responses = [other.responses[0] for other in others]
-    return [Example(example.prompt[-(max_length - len(response.tokens)):], [response], example.where)
-            for example, response in zip(examples, responses)]
+    made = []
+    for example, other in zip(examples, others):
+        response = other.responses[0]
+        room = max_length - len(response.tokens)
+        made.append(Example(example.prompt[-room:], [response], example.where))
+    return made
 
 
-def advise_weights(train_set, config) -> str:
+def advise_weights(train_set: list[Example], config: Config) -> str:
     """The counts of both labels and the weights that the paper's section 4.2 admits for them."""
     desirable = sum(example.extras["label"] for example in train_set)
     undesirable = len(train_set) - desirable
     least = config.undesirable_weight * undesirable / desirable
-    inside = least <= config.desirable_weight <= 4 / 3 * least
-    return (f"{'' if inside else 'warning: '}{desirable} desirable and {undesirable} undesirable rows: with undesirable_weight "
-            f"{config.undesirable_weight:g}, desirable_weight is best between {least:.3g} and {4 / 3 * least:.3g}, "
-            f"and it is {config.desirable_weight:g}")
+    is_inside = least <= config.desirable_weight <= 4 / 3 * least
+    counts = f"{desirable} desirable and {undesirable} undesirable rows"
+    best = f"desirable_weight is best between {least:.3g} and {4 / 3 * least:.3g}"
+    return (f"{'' if is_inside else 'warning: '}{counts}: with undesirable_weight {config.undesirable_weight:g}, "
+            f"{best}, and it is {config.desirable_weight:g}")
 
 
-def train(engine, config):
+def train(engine: Engine, config: Config):
     policy, optimizer = engine.policy, engine.optimizer
     max_length = engine.config.max_length
     engine.notice(advise_weights(engine.train_set, config))
     of_data = lenders_of_data(engine)
     held_out = mismatched(engine.eval_set, max_length, of_data)
-    borrowed = [example for rows in engine.updates() for example in mismatched(rows, max_length, of_data)]
+    borrowed = []
+    for rows in engine.plan.all_rows():
+        borrowed += mismatched([engine.train_set[row] for row in rows], max_length, of_data)
     reference = engine.reference(config.reference, held_out + borrowed)
 
     @torch.no_grad()
-    def estimate_kl(batches):
+    def estimate_kl(batches: Iterable[Batch]):
         """z0 of a whole update, from the micro-batches of its mismatched examples."""
         total, count = 0.0, 0
         for batch in batches:
             total += float((policy(batch) - reference(batch)).sum())
             count += len(batch.examples)
-        return torch.tensor(max(0.0, engine.mean(total, count)), device=policy.device)     # the mean first, then the clamp
+        mean = engine.mean(total, count)
+        return torch.tensor(max(0.0, mean), device=policy.device)  # the mean first, then the clamp
 
-    def forward(batch, kl):
-        labels = torch.tensor([e.extras["label"] for e in batch.examples], dtype=torch.bool, device=policy.device)      # (B,)
-        return kto_loss(batch.sum(policy(batch)), batch.sum(reference(batch)), labels, kl,
+    def forward(batch: Batch, kl):
+        labels = [example.extras["label"] for example in batch.examples]
+        labels = torch.tensor(labels, dtype=torch.bool, device=policy.device)           # (B,)
+        policy_logps = batch.sum(policy(batch))                                         # (B,)
+        reference_logps = batch.sum(reference(batch))                                   # (B,)
+        return kto_loss(policy_logps, reference_logps, labels, kl,
                         config.beta, config.desirable_weight, config.undesirable_weight)
 
     for step in engine.steps():                                    # one optimizer update
@@ -149,9 +161,10 @@ def train(engine, config):
             losses, metrics = forward(batch, kl)
             (losses.sum() / step.num_examples).backward()          # mean over the examples of the whole update
             step.log(losses, metrics)
-        engine.clip_gradients()                                    # stops on a non-finite loss or norm, before the update
+        engine.clip_gradients()                                    # stops here if loss or norm is not finite
         optimizer.step()
         optimizer.zero_grad()
         kl = estimate_kl(engine.eval_batches(step, held_out))
         for batch in engine.eval_batches(step):                    # empty unless an evaluation is due
-            step.log(*forward(batch, kl), split="eval")
+            losses, metrics = forward(batch, kl)
+            step.log(losses, metrics, split="eval")

@@ -27,6 +27,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from data.pack import Batch
+from engine.loop import Engine
 from engine.options import Options, Positive
 
 DATA = "pairs"                     # every row holds a prompt, a chosen and a rejected response
@@ -43,8 +45,8 @@ def log_odds(logps):
     """log( P / (1 - P) ) for P = exp(logps), in fp32 and finite for every logps <= 0; the same shape."""
     logps = logps.float().clamp(max=-1e-7)
     # log(1 - exp(x)): expm1 keeps the digits near 0, log1p those far below
-    log1mexp = torch.where(logps > -0.6931472, torch.log(-torch.expm1(logps)), torch.log1p(-torch.exp(logps)))
-    return logps - log1mexp
+    near, far = torch.log(-torch.expm1(logps)), torch.log1p(-torch.exp(logps))
+    return logps - torch.where(logps > -0.6931472, near, far)
 
 
 def orpo_loss(policy_chosen_logps, policy_rejected_logps, beta=0.1, tie=0.0):
@@ -53,7 +55,7 @@ def orpo_loss(policy_chosen_logps, policy_rejected_logps, beta=0.1, tie=0.0):
     `tie`: log-probs that differ by less are equal."""
     log_odds_chosen = log_odds(policy_chosen_logps) - log_odds(policy_rejected_logps)   # (B,) eq. 4
     log_odds_ratio = F.logsigmoid(log_odds_chosen)                                      # (B,)
-    losses = -beta * log_odds_ratio                                                     # (B,) eq. 7, times lambda as in eq. 6
+    losses = -beta * log_odds_ratio                                                     # (B,) eq. 7, weighted as in eq. 6
     metrics = {
         "log_odds_chosen": log_odds_chosen,
         "log_odds_ratio": log_odds_ratio,
@@ -67,23 +69,25 @@ def orpo_loss(policy_chosen_logps, policy_rejected_logps, beta=0.1, tie=0.0):
     return losses, metrics
 
 
-def train(engine, config):
+def train(engine: Engine, config: Config):
     policy, optimizer = engine.policy, engine.optimizer
 
-    def forward(batch):
-        logps = policy(batch)                                                              # (N,)
-        tie = sum(batch.pairs(batch.per_token(policy.tolerance)))                          # (B,) of two means
-        losses, metrics = orpo_loss(*batch.pairs(batch.mean(logps)), config.beta, tie)
-        nll = -batch.chosen(logps)                                                         # (tokens of the chosen responses,)
+    def forward(batch: Batch):
+        logps = policy(batch)                                                           # (N,)
+        policy_chosen_logps, policy_rejected_logps = batch.pairs(batch.mean(logps))     # (B,), (B,)
+        ties = sum(batch.pairs(batch.per_token(policy.tolerance)))                      # (B,) for two means
+        losses, metrics = orpo_loss(policy_chosen_logps, policy_rejected_logps, config.beta, ties)
+        nll = -batch.chosen(logps)                                                      # (tokens of the chosen responses,)
         return losses, nll, metrics | {"nll_loss": nll}
 
     for step in engine.steps():                                    # one optimizer update
         for batch in step:                                         # one micro-batch
             losses, nll, metrics = forward(batch)
-            # mean over the pairs, and over the chosen tokens, of the whole update
-            (losses.sum() / step.num_examples + nll.sum() / step.num_chosen_tokens).backward()
+            loss = losses.sum() / step.num_examples                # mean over the pairs of the whole update
+            nll_loss = nll.sum() / step.num_chosen_tokens          # mean over the chosen tokens of the whole update
+            (loss + nll_loss).backward()
             step.log((losses, nll), metrics)
-        engine.clip_gradients()                                    # stops on a non-finite loss or norm, before the update
+        engine.clip_gradients()                                    # stops here if loss or norm is not finite
         optimizer.step()
         optimizer.zero_grad()
         for batch in engine.eval_batches(step):                    # empty unless an evaluation is due

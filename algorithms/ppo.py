@@ -41,6 +41,7 @@ from typing import Literal
 
 import torch
 
+from engine.loop import Engine
 from engine.options import Count, Fraction, NonNegative, Positive, Probability, Sampling, Whole
 from engine.rollout import alike
 
@@ -81,50 +82,67 @@ class Config(Sampling):            # reward, temperature, max_completion_length,
 
 
 def token_rewards(score, log_ratios, kl_coef=0.05, kl_estimator="k1"):
-    """Of one completion: score (1,), log pi_old - log pi_ref (L,) -> rewards (L,); all NaN where the score is."""
-    kl = {"k1": log_ratios, "k2": log_ratios ** 2 / 2, "k3": (-log_ratios).exp() - 1 + log_ratios}[kl_estimator]
+    """For one completion: score (1,), log pi_old - log pi_ref (L,) -> rewards (L,); all NaN where the score is."""
+    if kl_estimator == "k1":
+        kl = log_ratios
+    elif kl_estimator == "k2":
+        kl = log_ratios ** 2 / 2
+    else:
+        kl = (-log_ratios).exp() - 1 + log_ratios
     rewards = -kl_coef * kl + 0 * score
     rewards[-1] += score[0]
     return rewards
 
 
 def gae(rewards, values, gamma=1.0, lam=0.95):
-    """Of one completion: rewards (L,), values (L,) -> (advantages (L,), returns (L,))."""
+    """For one completion: rewards (L,), values (L,) -> (advantages (L,), returns (L,))."""
     advantages, advantage, next_value = [], 0.0, 0.0
     for reward, value in zip(reversed(rewards.tolist()), reversed(values.tolist())):
         delta = reward + gamma * next_value - value
-        advantage, next_value = delta + gamma * lam * advantage, value                  # eq. 16 of GAE, from the end
+        advantage = delta + gamma * lam * advantage                # eq. 16 of GAE, from the end
+        next_value = value
         advantages.append(advantage)
     advantages = torch.tensor(advantages[::-1], dtype=torch.float64)
     return advantages, advantages + values
 
 
 def whiten(parts, shift_mean=True):
-    """A list of (L,) -> the same with a standard deviation of 1, and with mean 0 or the mean they have, over all entries of all.
-    NaN, of completions without a reward, counts nowhere."""
-    everywhere = torch.cat(parts)
-    everywhere = everywhere[~everywhere.isnan()]
-    if alike(everywhere):
+    """A list of (L,) -> the same, over all entries together with variance 1 (the unbiased one: REINFORCE++'s is
+    biased), and with mean 0 or the mean they have. NaN, for completions without a reward, counts nowhere."""
+    known = torch.cat(parts)
+    known = known[~known.isnan()]
+    if alike(known):
         return [0 * part for part in parts] if shift_mean else parts
-    mean, var = everywhere.mean(), everywhere.var() if len(everywhere) > 1 else torch.tensor(0.0)
-    return [(part - mean) * torch.rsqrt(var + 1e-8) + (0.0 if shift_mean else mean) for part in parts]
+    mean = known.mean()
+    variance = known.var() if len(known) > 1 else torch.tensor(0.0)
+    target = 0.0 if shift_mean else mean
+    return [(part - mean) * torch.rsqrt(variance + 1e-8) + target for part in parts]
 
 
 def ppo_policy_loss(logps, old_logps, advantages, cliprange=0.2):
     """Three (N,) -> (losses (N,), metrics); nothing is reduced."""
     log_ratios = logps - old_logps
     ratios = log_ratios.exp()                                                           # (N,) rho
-    plain, clipped = ratios * advantages, ratios.clamp(1 - cliprange, 1 + cliprange) * advantages
+    plain = ratios * advantages
+    clipped = ratios.clamp(1 - cliprange, 1 + cliprange) * advantages
     losses = -torch.min(plain, clipped)                                                 # (N,) eq. 7
-    return losses, {"loss/policy_avg": losses, "policy/approxkl_avg": log_ratios ** 2 / 2, "policy/clipfrac_avg": clipped < plain,
-                    "policy/entropy_avg": -logps, "val/ratio": ratios, "val/ratio_var": (ratios - 1) ** 2}
+    metrics = {
+        "loss/policy_avg": losses,
+        "policy/approxkl_avg": log_ratios ** 2 / 2,
+        "policy/clipfrac_avg": clipped < plain,
+        "policy/entropy_avg": -logps,
+        "val/ratio": ratios,
+        "val/ratio_var": (ratios - 1) ** 2,
+    }
+    return losses, metrics
 
 
 def ppo_value_loss(values, old_values, returns, cliprange_value=0.2):
     """Three (N,) -> (losses (N,), metrics); nothing is reduced."""
     # not old_values + (values - old_values).clamp(...): so a value within the range is itself to the bit
     clipped = values.clamp(old_values - cliprange_value, old_values + cliprange_value)
-    errors, clipped_errors = (values - returns) ** 2, (clipped - returns) ** 2
+    errors = (values - returns) ** 2
+    clipped_errors = (clipped - returns) ** 2
     losses = torch.max(errors, clipped_errors) / 2                                      # (N,)
     return losses, {"loss/value_avg": losses, "val/clipfrac_avg": clipped_errors > errors}
 
@@ -134,48 +152,58 @@ def rollout_metrics(rollout, rewards, advantages) -> dict:
     def sums(parts):
         return torch.stack([part.sum() for part in parts])
 
-    scores, rlhf_rewards = torch.cat(rollout["scores"]), sums(rewards)
-    returns, advantages = torch.cat(rollout["returns"]), torch.cat(advantages)
-    known = ~returns.isnan()                                       # a completion without a reward has no return
-    spread, rest = (x[known].var() if known.sum() > 1 else torch.tensor(0.0) for x in (returns, advantages))
+    scores, rlhf_rewards, old_logps = torch.cat(rollout.scores), sums(rewards), sums(rollout.old_logps)
+    returns, advantages = torch.cat(rollout.returns), torch.cat(advantages)
     metrics = {
-        "objective/scores": scores.nanmean(), "objective/rlhf_reward": rlhf_rewards.nanmean(),
+        "objective/scores": scores.nanmean(),
+        "objective/rlhf_reward": rlhf_rewards.nanmean(),
         "objective/non_score_reward": (rlhf_rewards - scores).nanmean(),
-        "objective/kl": (sums(rollout["old_logps"]) - sums(rollout["reference_logps"])).mean(),
-        "objective/entropy": -sums(rollout["old_logps"]).mean(),
-        "val/mean": torch.cat(rollout["old_values"]).mean(), "val/num_eos_tokens": (~torch.cat(rollout["truncated"])).sum(),
-        **({"val/explained_variance": 1 - rest / spread} if spread > 0 else {})}
+        "objective/kl": (old_logps - sums(rollout.reference_logps)).mean(),
+        "objective/entropy": -old_logps.mean(),
+        "val/mean": torch.cat(rollout.old_values).mean(),
+        "val/num_eos_tokens": (~torch.cat(rollout.truncated)).sum(),
+    }
+    known = ~returns.isnan()                                       # a completion without a reward has no return
+    if known.sum() > 1 and returns[known].var() > 0:
+        metrics["val/explained_variance"] = 1 - advantages[known].var() / returns[known].var()
     return {name: float(value) for name, value in metrics.items() if not value.isnan()}      # means over none
 
 
-def train(engine, config):
-    policy, optimizer = engine.policy, engine.optimizer            # of the policy and its critic
-    reference = engine.frozen(config.reference)
+def train(engine: Engine, config: Config):
+    policy, optimizer = engine.policy, engine.optimizer            # the weights of the policy and its critic
+    reference = engine.reference(config.reference)
+    penalty = config.missing_eos_penalty or 0.0
 
-    for rollout in engine.rollouts(config, 1, config.num_ppo_epochs, config.num_mini_batches,                  # 1 sample
-                                   config.num_sample_generations):
-        engine.score(rollout)                                                                                  # 2 reward
-        if not rollout.restored:                                   # what a checkpoint holds of a rollout has them already
-            rollout["old_logps"], rollout["old_values"] = engine.logps_and_values(rollout)
-            rollout["reference_logps"] = engine.logps(reference, rollout)
-        rollout["scores"] = [reward - (config.missing_eos_penalty or 0.0) * truncated                          # (1,) per completion
-                             for reward, truncated in zip(rollout["rewards"], rollout["truncated"])]
-        rewards = [token_rewards(score, logps - reference_logps, config.kl_coef, config.kl_estimator)          # (L,)
-                   for score, logps, reference_logps in zip(*map(rollout.__getitem__, ("scores", "old_logps", "reference_logps")))]
-        returned = whiten(rewards, shift_mean=False) if config.whiten_rewards else rewards                     # 3 advantage
-        pairs = (gae(*pair, config.gamma, config.lam) for pair in zip(returned, rollout["old_values"]))
-        advantages, rollout["returns"] = zip(*pairs)
-        rollout["advantages"] = whiten(advantages)
+    for rollout in engine.rollouts(config, config.num_sample_generations):                   # 1 sample
+        engine.score(rollout)                                                                # 2 reward
+        rollout.once(("old_logps", "old_values"), engine.logps_and_values, rollout)
+        rollout.once("reference_logps", engine.logps, reference, rollout)
+        scores, rewards = [], []
+        completions = zip(rollout.rewards, rollout.truncated, rollout.old_logps, rollout.reference_logps)
+        for reward, truncated, old_logps, reference_logps in completions:
+            score = reward - penalty * truncated                                             # (1,)
+            scores.append(score)
+            log_ratios = old_logps - reference_logps                                         # (L,)
+            rewards.append(token_rewards(score, log_ratios, config.kl_coef, config.kl_estimator))
+        returned = whiten(rewards, shift_mean=False) if config.whiten_rewards else rewards
+        advantages, returns = [], []
+        for token_reward, old_values in zip(returned, rollout.old_values):                   # 3 advantage
+            advantage, value_target = gae(token_reward, old_values, config.gamma, config.lam)
+            advantages.append(advantage)
+            returns.append(value_target)
+        rollout.scores, rollout.returns, rollout.advantages = scores, returns, whiten(advantages)
         rollout.metrics |= rollout_metrics(rollout, rewards, advantages) | engine.episodes(rollout)
-
         for step in engine.steps(rollout):
             for batch in step:                                     # 4 loss, one micro-batch
-                logps, values = policy(batch, config.temperature, values=True)      # (N,), (N,); old_logps: when they were sampled
-                policy_losses, metrics = ppo_policy_loss(logps, engine.old_logps(batch, logps), batch.extra("advantages"), config.cliprange)
-                value_losses, more = ppo_value_loss(values, batch.extra("old_values"), batch.extra("returns"), config.cliprange_value)
+                logps, values = policy(batch, config.temperature, values=True)               # (N,), (N,)
+                old_logps = engine.old_logps(batch, logps)         # (N,) when they were sampled
+                policy_losses, metrics = ppo_policy_loss(
+                    logps, old_logps, batch.extra("advantages"), config.cliprange)
+                value_losses, value_metrics = ppo_value_loss(
+                    values, batch.extra("old_values"), batch.extra("returns"), config.cliprange_value)
                 losses = policy_losses + config.vf_coef * value_losses
                 (losses.sum() / step.num_tokens).backward()        # mean over the tokens of the whole update
-                step.log(losses, metrics | more)
-            engine.clip_gradients()                                # 5 update; stops on a non-finite loss or norm before it
+                step.log(losses, metrics | value_metrics)
+            engine.clip_gradients()                                # 5 update; stops if loss or norm is not finite
             optimizer.step()
             optimizer.zero_grad()

@@ -32,6 +32,7 @@ from dataclasses import dataclass
 import torch
 
 from data.errors import UserError
+from engine.loop import Engine
 from engine.options import Count, NonNegative, Positive, Sampling
 from engine.rollout import alike
 
@@ -69,21 +70,24 @@ def center(group):
 
 
 def token_returns(rewards, kl, lengths, kl_coef=0.01):
-    """(G,), per token (N,), (G,) tokens -> (N,): a completion's reward less kl_coef times the KL from each token to its end."""
-    kl = kl.double().split([int(length) for length in lengths])
-    ahead = [tokens.flip(0).cumsum(0).flip(0) for tokens in kl]
-    return torch.cat([reward - kl_coef * tokens for reward, tokens in zip(rewards, ahead)])      # (N,) R
+    """(G,), per token (N,), (G,) tokens -> (N,): a completion's reward less kl_coef times the KL from each token to
+    its end."""
+    returns = []
+    for reward, tokens in zip(rewards, kl.double().split([int(length) for length in lengths])):
+        ahead = tokens.flip(0).cumsum(0).flip(0)                                        # (L,) KL from here to the end
+        returns.append(reward - kl_coef * ahead)
+    return torch.cat(returns)                                                           # (N,) R
 
 
 def whiten(returns):
-    """Per prompt (N,) -> per prompt (N,), in all of them together with mean 0 and variance 1. NaN marks tokens without a reward; they
-    count nowhere."""
-    judged = torch.cat(returns)
-    judged = judged[~judged.isnan()]
-    if alike(judged):
+    """Per prompt (N,) -> per prompt (N,), over all of them together with mean 0 and variance 1 (the biased one:
+    PPO's is unbiased). NaN marks tokens without a reward; they count nowhere."""
+    known = torch.cat(returns)
+    known = known[~known.isnan()]
+    if alike(known):
         return [0 * tokens for tokens in returns]
-    std = judged.var(correction=0).clamp(min=1e-8).sqrt()
-    return [(tokens - judged.mean()) / std for tokens in returns]
+    std = known.var(correction=0).clamp(min=1e-8).sqrt()
+    return [(tokens - known.mean()) / std for tokens in returns]
 
 
 def reinforce_loss(logps, old_logps, advantages, epsilon=0.2, epsilon_high=0.2):
@@ -91,32 +95,45 @@ def reinforce_loss(logps, old_logps, advantages, epsilon=0.2, epsilon_high=0.2):
     ratios = (logps - old_logps).exp()                                                  # (N,) rho
     clipped = ratios.clamp(1 - epsilon, 1 + epsilon_high)
     losses = -torch.min(ratios * advantages, clipped * advantages)                      # (N,)
-    low, high = (ratios < 1 - epsilon) & (advantages < 0), (ratios > 1 + epsilon_high) & (advantages > 0)
-    metrics = {"entropy": -logps, "clip_ratio/low_mean": low, "clip_ratio/high_mean": high, "clip_ratio/region_mean": low | high}
+    low = (ratios < 1 - epsilon) & (advantages < 0)
+    high = (ratios > 1 + epsilon_high) & (advantages > 0)
+    metrics = {
+        "entropy": -logps,
+        "clip_ratio/low_mean": low,
+        "clip_ratio/high_mean": high,
+        "clip_ratio/region_mean": low | high,
+    }
     return losses, metrics
 
 
-def train(engine, config):
+def train(engine: Engine, config: Config):
     policy, optimizer = engine.policy, engine.optimizer
-    reference = engine.frozen(config.reference) if config.kl_coef > 0 else None
+    reference = engine.reference(config.reference) if config.kl_coef > 0 else None
 
-    for rollout in engine.rollouts(config, config.num_generations, config.num_iterations, config.num_mini_batches):     # 1 sample
-        engine.score(rollout)                                                                                           # 2 reward
-        rewards = [center(group) for group in rollout["rewards"]] if config.baseline else rollout["rewards"]
-        if not rollout.restored and reference:
-            rollout["old_logps"] = engine.logps(policy, rollout)
-            rollout["kl"] = [old - other for old, other in zip(rollout["old_logps"], engine.logps(reference, rollout))]
-        elif not rollout.restored:
-            rollout["kl"] = [torch.zeros_like(logps) for logps in rollout["sampler_logps"]]
-        rollout["advantages"] = whiten([token_returns(*group, config.kl_coef)                                           # 3 advantage
-                                        for group in zip(rewards, rollout["kl"], rollout.lengths)])
+    for rollout in engine.rollouts(config):                        # 1 sample
+        engine.score(rollout)                                      # 2 reward
+        rewards = rollout.rewards
+        if config.baseline:
+            rewards = [center(group) for group in rewards]
+        rollout.kl = [torch.zeros_like(logps) for logps in rollout.sampler_logps]
+        if reference:
+            old_logps = rollout.once("old_logps", engine.logps, policy, rollout)
+            reference_logps = rollout.once("reference_logps", engine.logps, reference, rollout)
+            rollout.kl = [old - other for old, other in zip(old_logps, reference_logps)]
+        returns = []
+        for group, kl, lengths in zip(rewards, rollout.kl, rollout.lengths):
+            returns.append(token_returns(group, kl, lengths, config.kl_coef))
+        rollout.advantages = whiten(returns)                       # 3 advantage, one per token
         for step in engine.steps(rollout):
             for batch in step:                                     # 4 loss, one micro-batch
-                logps = policy(batch, config.temperature)          # (N,) of the sampled tokens; old_logps: when they were sampled
-                losses, metrics = reinforce_loss(logps, engine.old_logps(batch, logps), batch.extra("advantages"),
-                                                 config.epsilon, config.epsilon_high)
+                logps = policy(batch, config.temperature)          # (N,) under the current policy
+                old_logps = engine.old_logps(batch, logps)         # (N,) when they were sampled
+                losses, metrics = reinforce_loss(
+                    logps, old_logps, batch.extra("advantages"), config.epsilon, config.epsilon_high)
                 (losses.sum() / step.num_tokens).backward()        # mean over the tokens of the whole update
-                step.log(losses, metrics | ({"kl": batch.extra("kl")} if reference else {}))
-            engine.clip_gradients()                                # 5 update; stops on a non-finite loss or norm before it
+                step.log(losses, metrics)
+                if reference:
+                    step.log(losses, {"kl": batch.extra("kl")})
+            engine.clip_gradients()                                # 5 update; stops if loss or norm is not finite
             optimizer.step()
             optimizer.zero_grad()

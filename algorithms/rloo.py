@@ -30,6 +30,7 @@ from dataclasses import dataclass
 
 import torch
 
+from engine.loop import Engine
 from engine.options import Count, NonNegative, Positive, Sampling, TwoOrMore
 from engine.rollout import alike
 
@@ -56,13 +57,13 @@ class Config(Sampling):            # reward, temperature, max_completion_length,
 
 def kl_rewards(rewards, kl, lengths, kl_coef=0.05):
     """(G,), per token (N,), (G,) tokens -> (G,): each reward less kl_coef times the KL summed over its completion."""
-    kl = kl.double().split([int(length) for length in lengths])
-    return rewards - kl_coef * torch.stack([tokens.sum() for tokens in kl])             # R
+    parts = kl.double().split([int(length) for length in lengths])
+    return rewards - kl_coef * torch.stack([tokens.sum() for tokens in parts])          # R
 
 
 def leave_one_out(rewards):
-    """(G,) -> (G,) advantages: each reward less the mean of the others; 0 without others. NaN marks a completion without a reward;
-    it counts nowhere."""
+    """(G,) -> (G,) advantages: each reward less the mean of the others; 0 without others. NaN marks a completion
+    without a reward; it counts nowhere."""
     if alike(rewards):
         return 0 * rewards
     others = (~rewards.isnan()).sum() - 1
@@ -74,31 +75,40 @@ def rloo_loss(sequence_logps, old_sequence_logps, advantages, epsilon=0.2, epsil
     ratios = (sequence_logps - old_sequence_logps).exp()                                # (S,) rho
     clipped = ratios.clamp(1 - epsilon, 1 + epsilon_high)
     losses = -torch.min(ratios * advantages, clipped * advantages)                      # (S,)
-    low, high = (ratios < 1 - epsilon) & (advantages < 0), (ratios > 1 + epsilon_high) & (advantages > 0)
-    metrics = {"clip_ratio/low_mean": low, "clip_ratio/high_mean": high, "clip_ratio/region_mean": low | high}
+    low = (ratios < 1 - epsilon) & (advantages < 0)
+    high = (ratios > 1 + epsilon_high) & (advantages > 0)
+    metrics = {
+        "clip_ratio/low_mean": low,
+        "clip_ratio/high_mean": high,
+        "clip_ratio/region_mean": low | high,
+    }
     return losses, metrics
 
 
-def train(engine, config):
+def train(engine: Engine, config: Config):
     policy, optimizer = engine.policy, engine.optimizer
-    reference = engine.frozen(config.reference) if config.kl_coef > 0 else None
+    reference = engine.reference(config.reference) if config.kl_coef > 0 else None
 
-    for rollout in engine.rollouts(config, config.num_generations, config.num_iterations, config.num_mini_batches):     # 1 sample
-        engine.score(rollout)                                                                                           # 2 reward
-        rewards = rollout["rewards"]
+    for rollout in engine.rollouts(config):                        # 1 sample
+        engine.score(rollout)                                      # 2 reward
+        rewards = rollout.rewards
         if reference:
-            if not rollout.restored:
-                rollout["old_logps"] = engine.logps(policy, rollout)
-                rollout["kl"] = [old - other for old, other in zip(rollout["old_logps"], engine.logps(reference, rollout))]
-            rewards = [kl_rewards(*group, config.kl_coef) for group in zip(rewards, rollout["kl"], rollout.lengths)]
-        rollout["advantages"] = [leave_one_out(group) for group in rewards]                                             # 3 advantage
+            old_logps = rollout.once("old_logps", engine.logps, policy, rollout)
+            reference_logps = rollout.once("reference_logps", engine.logps, reference, rollout)
+            rollout.kl = [old - other for old, other in zip(old_logps, reference_logps)]
+            groups = zip(rewards, rollout.kl, rollout.lengths)
+            rewards = [kl_rewards(group, kl, lengths, config.kl_coef) for group, kl, lengths in groups]
+        rollout.advantages = [leave_one_out(group) for group in rewards]      # 3 advantage
         for step in engine.steps(rollout):
             for batch in step:                                     # 4 loss, one micro-batch
-                logps = policy(batch, config.temperature)          # (N,) of the sampled tokens; old_logps: when they were sampled
-                losses, metrics = rloo_loss(batch.sum(logps), batch.sum(engine.old_logps(batch, logps)), batch.extra("advantages"),
+                logps = policy(batch, config.temperature)          # (N,) under the current policy
+                old_logps = engine.old_logps(batch, logps)         # (N,) when they were sampled
+                losses, metrics = rloo_loss(batch.sum(logps), batch.sum(old_logps), batch.extra("advantages"),
                                             config.epsilon, config.epsilon_high)
                 (losses.sum() / step.num_responses).backward()     # mean over the completions of the whole update
-                step.log(losses, metrics | {"entropy": -logps} | ({"kl": batch.extra("kl")} if reference else {}))
-            engine.clip_gradients()                                # 5 update; stops on a non-finite loss or norm before it
+                step.log(losses, metrics | {"entropy": -logps})
+                if reference:
+                    step.log(losses, {"kl": batch.extra("kl")})
+            engine.clip_gradients()                                # 5 update; stops if loss or norm is not finite
             optimizer.step()
             optimizer.zero_grad()

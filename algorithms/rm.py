@@ -24,6 +24,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from data.pack import Batch
+from engine.loop import Engine
 from engine.options import NonNegative, Options
 
 DATA = "pairs"                     # every row holds a prompt, a chosen and a rejected response
@@ -52,12 +54,14 @@ def rm_loss(chosen_rewards, rejected_rewards, margins=None, center_rewards_coeff
     return losses, metrics
 
 
-def train(engine, config):
+def train(engine: Engine, config: Config):
     reward_model, optimizer = engine.policy, engine.optimizer
 
-    def forward(batch):
-        margins = torch.tensor([e.extras.get("margin", 0.0) for e in batch.examples], device=reward_model.device)       # (B,)
-        return rm_loss(*batch.pairs(reward_model(batch)), margins, config.center_rewards_coefficient,
+    def forward(batch: Batch):
+        chosen_rewards, rejected_rewards = batch.pairs(reward_model(batch))             # (B,), (B,)
+        margins = [example.extras.get("margin", 0.0) for example in batch.examples]
+        margins = torch.tensor(margins, device=reward_model.device)                     # (B,)
+        return rm_loss(chosen_rewards, rejected_rewards, margins, config.center_rewards_coefficient,
                        reward_model.tolerance)
 
     for step in engine.steps():                                    # one optimizer update
@@ -65,8 +69,9 @@ def train(engine, config):
             losses, metrics = forward(batch)
             (losses.sum() / step.num_examples).backward()          # mean over the pairs of the whole update
             step.log(losses, metrics)
-        engine.clip_gradients()                                    # stops on a non-finite loss or norm, before the update
+        engine.clip_gradients()                                    # stops here if loss or norm is not finite
         optimizer.step()
         optimizer.zero_grad()
         for batch in engine.eval_batches(step):                    # empty unless an evaluation is due
-            step.log(*forward(batch), split="eval")
+            losses, metrics = forward(batch)
+            step.log(losses, metrics, split="eval")

@@ -16,6 +16,8 @@ Run:      python train.py example/tiny-sft.yml
 from dataclasses import dataclass
 from typing import Literal
 
+from data.pack import Batch
+from engine.loop import Engine
 from engine.options import Options
 
 DATA = "responses"                 # every row holds a prompt and one response
@@ -35,19 +37,21 @@ def sft_loss(logps):
     return -logps, {}
 
 
-def train(engine, config):
+def train(engine: Engine, config: Config):
     policy, optimizer = engine.policy, engine.optimizer
 
-    def forward(batch):
-        return sft_loss(policy(batch))
+    def forward(batch: Batch):
+        logps = policy(batch)                                      # (N,)
+        return sft_loss(logps)
 
     for step in engine.steps():                                    # one optimizer update
         for batch in step:                                         # one micro-batch
             losses, metrics = forward(batch)
             (losses.sum() / step.num_tokens).backward()            # mean over the trained tokens of the whole update
             step.log(losses, metrics)
-        engine.clip_gradients()                                    # stops on a non-finite loss or norm, before the update
+        engine.clip_gradients()                                    # stops here if loss or norm is not finite
         optimizer.step()
         optimizer.zero_grad()
         for batch in engine.eval_batches(step):                    # empty unless an evaluation is due
-            step.log(*forward(batch), split="eval")
+            losses, metrics = forward(batch)
+            step.log(losses, metrics, split="eval")

@@ -23,6 +23,8 @@ from dataclasses import dataclass
 
 import torch.nn.functional as F
 
+from data.pack import Batch
+from engine.loop import Engine
 from engine.options import NonNegative, Options, Positive, Smoothing
 
 DATA = "pairs"                     # every row holds a prompt, a chosen and a rejected response
@@ -47,7 +49,7 @@ def simpo_loss(policy_chosen_logps, policy_rejected_logps,
     rejected_rewards = beta * policy_rejected_logps                                     # (B,)
     margins = chosen_rewards - rejected_rewards                                         # (B,)
     losses = (-(1 - label_smoothing) * F.logsigmoid(margins - simpo_gamma)              # (B,) eq. 6
-              - label_smoothing * F.logsigmoid(simpo_gamma - margins))                  # the pair the other way round
+              - label_smoothing * F.logsigmoid(simpo_gamma - margins))                  # the labels swapped
     metrics = {
         "rewards/chosen": chosen_rewards,
         "rewards/rejected": rejected_rewards,
@@ -59,24 +61,26 @@ def simpo_loss(policy_chosen_logps, policy_rejected_logps,
     return losses, metrics
 
 
-def train(engine, config):
+def train(engine: Engine, config: Config):
     policy, optimizer = engine.policy, engine.optimizer
 
-    def forward(batch):
-        logps = policy(batch)                                                              # (N,)
-        tie = sum(batch.pairs(batch.per_token(policy.tolerance)))                          # (B,) of two means
-        losses, metrics = simpo_loss(*batch.pairs(batch.mean(logps)), config.beta, config.simpo_gamma,
-                                     config.label_smoothing, tie)
-        nll = -batch.chosen(logps)                                                         # (tokens of the chosen responses,)
+    def forward(batch: Batch):
+        logps = policy(batch)                                                           # (N,)
+        policy_chosen_logps, policy_rejected_logps = batch.pairs(batch.mean(logps))     # (B,), (B,)
+        ties = sum(batch.pairs(batch.per_token(policy.tolerance)))                      # (B,) for two means
+        losses, metrics = simpo_loss(policy_chosen_logps, policy_rejected_logps, config.beta,
+                                     config.simpo_gamma, config.label_smoothing, ties)
+        nll = -batch.chosen(logps)                                                      # (tokens of the chosen responses,)
         return losses, nll, metrics | {"nll_loss": nll}
 
     for step in engine.steps():                                    # one optimizer update
         for batch in step:                                         # one micro-batch
             losses, nll, metrics = forward(batch)
-            # mean over the pairs, and over the chosen tokens, of the whole update
-            (losses.sum() / step.num_examples + config.cpo_alpha * nll.sum() / step.num_chosen_tokens).backward()
+            loss = losses.sum() / step.num_examples                # mean over the pairs of the whole update
+            nll_loss = nll.sum() / step.num_chosen_tokens          # mean over the chosen tokens of the whole update
+            (loss + config.cpo_alpha * nll_loss).backward()
             step.log((losses, config.cpo_alpha * nll), metrics)
-        engine.clip_gradients()                                    # stops on a non-finite loss or norm, before the update
+        engine.clip_gradients()                                    # stops here if loss or norm is not finite
         optimizer.step()
         optimizer.zero_grad()
         for batch in engine.eval_batches(step):                    # empty unless an evaluation is due

@@ -22,7 +22,7 @@ from engine.help import key_lines
 from engine.logs import Run
 from engine.options import Count, NonNegative, Sampling, Seed, TwoOrMore, stop_strings, usual_stop
 from engine.rollout import Rollout, with_completions
-from engine.score import judge, load_frozen, reward_model_path, scores, text_of
+from engine.score import load_frozen, reward_model_path, score_rollout, scores, text_of
 from model.load import base_of, load_config, load_tokenizer_for
 from model.reward_model import is_reward_model
 from model.sampler import sample
@@ -190,7 +190,7 @@ def complete(settings, path: str, name: str, notice) -> tuple[list[dict], dict]:
                        lambda done, _: results.show(first * settings.n + done, line=False))      # noqa: B023
         rollout = Rollout(0, [with_completions(*both) for both in zip(part, found)])
         with results.run.console.cleared():      # a reward may print
-            judge(rollout, rewards, tokenizer, partial(score_all, timeout=settings.reward_timeout),
+            score_rollout(rollout, rewards, tokenizer, partial(score_all, timeout=settings.reward_timeout),
                   lambda reward: scores(models[reward.name], rollout.examples))      # noqa: B023
         results.add(completion_rows(rollout, first, rewards, verifies_r1_zero, tokenizer))
     return results.rows, used

@@ -14,7 +14,7 @@ from model.reward_model import VALUE_HEAD, RewardModel, build_reward_model, is_r
 from rewards.functions import is_model, parts_of
 
 
-def judge(rollout: Rollout, rewards: list, tokenizer, by_functions, by_model) -> None:
+def score_rollout(rollout: Rollout, rewards: list, tokenizer, by_functions, by_model) -> None:
     """Set rollout["rewards/<name>"] of every reward and rollout["rewards"], their weighted sum, (G,) per
     prompt; NaN where nothing judges a completion. `by_functions(rewards, prompts, texts, columns)` -> of each
     of those that are functions a number or None per completion; `by_model(reward)` -> (G,) per prompt.

@@ -1,55 +1,95 @@
 """One optimizer update as an algorithm sees it."""
 import torch
 
+from data.errors import RunError
 from engine.ranks import sum_over_ranks
 
 
 class Step:
-    """One optimizer update: an iterable (more than once) of this rank's micro-batches. Its counts are those of the whole
-    update, over all micro-batches and ranks, known before the first forward, so that `losses.sum() / step.num_…` is an exact
-    mean. Step 0 has no micro-batches: it is where the start model is evaluated."""
+    """One optimizer update: an iterable of this rank's micro-batches.
+
+    Its counts are those of the whole update, over all micro-batches and ranks, known before the first
+    forward, so that `losses.sum() / step.num_examples` is an exact mean. Step 0 has no micro-batches: there the
+    start model is evaluated, before anything is trained."""
 
     def __init__(self, engine, index: int, examples: list):
         self.engine, self.index, self.examples = engine, index, examples
         self.num_examples = len(examples)
-        # at least 1: of a small last rollout some mini-batches may be empty
+        # at least 1: some mini-batches of a small last rollout may be empty
         self.num_responses = max(1, sum(len(example.responses) for example in examples))
         self.num_tokens = max(1, sum(example.num_trained for example in examples))
-        self.num_chosen_tokens = sum(int(example.responses[0].trained.sum()) for example in examples)      # of pairs
         self.micro_batches = engine.deal(examples) if index else []
-        self.totals = {"train": {}, "eval": {}}          # split -> metric -> [sum, count] on the device
-        self.losses = []                                 # per micro-batch: its loss sum and its examples, to name bad rows
+        self.totals = {"train": {}, "eval": {}}      # split -> metric -> a [sum, count] per part, on the device
+        self.losses = []                             # per micro-batch: its summed loss and its examples
+        self.split = "train"                         # what the micro-batch in work belongs to
+        self.is_logged = False                       # whether the loss of the micro-batch in work is logged
+        self.num_yielded = 0                         # micro-batches that the algorithm got
+        self.is_clipped = self.is_made = False       # whether clip_gradients and optimizer.step were called
+
+    @property
+    def num_chosen_tokens(self) -> int:
+        """The trained tokens of the first responses; in a pair that is the chosen one."""
+        return sum(int(example.responses[0].trained.sum()) for example in self.examples)
 
     def __iter__(self):
+        engine, count = self.engine, len(self.micro_batches)
         for i, examples in enumerate(self.micro_batches):
-            self.engine.synchronize_gradients(i == len(self.micro_batches) - 1)
-            if self.engine.policy.dropouts:                    # as every random draw a function of its place in the run
-                torch.manual_seed(hash((self.engine.config.seed, self.index, self.engine.rank, i)) % 2 ** 31)
-            yield self.engine.policy.collate(examples)
+            engine.synchronize_gradients(i == count - 1)
+            if engine.policy.dropouts:               # every random draw is a function of its place in the run
+                place = (engine.config.seed, self.index, engine.rank, i)
+                torch.manual_seed(hash(place) % 2 ** 31)
+            if self.num_yielded == 0:
+                engine.optimizer.check_cleared()
+            self.num_yielded += 1
+            self.start_micro_batch("train")
+            yield engine.policy.collate(examples)
+
+    def start_micro_batch(self, split: str) -> None:
+        self.split, self.is_logged = split, False
 
     def log(self, losses, metrics: dict, split: str = "train") -> None:
-        """Add one micro-batch: `losses` and every metric are unreduced tensors (or one number); each is averaged over all its
-        entries in the update (or the evaluation). A tuple of tensors stands for the sum of their averages."""
-        self.add({"loss": losses, **metrics}, split)
-        if split == "train":
-            loss = sum(part.detach().sum() for part in (losses if isinstance(losses, tuple) else (losses,)))
-            self.losses.append((loss, self.micro_batches[len(self.losses) % len(self.micro_batches)]))
+        """Add one micro-batch: `losses` and every metric are unreduced tensors (a metric may be one number). Each
+        is averaged over all its entries in the update, or in the evaluation. A tuple of tensors stands for the
+        sum of their averages. A second call for the same micro-batch adds its metrics, but no loss."""
+        parts = losses if isinstance(losses, tuple) else (losses,)
+        if any(part.ndim == 0 for part in parts):
+            raise RunError("step.log got a loss that is one number already, so its mean over micro-batches would "
+                           "be wrong; fix: pass the losses per example, response or token, without sum() or mean()")
+        if split != self.split:
+            raise RunError(f"step.log got split={split!r} within the micro-batches of {self.split!r}; "
+                           f"fix: write step.log(losses, metrics, split={self.split!r})")
+        if not self.is_logged:
+            self.is_logged = True
+            self.add({"loss": losses}, split)
+            if split == "train":
+                total = sum(part.detach().sum() for part in parts)
+                self.losses.append((total, self.micro_batches[(self.num_yielded - 1) % len(self.micro_batches)]))
+        self.add(metrics, split)
 
     def add(self, metrics: dict, split: str = "train") -> None:
         for name, values in metrics.items():
-            for i, part in enumerate(values if isinstance(values, tuple) else (values,)):
+            totals = self.totals[split].setdefault(name, {})
+            parts = values if isinstance(values, tuple) else (values,)
+            for i, part in enumerate(parts):
                 part = torch.as_tensor(part, device=self.engine.policy.device).detach()
-                total = self.totals[split].setdefault(name, {}).setdefault(i, [0.0, 0])
+                total = totals.setdefault(i, [0.0, 0])
                 total[0] = total[0] + part.sum(dtype=torch.float64)
                 total[1] += part.numel()
 
     def averages(self, split: str) -> dict:
-        """Metric -> mean over all ranks; without those that had no entry anywhere (such as rewards of a class not in the update)."""
-        totals = self.totals[split]
-        numbers = [float(number) for parts in totals.values() for total in parts.values() for number in total]
-        sums, averages = iter(sum_over_ranks(numbers, self.engine.policy.device)), {}
-        for name, parts in totals.items():
-            pairs = [(next(sums), next(sums)) for _ in parts]
-            if all(count for _, count in pairs):
-                averages[name] = sum(total / count for total, count in pairs)
+        """Metric -> mean over all ranks; without those that had no entry anywhere, such as the rewards of a
+        class that is not in the update."""
+        numbers = []
+        for parts in self.totals[split].values():
+            for total, count in parts.values():
+                numbers += [float(total), float(count)]
+        sums = iter(sum_over_ranks(numbers, self.engine.policy.device))
+        averages = {}
+        for name, parts in self.totals[split].items():
+            means = []
+            for _ in parts:
+                total, count = next(sums), next(sums)
+                means.append(total / count if count else None)
+            if None not in means:
+                averages[name] = sum(means)
         return averages

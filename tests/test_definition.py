@@ -10,7 +10,7 @@ from typing import Literal, get_type_hints
 import pytest
 from helpers import ROOT, ROWS, tiny_model, train_here, write_config, write_jsonl
 
-from data.errors import UserError
+from data.errors import RunError, UserError
 from engine import definition
 from engine.config import config_of, load_config
 from engine.definition import class_of
@@ -202,5 +202,6 @@ def test_training_gets_a_config_of_the_file_s_own_class(tmp_path, monkeypatch):
     data = write_jsonl(tmp_path / "data.jsonl", [{"prompt": "q", "response": "a"}])
     path = write_config(tmp_path / "x.yml", algorithm="sft", model=tiny_model(tmp_path / "model"), data=data,
                         output=tmp_path / "run", train_on="all", max_length=200)
-    train_here(path)
+    with pytest.raises(RunError, match="nothing was trained"):
+        train_here(path)
     assert isinstance(seen[0], algorithms.sft.Config) and seen[0].train_on == "all"

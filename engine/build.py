@@ -1,0 +1,81 @@
+"""From a configuration to an engine: what train.py, the benchmarks and the tests all start with."""
+import importlib
+from dataclasses import asdict, replace
+from types import ModuleType
+from typing import Any
+
+from data.dataset import load_datasets
+from engine import checkpoint
+from engine.config import as_yaml
+from engine.dry_run import marked
+from engine.fingerprint import fingerprints
+from engine.logs import Run
+from engine.loop import Engine
+from engine.ranks import distributed, from_main
+from engine.score import critic_path
+from model.actor_critic import build_actor_critic
+from model.build import build_policy, shard
+from model.check import check_policy
+from model.load import check_path, load_tokenizer_for
+from model.policy import Policy
+from model.reward_model import build_reward_model
+from rewards.functions import check_rewards
+
+
+def build(run_config, run: Run, start: str | None = None,
+          policy: Policy | None = None) -> tuple[ModuleType, Any, Engine]:
+    """(the algorithm's file, its Config, the engine that trains it).
+
+    Data are read before the model, whose loading takes longest. `start`: the checkpoint to continue from;
+    `policy`: the start model, where it is loaded already."""
+    common = run_config.common
+    algorithm = importlib.import_module(f"algorithms.{common.algorithm}")
+    # until here it is an object of the class alone, without its file
+    config = algorithm.Config(**asdict(run_config.config))
+    tokenizer = load_tokenizer_for(common, common.model, run.notice)
+    check_path(config.reference or common.model, "reference")
+    train_set, eval_set, report = read_data(common, config, algorithm.DATA, tokenizer, run.notice)
+    if start:
+        from_main(run.check_data, report)
+    for line in marked(train_set[0], tokenizer, most=400):
+        run.notice(line)
+    policy = policy or build_policy(common, tokenizer, start)
+    check_policy(policy, train_set, common.share_prompt, run.notice)
+    policy = with_heads(policy, algorithm.MODEL, common, config, tokenizer, start, run.notice)
+    step = checkpoint.load_trainer(start)["step"] if start else 0
+    # once more: loading may have fetched another commit of a hub model
+    digests = from_main(fingerprints, asdict(common) | asdict(config))
+    if start:
+        digests = from_main(run.check_digests, digests)
+    from_main(run.begin, stored_yaml(common, config), report, digests, step)
+    run.notice(f"run {run.directory}" + (f", resumed from {start}" if start else ""))
+    _, world = distributed()
+    if world > 1:
+        shard(policy)
+    engine = Engine(common, policy, tokenizer, train_set, eval_set, run, algorithm.DATA, algorithm.PROGRESS, start)
+    return algorithm, config, engine
+
+
+def read_data(common, config, kind: str, tokenizer, notice) -> tuple[list, list, dict]:
+    """(training examples, held-out examples, their reports); UserError where a reward cannot score them."""
+    train_set, eval_set, report = load_datasets(
+        common, kind, tokenizer, notice,
+        config.train_on, config.prompt_template, config.max_completion_length)
+    if kind == "prompts":
+        check_rewards(config, train_set + eval_set)
+    return train_set, eval_set, report
+
+
+def with_heads(policy: Policy, kind: str, common, config, tokenizer, start: str | None, notice) -> Policy:
+    """The policy, or what an algorithm's MODEL makes of it: a reward model, or a policy with its critic."""
+    if kind == "reward":
+        return build_reward_model(policy, start or common.model, common.seed, notice)
+    if kind == "actor_critic":
+        critic = critic_path(config.reward, tokenizer, notice)
+        return build_actor_critic(policy, common, tokenizer, config.share_value_trunk, critic, start, notice)
+    return policy
+
+
+def stored_yaml(common, config) -> str:
+    """The configuration as a run stores it: always with resume: auto, since `resume` concerns one process."""
+    return as_yaml(replace(common, resume="auto"), config)

@@ -1,0 +1,52 @@
+"""AdamW that knows its place in an update, so that a loop with a line too few, or in the wrong place, stops."""
+import torch
+
+from data.errors import RunError
+
+
+class Optimizer(torch.optim.AdamW):
+    """AdamW(0.9, 0.999, 1e-8) over the trained weights of `engine.policy`; norms and biases are not decayed."""
+
+    def __init__(self, engine):
+        self.engine, config = engine, engine.config
+        decayed, plain = [], []
+        for parameter in engine.policy.parameters():
+            if parameter.requires_grad:
+                group = decayed if parameter.ndim > 1 else plain
+                group.append(parameter)
+        groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+        # fused: one pass over the weights and no temporaries of their size
+        super().__init__(groups, lr=config.lr, betas=(0.9, 0.999), eps=1e-8, fused=True)
+
+    def set_learning_rate(self, rate: float) -> None:
+        for group in self.param_groups:
+            group["lr"] = rate
+
+    def step(self):
+        step = self.engine.step
+        if step.index == 0:
+            return                                   # nothing is trained there
+        if step.is_made:
+            raise RunError(f"optimizer.step() was called twice in update {step.index}; "
+                           "fix: call it once for each step of engine.steps()")
+        if not step.is_clipped:
+            raise RunError(f"optimizer.step() came before engine.clip_gradients() in update {step.index}; "
+                           "fix: add the line engine.clip_gradients() before optimizer.step()")
+        super().step()
+        step.is_made = True
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        step = self.engine.step
+        if step and step.num_yielded and not step.is_made:
+            raise RunError(f"optimizer.zero_grad() came before optimizer.step() in update {step.index}, so its "
+                           "gradients would be lost; fix: call it after optimizer.step()")
+        super().zero_grad(set_to_none)
+
+    def check_cleared(self) -> None:
+        """RunError where an update would add its gradients to those of the update before."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None and parameter.grad.any():
+                    raise RunError(f"the gradients of an earlier update are still there in update "
+                                   f"{self.engine.step.index}; fix: add the line optimizer.zero_grad() after "
+                                   "optimizer.step()")
