@@ -20,8 +20,8 @@ from transformers.utils import logging
 
 from data.errors import UserError, notice, printable, run_program
 from data.tokenise import Tokeniser, stop_ids
+from engine.cast import read_mapping
 from engine.checkpoint import model_path
-from engine.config import read_mapping
 from model import lora
 from model.load import base_of, first_line, is_adapter, load_lm, load_tokenizer_for
 from model.reward_model import is_reward_model

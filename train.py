@@ -9,13 +9,14 @@ from dataclasses import asdict, replace
 
 from data.errors import give_reason, notice, run_program
 from engine import console
-from engine.config import help_text, load_config
+from engine.config import load_config
+from engine.help import help_for
 
 
 def main(argv: list[str]) -> None:
+    if text := help_for(argv):
+        return print(text)
     run_config = load_config(argv)
-    if "help" in run_config.flags:
-        return print(help_text())
     # these imports take seconds, so they wait until the configuration is known to be good
     from engine import checkpoint, ranks
     from engine.build import build, stored_yaml

@@ -22,12 +22,12 @@ Differs:  the paper leaves its lower bound open, so there is none. The standard 
 Run:      python train.py example/tiny-cispo.yml
 """
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 
-from data.errors import UserError
 from engine.loop import Engine
-from engine.options import Sampling
+from engine.options import Count, Range, Sampling, TwoOrMore
 from engine.rollout import alike
 
 DATA = "prompts"                   # every row holds a prompt and what its reward needs
@@ -37,16 +37,12 @@ PROGRESS = "reward"                # the number shown beside the loss
 
 @dataclass
 class Config(Sampling):            # reward, temperature, max_completion_length, ...: see engine/options.py
-    num_generations: int = 8       # completions per prompt: the group
-    num_iterations: int = 1        # passes over each rollout
-    num_mini_batches: int = 1      # updates per pass
-    epsilon_high: float = 5.0      # the largest weight of a token (4 to 8); other algorithms bound the ratio by 1 + epsilon_high
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.epsilon_high < 1:
-            raise UserError(f"epsilon_high is {self.epsilon_high}, but cispo bounds the ratio, which starts at 1, by epsilon_high itself; "
-                            "fix: give 1 or more, such as 5.0")
+    num_generations: TwoOrMore = 8  # completions per prompt: the group
+    num_iterations: Count = 1      # passes over each rollout
+    num_mini_batches: Count = 1    # updates per pass
+    epsilon_high: Annotated[float, Range("1 or more: it bounds the ratio itself", lambda x: x >= 1)] = 5.0
+    #                                the largest weight of a token (4 to 8): ratios are at most epsilon_high,
+    #                                not 1 + epsilon_high as elsewhere
 
 
 def group_advantages(rewards):

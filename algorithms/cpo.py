@@ -25,6 +25,7 @@ import torch.nn.functional as F
 
 from data.pack import Batch
 from engine.loop import Engine
+from engine.options import NonNegative, Options, Positive, Smoothing
 
 DATA = "pairs"                     # every row holds a prompt, a chosen and a rejected response
 MODEL = "policy"                   # what is trained
@@ -32,10 +33,10 @@ PROGRESS = "rewards/accuracies"    # the number shown beside the loss
 
 
 @dataclass
-class Config:
-    beta: float = 0.1              # steepness of the preference term
-    cpo_alpha: float = 1.0         # weight of the chosen responses' negative log-likelihood
-    label_smoothing: float = 0.0   # share of pairs assumed to be labelled the wrong way round
+class Config(Options):
+    beta: Positive = 0.1           # steepness of the preference term
+    cpo_alpha: NonNegative = 1.0   # weight of the chosen responses' negative log-likelihood
+    label_smoothing: Smoothing = 0.0    # share of pairs assumed to have swapped labels
 
 
 def cpo_loss(policy_chosen_logps, policy_rejected_logps, beta=0.1, label_smoothing=0.0, tie=0.0):

@@ -32,7 +32,7 @@ from dataclasses import dataclass
 import torch
 
 from engine.loop import Engine
-from engine.options import Sampling
+from engine.options import Count, Positive, Sampling, TwoOrMore, Whole
 from engine.rollout import alike
 
 DATA = "prompts"                   # every row holds a prompt and what its reward needs
@@ -42,15 +42,18 @@ PROGRESS = "reward"                # the number shown beside the loss
 
 @dataclass
 class Config(Sampling):            # reward, temperature, max_completion_length, ...: see engine/options.py
-    num_generations: int = 8       # completions per prompt: the group
-    num_iterations: int = 1        # passes over each rollout
-    num_mini_batches: int = 1      # updates per pass
-    epsilon: float = 0.2           # a ratio below 1 - epsilon earns nothing more
-    epsilon_high: float = 0.28     # the same above 1 + epsilon_high
-    dynamic_sample: bool = True    # groups whose rewards are all alike make way for groups of other prompts
-    max_resample_times: int = 3    # attempts at that per rollout
-    soft_overlong_cache: int = 0   # the last so many tokens of max_completion_length cost up to 1 of the reward; 0 = none of them do
-    mask_truncated_completions: bool = False    # overlong filtering: completions cut there are judged but not trained
+    num_generations: TwoOrMore = 8  # completions per prompt: the group
+    num_iterations: Count = 1      # passes over each rollout
+    num_mini_batches: Count = 1    # updates per pass
+    epsilon: Positive = 0.2        # ratios are clipped to [1 - epsilon, 1 + epsilon_high]; a huge value
+    #                                disables clipping
+    epsilon_high: Positive = 0.28  # the upper bound is 1 + epsilon_high
+    dynamic_sample: bool = True    # replace groups whose rewards are all equal by groups of other prompts
+    max_resample_times: Whole = 3  # how often per rollout such groups are replaced
+    soft_overlong_cache: Whole = 0    # length of the zone before max_completion_length in which a penalty
+    #                                grows from 0 to -1; 0 = no penalty
+    mask_truncated_completions: bool = False    # overlong filtering: completions truncated at
+    #                                max_completion_length are scored but not trained
 
 
 def group_advantages(rewards):

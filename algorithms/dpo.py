@@ -30,6 +30,7 @@ import torch.nn.functional as F
 
 from data.pack import Batch
 from engine.loop import Engine
+from engine.options import NonNegative, Options, Positive, Smoothing
 
 DATA = "pairs"                     # every row holds a prompt, a chosen and a rejected response
 MODEL = "policy"                   # what is trained
@@ -37,12 +38,15 @@ PROGRESS = "rewards/accuracies"    # the number shown beside the loss
 
 
 @dataclass
-class Config:
-    beta: float = 0.1              # leash to the reference: larger stays closer (0.01 to 0.5)
-    label_smoothing: float = 0.0   # share of pairs assumed to be labelled the wrong way round (cDPO); 0 is plain DPO
-    rpo_alpha: float = 0.0         # weight of the chosen responses' negative log-likelihood
-    reference: str | None = None   # model directory or hub name; none: the start model
-    reference_free: bool = False   # no reference, whatever `reference` says: its log-probs count as 0
+class Config(Options):
+    beta: Positive = 0.1           # KL strength: larger keeps the policy closer to the reference (0.01-0.5)
+    label_smoothing: Smoothing = 0.0    # share of pairs assumed to have swapped labels (cDPO); 0 = plain DPO
+    rpo_alpha: NonNegative = 0.0   # weight of the chosen responses' negative log-likelihood
+    reference: str | None = None   # model directory or hub name; null = the start model
+    reference_free: bool = False   # true = no reference: its log-probs count as 0
+
+    def uses_reference(self) -> bool:
+        return not self.reference_free
 
 
 def dpo_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps,

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 import torch
 
 from engine.loop import Engine
-from engine.options import Sampling
+from engine.options import Count, Positive, Sampling, TwoOrMore
 from engine.rollout import alike
 
 DATA = "prompts"                   # every row holds a prompt and what its reward needs
@@ -38,13 +38,12 @@ PROGRESS = "reward"                # the number shown beside the loss
 
 @dataclass
 class Config(Sampling):            # reward, temperature, max_completion_length, ...: see engine/options.py
-    num_generations: int = 8       # completions per prompt: the group
-    num_iterations: int = 1        # passes over each rollout
-    num_mini_batches: int = 1      # updates per pass
-    epsilon: float = 0.2           # a ratio below 1 - epsilon earns nothing more
-    epsilon_high: float = 0.2      # the same above 1 + epsilon_high
-    beta: float = 0.0              # KL strength; 0 needs no reference, as in the paper
-    reference: str | None = None   # model directory or hub name; null = the start model
+    num_generations: TwoOrMore = 8  # completions per prompt: the group
+    num_iterations: Count = 1      # passes over each rollout
+    num_mini_batches: Count = 1    # updates per pass
+    epsilon: Positive = 0.2        # ratios are clipped to [1 - epsilon, 1 + epsilon_high]; a huge value
+    #                                disables clipping
+    epsilon_high: Positive = 0.2   # the upper bound is 1 + epsilon_high
 
 
 def group_advantages(rewards):

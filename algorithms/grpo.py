@@ -32,7 +32,7 @@ from typing import Literal
 import torch
 
 from engine.loop import Engine
-from engine.options import Sampling
+from engine.options import Count, NonNegative, Positive, Sampling, TwoOrMore
 from engine.rollout import alike
 
 DATA = "prompts"                   # every row holds a prompt and what its reward needs
@@ -42,16 +42,22 @@ PROGRESS = "reward"                # the number shown beside the loss
 
 @dataclass
 class Config(Sampling):            # reward, temperature, max_completion_length, ...: see engine/options.py
-    num_generations: int = 8       # completions per prompt: the group
-    num_iterations: int = 1        # passes over each rollout
-    num_mini_batches: int = 1      # updates per pass
-    epsilon: float = 0.2           # a ratio below 1 - epsilon earns nothing more; a large one, such as 1000, switches clipping off
-    epsilon_high: float = 0.2      # the same above 1 + epsilon_high
-    beta: float = 0.04             # weight of the KL to the reference; 0 needs no reference
-    baseline: bool = True          # false: the advantage is the reward itself, neither centered nor scaled
-    scale_rewards: Literal["group", "batch", "none"] = "group"    # advantages in standard deviations of the group, of all, or as they are
-    mask_truncated_completions: bool = False    # completions cut at max_completion_length are judged but not trained
-    reference: str | None = None   # model directory or hub name; none: the start model
+    num_generations: TwoOrMore = 8  # completions per prompt: the group
+    num_iterations: Count = 1      # passes over each rollout
+    num_mini_batches: Count = 1    # updates per pass
+    epsilon: Positive = 0.2        # ratios are clipped to [1 - epsilon, 1 + epsilon_high]; a huge value
+    #                                disables clipping
+    epsilon_high: Positive = 0.2   # the upper bound is 1 + epsilon_high
+    beta: NonNegative = 0.04       # KL strength: larger keeps the policy closer to the reference; 0 = none
+    baseline: bool = True          # false = the advantage is the reward itself, neither centered nor scaled
+    scale_rewards: Literal["group", "batch", "none"] = "group"    # divide advantages by the standard
+    #                                deviation of the group or the batch; none = do not divide
+    mask_truncated_completions: bool = False    # true = completions truncated at max_completion_length are
+    #                                scored but not trained
+    reference: str | None = None   # model directory or hub name; null = the start model
+
+    def uses_reference(self) -> bool:
+        return self.beta > 0
 
 
 def group_advantages(rewards):

@@ -29,7 +29,7 @@ from dataclasses import dataclass
 import torch
 
 from engine.loop import Engine
-from engine.options import Sampling
+from engine.options import Count, Positive, Sampling, TwoOrMore
 from engine.rollout import alike
 
 DATA = "prompts"                   # every row holds a prompt and what its reward needs
@@ -39,11 +39,12 @@ PROGRESS = "reward"                # the number shown beside the loss
 
 @dataclass
 class Config(Sampling):            # reward, temperature, max_completion_length, ...: see engine/options.py
-    num_generations: int = 8       # completions per prompt: the group
-    num_iterations: int = 1        # passes over each rollout
-    num_mini_batches: int = 4      # updates per pass
-    epsilon: float = 3e-4          # a completion's ratio below 1 - epsilon earns nothing more
-    epsilon_high: float = 4e-4     # the same above 1 + epsilon_high
+    num_generations: TwoOrMore = 8  # completions per prompt: the group
+    num_iterations: Count = 1      # passes over each rollout
+    num_mini_batches: Count = 4    # updates per pass
+    epsilon: Positive = 3e-4       # ratios of completions are clipped to [1 - epsilon, 1 + epsilon_high];
+    #                                a huge value disables clipping
+    epsilon_high: Positive = 4e-4  # the upper bound is 1 + epsilon_high
 
 
 def group_advantages(rewards):

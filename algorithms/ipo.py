@@ -25,6 +25,7 @@ from dataclasses import dataclass
 
 from data.pack import Batch
 from engine.loop import Engine
+from engine.options import Options, Positive
 
 DATA = "pairs"                     # every row holds a prompt, a chosen and a rejected response
 MODEL = "policy"                   # what is trained
@@ -32,10 +33,14 @@ PROGRESS = "rewards/accuracies"    # the number shown beside the loss
 
 
 @dataclass
-class Config:
-    beta: float = 0.1              # the margin aimed at is 1 / (2 beta): larger stays closer to the reference
-    average_log_prob: bool = True  # means over tokens; false: the paper's sums
-    reference: str | None = None   # model directory or hub name; none: the start model
+class Config(Options):
+    beta: Positive = 0.1           # the target margin is 1 / (2 beta): larger keeps the policy closer to the
+    #                                reference
+    average_log_prob: bool = True  # true = means over tokens; false = sums, as in the paper
+    reference: str | None = None   # model directory or hub name; null = the start model
+
+    def uses_reference(self) -> bool:
+        return True
 
 
 def ipo_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps,

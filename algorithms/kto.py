@@ -31,6 +31,7 @@ import torch
 from data.errors import UserError
 from data.pack import Batch, Example
 from engine.loop import Engine
+from engine.options import Options, Positive
 
 DATA = "labelled"                  # every row holds a prompt, one response and whether it is desirable
 MODEL = "policy"                   # what is trained
@@ -38,11 +39,15 @@ PROGRESS = "rewards/margins"       # the number shown beside the loss
 
 
 @dataclass
-class Config:
-    beta: float = 0.1              # leash to the reference: larger stays closer
-    desirable_weight: float = 1.0  # with n_D desirable and n_U undesirable rows, the paper advises weights for which
-    undesirable_weight: float = 1.0  # desirable_weight * n_D / (undesirable_weight * n_U) is between 1 and 4/3
-    reference: str | None = None   # model directory or hub name; none: the start model
+class Config(Options):
+    beta: Positive = 0.1           # KL strength: larger keeps the policy closer to the reference
+    desirable_weight: Positive = 1.0    # with n_D desirable and n_U undesirable rows, the paper recommends
+    #                                desirable_weight * n_D / (undesirable_weight * n_U) from 1 to 4/3
+    undesirable_weight: Positive = 1.0    # weight of the undesirable rows; see desirable_weight
+    reference: str | None = None   # model directory or hub name; null = the start model
+
+    def uses_reference(self) -> bool:
+        return True
 
 
 def kto_loss(policy_logps, reference_logps, labels, kl, beta=0.1, desirable_weight=1.0, undesirable_weight=1.0):

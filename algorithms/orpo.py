@@ -29,6 +29,7 @@ import torch.nn.functional as F
 
 from data.pack import Batch
 from engine.loop import Engine
+from engine.options import Options, Positive
 
 DATA = "pairs"                     # every row holds a prompt, a chosen and a rejected response
 MODEL = "policy"                   # what is trained
@@ -36,8 +37,8 @@ PROGRESS = "rewards/accuracies"    # the number shown beside the loss
 
 
 @dataclass
-class Config:
-    beta: float = 0.1              # weight of the odds-ratio term, the paper's lambda (0.1 to 0.25)
+class Config(Options):
+    beta: Positive = 0.1           # weight of the odds-ratio term, the paper's lambda (0.1 to 0.25)
 
 
 def log_odds(logps):

@@ -42,7 +42,7 @@ from typing import Literal
 import torch
 
 from engine.loop import Engine
-from engine.options import Sampling
+from engine.options import Count, Fraction, NonNegative, Positive, Probability, Sampling, Whole
 from engine.rollout import alike
 
 DATA = "prompts"                   # every row holds a prompt and what its reward needs
@@ -52,20 +52,33 @@ PROGRESS = "reward"                # the number shown beside the loss
 
 @dataclass
 class Config(Sampling):            # reward, temperature, max_completion_length, ...: see engine/options.py
-    num_ppo_epochs: int = 4        # passes over each rollout
-    num_mini_batches: int = 1      # updates per pass
-    kl_coef: float = 0.05          # weight of the KL to the reference in the reward
-    kl_estimator: Literal["k1", "k2", "k3"] = "k1"    # of that KL, per token
-    cliprange: float = 0.2         # a ratio beyond 1 -+ cliprange earns nothing more
-    cliprange_value: float = 0.2   # how far a value may move from where it was before it earns nothing more
-    vf_coef: float = 0.1           # weight of the value loss
-    gamma: float = 1.0             # discount per token
-    lam: float = 0.95              # GAE: 1 = the whole return less the value, 0 = one step and the next value
-    whiten_rewards: bool = False   # divide the rewards of the tokens by their standard deviation, keeping their mean
-    missing_eos_penalty: float | None = None    # subtracted from the score of a completion cut at max_completion_length
-    share_value_trunk: bool = False             # true: the value head stands on the policy's trunk, which saves a model
-    num_sample_generations: int = 10            # how often samples.jsonl gets completions in a run, unless sample_every says
-    reference: str | None = None   # model directory or hub name; none: the start model
+    num_ppo_epochs: Count = 4      # passes over each rollout
+    num_mini_batches: Count = 1    # updates per pass
+    kl_coef: NonNegative = 0.05    # strength of the KL in the reward: larger keeps the policy closer to the
+    #                                reference
+    kl_estimator: Literal["k1", "k2", "k3"] = "k1"    # how that KL is estimated, per token
+    cliprange: Positive = 0.2      # ratios are clipped to [1 - cliprange, 1 + cliprange]; a huge value
+    #                                disables clipping
+    cliprange_value: Positive = 0.2    # values are clipped to at most this far from the old ones
+    vf_coef: NonNegative = 0.1     # weight of the value loss
+    gamma: Fraction = 1.0          # discount per token
+    lam: Probability = 0.95        # GAE: 1 = the whole return less the value, 0 = one step and the next value
+    whiten_rewards: bool = False   # divide the tokens' rewards by their standard deviation, keep their mean
+    missing_eos_penalty: float | None = None    # subtracted from the score of a completion truncated at
+    #                                max_completion_length
+    share_value_trunk: bool = False    # true = the value head uses the policy's trunk, which saves a model
+    num_sample_generations: Whole = 10    # how often per run completions are written to samples.jsonl, unless
+    #                                sample_every is set
+    reference: str | None = None   # model directory or hub name; null = the start model
+
+    def uses_reference(self) -> bool:
+        return True
+
+    def uses_critic(self) -> bool:
+        return not self.share_value_trunk
+
+    def rollout_shape(self) -> tuple[int, int, int]:
+        return 1, self.num_ppo_epochs, self.num_mini_batches
 
 
 def token_rewards(score, log_ratios, kl_coef=0.05, kl_estimator="k1"):

@@ -33,7 +33,7 @@ import torch
 
 from data.errors import UserError
 from engine.loop import Engine
-from engine.options import Sampling
+from engine.options import Count, NonNegative, Positive, Sampling
 from engine.rollout import alike
 
 DATA = "prompts"                   # every row holds a prompt and what its reward needs
@@ -43,20 +43,25 @@ PROGRESS = "reward"                # the number shown beside the loss
 
 @dataclass
 class Config(Sampling):            # reward, temperature, max_completion_length, ...: see engine/options.py
-    num_generations: int = 8       # completions per prompt; 1 is enough without baseline, 8 is grpo's rollout and shares the prompts' cost
-    num_iterations: int = 1        # passes over each rollout
-    num_mini_batches: int = 1      # updates per pass
-    epsilon: float = 0.2           # a ratio below 1 - epsilon earns nothing more
-    epsilon_high: float = 0.2      # the same above 1 + epsilon_high
-    kl_coef: float = 0.01          # weight of the KL to the reference in the reward; 0 needs no reference
-    baseline: bool = False         # true: rewards are compared with the mean of their group first
-    reference: str | None = None   # model directory or hub name; none: the start model
+    num_generations: Count = 8     # completions per prompt, which share its cost; baseline needs 2 or more
+    num_iterations: Count = 1      # passes over each rollout
+    num_mini_batches: Count = 1    # updates per pass
+    epsilon: Positive = 0.2        # ratios are clipped to [1 - epsilon, 1 + epsilon_high]; a huge value
+    #                                disables clipping
+    epsilon_high: Positive = 0.2   # the upper bound is 1 + epsilon_high
+    kl_coef: NonNegative = 0.01    # strength of the KL in the reward: larger keeps the policy closer to the
+    #                                reference; 0 = no reference
+    baseline: bool = False         # true = subtract the mean reward of the group first
+    reference: str | None = None   # model directory or hub name; null = the start model
 
-    def __post_init__(self):
-        super().__post_init__()
+    def uses_reference(self) -> bool:
+        return self.kl_coef > 0
+
+    def check(self, common) -> None:
+        super().check(common)
         if self.baseline and self.num_generations < 2:
-            raise UserError("num_generations is 1, but baseline: true compares a completion with others of its prompt; "
-                            "fix: give 2 or more, or remove baseline")
+            raise UserError("num_generations is 1, but baseline: true compares a completion with others of "
+                            "its prompt; fix: give 2 or more, or remove baseline")
 
 
 def center(group):

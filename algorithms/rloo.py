@@ -31,7 +31,7 @@ from dataclasses import dataclass
 import torch
 
 from engine.loop import Engine
-from engine.options import Sampling
+from engine.options import Count, NonNegative, Positive, Sampling, TwoOrMore
 from engine.rollout import alike
 
 DATA = "prompts"                   # every row holds a prompt and what its reward needs
@@ -41,13 +41,18 @@ PROGRESS = "reward"                # the number shown beside the loss
 
 @dataclass
 class Config(Sampling):            # reward, temperature, max_completion_length, ...: see engine/options.py
-    num_generations: int = 4       # completions per prompt: the group
-    num_iterations: int = 1        # passes over each rollout
-    num_mini_batches: int = 1      # updates per pass
-    epsilon: float = 0.2           # a completion's ratio below 1 - epsilon earns nothing more
-    epsilon_high: float = 0.2      # the same above 1 + epsilon_high
-    kl_coef: float = 0.05          # weight of the KL to the reference in the reward; 0 needs no reference
-    reference: str | None = None   # model directory or hub name; none: the start model
+    num_generations: TwoOrMore = 4  # completions per prompt: the group
+    num_iterations: Count = 1      # passes over each rollout
+    num_mini_batches: Count = 1    # updates per pass
+    epsilon: Positive = 0.2        # ratios of completions are clipped to [1 - epsilon, 1 + epsilon_high];
+    #                                a huge value disables clipping
+    epsilon_high: Positive = 0.2   # the upper bound is 1 + epsilon_high
+    kl_coef: NonNegative = 0.05    # strength of the KL in the reward: larger keeps the policy closer to the
+    #                                reference; 0 = no reference
+    reference: str | None = None   # model directory or hub name; null = the start model
+
+    def uses_reference(self) -> bool:
+        return self.kl_coef > 0
 
 
 def kl_rewards(rewards, kl, lengths, kl_coef=0.05):

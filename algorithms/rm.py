@@ -26,6 +26,7 @@ import torch.nn.functional as F
 
 from data.pack import Batch
 from engine.loop import Engine
+from engine.options import NonNegative, Options
 
 DATA = "pairs"                     # every row holds a prompt, a chosen and a rejected response
 MODEL = "reward"                   # what is trained
@@ -33,8 +34,8 @@ PROGRESS = "accuracy"              # the number shown beside the loss
 
 
 @dataclass
-class Config:
-    center_rewards_coefficient: float = 0.0    # pulls the mean of both rewards to 0 (0.01); 0 leaves it free
+class Config(Options):
+    center_rewards_coefficient: NonNegative = 0.0    # pulls the mean of both rewards to 0 (0.01); 0 = off
 
 
 def rm_loss(chosen_rewards, rejected_rewards, margins=None, center_rewards_coefficient=0.0, tie=0.0):

@@ -18,6 +18,7 @@ from typing import Literal
 
 from data.pack import Batch
 from engine.loop import Engine
+from engine.options import Options
 
 DATA = "responses"                 # every row holds a prompt and one response
 MODEL = "policy"                   # what is trained
@@ -25,8 +26,10 @@ PROGRESS = "loss"                  # the number shown on the progress line
 
 
 @dataclass
-class Config:
-    train_on: Literal["assistant", "all"] = "assistant"  # all: every token but the first; raw `text` rows are always trained whole
+class Config(Options):
+    allows_dropout = True          # no log-probs are compared
+    train_on: Literal["assistant", "all"] = "assistant"    # all = every token but the first; raw `text` rows
+    #                                are always trained whole
 
 
 def sft_loss(logps):

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 
 from data.pack import Batch
 from engine.loop import Engine
+from engine.options import NonNegative, Options, Positive, Smoothing
 
 DATA = "pairs"                     # every row holds a prompt, a chosen and a rejected response
 MODEL = "policy"                   # what is trained
@@ -32,11 +33,11 @@ PROGRESS = "rewards/accuracies"    # the number shown beside the loss
 
 
 @dataclass
-class Config:
-    beta: float = 2.0              # scale of the mean log-probs (2 to 10)
-    simpo_gamma: float = 1.0       # margin, in the unit of the rewards: 0.3 to 0.6 of beta
-    cpo_alpha: float = 0.0         # weight of the chosen responses' negative log-likelihood; 0 is plain SimPO
-    label_smoothing: float = 0.0   # share of pairs assumed to be labelled the wrong way round
+class Config(Options):
+    beta: Positive = 2.0           # scale of the mean log-probs (2 to 10)
+    simpo_gamma: NonNegative = 1.0    # target margin between the rewards: 0.3 to 0.6 times beta
+    cpo_alpha: NonNegative = 0.0   # weight of the chosen responses' negative log-likelihood; 0 = plain SimPO
+    label_smoothing: Smoothing = 0.0    # share of pairs assumed to have swapped labels
 
 
 def simpo_loss(policy_chosen_logps, policy_rejected_logps,

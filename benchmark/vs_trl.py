@@ -178,7 +178,9 @@ def our_engine(job: dict, keys: dict):
     tokenizer, run = load.load_tokenizer(common.model), logs.Run(common.output)
     policy = build_policy(common.model, tokenizer, common, trains_adapter=load.is_adapter(common.model))
     started = time.perf_counter()
-    train_set, eval_set, report = load_datasets(common, config, algorithm.DATA, tokenizer, run.notice)
+    train_set, eval_set, report = load_datasets(
+        common, algorithm.DATA, tokenizer, run.notice,
+        config.train_on, config.prompt_template, config.max_completion_length)
     check_policy(policy, train_set, common.share_prompt, run.notice)
     if algorithm.MODEL == "reward":
         policy = build_reward_model(policy, common.model, common.seed)

@@ -133,28 +133,29 @@ def build_dataset(source, kind, tokenizer, max_length, train_on="assistant", tru
     return Dataset(examples, report | _measures(examples), list(notices))
 
 
-def load_datasets(config, algorithm_config, kind, tokenizer, notice):
+def load_datasets(config, kind, tokenizer, notice,
+                  train_on="assistant", prompt_template=None, max_completion_length=0):
     """The training and evaluation examples that a configuration names, and their reports: (list, list,
-    {"train", "eval"}). Prompts are put into the algorithm's `prompt_template`, if it has one. Of evaluate.py and sample.py only the first `limit` examples are returned.
+    {"train", "eval"}). Prompts are put into the `prompt_template`, if there is one, and leave room for
+    `max_completion_length` tokens.
 
     `notice(text)` is told once how each source was understood and of everything dropped, cut or doubtful.
     Raises UserError as `build_dataset` does, and when labelled training examples all have the same label."""
-    name = getattr(algorithm_config, "prompt_template", None)
-    template = read_template(name) if name else None
+    template = read_template(prompt_template) if prompt_template else None
     if template and config.system_prompt:
         raise UserError("system_prompt beside prompt_template, which has no place for it; "
                         "fix: remove one of them, or write the system prompt into the prompt_template's file")
     max_length = config.max_length
     if kind == "prompts":
-        max_length -= algorithm_config.max_completion_length
+        max_length -= max_completion_length
         if max_length < 1:
-            raise UserError(f"max_completion_length is {algorithm_config.max_completion_length}, which leaves no room for a prompt in "
+            raise UserError(f"max_completion_length is {max_completion_length}, which leaves no room for a prompt in "
                             f"max_length {config.max_length}; fix: raise max_length")
 
     def build(data):
         sources = [{"path": data}] if isinstance(data, str) else data
         parts = [build_dataset(source_name(source), kind, tokenizer, max_length,
-                               getattr(algorithm_config, "train_on", "assistant"), config.truncate, config.hh,
+                               train_on, config.truncate, config.hh,
                                columns=source.get("columns"), seed=config.seed, template=template,
                                system=bool(config.system_prompt)) for source in sources]
         for part in parts:
@@ -176,8 +177,8 @@ def load_datasets(config, algorithm_config, kind, tokenizer, notice):
     if evaluation is not None and any(counts := overlap(train, evaluation)):
         notice(f"warning: {counts[0]} of {len(evaluation.examples)} evaluation rows are training rows too; "
                f"{counts[1]} have the prompt of one")
-    examples, held_out = train.examples[:getattr(algorithm_config, "limit", None)], evaluation.examples if evaluation else []
-    return examples, held_out, {"train": train.report, "eval": evaluation.report if evaluation else None}
+    held_out = evaluation.examples if evaluation else []
+    return train.examples, held_out, {"train": train.report, "eval": evaluation.report if evaluation else None}
 
 
 def combine(parts, weights, seed):

@@ -33,7 +33,7 @@ def build(run_config, run: Run, start: str | None = None,
     # until here it is an object of the class alone, without its file
     config = algorithm.Config(**asdict(run_config.config))
     tokenizer = load_tokenizer_for(common, common.model, run.notice)
-    check_path(getattr(config, 'reference', None) or common.model, "reference")
+    check_path(config.reference or common.model, "reference")
     train_set, eval_set, report = read_data(common, config, algorithm.DATA, tokenizer, run.notice)
     if start:
         from_main(run.check_data, report)
@@ -59,7 +59,9 @@ def build(run_config, run: Run, start: str | None = None,
 
 def read_data(common, config, kind: str, tokenizer, notice) -> tuple[list, list, dict]:
     """(training examples, held-out examples, their reports); UserError where a reward cannot score them."""
-    train_set, eval_set, report = load_datasets(common, config, kind, tokenizer, notice)
+    train_set, eval_set, report = load_datasets(
+        common, kind, tokenizer, notice,
+        config.train_on, config.prompt_template, config.max_completion_length)
     if kind == "prompts":
         check_rewards(config, train_set + eval_set)
     return train_set, eval_set, report

@@ -6,6 +6,7 @@ imports among them. A class that is imported from another file of this project i
 that `class Config(Sampling)` does not run engine/options.py either.
 """
 import ast
+import copy
 import functools
 import importlib
 import sys
@@ -23,15 +24,19 @@ def class_of(module: str, name: str) -> type:
     AttributeError where it has no such class."""
     path = path_of(module)
     body = statements(path)
-    definition = next((node for node in reversed(body) if is_class(node, name)), None)
-    if definition is None:
-        return getattr(importlib.import_module(module), name)      # made in another way
+    definitions = [statement for statement in body if is_class(statement, name)]
+    if not definitions and not sets(body, name):
+        raise AttributeError(f"{path} has no {name}")
+    if not definitions:                      # made in another way
+        return getattr(importlib.import_module(module), name)
     part = types.ModuleType(f"{module} as far as {name} needs it")
-    part.__file__, part.__package__ = str(path), module.rpartition(".")[0]
+    part.__file__ = str(path)
+    part.__package__ = module.rpartition(".")[0]
     sys.modules[part.__name__] = part        # where dataclass, get_type_hints and getsource look for it
     rest = []
-    for statement in needed(body, definition):
-        if alias := imported_class(statement):
+    for statement in needed(body, definitions[-1]):
+        alias = imported_class(statement)
+        if alias:
             setattr(part, alias.asname or alias.name, class_of(statement.module, alias.name))
         else:
             rest.append(statement)
@@ -39,15 +44,41 @@ def class_of(module: str, name: str) -> type:
     return vars(part)[name]
 
 
+def modules_in(package: str) -> list[str]:
+    """The names of a folder's Python files, but those that begin with _."""
+    names = [path.stem for path in (ROOT / package).glob("*.py")]
+    return sorted(name for name in names if not name.startswith("_"))
+
+
+def defines(module: str, name: str) -> bool:
+    """Whether a file defines, imports or assigns `name` at its top; False for one that is not Python."""
+    try:
+        body = statements(path_of(module))
+    except (SyntaxError, ValueError):
+        return False
+    return sets(body, name)
+
+
+def sets(body: list[ast.stmt], name: str) -> bool:
+    return any(name in set_by(statement) for statement in body)
+
+
+def summary_of(module: str) -> str:
+    """The first line of a file's docstring."""
+    tree = ast.parse(path_of(module).read_bytes())
+    return (ast.get_docstring(tree) or "").partition("\n")[0]
+
+
 def path_of(module: str) -> Path:
     return ROOT.joinpath(*module.split(".")).with_suffix(".py")
 
 
 def statements(path: Path) -> list[ast.stmt]:
-    """Those of a file of this project, each import with one name; [] where there is no such file."""
-    tree = ast.parse(path.read_bytes(), str(path)) if path.is_file() else ast.Module([], [])
+    """The statements of a file of this project, each import with one name; [] where there is no such file."""
+    if not path.is_file():
+        return []
     found = []
-    for statement in tree.body:
+    for statement in ast.parse(path.read_bytes(), str(path)).body:
         found += single_imports(statement)
     return found
 
@@ -60,17 +91,22 @@ def needed(body: list[ast.stmt], definition: ast.stmt) -> list[ast.stmt]:
     """`definition` and the statements that it uses, directly or through others, in their order: those before
     it, and behind it what its methods may use when they are called."""
     place = body.index(definition)
-    binds = {node: bound_by(node) for node in body[:place]}
-    binds |= {node: set_by(node) for node in body[place + 1:]}
-    wanted, kept = names_in(definition), [definition]
-    while True:
-        # `from __future__ import annotations` is always kept: it changes what annotations are
-        names = wanted | {"*", "annotations"}
-        found = [node for node in binds if node not in kept and not binds[node].isdisjoint(names)]
-        if not found:
-            return [node for node in body if node in kept]
-        kept += found
-        wanted = wanted.union(*map(names_in, found))
+    binds = {}
+    for i, statement in enumerate(body):
+        binds[statement] = bound_by(statement) if i < place else set_by(statement)
+    kept = {definition}
+    # `from __future__ import annotations` is always kept: it changes what annotations are
+    wanted = names_in(definition) | {"*", "annotations"}
+    found = [definition]
+    while found:
+        found = []
+        for statement in body:
+            if statement not in kept and not binds[statement].isdisjoint(wanted):
+                found.append(statement)
+        kept.update(found)
+        for statement in found:
+            wanted |= names_in(statement)
+    return [statement for statement in body if statement in kept]
 
 
 def names_in(node: ast.AST) -> set[str]:
@@ -84,32 +120,39 @@ def bound_by(statement: ast.stmt) -> set[str]:
     names = names_in(statement)
     for node in ast.walk(statement):
         if isinstance(node, ast.alias):
-            names.add((node.asname or node.name).partition(".")[0])
+            imported = node.asname or node.name
+            names.add(imported.partition(".")[0])
         elif isinstance(node, DEFINITIONS):
             names.add(node.name)
     return names
 
 
 def set_by(statement: ast.stmt) -> set[str]:
-    """The names that a definition, an import or an assignment gives a meaning to; of other statements
-    none."""
+    """The names that a definition, an import or an assignment gives a meaning to; none for other
+    statements."""
     if isinstance(statement, (*DEFINITIONS, ast.Import, ast.ImportFrom)):
         return bound_by(statement)
-    targets = statement.targets if isinstance(statement, ast.Assign) else []
-    if isinstance(statement, ast.AnnAssign):
+    targets = []
+    if isinstance(statement, ast.Assign):
+        targets = statement.targets
+    elif isinstance(statement, ast.AnnAssign):
         targets = [statement.target]
-    return set().union(*map(names_in, targets))
+    names = set()
+    for target in targets:
+        names |= names_in(target)
+    return names
 
 
 def single_imports(statement: ast.stmt) -> list[ast.stmt]:
     """A statement, but an import of several names as one import of each."""
-    if isinstance(statement, ast.Import):
-        parts = [ast.Import([alias]) for alias in statement.names]
-    elif isinstance(statement, ast.ImportFrom):
-        parts = [ast.ImportFrom(statement.module, [alias], statement.level) for alias in statement.names]
-    else:
-        parts = [statement]
-    return [ast.copy_location(part, statement) for part in parts]
+    if not isinstance(statement, (ast.Import, ast.ImportFrom)):
+        return [statement]
+    parts = []
+    for alias in statement.names:
+        part = copy.copy(statement)
+        part.names = [alias]
+        parts.append(part)
+    return parts
 
 
 def imported_class(statement: ast.stmt) -> ast.alias | None:
@@ -117,5 +160,8 @@ def imported_class(statement: ast.stmt) -> ast.alias | None:
     yet."""
     if not isinstance(statement, ast.ImportFrom) or statement.level or statement.module in sys.modules:
         return None
-    body, alias = statements(path_of(statement.module)), statement.names[0]
-    return alias if any(is_class(node, alias.name) for node in body) else None
+    alias = statement.names[0]
+    for other in statements(path_of(statement.module)):
+        if is_class(other, alias.name):
+            return alias
+    return None

@@ -26,8 +26,10 @@ def dry_run(run_config, kind: str, world: int = 1) -> None:
     lora.quantization(common, torch.device("cuda" if torch.cuda.is_available() else "cpu"), torch.bfloat16)
     section("configuration", describe(run_config))
     tokenizer = load_tokenizer_for(common, common.model, notice)
-    check_path(getattr(config, "reference", None) or common.model, "reference")
-    train_set, eval_set, reports = load_datasets(common, config, kind, tokenizer, notice)
+    check_path(config.reference or common.model, "reference")
+    train_set, eval_set, reports = load_datasets(
+        common, kind, tokenizer, notice,
+        config.train_on, config.prompt_template, config.max_completion_length)
     if kind == "prompts":
         check_rewards(config, train_set + eval_set)
     for name, report in reports.items():
@@ -35,11 +37,11 @@ def dry_run(run_config, kind: str, world: int = 1) -> None:
             section(f"{name} data", audit(report))
     section("first example, trained tokens marked [[ ]]", marked(train_set[0], tokenizer))
 
-    per_draw = 1                                         # updates made from batch_size rows
+    per_prompt, passes, updates_per_pass = config.rollout_shape()
+    per_draw = passes * updates_per_pass                 # updates made from batch_size rows
     if kind == "prompts":                                # with completions as long as they may become
-        completions = [Response.all_trained(np.zeros(config.max_completion_length))] * getattr(config, "num_generations", 1)
+        completions = [Response.all_trained(np.zeros(config.max_completion_length))] * per_prompt
         train_set = [Example(example.prompt, completions, example.where) for example in train_set]
-        per_draw = math.prod(getattr(config, key, 1) for key in ("num_iterations", "num_ppo_epochs", "num_mini_batches"))
     plan = order(len(train_set), common.batch_size, common.seed, 0, common.shuffle)
     share = common.share_prompt != "false"
     micro_batches = [pack([train_set[i].size(share) for i in members], common.micro_batch_tokens, world)[0] for members in plan]
@@ -120,11 +122,10 @@ def forecast(common, config, train_set: list, tokens: int, online: bool = False)
     activations = tokens * (settings.num_hidden_layers * per_layer + 4 * 4 * hidden)
     at_once = LOGITS_AT_ONCE["cuda" if torch.cuda.is_available() else "cpu"]
     logits = 2 * 4 * min(at_once, tokens * vocabulary) + (0 if frozen else 4 * hidden * vocabulary)      # a slice twice
-    table = 4 * sum(example.num_trained for example in train_set) if hasattr(config, "reference") else 0
+    table = 4 * sum(example.num_trained for example in train_set) if config.uses_reference() else 0
     # online a second model must answer for every new completion; under a fresh adapter it is the policy
     # without that
-    reference = (getattr(config, "beta", 0) or getattr(config, "kl_coef", 0)) and (adapter or not common.lora_r)
-    critic = getattr(config, "share_value_trunk", True) is False
+    reference = config.uses_reference() and (adapter or not common.lora_r)
     rows = {
         f"trained weights, fp32 ({millions(trained)} of {millions(trained + frozen)} parameters)": 4 * trained,
         **({f"frozen weights{', 4-bit' if matrices else ''}": width * (frozen - matrices) + 0.52 * matrices} if frozen else {}),
@@ -132,7 +133,7 @@ def forecast(common, config, train_set: list, tokens: int, online: bool = False)
         "optimizer (AdamW: two moments, fp32)": 8 * trained,
         **({"reference (a frozen model)": width * (trained + frozen)} if reference and online else
            {} if online else {"reference (its log-probs only; no second model)": table}),
-        **({"critic (weights, gradients, optimizer)": 16 * trained + width * frozen} if critic else {}),
+        **({"critic (weights, gradients, optimizer)": 16 * trained + width * frozen} if config.uses_critic() else {}),
         f"one micro-batch of {tokens} tokens": activations,
         "a slice of the logits" + ("" if frozen else " and the head's gradient"): logits,
     }

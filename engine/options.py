@@ -1,26 +1,83 @@
-"""The keys of every online algorithm."""
+"""The options of an algorithm: the ranges of their values and what every Config has.
+
+An algorithm's Config derives from `Options` (online from `Sampling`) and owns its options: each field has a
+type with its range, a default, and a comment that `--help` prints.
+"""
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Annotated, NamedTuple
 
 from data.errors import UserError
 
 
+class Range(NamedTuple):
+    """Which values of a field are accepted: `scale: Annotated[float, Range("2 or more", lambda x: x >= 2)]`.
+    null, where the type allows it, is in every range."""
+    wanted: str                      # "fix: give ..." in the error
+    test: Callable[[float], bool]
+
+
+Positive = Annotated[float, Range("a number above 0", lambda x: x > 0)]
+NonNegative = Annotated[float, Range("a number of 0 or more", lambda x: x >= 0)]
+Fraction = Annotated[float, Range("a number above 0, up to 1", lambda x: 0 < x <= 1)]
+Probability = Annotated[float, Range("a number from 0 to 1", lambda x: 0 <= x <= 1)]
+Share = Annotated[float, Range("a share from 0 to below 1", lambda x: 0 <= x < 1)]
+Smoothing = Annotated[float, Range("a share from 0 to 0.5", lambda x: 0 <= x <= 0.5)]
+Whole = Annotated[int, Range("a whole number of 0 or more", lambda x: x >= 0)]
+Seed = Annotated[int, Range("a whole number from 0 to 4294967295", lambda x: 0 <= x < 2**32)]
+Count = Annotated[int, Range("1 or more", lambda x: x >= 1)]
+TwoOrMore = Annotated[int, Range("2 or more", lambda x: x >= 2)]
+
+
+class Options:
+    """The base of every algorithm's Config: what the engine asks about an algorithm. A Config overrides what
+    differs; a field with the name of one of these attributes makes it an option."""
+    allows_dropout = False           # True: lora_dropout may be used, because no log-probs are compared
+    reference = None                 # the reference's directory or hub name; None = the start model
+    train_on = "assistant"           # "all": every token of a conversation is trained
+    prompt_template = None           # a name in data/prompts/ or a file
+    max_completion_length = 0        # tokens of max_length that completions may take
+    num_generations = 1              # completions per prompt of a rollout
+    num_iterations = 1               # passes over a rollout
+    num_mini_batches = 1             # updates per pass
+
+    def uses_reference(self) -> bool:
+        """Whether training needs the log-probs of a reference model."""
+        return False
+
+    def uses_critic(self) -> bool:
+        """Whether a critic with a trunk of its own is trained too."""
+        return False
+
+    def rollout_shape(self) -> tuple[int, int, int]:
+        """(completions per prompt, passes over a rollout, updates per pass)."""
+        return self.num_generations, self.num_iterations, self.num_mini_batches
+
+    def check(self, common) -> None:
+        """Raise UserError where an option contradicts one of the common keys. Where its text begins with a
+        key, the place of that key in the configuration is added."""
+
+
 @dataclass
-class Sampling:
-    """The keys of every online algorithm that say how completions are drawn and judged."""
-    reward: str                            # gsm8k, r1_zero, math, path/to/file.py:function, or the run of a
-    #                                        reward model; several: a, b
-    reward_weights: str | None = None      # of several rewards: 1, 0.5; null = each counts 1
-    prompt_template: str | None = None     # a name in data/prompts/, such as r1_zero, or a file with {question}; null = the chat template
-    max_completion_length: int = 512       # tokens; longer completions are cut there ("truncated")
-    temperature: float = 1.0               # of sampling, and of every log-prob
-    top_p: float = 1.0                     # below 1: only the likeliest tokens that together have this probability are drawn
-    top_k: int = 0                         # above 0: only the k likeliest tokens are drawn
+class Sampling(Options):
+    """The keys of every online algorithm: how completions are sampled and scored."""
+    reward: str                            # gsm8k, r1_zero, math, FILE.py:FUNCTION or the run of a reward
+    #                                        model; several: a, b
+    reward_weights: str | None = None      # one weight per reward, such as 1, 0.5; null = each has weight 1
+    prompt_template: str | None = None     # a name in data/prompts/, such as r1_zero, or a file with
+    #                                        {question}; null = the chat template
+    max_completion_length: Count = 512     # in tokens; longer completions are truncated
+    temperature: Positive = 1.0            # sampling temperature; log-probs are computed at it too
+    top_p: Fraction = 1.0                  # below 1: sample only from the likeliest tokens that together
+    #                                        have this probability
+    top_k: Whole = 0                       # above 0: sample only from the k likeliest tokens
     stop: str | list[str] | None = "auto"  # strings that end a completion, besides stop tokens: </answer>.
-    #                                        A text is cut at its commas, \n in it is a newline; a list, such
-    #                                        as ["\n\n", "Question:"], stands as it is. auto = </answer> with
-    #                                        the template r1_zero, else none
-    reward_timeout: float = 60.0           # seconds that a call of a reward may take
-    rollout_batch_size: int = 64           # completions decoded together on one device: memory and speed, not the result
+    #                                        A text is split at its commas, \n in it is a newline; a list,
+    #                                        such as ["\n\n", "Question:"], is not changed. auto = </answer>
+    #                                        with the template r1_zero, else none
+    reward_timeout: Positive = 60.0        # seconds that a call of a reward may take
+    rollout_batch_size: Count = 64         # completions decoded together on one device; affects memory and
+    #                                        speed, not the result
 
     def __post_init__(self):
         if self.stop == "auto":
@@ -29,9 +86,10 @@ class Sampling:
             raise UserError(f"stop is {self.stop!r}, which holds no string; "
                             "fix: give strings, such as </answer>, or a list of them, or null")
 
-    def rollout_shape(self):
-        g = lambda n, d=1: getattr(self, n, d)
-        return g('num_generations'), g('num_iterations', g('num_ppo_epochs')), g('num_mini_batches')
+    def check(self, common) -> None:
+        if self.num_mini_batches > common.batch_size:
+            raise UserError(f"num_mini_batches is {self.num_mini_batches}, more than the "
+                            f"{common.batch_size} prompts of a rollout; fix: raise batch_size")
 
     def stop_strings(self) -> list[str]:
         return stop_strings(self.stop)
@@ -44,7 +102,7 @@ def usual_stop(prompt_template: str | None) -> str | None:
 
 
 def stop_strings(stop: str | list[str] | None) -> list[str]:
-    """The strings that a value of `stop` means: those of a list as they are. A text is cut at commas; spaces
+    """The strings that a value of `stop` means: those of a list unchanged. A text is split at commas; spaces
     around the parts do not count, and \\n and \\t in them are a newline and a tab."""
     if stop == "auto":
         raise UserError("stop was not set; "

@@ -1,25 +1,26 @@
 """What evaluate.py and sample.py share: their keys, the prompts, and completions with rewards in files that a rerun continues."""
-import inspect
 import itertools
 import json
 import os
 import re
 import time
-from dataclasses import MISSING, asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import get_type_hints
 
 from data.dataset import load_datasets
 from data.errors import RunError, UserError
 from data.files import SUFFIXES
 from engine.advice import advice
+from engine.cast import Lines, cast, show
 from engine.claim import LOCK, claim
-from engine.config import Common, Lines, cast, check_output, parse_argv, read_values, show
+from engine.command_line import parse_argv
+from engine.config import Common, check_output, hints_of, is_required, read_values
 from engine.directory import read_config
 from engine.fingerprint import fingerprints
+from engine.help import key_lines
 from engine.logs import Run
-from engine.options import Sampling, stop_strings, usual_stop
+from engine.options import Count, NonNegative, Sampling, Seed, TwoOrMore, stop_strings, usual_stop
 from engine.rollout import Rollout, with_completions
 from engine.score import load_frozen, reward_model_path, score_rollout, scores, text_of
 from model.load import base_of, load_config, load_tokenizer_for
@@ -37,21 +38,22 @@ class Settings(Sampling):
     """The keys of evaluate.py and sample.py; those of how completions are drawn are the online algorithms'."""
     model: str                             # a run, a model directory (an adapter too) or a hub name
     data: str                              # a file, or a hub dataset as name or name:split
-    n: int = 1                             # completions per prompt
+    n: Count = 1                           # completions per prompt
+    temperature: NonNegative = 1.0         # sampling temperature; 0 = always the likeliest token
     prompt_template: str | None = "auto"   # a name in data/prompts/ or a file with {question}; null = the chat template; auto = a run's
     #                                        own, else r1_zero where the model has no chat template, the rows questions and that reward
     stop: str | list[str] | None = "auto"  # strings that end a completion: </answer>, </s>. A text is cut at
     #                                        its commas, and \n in it is a newline; a list, such as
     #                                        ["\n\n", "Question:"], stands as it is. auto = a run's own, else
     #                                        </answer> with the template r1_zero
-    max_completion_length: int | None = None    # tokens; longer completions are cut there; null = 512, or half of max_length
+    max_completion_length: Count | None = None    # tokens; longer completions are cut there; null = 512, or half of max_length
     chat_template: str | None = None       # a file, or chatml, llama3, mistral, gemma; null = the model's own
     system_prompt: Lines | None = None     # of conversations without a system turn; null = the model's own,
     #                                        if a run gave it one
     chat_template_kwargs: dict | None = None     # variables of the template, such as {enable_thinking: false}
-    limit: int | None = None               # only so many rows of data
-    max_length: int | None = None          # tokens, prompt and completion together; null = as many as the model knows
-    seed: int = 0                          # of the draws
+    limit: Count | None = None             # use only this many rows of data
+    max_length: TwoOrMore | None = None    # tokens, prompt and completion together; null = as many as the model knows
+    seed: Seed = 0                         # random seed for sampling
     output: str | None = None              # directory of the results; null = a name in runs/ made of those of model and data
 
     def __post_init__(self):
@@ -72,14 +74,14 @@ def read_settings(argv: list[str], kind: type, program: str):
     if path is not None or "dry-run" in flags:
         raise UserError(f"{show(path or '--dry-run')} in the command line is nothing that {program} knows; "
                         "fix: write one MODEL and then key=value")
-    hints = get_type_hints(kind)
+    hints = hints_of(kind)
 
     def unknown(key, where):
         return UserError(f"unknown key {show(key)} ({where})" + advice(key, hints, program, program))
 
-    values = read_values(given, hints, unknown, allowed=("temperature", 0))
+    values = read_values(given, hints, unknown)
     for field in fields(kind):
-        if field.name not in values and field.default is MISSING:
+        if field.name not in values and is_required(field):
             raise UserError(f"{field.name} is missing in the command line; fix: python {program} MODEL data=... reward=...")
     settings = kind(**values)
     if settings.output is not None:
@@ -91,11 +93,8 @@ def read_settings(argv: list[str], kind: type, program: str):
 
 
 def help_text(doc: str, kind: type) -> str:
-    """A program's description, and every key with its type, default and comment as they stand in the source."""
-    lines = {}
-    for part in reversed(kind.__mro__[:-1]):
-        lines |= dict(re.findall(r"^    (\w+)(: .*(?:\n +#.*)*)", inspect.getsource(part), re.MULTILINE))
-    return doc + "\nkeys:\n" + "\n".join(f"    {name}{line}" for name, line in lines.items())
+    """A program's description, and every key with its type, range, default and sentence."""
+    return "\n".join([doc, "keys:", *key_lines(kind)])
 
 
 def name_of(data: str) -> str:
@@ -127,7 +126,9 @@ def load_examples(settings, kind: str, path: str, tokenizer, notice):
     """The first `limit` examples of the data, and its report."""
     common = Common(algorithm="", model=path, data=settings.data, seed=settings.seed,
                     max_length=settings.max_length, system_prompt=settings.system_prompt)
-    examples, _, reports = load_datasets(common, settings, kind, tokenizer, notice)
+    examples, _, reports = load_datasets(common, kind, tokenizer, notice, settings.train_on,
+                                         settings.prompt_template, settings.max_completion_length)
+    examples = examples[:settings.limit]
     if kind == "prompts":
         check_rewards(settings, examples)
     return examples, reports["train"]

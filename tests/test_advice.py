@@ -3,21 +3,22 @@ of ours."""
 import dataclasses
 import re
 from pathlib import Path
-from typing import get_type_hints
 
 import pytest
 
 import evaluate
 import sample
 from engine.advice import MEANINGS, OTHERS, REASONS, advice, is_secret, plain
-from engine.config import FLAGS, Common, algorithm_names, config_of, nearest, unknown_key
+from engine.cast import nearest
+from engine.command_line import FLAGS
+from engine.config import Common, all_configs, hints_of, unknown_key
 
 LATER = {"columns"}       # keys of a later version: until then the answer names `data`, which has them
 TEXT = (Path(__file__).parent / "foreign_names.txt").read_text()
 CORPUS = [line.split(maxsplit=2) for line in TEXT.splitlines() if line.strip() and not line.startswith("#")]
 PROGRAMS = {"evaluate.py": evaluate.Config, "sample.py": sample.Config}
-OURS = {name: {**get_type_hints(Common), **get_type_hints(config_of(name))} for name in algorithm_names()}
-KNOWN = {**OURS, **{program: get_type_hints(kind) for program, kind in PROGRAMS.items()}}
+OURS = {name: hints_of(Common) | hints_of(config_class) for name, config_class in all_configs().items()}
+KNOWN = OURS | {program: hints_of(kind) for program, kind in PROGRAMS.items()}
 
 
 def answer(name, user):

@@ -27,7 +27,7 @@ def load(kind="pairs", seed=0, **config):
     values = {"eval_data": None, "eval_fraction": 0.0, "seed": seed, "max_length": 1000, "truncate": "none",
               "hh": "messages", "system_prompt": None}
     common = SimpleNamespace(**values | config)
-    return *load_datasets(common, SimpleNamespace(), kind, TOKENIZER, notices.append), notices
+    return *load_datasets(common, kind, TOKENIZER, notices.append), notices
 
 
 # ---- labels ----

@@ -8,23 +8,25 @@ import sys
 from typing import Literal, get_type_hints
 
 import pytest
-from helpers import ROOT, tiny_model, train_here, write_config, write_jsonl
+from helpers import ROOT, ROWS, tiny_model, train_here, write_config, write_jsonl
 
-from data.errors import UserError
+from data.errors import RunError, UserError
 from engine import definition
-from engine.config import algorithm_names, config_of, help_text, load_config
+from engine.config import config_of, load_config
 from engine.definition import class_of
+from engine.help import help_text
 
 PROGRAM = """
 import sys
 from data.errors import UserError
-from engine.config import help_text, load_config
+from engine.config import load_config
+from engine.help import help_for
 try:
     load_config(sys.argv[1:])
     print("read")
 except UserError as error:
     print(error)
-help_text()
+help_for(["algorithm=grpo", "--help"])
 print([name for name in ("torch", "transformers", "numpy") if name in sys.modules])
 """
 
@@ -41,7 +43,7 @@ def test_no_torch(words, says):
     assert done.stdout.startswith(says) and done.stdout.endswith("\n[]\n"), done
 
 
-@pytest.mark.parametrize("name", algorithm_names())
+@pytest.mark.parametrize("name", ROWS)
 def test_real_configs(name):
     """As the import makes them: fields, defaults, types, bases."""
     found, imported = config_of(name), importlib.import_module(f"algorithms.{name}").Config
@@ -58,8 +60,6 @@ def project(tmp_path, monkeypatch):
     imported."""
     (tmp_path / "algorithms").mkdir()
     monkeypatch.setattr(definition, "ROOT", tmp_path)
-    files = tmp_path / "algorithms"
-    monkeypatch.setattr("engine.config.algorithm_names", lambda: [path.stem for path in files.iterdir()])
     monkeypatch.syspath_prepend(str(tmp_path))
     class_of.cache_clear()
 
@@ -89,6 +89,7 @@ class Config(Base):
     share: float = half(KINDS["a"])       # half of it
     kind: Literal["x", "y"] = "x"
     root: float = new(default=math.sqrt(4))
+    words: list[str] | None = new(default_factory=list)
     def total(self) -> float:
         return half(self.share) + self.beta
 later = boom.run()
@@ -96,23 +97,36 @@ later = boom.run()
     project("base", """
 import os
 from dataclasses import dataclass
+from engine.options import Options
 FACTOR = 3
 @dataclass
-class Config:
+class Config(Options):
     beta: float | None = 0.5              # of the base
 import os
 """)
     config = config_of("mine")
-    types = {"beta": float | None, "share": float, "kind": Literal["x", "y"], "root": float}
+    types = {"beta": float | None, "share": float, "kind": Literal["x", "y"], "root": float,
+             "words": list[str] | None}
     assert get_type_hints(config) == types
     assert (config().share, config().root, config(beta=1.0).total()) == (3.0, 2.0, 2.5)
     assert config.__mro__[1] is config_of("base")
-    text = help_text()
-    assert "share: float" in text and "# half of it" in text and "keys of mine" in text
+    text = help_text("mine")
+    assert "    share: a number (default 3.0)\n        half of it\n" in text and "keys of mine" in text
+    assert "    words: a list of texts, or null (default [])\n" in text
+    assert "    beta: a number, or null (default 0.5)\n        of the base\n" in text
+
+
+GOOD = """
+from dataclasses import dataclass
+from engine.options import Options
+@dataclass
+class Config(Options):
+    beta: float = 1.0
+"""
 
 
 def test_errors_of_a_file_are_told(project, tmp_path):
-    project("good", "from dataclasses import dataclass\n@dataclass\nclass Config:\n    beta: float = 1.0\n")
+    project("good", GOOD)
     project("cut", "import boom\n\nclass Config:\n    beta: float = (\n")
     with pytest.raises(UserError, match=r"cut.py:4 is not Python \(.* was never closed\); fix: correct"):
         config_of("cut")
@@ -124,16 +138,35 @@ def test_errors_of_a_file_are_told(project, tmp_path):
         config_of("wrong")
     last = caught.traceback[-1]
     assert (str(last.path), last.lineno + 1) == (str(tmp_path / "algorithms" / "wrong.py"), 4)
+
+
+def test_other_files_do_not_stop_a_run(project, tmp_path):
+    """Helpers without a Config, files that are not Python, and Configs that cannot be made."""
+    project("good", GOOD)
+    project("common", '"""Functions of several algorithms."""\nimport boom\ndef half(x):\n    return x / 2\n')
+    project("cut", "import boom\n\nclass Config:\n    beta: float = (\n")
+    project("wrong", "class Config:\n    beta: float = nothing\n")
+    project("plain", "class Config:\n    beta: float = 1.0\n")
+    path = str(tmp_path / "x.yml")
     (tmp_path / "x.yml").write_text("algorithm: good\nmodel: m\ndata: d\n")
-    assert load_config([str(tmp_path / "x.yml"), "beta=2"]).config.beta == 2      # the others are not read
+    assert load_config([path, "beta=2"]).config.beta == 2
+    with pytest.raises(UserError, match="unknown key 'betta' .*fix: write beta"):
+        load_config([path, "betta=2"])
+    with pytest.raises(UserError, match="algorithms/ holds good, plain, wrong; fix: give good"):
+        load_config([path, "algorithm=godo"])
+    with pytest.raises(UserError, match="algorithms/common.py has no class Config"):
+        load_config([path, "algorithm=common"])
+    assert "    good" in help_text() and "common:" not in help_text().partition("algorithms:")[2]
+    assert "beta: a number (default 1.0)" in help_text("good")
 
 
 def test_what_methods_use_may_stand_behind_the_class(project):
     project("late", """
 from dataclasses import dataclass
 import boom
+from engine.options import Options
 @dataclass
-class Config:
+class Config(Options):
     beta: float = 1.0
     def __post_init__(self):
         check(self.beta)
@@ -149,11 +182,17 @@ from math import floor
         config_of("late")(beta=4.0)
 
 
-def test_a_config_that_is_no_dataclass(project):
-    project("plain", "class Config:\n    beta: float = 1.0\n")
-    message = "Config in algorithms/plain.py is no dataclass; fix: write @dataclass above it"
-    with pytest.raises(UserError, match=message):
-        config_of("plain")
+@pytest.mark.parametrize("text, says", [
+    ("class Config:\n    beta: float = 1.0\n", "is no dataclass; fix: write @dataclass above it"),
+    ("from engine.options import Sampling\nclass Config(Sampling):\n    beta: float = 1.0\n",
+     "is no dataclass; fix: write @dataclass above it"),
+    (GOOD.replace("(Options)", ""), r"fix: write class Config\(Options\)"),
+    (GOOD.replace("beta", "lr"), "has the key lr, which every algorithm has; fix: give it another name"),
+])
+def test_a_config_that_is_none(project, text, says):
+    project("mine", text)
+    with pytest.raises(UserError, match="Config in algorithms/mine.py .*" + says):
+        config_of("mine")
 
 
 def test_training_gets_a_config_of_the_file_s_own_class(tmp_path, monkeypatch):
@@ -163,5 +202,6 @@ def test_training_gets_a_config_of_the_file_s_own_class(tmp_path, monkeypatch):
     data = write_jsonl(tmp_path / "data.jsonl", [{"prompt": "q", "response": "a"}])
     path = write_config(tmp_path / "x.yml", algorithm="sft", model=tiny_model(tmp_path / "model"), data=data,
                         output=tmp_path / "run", train_on="all", max_length=200)
-    train_here(path)
+    with pytest.raises(RunError, match="nothing was trained"):
+        train_here(path)
     assert isinstance(seen[0], algorithms.sft.Config) and seen[0].train_on == "all"

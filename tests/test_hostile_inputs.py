@@ -544,11 +544,10 @@ def test_control_tokens_in_a_turn_that_is_not_trained(tmp_path):
     report = build_dataset(path, "responses", byte_tokenizer(), 500).report
     assert (report["control_tokens"], report["first_control_tokens"]) == (3, f"{path}:2")
     assert (report["stop_inside"], report["first_stop_inside"]) == (1, f"{path}:5")
-    from algorithms.sft import Config
     from engine.config import Common
     sources = [{"path": path}, {"path": path, "weight": 2.0}]
     common = Common(algorithm="sft", model="", data=sources, max_length=500)
-    loaded = load_datasets(common, Config(), "responses", byte_tokenizer(), told.append)
+    loaded = load_datasets(common, "responses", byte_tokenizer(), told.append)
     reports = loaded[2]
     warning = ("3 rows spell out a special token in a turn that is not trained, "
                f"and generation will read it as that token, too (first: {path}:2)")

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from algorithms import dapo, dr_grpo, grpo, reinforce_pp, rloo
-from algorithms.cispo import Config as CispoConfig
 from algorithms.cispo import cispo_loss
 from algorithms.dapo import dapo_loss, soft_overlong
 from algorithms.dr_grpo import dr_grpo_loss
@@ -153,10 +152,12 @@ def test_soft_overlong():
     assert soft_overlong(lengths, 100, 20).tolist() == pytest.approx(theirs)
 
 
-def test_cispo_refuses_a_bound_below_one():
-    with pytest.raises(UserError, match="epsilon_high is 0.2.*fix: give 1 or more"):
-        CispoConfig(reward="gsm8k", epsilon_high=.2)
-    assert CispoConfig(reward="gsm8k", epsilon_high=1).epsilon_high == 1
+def test_cispo_refuses_a_bound_below_one(tmp_path):
+    file = tmp_path / "x.yml"
+    file.write_text("algorithm: cispo\nmodel: m\ndata: d\nreward: gsm8k\n")
+    with pytest.raises(UserError, match="epsilon_high .* is 0.2; fix: give 1 or more"):
+        load_config([str(file), "epsilon_high=0.2"])
+    assert load_config([str(file), "epsilon_high=1"]).config.epsilon_high == 1
 
 
 def test_a_group_has_two_completions(tmp_path):
@@ -168,10 +169,12 @@ def test_a_group_has_two_completions(tmp_path):
     assert load_config([str(file), "algorithm=reinforce_pp"]).config.num_generations == 1
 
 
-def test_baseline_needs_a_group():
-    with pytest.raises(UserError, match="num_generations is 1, .*fix: give 2 or more"):
-        reinforce_pp.Config(reward="gsm8k", num_generations=1, baseline=True)
-    assert reinforce_pp.Config(reward="gsm8k", num_generations=1).num_generations == 1
+def test_baseline_needs_a_group(tmp_path):
+    file = tmp_path / "x.yml"
+    file.write_text("algorithm: reinforce_pp\nmodel: m\ndata: d\nreward: gsm8k\nnum_generations: 1\n")
+    with pytest.raises(UserError, match=r"num_generations \(.*x.yml:5\) is 1, .*fix: give 2 or more"):
+        load_config([str(file), "baseline=true"])
+    assert load_config([str(file)]).config.num_generations == 1
 
 
 # ---- TRL's own loss methods ----

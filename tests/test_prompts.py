@@ -33,7 +33,9 @@ def load(tmp_path, rows, tokenizer=TOKENIZER, prompt_template=None, max_completi
                                 "max_length": 1000, "truncate": "none", "hh": "messages"} | config)
     config = Sampling(f"{REWARDS}:none", prompt_template=prompt_template,
                       max_completion_length=max_completion_length)
-    train, held_out, reports = load_datasets(common, config, "prompts", tokenizer, notices.append)
+    train, held_out, reports = load_datasets(
+        common, "prompts", tokenizer, notices.append,
+        prompt_template=prompt_template, max_completion_length=max_completion_length)
     check_rewards(config, train + held_out)
     return train, held_out, reports, notices
 

@@ -328,7 +328,7 @@ def test_stop_on_the_command_line(word, config):
 
 
 @pytest.mark.parametrize("text, says", [
-    ("stop: ','", "stop is ',', which holds no string"),
+    ("stop: ','", "stop.yml:5) is ',', which holds no string"),
     ('stop: ["a", ""]', "a list of texts that are not empty"),
     ("stop: [[a]]", "nested value of 'stop'"), ("stop: {a: b}", "nested value of 'stop'"),
     ("lr: [1, 2]", "nested value of 'lr'"), ("max_steps: [3]", "nested value of 'max_steps'"),

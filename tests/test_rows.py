@@ -63,8 +63,8 @@ def load(tmp_path, rows, kind="responses", tokenizer=TOKENIZER, **config):
         }
         | config
     )
-    settings = SimpleNamespace(max_completion_length=0, reward=f"{REWARDS}:varied", reward_weights=None)
-    examples, _, reports = load_datasets(common, settings, kind, tokenizer, notices.append)
+    settings = SimpleNamespace(reward=f"{REWARDS}:varied", reward_weights=None)
+    examples, _, reports = load_datasets(common, kind, tokenizer, notices.append)
     if kind == "prompts":
         check_rewards(settings, examples)
     return examples, reports["train"], notices

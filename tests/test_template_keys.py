@@ -25,7 +25,8 @@ import sample
 from data.errors import RunError, UserError
 from data.templates import set_template
 from data.tokenise import Tokeniser, stop_ids
-from engine.config import cast, load_config
+from engine.cast import cast
+from engine.config import load_config
 
 SYSTEM = 'Say "no"\nto {{ user }} and {% all %}: \\n, 你好 😀'
 SWITCH = "{% if quick is defined and quick %}QUICK {% endif %}" + CHATML

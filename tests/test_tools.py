@@ -31,18 +31,19 @@ def test_dry_run_counts_memory_by_parameters(tmp_path):
     """Against Qwen2's parameters counted by hand: embedding, untied head, and per layer q k v (with biases) o, the MLP and two norms."""
     from engine.config import Common
     from engine.dry_run import forecast
+    from engine.options import Options
     config_of(hidden_size=1024, intermediate_size=4096, num_attention_heads=8, head_dim=128).save_pretrained(tmp_path)
     attention = 1024 * 1024 + 1024 + 2 * (1024 * 256 + 256) + 1024 * 1024
     parameters = 2 * 259 * 1024 + 2 * (attention + 3 * 1024 * 4096 + 2 * 1024) + 1024
-    lines = forecast(Common(algorithm="sft", model=str(tmp_path), data=""), None, [], tokens=100)
+    lines = forecast(Common(algorithm="sft", model=str(tmp_path), data=""), Options(), [], tokens=100)
     weights, gradients, optimizer, reference, *_, together = (float(line.split()[-2]) for line in lines)
     assert abs(weights - 4e-9 * parameters) < 0.006 and gradients == weights and abs(optimizer - 8e-9 * parameters) < 0.006
     assert reference == 0 and 4 * weights < together < 4 * weights + 0.1
 
 
 def test_help_names_every_key():
-    done = run_train(["--help"])
-    assert done.returncode == 0 and all(f"{key}:" in done.stdout for key in ("micro_batch_tokens", "beta", "train_on", "resume"))
+    done = run_train(["example/tiny-dpo.yml", "--help"])
+    assert done.returncode == 0 and all(f"{key}:" in done.stdout for key in ("micro_batch_tokens", "beta", "resume"))
 
 
 def chat(*arguments, text):
