@@ -1,6 +1,7 @@
 """Local data files -> (where, row): JSON lines, a JSON list (plain or wrapped in one dict), CSV, each also gzipped, and Parquet.
 
-A reader of our own because every error must name the file and the line: `where` is "path:line", the line on which the row starts.
+It is a reader of our own because every error must name the place: `where` is "path:line", the line on which
+the row starts, and "row 17 of path" in a JSON list, "path:row 17" in Parquet, counted from 1.
 """
 import csv
 import difflib
@@ -113,7 +114,7 @@ def _reader(path):
         return _csv
     first = start[:1]
     if suffix in SUFFIXES or first in (b"{", b"["):
-        return _json_list if first == b"[" else _json_lines
+        return _json_document if first == b"[" else _json_lines
     raise UserError(f"not a data file, neither known by its suffix nor JSON: {path}; "
                     f"fix: save it as one of {', '.join(SUFFIXES)}")
 
@@ -221,97 +222,63 @@ def _malformed(where, error, last):
 def _json_lines(path):
     lines = ((number, line) for number, line in _lines(path) if line.strip())
     head = list(itertools.islice(lines, 2))
-    if head and (head[0][1].rstrip().endswith(("{", "[", ",")) or len(head) == 1 and _is_wrapper(head[0][1])):
-        yield from _json_dict(path)
+    if head and _opens_document(head):
+        yield from _json_document(path)
         return
     lines = itertools.chain(head, lines)
     for number, line in lines:
         try:
             row = _decoder.decode(line)
         except (ValueError, RecursionError) as error:
-            raise _malformed(f"{path}:{number}", error, last=next(lines, None) is None) from None
+            is_last = next(lines, None) is None
+            raise _malformed(f"{path}:{number}", error, is_last) from None
         yield f"{path}:{number}", row
 
 
-def _is_wrapper(line):
+def _opens_document(head):
+    """Whether the first lines (at most two) of a file are no rows but the beginning of one JSON text."""
+    first = head[0][1]
+    if first.rstrip().endswith(("{", "[", ",")):
+        return True
     try:
-        return _wrapped(_decoder.decode(line)) is not None
+        return len(head) == 1 and _rows_key(_decoder.decode(first)) is not None
     except (ValueError, RecursionError):
         return False  # reported with its line by the caller
 
 
-def _wrapped(document):
-    """The key of a dict's only list of objects, if these are rows: {"data": [{...}, ...]}; messages are a row's column."""
-    if not isinstance(document, dict):
-        return None
-    keys = [key for key, value in document.items()
-            if isinstance(value, list) and value and all(isinstance(element, dict) for element in value)]
-    if len(keys) == 1 and not any("role" in element or "from" in element for element in document[keys[0]]):
-        return keys[0]
-    return None
-
-
-def _json_list(path):
-    yield from _elements(path, "".join(line for _, line in _lines(path)), 0)
-
-
-def _json_dict(path):
-    """One dict over the whole file: a wrapper around a list of rows, else a single row."""
+def _json_document(path):
+    """One JSON text over the whole file: a list of rows, perhaps wrapped in a dict, or a single row."""
     text = "".join(line for _, line in _lines(path))
     try:
         document = _decoder.decode(text)
     except (ValueError, RecursionError) as error:
-        number = error.lineno if isinstance(error, json.JSONDecodeError) else 1
-        raise _malformed(f"{path}:{number}", error, last=not text.rstrip().endswith("}")) from None
-    key = _wrapped(document)
-    if key is None:
-        line = text.count("\n", 0, text.index("{")) + 1
-        yield f"{path}:{line}", document
+        is_syntax = isinstance(error, json.JSONDecodeError)
+        where = f"{path}:{error.lineno}:{error.colno}" if is_syntax else path
+        closing = "]" if text.lstrip().startswith("[") else "}"
+        raise _malformed(where, error, not text.rstrip().endswith(closing)) from None
+    key = _rows_key(document)
+    if key is not None:
+        notice(f"notice: {path}: the rows are the list under {key!r}")
+        document = document[key]
+    if isinstance(document, dict):
+        yield f"{path}:{text.count(chr(10), 0, text.index('{')) + 1}", document
         return
-    notice(f"notice: {path}: the rows are the list under {key!r}")
-    position = text.index("{") + 1
-    while True:  # walk over the dict's entries to find where the list starts, for the line numbers
-        name, position = _decoder.raw_decode(text, _skip(text, position))
-        start = _skip(text, _skip(text, position) + 1)                       # after the colon
-        if name == key:
-            yield from _elements(path, text, start, within=True)
-            return
-        position = _skip(text, _decoder.raw_decode(text, start)[1]) + 1      # after the comma
+    for number, row in enumerate(document, 1):
+        yield f"row {number} of {path}", row
 
 
-def _elements(path, text, start, within=False):
-    """Yield the elements of the JSON list that opens at or after `start`; nothing may follow it unless it is `within` a dict."""
-    position = _skip(text, start) + 1
-    line, counted = 1, 0
-    separator = "["
-    while True:
-        position = _skip(text, position)
-        line, counted = line + text.count("\n", counted, position), position
-        where = f"{path}:{line}"
-        if text[position:position + 1] == "]" and separator == "[":
-            break
-        try:
-            row, position = _decoder.raw_decode(text, position)
-            position = _skip(text, position)
-            separator = text[position:position + 1]
-            if separator not in (",", "]"):
-                raise json.JSONDecodeError("Expecting ',' or ']' after a row", text, position)
-        except (ValueError, RecursionError) as error:
-            raise _malformed(where, error, last=not text.rstrip().endswith("]")) from None
-        yield where, row
-        if separator == "]":
-            break
-        position += 1
-    rest = _skip(text, position + 1)
-    if not within and rest < len(text):
-        line = text.count("\n", 0, rest) + 1
-        raise UserError(f"text after the list's closing bracket in {path}:{line}; fix: keep one list in the file")
-
-
-def _skip(text, position):
-    while text[position:position + 1] in (" ", "\t", "\n", "\r"):
-        position += 1
-    return position
+def _rows_key(document):
+    """The key of a dict's only list of objects, if these are rows: {"data": [{...}, ...]}. Messages are a
+    row's column."""
+    if not isinstance(document, dict):
+        return None
+    keys = []
+    for key, value in document.items():
+        if isinstance(value, list) and value and all(isinstance(element, dict) for element in value):
+            keys.append(key)
+    if len(keys) != 1 or any("role" in element or "from" in element for element in document[keys[0]]):
+        return None
+    return keys[0]
 
 
 # ---- CSV and Parquet ----
