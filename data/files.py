@@ -1,4 +1,5 @@
-"""Local data files -> (where, row): JSON lines, a JSON list (plain or wrapped in one dict), CSV, each also gzipped, and Parquet.
+"""Local data files -> (where, row): JSON lines, a JSON list (plain or wrapped in one dict), CSV, each also
+gzipped, and Parquet.
 
 It is a reader of our own because every error must name the place: `where` is "path:line", the line on which
 the row starts, and "row 17 of path" in a JSON list, "path:row 17" in Parquet, counted from 1.
@@ -54,8 +55,8 @@ SUFFIXES = (".jsonl", ".json", ".ndjson", ".csv", ".parquet", ".gz")
 def read_rows(path, base=None):
     """Yield (where, row: dict) for every row of a local data file.
 
-    `base` is the YAML's folder, only used to say so when the file is missing here but exists there.
-    Raises UserError: missing, empty, cut off or malformed file, text that is not UTF-8, rows that are not objects.
+    `base` is the YAML's folder, only used to say so when the file is missing here but exists there. Raises
+    UserError for a missing, empty, cut off or malformed file, text that is not UTF-8, rows that are not objects.
     """
     path = find_file(path, base)
     rows = 0
@@ -71,37 +72,48 @@ def read_rows(path, base=None):
     except (gzip.BadGzipFile, zlib.error) as error:
         raise UserError(f"the gzip file is corrupt ({error}): {path}; fix: copy or download it again") from None
     except OSError as error:
-        raise UserError(f"cannot read {path} ({error.strerror or error}); fix: check the file and its permissions") from None
+        reason = error.strerror or error
+        raise UserError(f"cannot read {path} ({reason}); fix: check the file and its permissions") from None
     if not rows:
         raise UserError(f"the file is empty, no rows in {path}; fix: put at least one row into it")
 
 
 def find_file(path, base=None):
-    """The data file that `path` means: the file itself, or the only data file of a directory. UserError if there is none."""
+    """The data file that `path` means: the file itself, or the only data file of a directory. UserError if
+    there is none."""
     path = Path(path)
     if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
-        if len(files) != 1:
-            names = ", ".join(file.name for file in files[:8]) or "none"
-            raise UserError(f"{path} is a directory with {len(files)} data files ({names}); fix: name one file")
-        return files[0]
+        return _only_file(path)
     if path.exists():
         return path
     if base is not None and not path.is_absolute() and (Path(base) / path).exists():
         raise UserError(f"no file {path}, but {Path(base) / path} exists; fix: write that path "
                         "(paths are relative to the directory in which the command runs)")
-    if not path.parent.is_dir():
-        raise UserError(f"no file {path}: the directory {path.parent} does not exist; fix: correct the path")
+    folder = path.parent
+    if not folder.is_dir():
+        raise UserError(f"no file {path}: the directory {folder} does not exist; fix: correct the path")
     try:
-        near = difflib.get_close_matches(path.name, [file.name for file in path.parent.iterdir()], n=3, cutoff=0.4)
+        near = difflib.get_close_matches(path.name, os.listdir(folder), n=3, cutoff=0.4)
     except OSError:
         near = []
-    hint = f" (nearest in {path.parent}: {', '.join(near)})" if near else ""
+    hint = f" (nearest in {folder}: {', '.join(near)})" if near else ""
     raise UserError(f"no file {path}{hint}; fix: correct the path")
 
 
+def _only_file(folder):
+    names = []
+    for name in sorted(os.listdir(folder)):
+        if Path(name).suffix.lower() in SUFFIXES:
+            names.append(name)
+    if len(names) != 1:
+        shown = ", ".join(names[:8]) or "none"
+        raise UserError(f"{folder} is a directory with {len(names)} data files ({shown}); fix: name one file")
+    return folder / names[0]
+
+
 def _reader(path):
-    """Choose by suffix; whatever the suffix, text that starts with { or [ is JSON."""
+    """The function that reads the file, chosen by its suffix. Text that starts with { or [ is JSON under any
+    other suffix, too."""
     suffix = Path(path.name.lower().removesuffix(".gz")).suffix
     with _open(path) as file:
         start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
@@ -122,11 +134,15 @@ def _reader(path):
 def _check_magic(path, start):
     """UserError where a file that should hold rows begins like something else."""
     head = start.lower() if start.startswith(b"<") else start
-    kind = next((kind for magic, kind in MAGIC.items() if head.startswith(magic)), None)
-    kind = "a tar archive" if start[257:262] == b"ustar" and b"\0" in start[:257] else kind
-    if kind:
-        fix = FIXES.get(kind, "unpack or convert it to JSON lines")
-        raise UserError(f"not a data file but {kind}: {path}; fix: {fix}")
+    found = None
+    for magic, kind in MAGIC.items():
+        if head.startswith(magic):
+            found = kind
+    if start[257:262] == b"ustar" and b"\0" in start[:257]:
+        found = "a tar archive"
+    if found:
+        fix = FIXES.get(found, "unpack or convert it to JSON lines")
+        raise UserError(f"not a data file but {found}: {path}; fix: {fix}")
 
 
 def _open(path):
@@ -166,7 +182,8 @@ class _Unzipped(io.RawIOBase):
 
 
 def _lines(path):
-    """Yield (line number, text with its line end). Split at \\n only: JSON strings may hold other Unicode line breaks."""
+    """Yield (line number, text with its line end). Lines end at \\n only: JSON strings may hold other Unicode
+    line breaks."""
     with _open(path) as file:
         for number, line in enumerate(file, 1):
             if number == 1:
@@ -184,8 +201,12 @@ def _lines(path):
 def _no_duplicates(pairs):
     row = dict(pairs)
     if len(row) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"duplicate key {next(key for key in keys if keys.count(key) > 1)!r}")
+        seen = set()
+        for key, _ in reversed(pairs):
+            if key in seen:
+                first = key
+            seen.add(key)
+        raise ValueError(f"duplicate key {first!r}")
     return row
 
 
@@ -213,14 +234,15 @@ def read_json(text):
 
 
 def _malformed(where, error, last):
-    text = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
-    # A duplicate key or NaN stands in a complete row, so only a syntax error suggests a file that was cut off.
-    cut_off = "; the file seems cut off" if last and isinstance(error, json.JSONDecodeError) else ""
+    # a duplicate key or NaN stands in a complete row: only a syntax error suggests a file that was cut off
+    is_syntax = isinstance(error, json.JSONDecodeError)
+    cut_off = "; the file seems cut off" if last and is_syntax else ""
+    text = error.msg if is_syntax else error
     return UserError(f"malformed row ({text}){cut_off} in {where}; fix: correct or delete that row")
 
 
 def _json_lines(path):
-    lines = ((number, line) for number, line in _lines(path) if line.strip())
+    lines = filter(_is_not_blank, _lines(path))
     head = list(itertools.islice(lines, 2))
     if head and _opens_document(head):
         yield from _json_document(path)
@@ -233,6 +255,10 @@ def _json_lines(path):
             is_last = next(lines, None) is None
             raise _malformed(f"{path}:{number}", error, is_last) from None
         yield f"{path}:{number}", row
+
+
+def _is_not_blank(numbered_line):
+    return bool(numbered_line[1].strip())
 
 
 def _opens_document(head):
@@ -248,7 +274,7 @@ def _opens_document(head):
 
 def _json_document(path):
     """One JSON text over the whole file: a list of rows, perhaps wrapped in a dict, or a single row."""
-    text = "".join(line for _, line in _lines(path))
+    text = "".join([line for _, line in _lines(path)])
     try:
         document = _decoder.decode(text)
     except (ValueError, RecursionError) as error:
@@ -261,7 +287,8 @@ def _json_document(path):
         notice(f"notice: {path}: the rows are the list under {key!r}")
         document = document[key]
     if isinstance(document, dict):
-        yield f"{path}:{text.count(chr(10), 0, text.index('{')) + 1}", document
+        before = text[:text.index("{")]
+        yield f"{path}:{before.count(chr(10)) + 1}", document
         return
     for number, row in enumerate(document, 1):
         yield f"row {number} of {path}", row
@@ -274,11 +301,12 @@ def _rows_key(document):
         return None
     keys = []
     for key, value in document.items():
-        if isinstance(value, list) and value and all(isinstance(element, dict) for element in value):
+        if isinstance(value, list) and set(map(type, value)) == {dict}:
             keys.append(key)
-    if len(keys) != 1 or any("role" in element or "from" in element for element in document[keys[0]]):
+    if len(keys) != 1:
         return None
-    return keys[0]
+    names = set(itertools.chain(*document[keys[0]]))
+    return None if names & {"role", "from"} else keys[0]
 
 
 # ---- CSV and Parquet ----
@@ -286,23 +314,26 @@ def _rows_key(document):
 def _csv(path):
     csv.field_size_limit(2**31 - 1)  # the module's default refuses texts of more than 131,072 characters
     reader = csv.reader((line for _, line in _lines(path)), strict=True)
-    header, start = None, 1
+    header = None
+    start = 1
     while True:
+        where = f"{path}:{start}"
         try:
             fields = next(reader, None)
         except csv.Error as error:
-            raise UserError(f"malformed row ({error}) in {path}:{start}; fix: correct the quotes of that row") from None
+            raise UserError(f"malformed row ({error}) in {where}; fix: correct the quotes of that row") from None
         if fields is None:
             return
         if header is None and fields:
             header = fields
             if len(set(header)) < len(header):
-                raise UserError(f"duplicate column in the header of {path}:{start}; fix: give every column its own name")
+                raise UserError(f"duplicate column in the header of {where}; "
+                                "fix: give every column its own name")
         elif fields:
             if len(fields) != len(header):
-                raise UserError(f"malformed row ({len(fields)} fields, the header has {len(header)}) in {path}:{start}; "
+                raise UserError(f"malformed row ({len(fields)} fields, the header has {len(header)}) in {where}; "
                                 "fix: correct its commas and quotes")
-            yield f"{path}:{start}", dict(zip(header, fields))
+            yield where, dict(zip(header, fields))
         start = reader.line_num + 1
 
 
@@ -318,7 +349,8 @@ def _parquet(path):
                     number += 1
                     yield f"{path}:row {number}", row
     except pyarrow.ArrowException as error:
-        raise UserError(f"cannot read the Parquet file {path} ({str(error).splitlines()[0]}); fix: write it again") from None
+        reason = str(error).splitlines()[0]
+        raise UserError(f"cannot read the Parquet file {path} ({reason}); fix: write it again") from None
 
 
 def _check_parquet(path, metadata):
@@ -334,7 +366,8 @@ def kind_of(value):
     """A name for the kind of a JSON value that is not an object."""
     if value is None:
         return "null"
-    return {list: "a list", str: "a string", bool: "true or false"}.get(type(value), "a number")
+    names = {list: "a list", str: "a string", bool: "true or false"}
+    return names.get(type(value), "a number")
 
 
 def sha256(path):
