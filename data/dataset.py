@@ -128,7 +128,8 @@ class _Found:
             _check_flags(text)
         has_margin = "margin" in text.extras
         if has_margin != ("margin" in self.first.extras):
-            raise UserError(f"{text.where} has {'a' if has_margin else 'no'} margin, unlike {self.first.where}; "
+            article = "a" if has_margin else "no"
+            raise UserError(f"{text.where} has {article} margin, unlike {self.first.where}; "
                             "fix: give every row of the file a margin, or none, or rename the column")
 
     def add_examples(self, text, examples, has_control_tokens):
@@ -157,8 +158,9 @@ class _Found:
         for where in undesirable:
             self.drop(f"{self.labelled.label} is false or 0 (undesirable)", where)
         if self.other_label:
-            sentence = (f"{self.source}: the column {self.other_label.label!r} is ignored, since it holds other "
-                        f"values than true and false, 0 and 1 (first: {self.other_label.where})")
+            name, where = self.other_label.label, self.other_label.where
+            sentence = (f"{self.source}: the column {name!r} is ignored, since it holds other values than true "
+                        f"and false, 0 and 1 (first: {where})")
             self.notices[sentence] = None
 
     def check(self):
@@ -168,8 +170,8 @@ class _Found:
             for reason, count in self.dropped.most_common():
                 reasons.append(f"{count} {reason} (first: {self.first_dropped[reason]})")
             way = " or raise max_length" if "longer than max_length" in self.dropped else ""
-            raise UserError(f"none of the {self.read} rows of {self.source} can be used: {', '.join(reasons)}; "
-                            f"fix: correct the rows{way}")
+            raise UserError(f"none of the {self.read} rows of {self.source} can be used: "
+                            f"{', '.join(reasons)}; fix: correct the rows{way}")
         empty = self.dropped["empty response"]
         if empty > 0.01 * self.read:
             raise UserError(f"{empty} of {self.read} rows of {self.source} have an empty response "
@@ -303,8 +305,8 @@ def _combined(reports, source, examples):
 
 
 def _weighted(groups, weight, seed):
-    """`groups` (lists of examples, one per row) `weight` times: for its whole part all of them, for the rest a
-    random choice."""
+    """`groups` (lists of examples, one per row) `weight` times: for its whole part all of them, for the rest
+    a random choice."""
     count = round(weight % 1 * len(groups))
     if weight < 1:
         count = max(1, count)

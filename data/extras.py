@@ -17,7 +17,7 @@ import torch
 from data.errors import UserError
 
 LARGEST = 3.4e38      # float32 holds no larger number
-NOT_READ = "unused"   # a column whose name starts so is left alone: `columns: {unused: name}` switches one off
+NOT_READ = "unused"   # how the name of a column starts that is left alone, after `columns: {unused: name}`
 
 
 def read_number(value, is_text_allowed):
@@ -54,7 +54,7 @@ def _with_sides_joined(numbers):
         stem = name.partition("_")[2]
         sides = [numbers.get(f"chosen_{stem}"), numbers.get(f"rejected_{stem}")]
         is_side = stem and name in (f"chosen_{stem}", f"rejected_{stem}")
-        if is_side and stem not in numbers and all(isinstance(side, float) for side in sides):
+        if is_side and stem not in numbers and set(map(type, sides)) == {float}:
             joined[stem] = sides
         else:
             joined[name] = value
@@ -62,8 +62,8 @@ def _with_sides_joined(numbers):
 
 
 def share_out(text, examples):
-    """Put the numbers of a row (a `Text`) into the extras of its examples, as float32 tensors. UserError for a
-    list of another length."""
+    """Put the numbers of a row (a `Text`) into the extras of its examples, as float32 tensors. UserError for
+    a list of another length."""
     for name, value in text.numbers.items():
         if not isinstance(value, list):
             shares = [[value] * len(example.responses) for example in examples]
@@ -85,11 +85,11 @@ def _per_side(value, examples):
 
 def _per_token(name, value, examples, text):
     """One number for each trained token of a row with one response; its turns may be several examples."""
-    responses = sum(len(example.responses) for example in examples)
+    responses = len(text.responses)
     counts = [example.num_trained for example in examples]
-    if len(text.responses) > 1 or len(value) != sum(counts):
-        tokens = f"{responses} responses" if len(text.responses) > 1 else f"{sum(counts)} trained tokens"
-        raise UserError(f"the column {name!r} has {len(value)} numbers for {tokens} in {text.where}; "
+    if responses > 1 or len(value) != sum(counts):
+        wanted = f"{responses} responses" if responses > 1 else f"{sum(counts)} trained tokens"
+        raise UserError(f"the column {name!r} has {len(value)} numbers for {wanted} in {text.where}; "
                         f"fix: write as many, or one number, or rename it (columns: {{{NOT_READ}: {name}}})")
     if text.raw and len(examples) > 1:
         raise UserError(f"the column {name!r} has a number for each token of a text that is cut into pieces "
@@ -106,15 +106,17 @@ def drop_uncommon(examples, source):
     for each that does not)."""
     names = {}                            # a set in the order in which they came
     for example in examples:
-        names |= dict.fromkeys(name for name, value in example.extras.items() if torch.is_tensor(value))
+        for name, value in example.extras.items():
+            if torch.is_tensor(value):
+                names[name] = None
     kept, sentences = [], []
     for name in names:
         where = _first_other(examples, name)
         if where is None:
             kept.append(name)
             continue
-        sentences.append(f"{source}: the column {name!r} is ignored, since it does not hold a number in every "
-                         f"row, or numbers for the tokens in every row (first other: {where})")
+        sentences.append(f"{source}: the column {name!r} is ignored, since it does not hold a number in "
+                         f"every row, or numbers for the tokens in every row (first other: {where})")
         for example in examples:
             example.extras.pop(name, None)
     return kept, sentences

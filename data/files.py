@@ -56,7 +56,8 @@ def read_rows(path, base=None):
     """Yield (where, row: dict) for every row of a local data file.
 
     `base` is the YAML's folder, only used to say so when the file is missing here but exists there. Raises
-    UserError for a missing, empty, cut off or malformed file, text that is not UTF-8, rows that are not objects.
+    UserError for a missing, empty, cut off or malformed file, text that is not UTF-8 and rows that are not
+    objects.
     """
     path = find_file(path, base)
     rows = 0
@@ -70,7 +71,8 @@ def read_rows(path, base=None):
     except EOFError:
         raise UserError(f"the gzip file seems cut off: {path}; fix: copy or download it again") from None
     except (gzip.BadGzipFile, zlib.error) as error:
-        raise UserError(f"the gzip file is corrupt ({error}): {path}; fix: copy or download it again") from None
+        raise UserError(f"the gzip file is corrupt ({error}): {path}; "
+                        "fix: copy or download it again") from None
     except OSError as error:
         reason = error.strerror or error
         raise UserError(f"cannot read {path} ({reason}); fix: check the file and its permissions") from None
@@ -321,7 +323,8 @@ def _csv(path):
         try:
             fields = next(reader, None)
         except csv.Error as error:
-            raise UserError(f"malformed row ({error}) in {where}; fix: correct the quotes of that row") from None
+            raise UserError(f"malformed row ({error}) in {where}; "
+                            "fix: correct the quotes of that row") from None
         if fields is None:
             return
         if header is None and fields:
@@ -331,8 +334,8 @@ def _csv(path):
                                 "fix: give every column its own name")
         elif fields:
             if len(fields) != len(header):
-                raise UserError(f"malformed row ({len(fields)} fields, the header has {len(header)}) in {where}; "
-                                "fix: correct its commas and quotes")
+                found = f"{len(fields)} fields, the header has {len(header)}"
+                raise UserError(f"malformed row ({found}) in {where}; fix: correct its commas and quotes")
             yield where, dict(zip(header, fields))
         start = reader.line_num + 1
 

@@ -106,7 +106,7 @@ class Text:
     where: str           # "file:line"
     raw: bool = False    # plain running text: the prompt is "" and the only response is cut into pieces
     shape: str = ""      # the columns that were read
-    extras: dict = field(default_factory=dict)      # label (bool), margin (float); of prompts: prompt, columns
+    extras: dict = field(default_factory=dict)      # label (bool), margin (float), a prompt's prompt and columns
     tools: list | None = None      # what the assistant may call, as `data.messages` reads it
     label: str = ""      # the column that says whether the response is desirable; extras has no label if it
                          # says something else
@@ -171,7 +171,7 @@ def parse(row, where, kind, hh="messages", template=None, chat=False, system=Fal
         text.extras["label"] = desirable
     if kind == "pairs" and "margin" in columns:
         text.extras["margin"] = _margin(row["margin"], where)
-    text.of_pair = any(pair[:len(shape)] == shape and columns.issuperset(filter(None, pair)) for pair in PAIRS)
+    text.of_pair = _is_of_pair(shape, columns)
     text.numbers = numbers_in(found, KNOWN, _in_csv(where), text.of_pair)
     return text
 
@@ -181,6 +181,14 @@ def _unknown_columns(row, columns, where, kind):
     return UserError(f"unknown columns in {where}: found {names}; "
                      "fix: rename them in the file, or in data: with columns: {our name: the file's}, "
                      f"to one of these shapes: {SHAPES[kind]}")
+
+
+def _is_of_pair(shape, columns):
+    """Whether the columns that are read, or these and a rejected one beside them, are a pair."""
+    for pair in PAIRS:
+        if pair[:len(shape)] == shape and columns.issuperset(filter(None, pair)):
+            return True
+    return False
 
 
 def _label_column(row, columns, shape, kind):
@@ -234,7 +242,10 @@ def _single(shape):
 def _shape(columns, kind):
     """The columns to read, prompt first, or None."""
     if kind == "prompts":
-        return next(((name,) for name in PROMPTS if name in columns), None)
+        for name in PROMPTS:
+            if name in columns:
+                return (name,)
+        return None
     if kind == "responses" or kind == "labelled" and not columns.isdisjoint(LABELS):
         for name in WHOLE:
             is_prompt = name == "conversations" and "chosen" in columns      # the pair's
@@ -297,9 +308,10 @@ def _read(row, shape, where, hh):
         return _replies([chosen, rejected], where)
     if prompt:
         return _prompted(row, prompt, replies, where, pair=shape not in REPLIES)
-    if all(is_transcript(row[name]) for name in replies):
+    values = [row[name] for name in replies]
+    if all(map(is_transcript, values)):
         return _transcripts(row, replies, where, hh)
-    if all(isinstance(row[name], list) for name in replies):
+    if set(map(type, values)) == {list}:
         conversations = [read_messages(row[name], name, where) for name in replies]
         return _replies(conversations, where)
     raise UserError(f"no prompt in {where}: {' and '.join(replies)} are neither message lists nor HH "
@@ -347,7 +359,7 @@ def _prompted(row, prompt_name, names, where, pair):
     pair's side only the last turn is the response, as in a pair."""
     prompt = _with_input(row, prompt_name, where)
     replies = [row[name] for name in names]
-    if isinstance(prompt, str) and all(isinstance(reply, str) for reply in replies):
+    if {type(prompt), *map(type, replies)} == {str}:
         prompt = read_string(prompt, prompt_name, where)
         responses = [read_string(reply, name, where) for reply, name in zip(replies, names)]
         return _checked(Text(prompt, responses, where))
@@ -394,8 +406,9 @@ def _replies(conversations, where):
     """Conversations that must be the same up to their last turn, the assistant's."""
     prompt = unflagged(conversations[0][:-1])
     responses = [messages[-1:] for messages in conversations]
-    if any(turn["role"] != "assistant" for turn, in responses):
-        return "last turn is not the assistant's"
+    for turn, in responses:
+        if turn["role"] != "assistant":
+            return "last turn is not the assistant's"
     for messages in conversations:
         if unflagged(messages[:-1]) != prompt:
             return "chosen and rejected do not share their prompt"
@@ -505,8 +518,10 @@ def _checked(text):
     if text.prompt[-1]["role"] != "tool" and says_nothing(text.prompt[-1]):
         raise _no_prompt(text)
     for response in text.responses:
-        turns = [turn for turn in response if turn["role"] == "assistant"]
-        trained = [turn for turn in turns if turn.get("train") is not False]
+        trained = []
+        for turn in response:
+            if turn["role"] == "assistant" and turn.get("train") is not False:
+                trained.append(turn)
         if not trained:
             return MARKED_OFF
         if any(map(says_nothing, trained)):
@@ -522,7 +537,7 @@ def _checked(text):
 def _checked_strings(text):
     if not text.prompt.strip():
         raise _no_prompt(text)
-    if not all(response.strip() for response in text.responses):
+    if "" in map(str.strip, text.responses):
         return "empty response"
     if _misses_media(text.prompt):
         return ONLY_TEXT

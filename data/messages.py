@@ -150,8 +150,11 @@ def read_string(value, name, where):
 def _message(message, name, where):
     if not isinstance(message, dict):
         raise UserError(f"{name} is not a message in {where}; fix: use {{\"role\": ..., \"content\": ...}}")
-    key, content = ("role", "content") if message.get("role") is not None else ("from", "value")
-    said, content = message.get(key), message.get(content)
+    said = message.get("role")
+    content = message.get("content")
+    if said is None:
+        said = message.get("from")
+        content = message.get("value")
     role = NAMES.get(said) if isinstance(said, str) else None
     if role is None:
         raise UserError(f"unknown role {said!r} of {name} in {where}; fix: use one of {', '.join(NAMES)}")

@@ -1,4 +1,5 @@
-"""Hub datasets whose responses have scores -> prompt + chosen + rejected, or for sft prompt + the best response.
+"""Hub datasets whose responses have scores -> prompt + chosen + rejected, or for sft prompt + the best
+response.
 
 SHP (stanfordnlp/SHP):  the better response has at least twice the score of the other (the ratio filter of its
     authors).

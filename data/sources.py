@@ -95,7 +95,8 @@ def _value(key, node, name, where):
         except ValueError:
             weight = math.nan
         if not (math.isfinite(weight) and weight > 0):
-            raise UserError(f"{name}.weight is {node.value!r} in {where}; fix: give a number above 0, such as 0.5")
+            raise UserError(f"{name}.weight is {node.value!r} in {where}; "
+                            "fix: give a number above 0, such as 0.5")
         return weight
     if not node.value or not node.value.isprintable():
         raise UserError(f"{name}.{key} is {node.value!r} in {where}; fix: give text on one line")
