@@ -1,6 +1,8 @@
-"""Local data files -> (where, row): JSON lines, a JSON list (plain or wrapped in one dict), CSV, each also gzipped, and Parquet.
+"""Local data files -> (where, row): JSON lines, a JSON list (plain or wrapped in one dict), CSV, each also
+gzipped, and Parquet.
 
-A reader of our own because every error must name the file and the line: `where` is "path:line", the line on which the row starts.
+It is a reader of our own because every error must name the place: `where` is "path:line", the line on which
+the row starts, and "row 17 of path" in a JSON list, "path:row 17" in Parquet, counted from 1.
 """
 import csv
 import difflib
@@ -53,8 +55,9 @@ SUFFIXES = (".jsonl", ".json", ".ndjson", ".csv", ".parquet", ".gz")
 def read_rows(path, base=None):
     """Yield (where, row: dict) for every row of a local data file.
 
-    `base` is the YAML's folder, only used to say so when the file is missing here but exists there.
-    Raises UserError: missing, empty, cut off or malformed file, text that is not UTF-8, rows that are not objects.
+    `base` is the YAML's folder, only used to say so when the file is missing here but exists there. Raises
+    UserError for a missing, empty, cut off or malformed file, text that is not UTF-8 and rows that are not
+    objects.
     """
     path = find_file(path, base)
     rows = 0
@@ -68,39 +71,51 @@ def read_rows(path, base=None):
     except EOFError:
         raise UserError(f"the gzip file seems cut off: {path}; fix: copy or download it again") from None
     except (gzip.BadGzipFile, zlib.error) as error:
-        raise UserError(f"the gzip file is corrupt ({error}): {path}; fix: copy or download it again") from None
+        raise UserError(f"the gzip file is corrupt ({error}): {path}; "
+                        "fix: copy or download it again") from None
     except OSError as error:
-        raise UserError(f"cannot read {path} ({error.strerror or error}); fix: check the file and its permissions") from None
+        reason = error.strerror or error
+        raise UserError(f"cannot read {path} ({reason}); fix: check the file and its permissions") from None
     if not rows:
         raise UserError(f"the file is empty, no rows in {path}; fix: put at least one row into it")
 
 
 def find_file(path, base=None):
-    """The data file that `path` means: the file itself, or the only data file of a directory. UserError if there is none."""
+    """The data file that `path` means: the file itself, or the only data file of a directory. UserError if
+    there is none."""
     path = Path(path)
     if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
-        if len(files) != 1:
-            names = ", ".join(file.name for file in files[:8]) or "none"
-            raise UserError(f"{path} is a directory with {len(files)} data files ({names}); fix: name one file")
-        return files[0]
+        return _only_file(path)
     if path.exists():
         return path
     if base is not None and not path.is_absolute() and (Path(base) / path).exists():
         raise UserError(f"no file {path}, but {Path(base) / path} exists; fix: write that path "
                         "(paths are relative to the directory in which the command runs)")
-    if not path.parent.is_dir():
-        raise UserError(f"no file {path}: the directory {path.parent} does not exist; fix: correct the path")
+    folder = path.parent
+    if not folder.is_dir():
+        raise UserError(f"no file {path}: the directory {folder} does not exist; fix: correct the path")
     try:
-        near = difflib.get_close_matches(path.name, [file.name for file in path.parent.iterdir()], n=3, cutoff=0.4)
+        near = difflib.get_close_matches(path.name, os.listdir(folder), n=3, cutoff=0.4)
     except OSError:
         near = []
-    hint = f" (nearest in {path.parent}: {', '.join(near)})" if near else ""
+    hint = f" (nearest in {folder}: {', '.join(near)})" if near else ""
     raise UserError(f"no file {path}{hint}; fix: correct the path")
 
 
+def _only_file(folder):
+    names = []
+    for name in sorted(os.listdir(folder)):
+        if Path(name).suffix.lower() in SUFFIXES:
+            names.append(name)
+    if len(names) != 1:
+        shown = ", ".join(names[:8]) or "none"
+        raise UserError(f"{folder} is a directory with {len(names)} data files ({shown}); fix: name one file")
+    return folder / names[0]
+
+
 def _reader(path):
-    """Choose by suffix; whatever the suffix, text that starts with { or [ is JSON."""
+    """The function that reads the file, chosen by its suffix. Text that starts with { or [ is JSON under any
+    other suffix, too."""
     suffix = Path(path.name.lower().removesuffix(".gz")).suffix
     with _open(path) as file:
         start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
@@ -113,7 +128,7 @@ def _reader(path):
         return _csv
     first = start[:1]
     if suffix in SUFFIXES or first in (b"{", b"["):
-        return _json_list if first == b"[" else _json_lines
+        return _json_document if first == b"[" else _json_lines
     raise UserError(f"not a data file, neither known by its suffix nor JSON: {path}; "
                     f"fix: save it as one of {', '.join(SUFFIXES)}")
 
@@ -121,11 +136,15 @@ def _reader(path):
 def _check_magic(path, start):
     """UserError where a file that should hold rows begins like something else."""
     head = start.lower() if start.startswith(b"<") else start
-    kind = next((kind for magic, kind in MAGIC.items() if head.startswith(magic)), None)
-    kind = "a tar archive" if start[257:262] == b"ustar" and b"\0" in start[:257] else kind
-    if kind:
-        fix = FIXES.get(kind, "unpack or convert it to JSON lines")
-        raise UserError(f"not a data file but {kind}: {path}; fix: {fix}")
+    found = None
+    for magic, kind in MAGIC.items():
+        if head.startswith(magic):
+            found = kind
+    if start[257:262] == b"ustar" and b"\0" in start[:257]:
+        found = "a tar archive"
+    if found:
+        fix = FIXES.get(found, "unpack or convert it to JSON lines")
+        raise UserError(f"not a data file but {found}: {path}; fix: {fix}")
 
 
 def _open(path):
@@ -165,7 +184,8 @@ class _Unzipped(io.RawIOBase):
 
 
 def _lines(path):
-    """Yield (line number, text with its line end). Split at \\n only: JSON strings may hold other Unicode line breaks."""
+    """Yield (line number, text with its line end). Lines end at \\n only: JSON strings may hold other Unicode
+    line breaks."""
     with _open(path) as file:
         for number, line in enumerate(file, 1):
             if number == 1:
@@ -183,8 +203,12 @@ def _lines(path):
 def _no_duplicates(pairs):
     row = dict(pairs)
     if len(row) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"duplicate key {next(key for key in keys if keys.count(key) > 1)!r}")
+        seen = set()
+        for key, _ in reversed(pairs):
+            if key in seen:
+                first = key
+            seen.add(key)
+        raise ValueError(f"duplicate key {first!r}")
     return row
 
 
@@ -212,106 +236,79 @@ def read_json(text):
 
 
 def _malformed(where, error, last):
-    text = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
-    # A duplicate key or NaN stands in a complete row, so only a syntax error suggests a file that was cut off.
-    cut_off = "; the file seems cut off" if last and isinstance(error, json.JSONDecodeError) else ""
+    # a duplicate key or NaN stands in a complete row: only a syntax error suggests a file that was cut off
+    is_syntax = isinstance(error, json.JSONDecodeError)
+    cut_off = "; the file seems cut off" if last and is_syntax else ""
+    text = error.msg if is_syntax else error
     return UserError(f"malformed row ({text}){cut_off} in {where}; fix: correct or delete that row")
 
 
 def _json_lines(path):
-    lines = ((number, line) for number, line in _lines(path) if line.strip())
+    lines = filter(_is_not_blank, _lines(path))
     head = list(itertools.islice(lines, 2))
-    if head and (head[0][1].rstrip().endswith(("{", "[", ",")) or len(head) == 1 and _is_wrapper(head[0][1])):
-        yield from _json_dict(path)
+    if head and _opens_document(head):
+        yield from _json_document(path)
         return
     lines = itertools.chain(head, lines)
     for number, line in lines:
         try:
             row = _decoder.decode(line)
         except (ValueError, RecursionError) as error:
-            raise _malformed(f"{path}:{number}", error, last=next(lines, None) is None) from None
+            is_last = next(lines, None) is None
+            raise _malformed(f"{path}:{number}", error, is_last) from None
         yield f"{path}:{number}", row
 
 
-def _is_wrapper(line):
+def _is_not_blank(numbered_line):
+    return bool(numbered_line[1].strip())
+
+
+def _opens_document(head):
+    """Whether the first lines (at most two) of a file are no rows but the beginning of one JSON text."""
+    first = head[0][1]
+    if first.rstrip().endswith(("{", "[", ",")):
+        return True
     try:
-        return _wrapped(_decoder.decode(line)) is not None
+        return len(head) == 1 and _rows_key(_decoder.decode(first)) is not None
     except (ValueError, RecursionError):
         return False  # reported with its line by the caller
 
 
-def _wrapped(document):
-    """The key of a dict's only list of objects, if these are rows: {"data": [{...}, ...]}; messages are a row's column."""
-    if not isinstance(document, dict):
-        return None
-    keys = [key for key, value in document.items()
-            if isinstance(value, list) and value and all(isinstance(element, dict) for element in value)]
-    if len(keys) == 1 and not any("role" in element or "from" in element for element in document[keys[0]]):
-        return keys[0]
-    return None
-
-
-def _json_list(path):
-    yield from _elements(path, "".join(line for _, line in _lines(path)), 0)
-
-
-def _json_dict(path):
-    """One dict over the whole file: a wrapper around a list of rows, else a single row."""
-    text = "".join(line for _, line in _lines(path))
+def _json_document(path):
+    """One JSON text over the whole file: a list of rows, perhaps wrapped in a dict, or a single row."""
+    text = "".join([line for _, line in _lines(path)])
     try:
         document = _decoder.decode(text)
     except (ValueError, RecursionError) as error:
-        number = error.lineno if isinstance(error, json.JSONDecodeError) else 1
-        raise _malformed(f"{path}:{number}", error, last=not text.rstrip().endswith("}")) from None
-    key = _wrapped(document)
-    if key is None:
-        line = text.count("\n", 0, text.index("{")) + 1
-        yield f"{path}:{line}", document
+        is_syntax = isinstance(error, json.JSONDecodeError)
+        where = f"{path}:{error.lineno}:{error.colno}" if is_syntax else path
+        closing = "]" if text.lstrip().startswith("[") else "}"
+        raise _malformed(where, error, not text.rstrip().endswith(closing)) from None
+    key = _rows_key(document)
+    if key is not None:
+        notice(f"notice: {path}: the rows are the list under {key!r}")
+        document = document[key]
+    if isinstance(document, dict):
+        before = text[:text.index("{")]
+        yield f"{path}:{before.count(chr(10)) + 1}", document
         return
-    notice(f"notice: {path}: the rows are the list under {key!r}")
-    position = text.index("{") + 1
-    while True:  # walk over the dict's entries to find where the list starts, for the line numbers
-        name, position = _decoder.raw_decode(text, _skip(text, position))
-        start = _skip(text, _skip(text, position) + 1)                       # after the colon
-        if name == key:
-            yield from _elements(path, text, start, within=True)
-            return
-        position = _skip(text, _decoder.raw_decode(text, start)[1]) + 1      # after the comma
+    for number, row in enumerate(document, 1):
+        yield f"row {number} of {path}", row
 
 
-def _elements(path, text, start, within=False):
-    """Yield the elements of the JSON list that opens at or after `start`; nothing may follow it unless it is `within` a dict."""
-    position = _skip(text, start) + 1
-    line, counted = 1, 0
-    separator = "["
-    while True:
-        position = _skip(text, position)
-        line, counted = line + text.count("\n", counted, position), position
-        where = f"{path}:{line}"
-        if text[position:position + 1] == "]" and separator == "[":
-            break
-        try:
-            row, position = _decoder.raw_decode(text, position)
-            position = _skip(text, position)
-            separator = text[position:position + 1]
-            if separator not in (",", "]"):
-                raise json.JSONDecodeError("Expecting ',' or ']' after a row", text, position)
-        except (ValueError, RecursionError) as error:
-            raise _malformed(where, error, last=not text.rstrip().endswith("]")) from None
-        yield where, row
-        if separator == "]":
-            break
-        position += 1
-    rest = _skip(text, position + 1)
-    if not within and rest < len(text):
-        line = text.count("\n", 0, rest) + 1
-        raise UserError(f"text after the list's closing bracket in {path}:{line}; fix: keep one list in the file")
-
-
-def _skip(text, position):
-    while text[position:position + 1] in (" ", "\t", "\n", "\r"):
-        position += 1
-    return position
+def _rows_key(document):
+    """The key of a dict's only list of objects, if these are rows: {"data": [{...}, ...]}. Messages are a
+    row's column."""
+    if not isinstance(document, dict):
+        return None
+    keys = []
+    for key, value in document.items():
+        if isinstance(value, list) and set(map(type, value)) == {dict}:
+            keys.append(key)
+    if len(keys) != 1:
+        return None
+    names = set(itertools.chain(*document[keys[0]]))
+    return None if names & {"role", "from"} else keys[0]
 
 
 # ---- CSV and Parquet ----
@@ -319,23 +316,27 @@ def _skip(text, position):
 def _csv(path):
     csv.field_size_limit(2**31 - 1)  # the module's default refuses texts of more than 131,072 characters
     reader = csv.reader((line for _, line in _lines(path)), strict=True)
-    header, start = None, 1
+    header = None
+    start = 1
     while True:
+        where = f"{path}:{start}"
         try:
             fields = next(reader, None)
         except csv.Error as error:
-            raise UserError(f"malformed row ({error}) in {path}:{start}; fix: correct the quotes of that row") from None
+            raise UserError(f"malformed row ({error}) in {where}; "
+                            "fix: correct the quotes of that row") from None
         if fields is None:
             return
         if header is None and fields:
             header = fields
             if len(set(header)) < len(header):
-                raise UserError(f"duplicate column in the header of {path}:{start}; fix: give every column its own name")
+                raise UserError(f"duplicate column in the header of {where}; "
+                                "fix: give every column its own name")
         elif fields:
             if len(fields) != len(header):
-                raise UserError(f"malformed row ({len(fields)} fields, the header has {len(header)}) in {path}:{start}; "
-                                "fix: correct its commas and quotes")
-            yield f"{path}:{start}", dict(zip(header, fields))
+                found = f"{len(fields)} fields, the header has {len(header)}"
+                raise UserError(f"malformed row ({found}) in {where}; fix: correct its commas and quotes")
+            yield where, dict(zip(header, fields))
         start = reader.line_num + 1
 
 
@@ -351,7 +352,8 @@ def _parquet(path):
                     number += 1
                     yield f"{path}:row {number}", row
     except pyarrow.ArrowException as error:
-        raise UserError(f"cannot read the Parquet file {path} ({str(error).splitlines()[0]}); fix: write it again") from None
+        reason = str(error).splitlines()[0]
+        raise UserError(f"cannot read the Parquet file {path} ({reason}); fix: write it again") from None
 
 
 def _check_parquet(path, metadata):
@@ -367,7 +369,8 @@ def kind_of(value):
     """A name for the kind of a JSON value that is not an object."""
     if value is None:
         return "null"
-    return {list: "a list", str: "a string", bool: "true or false"}.get(type(value), "a number")
+    names = {list: "a list", str: "a string", bool: "true or false"}
+    return names.get(type(value), "a number")
 
 
 def sha256(path):

@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from data.errors import UserError
+from data.extras import numbers_in, read_number
 from data.files import read_named
 from data.hub import hh_messages, is_transcript, split_hh
 from data.messages import (
@@ -38,13 +39,28 @@ from data.messages import (
 )
 
 WHOLE = ("messages", "conversations", "conversation")            # one column with the whole conversation
-REPLIES = (("prompt", "response"), ("prompt", "completion"), ("question", "answer"), ("problem", "solution"),
-           ("instruction", "output"), ("query", "response"),
-           ("prompt", "extra_info.answer"))          # verl's
-PAIRS = (("prompt", "chosen_response", "rejected_response"), ("prompt", "chosen", "rejected"),
-         ("conversations", "chosen", "rejected"), ("instruction", "chosen", "rejected"), ("question", "chosen", "rejected"),
-         ("query", "chosen", "rejected"), ("query", "response", "rejected_response"), ("question", "response_j", "response_k"),
-         ("messages", "rejected_response"), ("messages", "rejected_messages"), ("", "chosen", "rejected"))  # "": no prompt column
+REPLIES = (
+    ("prompt", "response"),
+    ("prompt", "completion"),
+    ("question", "answer"),
+    ("problem", "solution"),
+    ("instruction", "output"),
+    ("query", "response"),
+    ("prompt", "extra_info.answer"),          # verl's
+)
+PAIRS = (
+    ("prompt", "chosen_response", "rejected_response"),
+    ("prompt", "chosen", "rejected"),
+    ("conversations", "chosen", "rejected"),
+    ("instruction", "chosen", "rejected"),
+    ("question", "chosen", "rejected"),
+    ("query", "chosen", "rejected"),
+    ("query", "response", "rejected_response"),
+    ("question", "response_j", "response_k"),
+    ("messages", "rejected_response"),
+    ("messages", "rejected_messages"),
+    ("", "chosen", "rejected"),               # "": no prompt column
+)
 PROMPTS = (*WHOLE, "prompt", "question", "problem", "Problem", "instruction", "query", "chosen")
 QUESTIONS = ("question", "problem", "Problem")
 LABELS = ("label", "kto_tag")
@@ -53,17 +69,26 @@ MAY_BE_JSON = (*WHOLE, "prompt", "response", "completion", "chosen", "rejected",
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 PLACEHOLDER = re.compile(r"^[^\S\n]*<(image|video|audio)>|<image>[^\S\n]*$", re.MULTILINE)
 MARKUP = re.compile(r"</(image|video|audio)>")      # HTML or XML, not a place for an image
-# the columns under which the same strings are a conversation
 ONLY_TEXT = "an image, video or sound stands in its text, and only text is read"
-AS_CONVERSATION = {"prompt": "instruction", "response": "output", "completion": "output", "chosen": "chosen",
-                   "rejected": "rejected", "chosen_response": "chosen", "rejected_response": "rejected"}
-LARGEST = 3.4e38      # a margin becomes a float32, which holds no larger number
+# the columns under which the same strings are a conversation
+AS_CONVERSATION = {
+    "prompt": "instruction",
+    "response": "output",
+    "completion": "output",
+    "chosen": "chosen",
+    "rejected": "rejected",
+    "chosen_response": "chosen",
+    "rejected_response": "rejected",
+}
+KNOWN = {*itertools.chain(*REPLIES, *PAIRS), *PROMPTS, *LABELS, *MEDIA, "text", "system", "tools", "history",
+         "input", "margin", "extra_info", "reward_model"}      # a number in any other column is an extra
 TEMPLATES = Path(__file__).parent / "prompts"
 SHAPES = {
     "responses": "messages; conversations; prompt + response or completion; question + answer; "
                  "problem + solution; instruction + output; query + response; text; or a pair's columns",
-    "pairs": "prompt + chosen + rejected (or chosen_response + rejected_response); instruction, question or conversations + "
-             "chosen + rejected; messages + rejected_response; chosen + rejected as message lists or HH transcripts",
+    "pairs": "prompt + chosen + rejected (or chosen_response + rejected_response); instruction, question or "
+             "conversations + chosen + rejected; messages + rejected_response; chosen + rejected as message "
+             "lists or HH transcripts",
     "labelled": "prompt + response or completion + label; messages + label; or a pair's columns",
     "prompts": "prompt; messages; conversations; question; problem; instruction; query; chosen as a message "
                "list or HH transcript",
@@ -75,15 +100,18 @@ class Text:
     """One row before tokenising; prompt and responses are all strings or all lists of turns (see
     `data.messages`)."""
     prompt: str | list   # without flags; of prompts the last turn may be the beginning of the assistant's
-    responses: list      # 1 for sft; chosen, rejected for a pair; none for prompts. Messages: the turns after the prompt, assistant
-                         # first and last, at least one of the assistant's without "train": False
+    responses: list      # 1 for sft; chosen, rejected for a pair; none for prompts. Messages: the turns after
+                         # the prompt, assistant first and last, at least one of the assistant's without
+                         # "train": False
     where: str           # "file:line"
     raw: bool = False    # plain running text: the prompt is "" and the only response is cut into pieces
     shape: str = ""      # the columns that were read
-    extras: dict = field(default_factory=dict)      # label (bool), margin (float); of prompts: prompt, columns
+    extras: dict = field(default_factory=dict)      # label (bool), margin (float), a prompt's prompt and columns
     tools: list | None = None      # what the assistant may call, as `data.messages` reads it
     label: str = ""      # the column that says whether the response is desirable; extras has no label if it
                          # says something else
+    numbers: dict = field(default_factory=dict)     # the other columns of numbers, see `data.extras`
+    of_pair: bool = False          # the row is a pair, of which perhaps only the chosen side is a response
 
 
 def read_template(name):
@@ -111,26 +139,24 @@ def parse(row, where, kind, hh="messages", template=None, chat=False, system=Fal
     found = row
     if isinstance(row.get("extra_info"), dict):
         row = row | {"extra_info.answer": row["extra_info"].get("answer")}
-    columns = {name for name, value in row.items() if value is not None}  # Parquet and the hub fill absent columns with null
+    # Parquet and the hub fill absent columns with null
+    columns = {name for name, value in row.items() if value is not None}
     shape = _shape(columns, kind)
     if shape is None:
-        names = ", ".join(name if name in columns else f"{name} (null)" for name in found) or "none"
-        raise UserError(f"unknown columns in {where}: found {names}; "
-                        "fix: rename them in the file, or in data: with columns: {our name: the file's}, "
-                        f"to one of these shapes: {SHAPES[kind]}")
+        raise _unknown_columns(found, columns, where, kind)
     _check_media(row, where)
-    row = row | {name: messages_in(row[name], name, where) for name in MAY_BE_JSON if name in columns}
+    row = dict(row)
+    for name in MAY_BE_JSON:
+        if name in columns:
+            row[name] = messages_in(row[name], name, where)
     tools = read_tools(row.get("tools"), where)
-    asks = ("instruction", "query", *(QUESTIONS if chat else ()))
-    conversational = system or tools is not None or shape[0] in asks
+    label = _label_column(row, columns, shape, kind)
     text = _prompt_only(row, shape[0], where, hh) if kind == "prompts" else _read(row, shape, where, hh)
-    label = next((name for name in LABELS if name in columns and _single(shape)), "")
-    is_null = kind == "responses" and row.get(label) == ""      # in CSV
-    if is_null or kind not in ("responses", "labelled"):
-        label = ""
     desirable = _desirable(row, label, where, kind)
     if isinstance(text, str):
         return text
+    asks = ("instruction", "query", *QUESTIONS) if chat else ("instruction", "query")
+    conversational = system or tools is not None or shape[0] in asks
     text = _conversational(text, row, shape[0], conversational)
     if tools and (text.raw or template):
         beside, way = ("prompt_template", "prompt_template") if template else ("raw text", "write messages")
@@ -145,19 +171,51 @@ def parse(row, where, kind, hh="messages", template=None, chat=False, system=Fal
         text.extras["label"] = desirable
     if kind == "pairs" and "margin" in columns:
         text.extras["margin"] = _margin(row["margin"], where)
+    text.of_pair = _is_of_pair(shape, columns)
+    text.numbers = numbers_in(found, KNOWN, _in_csv(where), text.of_pair)
     return text
+
+
+def _unknown_columns(row, columns, where, kind):
+    names = ", ".join(name if name in columns else f"{name} (null)" for name in row) or "none"
+    return UserError(f"unknown columns in {where}: found {names}; "
+                     "fix: rename them in the file, or in data: with columns: {our name: the file's}, "
+                     f"to one of these shapes: {SHAPES[kind]}")
+
+
+def _is_of_pair(shape, columns):
+    """Whether the columns that are read, or these and a rejected one beside them, are a pair."""
+    for pair in PAIRS:
+        if pair[:len(shape)] == shape and columns.issuperset(filter(None, pair)):
+            return True
+    return False
+
+
+def _label_column(row, columns, shape, kind):
+    """The name of the column that says whether the row's only response is desirable, or ""."""
+    if kind not in ("responses", "labelled") or not _single(shape):
+        return ""
+    label = next((name for name in LABELS if name in columns), "")
+    is_null = kind == "responses" and row.get(label) == ""      # in CSV
+    return "" if is_null else label
 
 
 def without_template(text, columns):
     """Where a row's plain strings pass by the tokenizer's chat template: the sentence that says so and what
     changes it. Else None. `columns`: {our name: the file's name}, as the source gives them."""
-    names = [name for name in text.shape.split(" + ") if name != text.label]
-    if not isinstance(text.prompt, str) or text.raw or "prompt" not in names:
+    if not isinstance(text.prompt, str) or text.raw:
+        return None
+    names = text.shape.split(" + ")
+    if text.label in names:
+        names.remove(text.label)
+    if "prompt" not in names:
         return None
     fix = "write the prompts as messages"
-    if all(name in AS_CONVERSATION for name in names):
+    if AS_CONVERSATION.keys() >= set(names):
         theirs = {AS_CONVERSATION[name]: columns.get(name, name) for name in names}
-        theirs |= {ours: name for ours, name in columns.items() if ours not in names}
+        for ours, name in columns.items():
+            if ours not in names:
+                theirs[ours] = name
         pairs = [f"{ours}: {name}" for ours, name in theirs.items() if ours != name]
         fix = f"write columns: {{{', '.join(pairs)}}}"
     return f"plain strings are read without the tokenizer's chat template; to use it {fix}"
@@ -184,15 +242,21 @@ def _single(shape):
 def _shape(columns, kind):
     """The columns to read, prompt first, or None."""
     if kind == "prompts":
-        return next(((name,) for name in PROMPTS if name in columns), None)
-    if kind == "responses" or kind == "labelled" and columns & set(LABELS):
-        pair = "chosen" in columns                     # then `conversations` is the pair's prompt
-        for shape in (*((name,) for name in WHOLE if not (pair and name == "conversations")), *REPLIES):
-            if set(shape) <= columns:
+        for name in PROMPTS:
+            if name in columns:
+                return (name,)
+        return None
+    if kind == "responses" or kind == "labelled" and not columns.isdisjoint(LABELS):
+        for name in WHOLE:
+            is_prompt = name == "conversations" and "chosen" in columns      # the pair's
+            if name in columns and not is_prompt:
+                return (name,)
+        for shape in REPLIES:
+            if columns.issuperset(shape):
                 return shape
     for shape in PAIRS:
         shape = shape[:2] if kind == "responses" else shape
-        if set(shape) - {""} <= columns:
+        if columns.issuperset(filter(None, shape)):
             return shape
     return ("text",) if kind == "responses" and "text" in columns else None
 
@@ -201,7 +265,7 @@ def _desirable(row, name, where, kind):
     """What the column `name` says of the response: true or false, 0 or 1, in CSV, where all is text, also as
     words. None without a column and where it says something else; an error of labelled rows."""
     label = row[name] if name else None
-    if isinstance(label, str) and where.rpartition(":")[0].lower().endswith((".csv", ".csv.gz")):
+    if isinstance(label, str) and _in_csv(where):
         label = {"true": 1, "1": 1, "false": 0, "0": 0}.get(label.strip().lower(), label)
     if isinstance(label, (int, float)) and label in (0, 1):
         return bool(label)
@@ -211,12 +275,13 @@ def _desirable(row, name, where, kind):
     return None
 
 
+def _in_csv(where):
+    return where.rpartition(":")[0].lower().endswith((".csv", ".csv.gz"))
+
+
 def _margin(value, where):
-    try:
-        number = math.nan if isinstance(value, bool) else float(value)      # float(): in CSV all is text
-    except (TypeError, ValueError, OverflowError):
-        number = math.nan
-    if not abs(number) <= LARGEST:
+    number = math.nan if isinstance(value, bool) else read_number(value, is_text_allowed=True)
+    if math.isnan(number):
         raise UserError(f"the margin is {_shown(value)}, not a finite number, in {where}; "
                         "fix: write a number such as 0.5, or rename the column if it is something else")
     return number
@@ -235,18 +300,22 @@ def _read(row, shape, where, hh):
     if not replies:
         return _conversation(row, prompt, where)
     if prompt == "messages":
-        chosen, rejected = read_messages(row["messages"], "messages", where), row[replies[0]]
-        rejected = read_messages(_reply(rejected), replies[0], where)
-        return _replies([chosen, rejected if replies[0] == "rejected_messages" else chosen[:-1] + rejected], where)
+        name = replies[0]
+        chosen = read_messages(row["messages"], "messages", where)
+        rejected = read_messages(_reply(row[name]), name, where)
+        if name != "rejected_messages":
+            rejected = chosen[:-1] + rejected
+        return _replies([chosen, rejected], where)
     if prompt:
         return _prompted(row, prompt, replies, where, pair=shape not in REPLIES)
-    if all(is_transcript(row[name]) for name in replies):
+    values = [row[name] for name in replies]
+    if all(map(is_transcript, values)):
         return _transcripts(row, replies, where, hh)
-    if all(isinstance(row[name], list) for name in replies):
+    if set(map(type, values)) == {list}:
         conversations = [read_messages(row[name], name, where) for name in replies]
         return _replies(conversations, where)
-    raise UserError(f"no prompt in {where}: {' and '.join(replies)} are neither message lists nor HH transcripts; "
-                    "fix: add a prompt column")
+    raise UserError(f"no prompt in {where}: {' and '.join(replies)} are neither message lists nor HH "
+                    "transcripts; fix: add a prompt column")
 
 
 def _reply(value):
@@ -260,7 +329,8 @@ def _conversational(text, row, prompt_name, conversational):
     if text.raw or system is None and not conversational:
         return text
     if isinstance(text.prompt, str):
-        text.prompt, text.responses = [{"role": "user", "content": text.prompt}], [_reply(reply) for reply in text.responses]
+        text.prompt = [{"role": "user", "content": text.prompt}]
+        text.responses = list(map(_reply, text.responses))
     if prompt_name in ("instruction", "query"):
         text.prompt = read_history(row.get("history"), text.where) + text.prompt
     if system is not None and read_string(system, "system", text.where):
@@ -275,9 +345,10 @@ def _conversational(text, row, prompt_name, conversational):
 def _conversation(row, name, where):
     """A whole conversation: everything from the first assistant's turn on is the response."""
     messages = read_messages(row[name], name, where)
-    first = next((i for i, message in enumerate(messages) if message["role"] == "assistant"), None)
-    if first is None or messages[-1]["role"] != "assistant":
+    roles = [message["role"] for message in messages]
+    if roles[-1] != "assistant":
         return "last turn is not the assistant's"
+    first = roles.index("assistant")
     if first == 0:
         return "first turn is the assistant's"
     return _checked(Text(messages[:first], [messages[first:]], where))
@@ -286,16 +357,19 @@ def _conversation(row, name, where):
 def _prompted(row, prompt_name, names, where, pair):
     """A prompt column and one or two response columns, each a string, a message or a message list. Of a
     pair's side only the last turn is the response, as in a pair."""
-    prompt, replies = _with_input(row, prompt_name, where), [row[name] for name in names]
-    if isinstance(prompt, str) and all(isinstance(reply, str) for reply in replies):
+    prompt = _with_input(row, prompt_name, where)
+    replies = [row[name] for name in names]
+    if {type(prompt), *map(type, replies)} == {str}:
         prompt = read_string(prompt, prompt_name, where)
-        return _checked(Text(prompt, [read_string(reply, name, where) for reply, name in zip(replies, names)], where))
-    messages = read_messages([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt, prompt_name, where)
+        responses = [read_string(reply, name, where) for reply, name in zip(replies, names)]
+        return _checked(Text(prompt, responses, where))
+    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    messages = read_messages(turns, prompt_name, where)
     conversations = []
     for reply, name in zip(replies, names):
         reply = read_messages(_reply(reply), name, where)
-        if isinstance(prompt, str) and reply[0]["role"] != "assistant":      # the full conversation; the prompt repeats one turn of it
-            conversations.append(([], reply))
+        if isinstance(prompt, str) and reply[0]["role"] != "assistant":
+            conversations.append(([], reply))      # the full conversation; the prompt repeats one turn of it
         else:
             conversations.append(_without_prompt(messages, reply))
     if pair:
@@ -318,8 +392,10 @@ def _with_input(row, name, where):
 def _without_prompt(prompt, reply):
     """(prompt, turns after it): a reply may be the full conversation, which repeats the prompt, perhaps after
     a system turn."""
-    asked, said = unflagged(prompt), unflagged(reply)
-    for start in (0, 1) if reply[0]["role"] == "system" else (0,):
+    asked = unflagged(prompt)
+    said = unflagged(reply)
+    starts = (0, 1) if reply[0]["role"] == "system" else (0,)
+    for start in starts:
         end = start + len(prompt)
         if said[start:end] == asked:
             return reply[:end], reply[end:]
@@ -328,18 +404,22 @@ def _without_prompt(prompt, reply):
 
 def _replies(conversations, where):
     """Conversations that must be the same up to their last turn, the assistant's."""
-    if any(messages[-1]["role"] != "assistant" for messages in conversations):
-        return "last turn is not the assistant's"
     prompt = unflagged(conversations[0][:-1])
-    if any(unflagged(messages[:-1]) != prompt for messages in conversations):
-        return "chosen and rejected do not share their prompt"
+    responses = [messages[-1:] for messages in conversations]
+    for turn, in responses:
+        if turn["role"] != "assistant":
+            return "last turn is not the assistant's"
+    for messages in conversations:
+        if unflagged(messages[:-1]) != prompt:
+            return "chosen and rejected do not share their prompt"
     if not prompt:
         return "first turn is the assistant's"
-    return _checked(Text(prompt, [messages[-1:] for messages in conversations], where))
+    return _checked(Text(prompt, responses, where))
 
 
 def _transcripts(row, names, where, hh):
-    split = split_hh(*(read_string(row[name], name, where) for name in names))
+    transcripts = [read_string(row[name], name, where) for name in names]
+    split = split_hh(*transcripts)
     if isinstance(split, str):
         return split
     prompt, replies = split
@@ -348,7 +428,8 @@ def _transcripts(row, names, where, hh):
         return "empty prompt"  # not an error as in a user's own file: the published data has such rows
     if hh == "text":
         return _checked(Text(prompt, replies, where))
-    return _checked(Text(messages, [[{"role": "assistant", "content": reply.strip()}] for reply in replies], where))
+    responses = [_reply(reply.strip()) for reply in replies]
+    return _checked(Text(messages, responses, where))
 
 
 def _prompt_only(row, name, where, hh):
@@ -359,21 +440,28 @@ def _prompt_only(row, name, where, hh):
             text = _transcripts(row, [name], where, hh)
             return text if isinstance(text, str) else Text(text.prompt, [], where)
         if not isinstance(value, list):
-            raise UserError(f"no prompt in {where}: chosen is neither a message list nor an HH transcript; fix: add a prompt column")
-    reply = next((column for column in ("chosen", "completion", "response") if isinstance(row.get(column), (list, dict))), None)
-    conversation = None
-    if isinstance(value, str) and reply and name not in WHOLE:     # a conversation all the same, as for the other kinds
-        turns = read_messages(row[reply], reply, where)
-        value = turns if turns[0]["role"] != "assistant" else [{"role": "user", "content": value}]
-        conversation = value
-    if isinstance(value, str) and name not in WHOLE:
-        return _checked(Text(read_string(value, name, where), [], where))
-    turns = read_messages(value, name, where)
-    begun = name not in (*WHOLE, "chosen") and value is not conversation
-    asked = [turn for turn in turns if turn["role"] != "assistant"]
-    while asked and turns[-1]["role"] == "assistant" and not begun:
+            raise UserError(f"no prompt in {where}: chosen is neither a message list nor an HH transcript; "
+                            "fix: add a prompt column")
+    if not isinstance(value, str) or name in WHOLE:
+        turns = read_messages(value, name, where)
+        is_begun = name not in (*WHOLE, "chosen")      # the assistant's last turn, which sampling continues
+        return _asked(turns, where, is_begun)
+    for reply in ("chosen", "completion", "response"):
+        if isinstance(row.get(reply), (list, dict)):   # a conversation all the same, as for the other kinds
+            turns = read_messages(row[reply], reply, where)
+            if turns[0]["role"] == "assistant":
+                turns = read_messages([{"role": "user", "content": value}], name, where)
+            return _asked(turns, where, is_begun=False)
+    return _checked(Text(read_string(value, name, where), [], where))
+
+
+def _asked(turns, where, is_begun):
+    """The turns as a prompt, without the assistant's last ones unless sampling is to continue them."""
+    if all(turn["role"] == "assistant" for turn in turns):
+        return "first turn is the assistant's"
+    while turns[-1]["role"] == "assistant" and not is_begun:
         turns.pop()
-    return _checked(Text(turns, [], where)) if asked else "first turn is the assistant's"
+    return _checked(Text(turns, [], where))
 
 
 def _with_columns(text, row, name, template):
@@ -383,21 +471,30 @@ def _with_columns(text, row, name, template):
     if template:
         question = text.prompt
         if not isinstance(question, str):
-            turns = [turn for turn in text.prompt if turn["role"] != "system"]
-            if [turn["role"] for turn in turns] != ["user"]:
-                more = "an assistant's" if turns[-1]["role"] == "assistant" else "more than one user"
-                raise UserError(f"{more} turn in {text.where}, but prompt_template has room for one "
-                                "question; fix: remove prompt_template, or leave such rows out")
-            text.shape += ", without its system turn" if len(turns) < len(text.prompt) else ""
-            question = turns[0]["content"]
+            question = _only_question(text)
+            if len(text.prompt) > 1:
+                text.shape += ", without its system turn"
         text.prompt = template.replace("{question}", question)
         text.shape += ", put into prompt_template"
     for column, value in row.items():      # a reward reads it, and parts of it are written to a file
         _check_strings(value, column, text.where)
+    columns = dict(row)
     verl = row.get("reward_model")
-    truth = {"ground_truth": verl["ground_truth"]} if isinstance(verl, dict) and "ground_truth" in verl else {}
-    text.extras = {"prompt": text.prompt, "columns": truth | row}
+    if isinstance(verl, dict) and "ground_truth" in verl:
+        columns = {"ground_truth": verl["ground_truth"]} | row
+    text.extras = {"prompt": text.prompt, "columns": columns}
     return text
+
+
+def _only_question(text):
+    """The only user's turn of a conversation, for the prompt template."""
+    turns = [turn for turn in text.prompt if turn["role"] != "system"]
+    if len(turns) != 1 or turns[0]["role"] != "user":
+        begun = text.prompt[-1]["role"] == "assistant"
+        more = "an assistant's" if begun else "more than one user"
+        raise UserError(f"{more} turn in {text.where}, but prompt_template has room for one "
+                        "question; fix: remove prompt_template, or leave such rows out")
+    return turns[0]["content"]
 
 
 def _check_strings(value, name, where):
@@ -421,15 +518,17 @@ def _checked(text):
     if text.prompt[-1]["role"] != "tool" and says_nothing(text.prompt[-1]):
         raise _no_prompt(text)
     for response in text.responses:
-        turns = [turn for turn in response if turn["role"] == "assistant"]
-        trained = [turn for turn in turns if turn.get("train") is not False]
+        trained = []
+        for turn in response:
+            if turn["role"] == "assistant" and turn.get("train") is not False:
+                trained.append(turn)
         if not trained:
             return MARKED_OFF
         if any(map(says_nothing, trained)):
             return "empty response"
-    turns = itertools.chain(text.prompt, *text.responses)
-    if any(_misses_media(turn["content"]) for turn in turns if turn["role"] != "assistant"):
-        return ONLY_TEXT
+    for turn in itertools.chain(text.prompt, *text.responses):
+        if turn["role"] != "assistant" and _misses_media(turn["content"]):
+            return ONLY_TEXT
     if len(text.responses) == 2 and unflagged(text.responses[0]) == unflagged(text.responses[1]):
         return "chosen equals rejected"
     return text
@@ -438,7 +537,7 @@ def _checked(text):
 def _checked_strings(text):
     if not text.prompt.strip():
         raise _no_prompt(text)
-    if not all(response.strip() for response in text.responses):
+    if "" in map(str.strip, text.responses):
         return "empty response"
     if _misses_media(text.prompt):
         return ONLY_TEXT

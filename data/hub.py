@@ -4,8 +4,12 @@ import re
 from data.errors import UserError
 from data.scored import se_rows, shp_rows
 
-SHORT = {"hh": "Anthropic/hh-rlhf", "shp": "stanfordnlp/SHP", "se": "HuggingFaceH4/stack-exchange-preferences",
-         "gsm8k": "openai/gsm8k"}
+SHORT = {
+    "hh": "Anthropic/hh-rlhf",
+    "shp": "stanfordnlp/SHP",
+    "se": "HuggingFaceH4/stack-exchange-preferences",
+    "gsm8k": "openai/gsm8k",
+}
 SUBSET = {"openai/gsm8k": "main"}      # the one that is meant where none is named: the hub wants one
 SHORT_NAME = re.compile(rf"^({'|'.join(SHORT)})(?=[/:]|$)")
 ANSWER_WITHIN = 5      # seconds
@@ -15,41 +19,26 @@ HUB_NAME = re.compile(rf"(?P<repo>{NAME}/{NAME})"
 
 
 def hub_rows(name, kind="pairs", chat=True, seed=0):
-    """Yield (where, row) of a hub dataset: "owner/name", "owner/name:split" or "owner/name/subset:split" (default split: train).
+    """Yield (where, row) of a hub dataset: "owner/name", "owner/name:split" or "owner/name/subset:split"
+    (default split: train).
 
-    hh, shp, se and gsm8k stand for "owner/name" of well-known ones. The subset is a configuration of the dataset or, where there
-    is none of that name, a directory in it (HH's "harmless-base"). Rows of shp and se are converted for `kind`, their prompts
-    to messages or (`chat` false) text; see `data.scored`, which may yield a reason (str) to drop it instead of a row.
-    `where` is "owner/name:split:123", counted from 1. Raises UserError when the dataset cannot be loaded or is empty.
+    hh, shp, se and gsm8k stand for "owner/name" of well-known ones. The subset is a configuration of the
+    dataset or, where there is none of that name, a directory in it (HH's "harmless-base"). Rows of shp and se
+    are converted for `kind`, their prompts to messages or (`chat` false) text; see `data.scored`, which may
+    yield a reason (str) to drop it instead of a row. `where` is "owner/name:split:123", counted from 1.
+    Raises UserError when the dataset cannot be loaded or is empty.
     """
     match = HUB_NAME.fullmatch(SHORT_NAME.sub(lambda short: SHORT[short[0]], name, count=1))
     if not match:
         raise UserError(f"{name!r} is neither an existing file nor a hub dataset's name; "
                         "fix: write a file's path or owner/name:split")
-    repo, split = match["repo"], match["split"] or "train"
-    subset = match["subset"] or SUBSET.get(repo)
-    loaded = "train" if repo == SHORT["se"] and split == "test" else split      # its only split holds our test questions
-    cause = why_unreachable(repo, "dataset")
-    try:
-        import datasets  # slow to import and not needed for local files
-        if cause:
-            datasets.config.HF_HUB_OFFLINE = True      # it has a switch of its own
-        load_dataset = datasets.load_dataset
-        try:
-            dataset = load_dataset(repo, subset, split=loaded) if subset else load_dataset(repo, split=loaded)
-        except ValueError:
-            if not subset:
-                raise
-            dataset = load_dataset(repo, data_dir=subset, split=loaded)
-    except Exception as error:  # noqa: BLE001  offline, not found, gated, unknown split: no common type
-        if cause:
-            raise UserError(f"{cause}, and {name!r} is neither an existing file nor a dataset in its cache; "
-                            "fix: correct the path, or connect to the network") from None
-        reason = (str(error).strip().splitlines() or [""])[0][:200]
-        raise UserError(f"{name!r} is neither an existing file nor a dataset that the hub gives us "
-                        f"({type(error).__name__}: {reason}); "
-                        "fix: correct the path or name, or download the file and name it") from None
-    label = repo + (f"/{subset}" if subset else "") + f":{split}"
+    repo, subset = match["repo"], match["subset"] or SUBSET.get(match["repo"])
+    split = match["split"] or "train"
+    loaded = split
+    if repo == SHORT["se"] and split == "test":
+        loaded = "train"                   # its only split, which holds our test questions
+    dataset = _load(name, repo, subset, loaded)
+    label = f"{repo}/{subset}:{split}" if subset else f"{repo}:{split}"
     if not len(dataset):
         raise UserError(f"the dataset is empty, no rows in {label}; fix: choose another split")
     if repo == SHORT["shp"]:
@@ -59,6 +48,29 @@ def hub_rows(name, kind="pairs", chat=True, seed=0):
     else:
         for number, row in enumerate(dataset, 1):
             yield f"{label}:{number}", row
+
+
+def _load(name, repo, subset, split):
+    """A split of a dataset, from the hub or its cache. UserError, which calls it `name`, if that fails."""
+    cause = why_unreachable(repo, "dataset")
+    try:
+        import datasets  # slow to import and not needed for local files
+        if cause:
+            datasets.config.HF_HUB_OFFLINE = True      # it has a switch of its own
+        if not subset:
+            return datasets.load_dataset(repo, split=split)
+        try:
+            return datasets.load_dataset(repo, subset, split=split)
+        except ValueError:
+            return datasets.load_dataset(repo, data_dir=subset, split=split)
+    except Exception as error:  # noqa: BLE001  offline, not found, gated, unknown split: no common type
+        if cause:
+            raise UserError(f"{cause}, and {name!r} is neither an existing file nor a dataset in its cache; "
+                            "fix: correct the path, or connect to the network") from None
+        reason = (str(error).strip().splitlines() or [""])[0][:200]
+        raise UserError(f"{name!r} is neither an existing file nor a dataset that the hub gives us "
+                        f"({type(error).__name__}: {reason}); "
+                        "fix: correct the path or name, or download the file and name it") from None
 
 
 def why_unreachable(repo, kind):
@@ -89,24 +101,31 @@ def is_transcript(text):
 
 
 def split_hh(chosen, rejected=None):
-    """(prompt, replies) of one transcript, or of a pair that differs in the last reply only; else the reason (str) to drop it.
+    """(prompt, replies) of one transcript, or of a pair that differs in the last reply only; else the reason
+    (str) to drop it.
 
-    The prompt runs through the last "\\n\\nAssistant:", so every reply keeps its leading space: nothing is stripped.
+    The prompt runs through the last "\\n\\nAssistant:", so every reply keeps its leading space: nothing is
+    stripped.
     """
     prompt = chosen[:chosen.rfind(ASSISTANT) + len(ASSISTANT)]
     transcripts = [chosen] if rejected is None else [chosen, rejected]
-    if not all(transcript.startswith(prompt) for transcript in transcripts):
-        return "chosen and rejected do not share their prompt"
-    replies = [transcript[len(prompt):] for transcript in transcripts]
-    if any(ASSISTANT in reply for reply in replies):  # only possible in `rejected`: it holds more turns than `chosen`
-        return "chosen and rejected do not share their prompt"
-    if any(HUMAN in reply for reply in replies):
-        return "last turn is not the assistant's"
+    replies = []
+    for transcript in transcripts:
+        reply = transcript.removeprefix(prompt)
+        if not transcript.startswith(prompt) or ASSISTANT in reply:      # `rejected` may have more turns
+            return "chosen and rejected do not share their prompt"
+        replies.append(reply)
+    for reply in replies:
+        if HUMAN in reply:
+            return "last turn is not the assistant's"
     return prompt, replies
 
 
 def hh_messages(prompt):
     """A transcript's prompt (as `split_hh` gives it) as messages, each without the white space around it."""
     parts = re.split(r"\n\n(Human|Assistant):", prompt)[1:-2]  # the last marker opens the reply
-    return [{"role": "user" if speaker == "Human" else "assistant", "content": text.strip()}
-            for speaker, text in zip(parts[::2], parts[1::2])]
+    messages = []
+    for speaker, text in zip(parts[::2], parts[1::2]):
+        role = "user" if speaker == "Human" else "assistant"
+        messages.append({"role": role, "content": text.strip()})
+    return messages

@@ -17,9 +17,17 @@ from data.errors import UserError
 from data.files import kind_of, read_json
 
 ROLES = ("system", "user", "assistant", "tool")
-NAMES = {role: role for role in ROLES} | {
-    "developer": "system", "human": "user", "gpt": "assistant", "function_call": "assistant",
-    "function": "tool", "observation": "tool", "function_response": "tool", "ipython": "tool"}
+NAMES = {
+    **dict(zip(ROLES, ROLES)),
+    "developer": "system",
+    "human": "user",
+    "gpt": "assistant",
+    "function_call": "assistant",
+    "function": "tool",
+    "observation": "tool",
+    "function_response": "tool",
+    "ipython": "tool",
+}
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")      # names of what precedes a reply
 FLAGS = ("weight", "train", "loss")
 CONTENTS = {"content", "value", "tool_calls", "function_call"}
@@ -43,13 +51,23 @@ def read_messages(value, column, where):
                         "fix: add messages or delete the row")
     messages = []
     for i, element in enumerate(value):
-        turns = [element]
-        if isinstance(element, dict) and {"human", "assistant"} & element.keys():      # question and answer
-            flags = {key: element[key] for key in FLAGS if key in element}
-            spoken = [name for name in ("system", "human", "assistant") if element.get(name) is not None]
-            turns = [{"from": name, "value": element[name]} | flags for name in spoken]
-        messages += [_message(turn, f"{column}[{i}]", where) for turn in turns]
+        name = f"{column}[{i}]"
+        if isinstance(element, dict) and ("human" in element or "assistant" in element):
+            for turn in _question_and_answer(element):
+                messages.append(_message(turn, name, where))
+        else:
+            messages.append(_message(element, name, where))
     return messages
+
+
+def _question_and_answer(element):
+    """The messages of {"human": ..., "assistant": ...}, each with the flags."""
+    flags = {key: element[key] for key in FLAGS if key in element}
+    turns = []
+    for name in "system", "human", "assistant":
+        if element.get(name) is not None:
+            turns.append({"from": name, "value": element[name]} | flags)
+    return turns
 
 
 def messages_in(value, column, where):
@@ -64,19 +82,23 @@ def messages_in(value, column, where):
     except (ValueError, RecursionError):
         return value
     elements = found if isinstance(found, list) else [found]
-    roles = [_role(element) for element in elements]
-    return found if None not in roles and any(role in NAMES for role in roles) else value
+    roles = set(map(_role, elements))
+    return value if None in roles or roles.isdisjoint(NAMES) else found
 
 
 def read_history(value, where):
     """Earlier turns [[question, answer], ...] (or null) -> messages."""
+    if value is None:
+        return []
+    pairs = value if isinstance(value, list) else [value]
     messages = []
-    for i, pair in enumerate(value or []) if isinstance(value, (list, type(None))) else [(0, value)]:
+    for i, pair in enumerate(pairs):
+        name = f"history[{i}]"
         if not isinstance(pair, list) or len(pair) != 2:
-            raise UserError(f"history[{i}] is not a pair [question, answer] in {where}; "
+            raise UserError(f"{name} is not a pair [question, answer] in {where}; "
                             "fix: write the turns so, or use messages")
-        messages += [{"role": role, "content": read_string(text, f"history[{i}]", where)}
-                     for role, text in zip(("user", "assistant"), pair)]
+        for role, text in zip(("user", "assistant"), pair):
+            messages.append({"role": role, "content": read_string(text, name, where)})
     return messages
 
 
@@ -89,12 +111,20 @@ def read_tools(value, where):
     if not isinstance(value, list):
         raise UserError(f"'tools' is {_kind(value)}, not a list, in {where}; "
                         'fix: use [{"type": "function", "function": {"name": ..., "parameters": ...}}, ...]')
-    return [_tool(tool, f"tools[{i}]", where) for i, tool in enumerate(value)]
+    tools = []
+    for i, tool in enumerate(value):
+        tools.append(_tool(tool, f"tools[{i}]", where))
+    return tools
 
 
 def unflagged(messages):
     """The same turns without their flag: what a template sees, and what two conversations are compared by."""
-    return [{key: value for key, value in message.items() if key != "train"} for message in messages]
+    turns = []
+    for message in messages:
+        turn = dict(message)
+        turn.pop("train", None)
+        turns.append(turn)
+    return turns
 
 
 def says_nothing(message):
@@ -120,9 +150,11 @@ def read_string(value, name, where):
 def _message(message, name, where):
     if not isinstance(message, dict):
         raise UserError(f"{name} is not a message in {where}; fix: use {{\"role\": ..., \"content\": ...}}")
-    said, content = message.get("role"), message.get("content")
+    said = message.get("role")
+    content = message.get("content")
     if said is None:
-        said, content = message.get("from"), message.get("value")
+        said = message.get("from")
+        content = message.get("value")
     role = NAMES.get(said) if isinstance(said, str) else None
     if role is None:
         raise UserError(f"unknown role {said!r} of {name} in {where}; fix: use one of {', '.join(NAMES)}")
@@ -144,7 +176,7 @@ def _message(message, name, where):
     if role != "assistant" and len(turn) > 2:
         raise UserError(f"{name} has thoughts or tool calls, but it is a turn of role {role}, in {where}; "
                         "fix: only an assistant's turn has them")
-    for key in ("tool_call_id", "name"):
+    for key in "tool_call_id", "name":
         if message.get(key) not in (None, ""):
             turn[key] = read_string(message[key], f"{name}.{key}", where)
     if not _trained(message, name, where) and role == "assistant":
@@ -155,12 +187,13 @@ def _message(message, name, where):
 def _text(content, name, where):
     if not isinstance(content, list):
         return read_string(content, name, where)
-    kinds = [part.get("type") if isinstance(part, dict) else _kind(part) for part in content]
-    others = [kind for kind in kinds if kind != "text"]
-    if others:
-        raise UserError(f"{name} has content parts other than text ({others[0]}) in {where}; "
-                        "fix: leave such rows out, or use {\"type\": \"text\", \"text\": ...} parts only")
-    return "".join(read_string(part.get("text"), name, where) for part in content)
+    for part in content:
+        kind = part.get("type") if isinstance(part, dict) else _kind(part)
+        if kind != "text":
+            raise UserError(f"{name} has content parts other than text ({kind}) in {where}; "
+                            "fix: leave such rows out, or use {\"type\": \"text\", \"text\": ...} parts only")
+    texts = [read_string(part.get("text"), name, where) for part in content]
+    return "".join(texts)
 
 
 def _thoughts(message, name, where):
@@ -176,12 +209,16 @@ def _thoughts(message, name, where):
 
 def _trained(message, name, where):
     """False where one of the flags says so."""
+    flags = []
     for key in FLAGS:
         flag = message.get(key)
-        if flag is not None and (not isinstance(flag, (bool, int, float)) or flag not in (0, 1)):
+        if flag is None:
+            continue
+        if not isinstance(flag, (bool, int, float)) or flag not in (0, 1):
             raise UserError(f"{key} of {name} is {flag!r}, neither true or false nor 0 or 1, in {where}; "
                             "fix: write 0 for a turn that is context only, 1 for one that is trained")
-    return not any(message.get(key) == 0 for key in FLAGS)
+        flags.append(flag)
+    return 0 not in flags
 
 
 # ---- tools ----
@@ -190,20 +227,28 @@ def _calls(message, name, where):
     """What `tool_calls`, or the older `function_call`, holds."""
     calls = _from_text(message.get("tool_calls"), f"{name}.tool_calls", where) or []
     old = _from_text(message.get("function_call"), f"{name}.function_call", where)
-    if isinstance(old, dict) and all(value is None for value in old.values()):
+    if isinstance(old, dict) and set(map(type, old.values())) <= {type(None)}:
         old = None                     # Parquet and the hub fill it in beside rows that have a call
     if calls and old:
         raise UserError(f"{name} has both tool_calls and function_call in {where}; fix: keep tool_calls")
     if old:
         calls = [old]
+    return _list_of_calls(calls, f"{name}.tool_calls", where)
+
+
+def _list_of_calls(calls, name, where):
+    """A call or a list of calls -> a list of calls, as they are kept in a turn."""
     if not isinstance(calls, list):
         calls = [calls]
-    return [_call(call, f"{name}.tool_calls[{i}]", where) for i, call in enumerate(calls)]
+    found = []
+    for i, call in enumerate(calls):
+        found.append(_call(call, f"{name}[{i}]", where))
+    return found
 
 
 def _call(call, name, where):
     function = call.get("function", call) if isinstance(call, dict) else None
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
+    if not _has_name(function) or not function["name"]:
         raise UserError(f"{name} is not a tool call in {where}; "
                         'fix: use {"type": "function", "function": {"name": ..., "arguments": {...}}}')
     arguments = _unfilled(function.get("arguments"), where)
@@ -229,8 +274,7 @@ def _written_call(content, name, where):
     text = read_string(content, name, where)
     thoughts, closing, written = text.rpartition("</think>")
     calls = _from_text(written, name, where)
-    calls = calls if isinstance(calls, list) and calls else [calls]
-    calls = [_call(call, f"{name}[{i}]", where) for i, call in enumerate(calls)]
+    calls = _list_of_calls(calls or [calls], name, where)
     return (thoughts + closing).strip(), calls
 
 
@@ -238,21 +282,33 @@ def _tool(tool, name, where):
     tool = _from_text(_unfilled(tool, where), name, where)
     function = tool.get("function") if isinstance(tool, dict) else None
     if isinstance(tool, dict) and function is None:
-        function = {key: value for key, value in tool.items() if key not in ("type", "function")}
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        function = dict(tool)
+        function.pop("type", None)
+        function.pop("function", None)
+    if not _has_name(function):
         raise UserError(f"{name} is not a tool in {where}; "
                         'fix: use {"type": "function", "function": {"name": ..., "parameters": ...}}')
     read_string(json.dumps(function, ensure_ascii=False), name, where)
     return {"type": "function", "function": function}
 
 
+def _has_name(function):
+    return isinstance(function, dict) and isinstance(function.get("name"), str)
+
+
 def _unfilled(value, where):
     """Rows of Parquet files and of the hub have every field that any row has, as null: without these."""
     if not FILLED.search(where):
         return value
-    if isinstance(value, dict):
-        return {key: _unfilled(part, where) for key, part in value.items() if part is not None}
-    return [_unfilled(part, where) for part in value] if isinstance(value, list) else value
+    if isinstance(value, list):
+        return [_unfilled(part, where) for part in value]
+    if not isinstance(value, dict):
+        return value
+    filled = {}
+    for key, part in value.items():
+        if part is not None:
+            filled[key] = _unfilled(part, where)
+    return filled
 
 
 # ---- JSON text ----

@@ -1,13 +1,18 @@
-"""Hub datasets whose responses have scores -> prompt + chosen + rejected, or for sft prompt + the best response.
+"""Hub datasets whose responses have scores -> prompt + chosen + rejected, or for sft prompt + the best
+response.
 
-SHP (stanfordnlp/SHP):  the better response has at least twice the score of the other (the ratio filter of its authors).
-SE (HuggingFaceH4/stack-exchange-preferences): every two answers with different scores; HTML becomes text. It has one split: its
-    test questions are the 1 % with a certain hash, so that they stay the same in every slice and under every seed.
+SHP (stanfordnlp/SHP):  the better response has at least twice the score of the other (the ratio filter of its
+    authors).
+SE (HuggingFaceH4/stack-exchange-preferences): every two answers with different scores; HTML becomes text. It
+    has one split: its test questions are the 1 % with a certain hash, so that they stay the same in every
+    slice and under every seed.
 
-At most 5 pairs per prompt, by a choice that depends on the seed and the prompt only. The readers yield (where, row), or
-(where, reason) for what is left out; the dataset counts the reasons.
+At most 5 pairs per prompt, by a choice that depends on the seed and the prompt only. The readers yield
+(where, row), or (where, reason) for what is left out; the dataset counts the reasons.
 """
+import functools
 import hashlib
+import itertools
 import random
 import re
 from html.parser import HTMLParser
@@ -20,45 +25,56 @@ CAPPED = f"more than {PAIRS_PER_PROMPT} pairs of one prompt"
 
 
 def shp_rows(dataset, label, kind, chat, seed):
-    left_out, groups = {}, {}  # row number -> reason; prompt -> [(row number, its higher score)]
+    left_out = _left_out_of_shp(dataset, label, kind, seed)
+    for number, row in enumerate(dataset, 1):
+        first_wins = row["labels"] == 1
+        if kind == "responses":
+            first_wins = row["score_A"] >= row["score_B"]
+        chosen, rejected = row["human_ref_A"], row["human_ref_B"]
+        if not first_wins:
+            chosen, rejected = rejected, chosen
+        found = left_out.get(number) or _row(row["history"], chosen, rejected, kind, chat)
+        yield f"{label}:{number}", found
+
+
+def _left_out_of_shp(dataset, label, kind, seed):
+    """{a row's number, from 1: why it is left out}."""
+    left_out = {}
+    by_prompt = {}      # a prompt's digest -> [(a row's number, its higher score)]
     for number, row in enumerate(dataset, 1):
         try:
             low, high = sorted([row["score_A"], row["score_B"]])
-            fine = row["labels"] in (0, 1)
+            is_fine = row["labels"] in (0, 1)
             prompt = hashlib.sha256(row["history"].encode()).digest()
         except (KeyError, TypeError, AttributeError):
-            fine = False
-        if not fine:
-            raise UserError(f"not a row of SHP (history, human_ref_A, human_ref_B, labels 0 or 1, score_A, score_B) in {label}:{number}; "
-                            "fix: use the dataset as it is published")
+            is_fine = False
+        if not is_fine:
+            raise UserError("not a row of SHP (history, human_ref_A, human_ref_B, labels 0 or 1, score_A, "
+                            f"score_B) in {label}:{number}; fix: use the dataset as it is published")
         if kind != "responses" and low <= 0:
             left_out[number] = "a score of 0 or less"
         elif kind != "responses" and high < 2 * low:
             left_out[number] = "scores closer than a factor of 2"
         else:
-            groups.setdefault(prompt, []).append((number, high))
-    for prompt, rows in groups.items():
+            by_prompt.setdefault(prompt, []).append((number, high))
+    for prompt, rows in by_prompt.items():
+        numbers = [number for number, _ in rows]
         if kind == "responses":
-            kept = {max(rows, key=lambda pair: pair[1])[0]}        # the first of the best
+            best, _ = max(rows, key=lambda row: row[1])        # the first of the best
+            kept, reason = {best}, "another response to this prompt has a higher score"
         else:
-            kept = _capped([number for number, _ in rows], seed, prompt)
-        reason = "another response to this prompt has a higher score" if kind == "responses" else CAPPED
-        left_out |= {number: reason for number, _ in rows if number not in kept}
-    for number, row in enumerate(dataset, 1):
-        replies = [row["human_ref_A"], row["human_ref_B"]]
-        first_wins = row["score_A"] >= row["score_B"] if kind == "responses" else row["labels"] == 1
-        chosen, rejected = replies if first_wins else replies[::-1]
-        yield f"{label}:{number}", left_out.get(number) or _row(row["history"], chosen, rejected, kind, chat)
+            kept, reason = _capped(numbers, seed, prompt), CAPPED
+        for number in numbers:
+            if number not in kept:
+                left_out[number] = reason
+    return left_out
 
 
 def se_rows(dataset, label, kind, chat, seed, test):
     for number, row in enumerate(dataset, 1):
-        where, question = f"{label}:{number}", row.get("question")
-        answers = row.get("answers")
-        if not isinstance(question, str) or not isinstance(answers, list) or not all(
-                isinstance(answer, dict) and {"text", "pm_score"} <= answer.keys() for answer in answers):
-            raise UserError(f"not a row of stack-exchange-preferences (question, answers with text and pm_score) in {where}; "
-                            "fix: use the dataset as it is published")
+        where = f"{label}:{number}"
+        _check_se(row, where)
+        question, answers = row["question"], row["answers"]
         digest = hashlib.sha256(question.encode()).digest()
         if (int.from_bytes(digest[:4], "big") % 100 == 0) != test:
             continue
@@ -70,19 +86,36 @@ def se_rows(dataset, label, kind, chat, seed, test):
             best = scores.index(max(scores))
             pairs = kept = [(best, best)]
         else:
-            pairs = [(i, j) if scores[i] > scores[j] else (j, i) for i, j in combinations(range(len(answers)), 2)]
-            kept = _capped([(i, j) for i, j in pairs if scores[i] != scores[j]], seed, digest)
-        prompt, texts = html_to_text(question), {}
+            pairs = _ranked_pairs(scores)
+            unequal = [(i, j) for i, j in pairs if scores[i] != scores[j]]
+            kept = _capped(unequal, seed, digest)
+        prompt = html_to_text(question)
+        text_of = functools.cache(lambda i, answers=answers: html_to_text(answers[i]["text"]))
         for i, j in pairs:
             if (i, j) not in kept:
                 yield where, "answers with equal scores" if scores[i] == scores[j] else CAPPED
-                continue
-            for k in (i, j):
-                texts[k] = texts[k] if k in texts else html_to_text(answers[k]["text"])
-            if prompt and texts[i] and texts[j]:
-                yield where, _row(prompt, texts[i], texts[j], kind, chat)
+            elif prompt and text_of(i) and text_of(j):
+                yield where, _row(prompt, text_of(i), text_of(j), kind, chat)
             else:
                 yield where, "no text in the HTML"
+
+
+def _check_se(row, where):
+    answers = row.get("answers")
+    is_fine = isinstance(row.get("question"), str) and isinstance(answers, list)
+    for answer in answers if is_fine else []:
+        is_fine = is_fine and isinstance(answer, dict) and answer.keys() >= {"text", "pm_score"}
+    if not is_fine:
+        raise UserError("not a row of stack-exchange-preferences (question, answers with text and pm_score) "
+                        f"in {where}; fix: use the dataset as it is published")
+
+
+def _ranked_pairs(scores):
+    """Every two answers' numbers, that of the higher score first."""
+    pairs = []
+    for i, j in combinations(range(len(scores)), 2):
+        pairs.append((i, j) if scores[i] > scores[j] else (j, i))
+    return pairs
 
 
 def _capped(items, seed, prompt):
@@ -93,24 +126,32 @@ def _capped(items, seed, prompt):
 
 
 def _row(prompt, chosen, rejected, kind, chat):
-    """In the form that `data.formats` reads: a user's message, or text in HH's style for models without a chat template."""
-    prompt = [{"role": "user", "content": prompt}] if chat else f"\n\nHuman: {prompt}\n\nAssistant:"
-    chosen, rejected = (chosen, rejected) if chat else (" " + chosen, " " + rejected)
-    return {"prompt": prompt, "response": chosen} if kind == "responses" else {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+    """In the form that `data.formats` reads: a user's message, or text in HH's style for models without a
+    chat template."""
+    if chat:
+        prompt = [{"role": "user", "content": prompt}]
+    else:
+        prompt = f"\n\nHuman: {prompt}\n\nAssistant:"
+        chosen, rejected = " " + chosen, " " + rejected
+    if kind == "responses":
+        return {"prompt": prompt, "response": chosen}
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
 # ---- HTML ----
 
-BLOCKS = {"p", "div", "blockquote", "ul", "ol", "li", "pre", "table", "tr", "hr", *(f"h{i}" for i in range(1, 7))}
+BLOCKS = {"p", "div", "blockquote", "ul", "ol", "li", "pre", "table", "tr", "hr",
+          "h1", "h2", "h3", "h4", "h5", "h6"}
 
 
 def html_to_text(html):
-    """The text that a reader sees: paragraphs apart by an empty line, list items with a mark, <pre> as <code>...</code>."""
+    """The text that a reader sees: paragraphs apart by an empty line, list items with a mark, <pre> as
+    <code>...</code>."""
     reader = _Reader()
     reader.feed(html)
     reader.close()
     reader.end_block()
-    return "".join(separator + text for separator, text in reader.blocks).strip()
+    return "".join(itertools.chain(*reader.blocks)).strip()
 
 
 class _Reader(HTMLParser):
@@ -136,9 +177,12 @@ class _Reader(HTMLParser):
             self.after_item = self.after_item and bool(self.lists)
             self.lists.append(1 if tag == "ol" else None)
         if tag == "li":
+            indent = "  " * (len(self.lists) - 1)
             number = self.lists[-1] if self.lists else None
-            self.mark = "  " * (len(self.lists) - 1) + ("- " if number is None else f"{number}. ")
-            if number is not None:
+            if number is None:
+                self.mark = f"{indent}- "
+            else:
+                self.mark = f"{indent}{number}. "
                 self.lists[-1] += 1
 
     def handle_endtag(self, tag):
@@ -153,11 +197,15 @@ class _Reader(HTMLParser):
         self.line += text if self.pre else re.sub(r"\s+", " ", text)
 
     def end_block(self):
-        text, self.line = self.line, ""
-        if self.pre:
-            text = f"<code>{text}</code>" if text.strip() else ""
-        else:
-            text = re.sub(r" *\n *", "\n", re.sub(" +", " ", text)).strip()
-        if text:
-            self.blocks.append(("\n" if self.mark and self.after_item else "\n\n", self.mark + text))
-            self.mark, self.after_item = "", bool(self.mark)
+        text = self.line
+        self.line = ""
+        if not self.pre:
+            text = re.sub(" +", " ", text)
+            text = re.sub(r" *\n *", "\n", text).strip()
+        elif text.strip():
+            text = f"<code>{text}</code>"
+        if text.strip():
+            separator = "\n" if self.mark and self.after_item else "\n\n"
+            self.blocks.append((separator, self.mark + text))
+            self.after_item = bool(self.mark)
+            self.mark = ""

@@ -39,9 +39,10 @@ def set_template(tokenizer, settings, notice):
                         "fix: add chat_template: chatml")
     if settings.system_prompt:
         check_system(tokenizer, settings.system_prompt)
-    for name in arguments:
+    before = []
+    for name, value in arguments.items():
         check_known(name, tokenizer.chat_template)
-    before = [DEFAULT.format(name=name, value=as_json(value)) for name, value in arguments.items()]
+        before.append(DEFAULT.format(name=name, value=as_json(value)))
     if settings.system_prompt:
         before.append(SYSTEM.format(text=as_json(settings.system_prompt)))
     if before:
@@ -62,11 +63,11 @@ def read_template(name, tokenizer):
 def check_known(name, template):
     """UserError where a template does not read a variable: it would be ignored."""
     texts = template.values() if isinstance(template, dict) else [template]
-    words = {word for text in texts for word in re.findall(r"[A-Za-z_]\w*", text)}
+    words = set(re.findall(r"[A-Za-z_]\w*", " ".join(texts)))
     if name not in words:
         near = difflib.get_close_matches(name, words, n=1)
-        raise UserError(f"chat_template_kwargs: the chat template does not read {name!r}; "
-                        f"fix: {f'write {near[0]}' if near else 'remove it'}")
+        fix = f"write {near[0]}" if near else "remove it"
+        raise UserError(f"chat_template_kwargs: the chat template does not read {name!r}; fix: {fix}")
 
 
 def check_system(tokenizer, system_prompt):

@@ -46,26 +46,33 @@ class Tokeniser:
         prompt and response (sft only). `truncate`: "none" drops what is too long, "prompt" keeps the end of
         its prompt. Raises UserError when the template cannot be used, or leaves out a part of a row.
         """
+        if not texts:
+            return []
         rendered = []
-        with bounded(texts[0].where if texts else "", sum(map(_characters, texts))) as row:
+        with bounded(texts[0].where, sum(map(_characters, texts))) as row:
             for text in texts:
                 row(text.where)
                 rendered.append(self._render(text))
-        strings = {}      # the keys
-        for i, text in enumerate(texts):
-            rendered[i] = self._unless_too_long(rendered[i], text, max_length, truncate)
-            if not isinstance(rendered[i], str):
-                context, responses = rendered[i]
+        items = []
+        strings = {}      # string -> None: a set in the order in which they came
+        for text, item in zip(texts, rendered):
+            item = self._unless_too_long(item, text, max_length, truncate)
+            items.append(item)
+            if not isinstance(item, str):
+                context, responses = item
                 strings[context] = None
                 for before, reply in itertools.chain(*responses):
                     border = self._border(before)
-                    strings |= {before: None, border: None, border + reply: None}
+                    strings[before] = None
+                    strings[border] = None
+                    strings[border + reply] = None
         ids = self._ids_of_all(strings)
         results = []
-        for text, item in zip(texts, rendered):
+        for text, item in zip(texts, items):
             if not isinstance(item, str):
+                context, responses = item
                 try:
-                    item = self._examples(text, *item, ids, max_length, train_on, truncate)
+                    item = self._examples(text, context, responses, ids, max_length, train_on, truncate)
                 except Unusable as reason:
                     item = str(reason)
             results.append(item)
@@ -78,8 +85,9 @@ class Tokeniser:
         if isinstance(text.prompt, str):
             return False
         said = [turn["content"] for turn in text.prompt]
-        for turns in text.responses:
-            said += [turn["content"] for turn in turns if turn["role"] != "assistant"]
+        for turn in itertools.chain(*text.responses):
+            if turn["role"] != "assistant":
+                said.append(turn["content"])
         return any(map(self.chat.control.search, said))
 
     def prompt_ids(self, prompt):
@@ -120,8 +128,10 @@ class Tokeniser:
         strings = [reply for _, reply in itertools.chain(*responses)]
         if truncate != "prompt":
             strings.append(context)
-        too_long = any(self._too_long(string, max_length) for string in strings)
-        return "longer than max_length" if too_long else item
+        for string in strings:
+            if self._too_long(string, max_length):
+                return "longer than max_length"
+        return item
 
     def _too_long(self, string, max_length):
         """Whether a text is long and its beginning alone has twice as many tokens as there may be. What
@@ -143,13 +153,13 @@ class Tokeniser:
             prompt = self._led(ids[context], plain)
             return _example(prompt, [], text.where, max_length, train_on, truncate)
         chains = [self._chain(turns, plain, ids, text.where) for turns in responses]
+        chain = chains[0]
         if len(chains) > 1:                                # a pair: one turn each
-            prompt = chains[0][0][0]
-            chosen, rejected = [chain[0][1] for chain in chains]
+            prompt, chosen = chain[0]
+            _, rejected = chains[1][0]
             if chosen.tokens.tolist() == rejected.tokens.tolist():
                 return "chosen equals rejected"
             return _example(prompt, [chosen, rejected], text.where, max_length, train_on, truncate)
-        chain, = chains
         if train_on == "all" and len(chain) > 1:           # every context would be trained again and again
             whole = self.chat.whole([*text.prompt, *text.responses[0]], text.tools, text.where)
             first, *rest = self._ids([whole])[0]
@@ -200,19 +210,27 @@ class Tokeniser:
     def _ids_of_all(self, strings):
         """{string: its ids}. Each section is tokenised once, since a conversation's later contexts hold the
         earlier ones. Fast tokenizers are much faster on many strings."""
-        cut = {string: self._sections(string) for string in strings}
-        sections = list(dict.fromkeys(itertools.chain(*cut.values())))
+        cut = list(map(self._sections, strings))
+        sections = list(dict.fromkeys(itertools.chain(*cut)))
         known = dict(zip(sections, self._ids(sections)))
         ids = {}
-        for string, parts in cut.items():
-            ids[string] = list(itertools.chain(*map(known.get, parts)))
+        for string, parts in zip(strings, cut):
+            joined = []
+            for part in parts:
+                joined += known[part]
+            ids[string] = joined
         return ids
 
     def _sections(self, string):
         """A string cut before its special tokens, see `_border`."""
-        starts = [found.start() for found in self.cuts.finditer(string)]
-        ends = [*starts, len(string)]
-        return [string[start:end] for start, end in zip([0, *starts], ends) if start < end]
+        sections, start = [], 0
+        for found in self.cuts.finditer(string):
+            if found.start() > start:
+                sections.append(string[start:found.start()])
+                start = found.start()
+        if start < len(string):
+            sections.append(string[start:])
+        return sections
 
     def _border(self, context):
         """The end of a context, from its last special token on: a tokenizer splits a text at these, so what
@@ -261,8 +279,10 @@ def stop_ids(tokenizer):
     """The ids, sorted, at which generation must stop: eos, and the chat template's end of a turn and a tool
     call."""
     chat = Chat(tokenizer)
-    names = {chat.end_of_turn, chat.end_of_call()} - {None}
-    ids = {tokenizer.eos_token_id, *map(tokenizer.convert_tokens_to_ids, names)}
+    ids = {tokenizer.eos_token_id}
+    for name in chat.end_of_turn, chat.end_of_call():
+        if name is not None:
+            ids.add(tokenizer.convert_tokens_to_ids(name))
     return sorted(ids - {None})
 
 
@@ -279,8 +299,10 @@ def _lead(tokenizer):
     """The ids that the tokenizer puts before every text; those that it appends (eos) are not wanted."""
     whole = tokenizer("a").input_ids
     bare = tokenizer("a", add_special_tokens=False).input_ids
-    start = next(i for i in range(len(whole)) if whole[i:i + len(bare)] == bare)
-    return whole[:start]
+    for start in range(len(whole)):
+        if whole[start:start + len(bare)] == bare:
+            return whole[:start]
+    return []
 
 
 # ---- lengths ----
@@ -288,14 +310,17 @@ def _lead(tokenizer):
 def _characters(text):
     if isinstance(text.prompt, str):
         return 0                                 # no template
-    turns = [*text.prompt, *itertools.chain(*text.responses)]
-    return sum(len(turn["content"]) + len(turn.get("reasoning_content", "")) for turn in turns)
+    count = 0
+    for turn in itertools.chain(text.prompt, *text.responses):
+        count += len(turn["content"]) + len(turn.get("reasoning_content", ""))
+    return count
 
 
 def _example(prompt, responses, where, max_length, train_on, truncate):
     if not len(prompt):
         return "empty prompt"
-    room = max_length - max((len(response.tokens) for response in responses), default=0)
+    lengths = [len(response.tokens) for response in responses]
+    room = max_length - max(lengths, default=0)
     if len(prompt) > room:
         if truncate != "prompt" or room < 1:
             return "longer than max_length"
@@ -303,7 +328,8 @@ def _example(prompt, responses, where, max_length, train_on, truncate):
     prompt = np.array(prompt, np.int32)
     if train_on == "all":
         whole = [np.concatenate([prompt[1:], response.tokens]) for response in responses]
-        responses, prompt = list(map(Response.all_trained, whole)), prompt[:1]
+        responses = list(map(Response.all_trained, whole))
+        prompt = prompt[:1]
     return [Example(prompt, responses, where)]
 
 
@@ -313,8 +339,9 @@ def _pieces(tokens, max_length, where):
     starts = list(range(0, len(tokens), max_length))
     if len(starts) > 1 and len(tokens) - starts[-1] == 1:
         starts[-1] -= 1  # a last piece of one token would train nothing: leave it a context
+    ends = [*starts[1:], len(tokens)]
     examples = []
-    for start, end in zip(starts, starts[1:] + [len(tokens)]):
+    for start, end in zip(starts, ends):
         if end - start > 1:
             response = Response.all_trained(tokens[start + 1:end])
             examples.append(Example(tokens[start:start + 1], [response], where))

@@ -41,17 +41,18 @@ def check_rewards(config, examples):
 
 def check_gold(rewards, examples):
     """Feed the gold answers of `examples` (of kind "prompts"), wrapped in each verifier's format, through it:
-    UserError that lists the rows which do not score 1. A reward that no answer can earn would only look like
-    a model that does not learn."""
+    UserError that lists the rows which do not score 1. A reward that is 0 for every answer would only look
+    like a model that does not learn."""
     for reward in rewards:
-        wrap = WRAPPED.get(reward.function)
+        if reward.function not in WRAPPED:
+            continue
         failed = []
-        for example in examples if wrap else []:
+        for example in examples:
             columns = example.extras["columns"]
             golds = golds_of(columns)
             if not golds:
                 raise no_gold(columns, example.where)
-            if not all(reward.function([None], [wrap.format(gold)], answer=[gold]) == [1.0] for gold in golds):
+            if not _verifies(reward.function, golds):
                 failed.append(f"{example.where} ({_shown(', '.join(golds))})")
         if failed:
             shown = ", ".join(failed[:5]) + (", ..." if len(failed) > 5 else "")
@@ -59,6 +60,15 @@ def check_gold(rewards, examples):
             raise UserError(f"{reward.name} cannot verify the gold answers of "
                             f"{len(failed)} of {len(examples)} rows, in {shown}; "
                             f"fix: correct or remove these rows{other}")
+
+
+def _verifies(verifier, golds):
+    """Whether each gold answer of a row, in the verifier's format, scores 1."""
+    for gold in golds:
+        completion = WRAPPED[verifier].format(gold)
+        if verifier([None], [completion], answer=[gold]) != [1.0]:
+            return False
+    return True
 
 
 # ---- which rewards ----
@@ -73,8 +83,11 @@ class Reward:
 
 
 BUILT_IN = {"gsm8k": gsm8k, "r1_zero": r1_zero, "math": math_answer}
-WRAPPED = {gsm8k: "#### {}", r1_zero: " So that is it. </think> <answer> {} </answer>",
-           math_answer: "\\boxed{{{}}}"}
+WRAPPED = {
+    gsm8k: "#### {}",
+    r1_zero: " So that is it. </think> <answer> {} </answer>",
+    math_answer: "\\boxed{{{}}}",
+}
 PACKAGES = {"math": "math-verify"}                 # optional ones
 
 
@@ -106,8 +119,9 @@ def load_reward(spec, weights=None, where="reward"):
                         "fix: give one number for each, separated by commas, such as 1,0.5")
     rewards = [_reward(part, weight, where) for part, weight in zip(parts, numbers)]
     names = [reward.name for reward in rewards]
-    if twice := next((name for name in names if names.count(name) > 1), None):
-        raise UserError(f"two rewards named {twice!r} in {where}; fix: rename one of them or name it once")
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"two rewards named {name!r} in {where}; fix: rename one of them or name it once")
     return rewards
 
 
@@ -123,8 +137,9 @@ def _reward(part, weight, where):
     if is_model(part):
         return Reward(Path(part).resolve().name, weight, None, part)
     near = difflib.get_close_matches(part, BUILT_IN, n=1)
-    raise UserError(f"{part!r} in {where} is neither {', '.join(BUILT_IN)}, a Python function nor a directory; fix: write "
-                    f"{near[0] if near else f'{part}:function' if part.endswith('.py') else 'path.py:function or the path of an rm run'}")
+    form = f"{part}:function" if part.endswith(".py") else "path.py:function or the path of an rm run"
+    raise UserError(f"{part!r} in {where} is neither {', '.join(BUILT_IN)}, a Python function nor a directory; "
+                    f"fix: write {near[0] if near else form}")
 
 
 def _function(path, name, where):
@@ -135,9 +150,11 @@ def _function(path, name, where):
     if not callable(function):
         known = [key for key, value in vars(module).items() if inspect.isfunction(value)]
         near = difflib.get_close_matches(name, known, n=1) or known
-        raise UserError(f"no function {name!r} in {path}, named in {where}; fix: {f'write {near[0]}' if near else 'define it there'}")
+        fix = f"write {near[0]}" if near else "define it there"
+        raise UserError(f"no function {name!r} in {path}, named in {where}; fix: {fix}")
     if not _takes_columns(function):
-        raise UserError(f"{name} in {path} does not take the data's columns; fix: def {name}(prompts, completions, **columns)")
+        raise UserError(f"{name} in {path} does not take the data's columns; "
+                        f"fix: def {name}(prompts, completions, **columns)")
     return function
 
 
@@ -187,9 +204,13 @@ def check_arguments(rewards, examples):
     """UserError that names all arguments of the user's functions that no call here has: those without a
     default that are neither in GIVEN nor a column of the `examples` (of kind "prompts"), and those of
     TRL's."""
-    columns = dict.fromkeys(name for example in examples for name in example.extras["columns"])
+    columns = {}
+    for example in examples:
+        columns |= example.extras["columns"]
     unknown = []
-    for reward in filter(lambda reward: reward.file, rewards):
+    for reward in rewards:
+        if not reward.file:
+            continue
         of_trl = inspect.signature(reward.function).parameters.keys() & {*OF_TRL}
         asked = (_required(reward.function) | of_trl) - {*GIVEN, *columns}
         if asked:
@@ -219,31 +240,41 @@ def score(reward, prompts, completions, columns, timeout=60.0):
 
 
 def score_all(rewards, prompts, completions, columns, timeout=60.0):
-    """Of each reward one finite float, or None, per completion. `columns`: {name: list}; `timeout`: seconds
+    """For each reward a list of one finite float, or None, per completion. `columns`: {name: list}; `timeout`: seconds
     for each call, limited on the main thread of Unix only. What `async def` functions return is awaited
     together, in the time of one call. Raises RunError, which names the reward, a prompt and its completion,
     if a function fails or returns something else."""
-    columns = {name: values for name, values in columns.items() if name not in ("prompts", "completions")}
+    columns = dict(columns)
+    columns.pop("prompts", None)
+    columns.pop("completions", None)
     outcomes = {}          # number of the reward: a list, an awaitable, or the exception that it raised
     for i, reward in enumerate(rewards):
         def call(reward=reward):
             return _as_list(_call(reward, prompts, completions, columns))
         outcomes[i] = _outcome(reward.name, timeout, call)
-    waiting = {i: outcome for i, outcome in outcomes.items() if inspect.isawaitable(outcome)}
-    if any(isinstance(outcome, BaseException) for outcome in outcomes.values()):
+    waiting, has_failed = {}, False
+    for i, outcome in outcomes.items():
+        has_failed = has_failed or isinstance(outcome, BaseException)
+        if inspect.isawaitable(outcome):
+            waiting[i] = outcome
+    if has_failed:
         for coroutine in filter(inspect.iscoroutine, waiting.values()):
             coroutine.close()      # nothing waits for it any more
     elif waiting:
-        names, found = ", ".join(rewards[i].name for i in waiting), {}
+        names = ", ".join([rewards[i].name for i in waiting])
+        found = {}
         failure = _outcome(names, timeout, lambda: _await(waiting, found))
         unfinished = waiting.keys() - found.keys()
         if failure:      # where none is unfinished, one has swallowed it
             found |= dict.fromkeys(unfinished or waiting, failure)
         outcomes |= found
-    for i, outcome in outcomes.items():
+    for reward, outcome in zip(rewards, outcomes.values()):
         if isinstance(outcome, BaseException):
-            raise _failed(rewards[i], outcome, prompts, completions, columns, timeout)
-    return [_numbers(rewards[i], outcome, prompts, completions) for i, outcome in outcomes.items()]
+            raise _failed(reward, outcome, prompts, completions, columns, timeout)
+    scores = []
+    for reward, outcome in zip(rewards, outcomes.values()):
+        scores.append(_numbers(reward, outcome, prompts, completions))
+    return scores
 
 
 def _outcome(names, timeout, call):
@@ -294,7 +325,8 @@ def _await(awaitables, found):
     try:
         _loop.run_until_complete(all_of_them())
     except BaseException:      # its time is over, or the run's
-        in_time, left = found.copy(), asyncio.all_tasks(_loop)
+        in_time = found.copy()
+        left = asyncio.all_tasks(_loop)
         for task in left:
             task.cancel()
         if left:
@@ -309,7 +341,8 @@ def _failed(reward, error, prompts, completions, columns, timeout):
     if isinstance(error, TimedOut):
         failure = f"took longer than {timeout:g} s for {len(completions)} completions"
         return _fault(reward, failure, prompts[0], completions[0], "make it faster, or raise reward_timeout")
-    sample, failure = _culprit(reward, prompts, completions, columns, timeout), _failure(error)
+    sample = _culprit(reward, prompts, completions, columns, timeout)
+    failure = _failure(error)
     fix = NO_MESSAGE if AS_MESSAGE.search(failure) else "correct the function"
     return _fault(reward, f"raised {failure}", prompts[sample], completions[sample], fix)
 
@@ -320,7 +353,7 @@ def _numbers(reward, values, prompts, completions):
     if len(values) != len(completions):
         failure = f"returned {len(values)} values for {len(completions)} completions"
         raise _fault(reward, failure, prompts[0], completions[0], fix)
-    numbers = [_number(value) for value in values]
+    numbers = list(map(_number, values))
     for number, prompt, completion in zip(numbers, prompts, completions):
         if isinstance(number, str):
             raise _fault(reward, f"returned {number}", prompt, completion, fix)

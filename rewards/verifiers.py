@@ -2,7 +2,7 @@ r"""The verifiers gsm8k, r1_zero and math: each compares a completion with the r
 
 What a model writes is hostile input. It is never evaluated here; every search takes time linear in its
 length; what is read as a number is short before any arithmetic begins. math-verify, which does evaluate,
-works in a process of its own that is stopped when its time is over (rewards/math_judge.py).
+works in a process of its own that is stopped when its time is over (rewards/math_process.py).
 
 How a number is written, for all of them: full-width characters are ASCII's, U+2212 is a minus, and `1{,}234`,
 `1\,234` and 1 234 with a no-break or thin space are 1,234.
@@ -11,7 +11,7 @@ import re
 from fractions import Fraction
 
 from data.errors import UserError, printable
-from rewards import math_judge
+from rewards import math_process
 
 # columns with the gold answer; the first one that a row has
 GOLD = ("answer", "Answer", "ground_truth", "solution", "Solution")
@@ -42,17 +42,24 @@ QUANTITY = re.compile(rf"(?P<sign>{SIGN})(?:{RATIONAL})(?: ?(?P<unit>{UNIT}))?\.
 NO_UNITS = re.compile(r"\b(?:or|and|nor|not?|k|half|dozen|hundred|thousand|[a-z]+illion|plus|minus|times|over"
                       r"|by|more|less|than|least|most|factorial|mod|base|wrong|short)s?\b|[十百千万亿]",
                       re.IGNORECASE)
-AROUND = [re.compile(pattern, re.DOTALL) for pattern in (
-    r"\$\$([^$]*)\$\$", r"\$([^$]*)\$", r"\\\((.*)\\\)", r"\\\[(.*)\\\]", r"\*\*(.*)\*\*", r"(.*[^.])\.",
-    r"\\(?:text|textbf|textrm|mathrm|mathbf|mathit|mbox|fbox)\{([^{}]*)\}")]
-SPELLINGS = [(re.compile(pattern), spelling) for pattern, spelling in (
+AROUND = (
+    r"(?s)\$\$([^$]*)\$\$",
+    r"(?s)\$([^$]*)\$",
+    r"(?s)\\\((.*)\\\)",
+    r"(?s)\\\[(.*)\\\]",
+    r"(?s)\*\*(.*)\*\*",
+    r"(?s)(.*[^.])\.",
+    r"(?s)\\(?:text|textbf|textrm|mathrm|mathbf|mathit|mbox|fbox)\{([^{}]*)\}",
+)
+SPELLINGS = (
     (r"\\(?:left|right)(?![A-Za-z])|\\!", ""),
     (r"\\[,;: ]|~", " "),
     (r"\\([$%])", r"\1"),
     (r"\\[dt]frac", r"\\frac"),
     (r"\^ ?\\circ(?![A-Za-z])|\^ ?\{ ?\\circ ?\}|°", " degrees"),
     (r"\\(?:textrm|mathrm|mbox)\{", r"\\text{"),
-    (r"\\sqrt ?([0-9A-Za-z])", r"\\sqrt{\1}"))]
+    (r"\\sqrt ?([0-9A-Za-z])", r"\\sqrt{\1}"),
+)
 FRACTION = re.compile(r"(?P<before>[0-9] ?)?\\frac ?(?:\{(?P<top>[^{}]*)\}|(?P<one>[0-9])) ?"
                       r"(?:\{(?P<bottom>[^{}]*)\}|(?P<other>[0-9]))(?! ?[0-9])")
 
@@ -65,7 +72,7 @@ def _plain(text):
     text = text.translate(ASCII)
     text = GROUP.sub(",", _unwrapped(text))
     for pattern, spelling in SPELLINGS:
-        text = pattern.sub(spelling, text)
+        text = re.sub(pattern, spelling, text)
     if match := re.fullmatch(r"\s*[A-Za-z]{1,2}\s*=([^=]*)", text):      # x = 18
         text = match[1]
     return FRACTION.sub(_with_slash, " ".join(text.split()))
@@ -73,21 +80,24 @@ def _plain(text):
 
 def _unwrapped(text):
     r"""Without the last period, and without $ ... $, \( ... \), ** ... **, \text{...} around all of it."""
-    wrapped = True
-    while wrapped:
-        matches = [pattern.fullmatch(text) for pattern in AROUND]
-        wrapped = next(filter(None, matches), None)
-        if wrapped:
-            text = wrapped[1].strip()
+    for pattern in AROUND:
+        if match := re.fullmatch(pattern, text):
+            return _unwrapped(match[1].strip())
     return text
 
 
 def _with_slash(match):
     r"""\frac{1}{2} as 1/2, 2\frac{1}{2} as 2 1/2, \frac{a+b}{2c} as (a+b)/(2c)."""
-    parts = [match["top"] or match["one"] or "", match["bottom"] or match["other"] or ""]
-    top, bottom = [part if re.fullmatch(r" ?[+-]?[0-9]+ ?|[A-Za-z]", part) else f"({part})" for part in parts]
+    top = _in_brackets(match["top"] or match["one"] or "")
+    bottom = _in_brackets(match["bottom"] or match["other"] or "")
     before = match["before"].strip() + " " if match["before"] else ""
-    return f"{before}{top.strip()}/{bottom.strip()}"
+    return f"{before}{top}/{bottom}"
+
+
+def _in_brackets(part):
+    """A part of a fraction, in brackets unless it is a number or a letter."""
+    is_plain = re.fullmatch(r" ?[+-]?[0-9]+ ?|[A-Za-z]", part)
+    return part.strip() if is_plain else f"({part})"
 
 
 def _quantity(plain):
@@ -212,7 +222,7 @@ def _is_negative(before):
 
 def r1_zero(prompts, completions, **columns):
     """1.0 where format and answer are right, else 0.0: `... </think> <answer> 18 </answer>`. A right format
-    alone earns nothing."""
+    alone scores 0."""
     pairs = zip(completions, _all_golds(columns, len(completions)))
     return [r1_zero_details(completion, golds)["reward"] for completion, golds in pairs]
 
@@ -236,8 +246,10 @@ def r1_zero_details(completion, gold):
     answer = text.rpartition("<answer>")[2].replace("</answer>", "")
     if "\\boxed" in answer:
         answer = last_boxed(answer, ANSWER)
-    right = answer is not None and any(_same_answer(answer, text) for text in gold_texts(gold))
-    return {"format": True, "answer": right, "reward": float(right)}
+    is_right = False
+    for text in gold_texts(gold):
+        is_right = is_right or answer is not None and _same_answer(answer, text)
+    return {"format": True, "answer": is_right, "reward": float(is_right)}
 
 
 def _same_answer(answer, gold):
@@ -245,13 +257,17 @@ def _same_answer(answer, gold):
     left, right = _quantity(answer), _quantity(gold)
     if not left or not right:
         return _text(answer) == _text(gold) != ""
-    fractions = [bool(match["bottom"]) and not match["whole"] for match in (left, right)]
-    values = [_value(match) for match in (left, right)]
+    value = _value(left)
+    if value != _value(right):
+        return False
+    fractions = _is_fraction(left), _is_fraction(right)
     if all(fractions):
-        return values[0] == values[1] and int(left["top"]) == int(right["top"])
-    if any(fractions) and values[0] == values[1]:
-        return values[0].denominator > 1                 # an integer must be written as one
-    return values[0] == values[1]
+        return int(left["top"]) == int(right["top"])
+    return not any(fractions) or value.denominator > 1       # an integer must be written as one
+
+
+def _is_fraction(match):
+    return bool(match["bottom"]) and not match["whole"]
 
 
 def _text(plain):
@@ -276,9 +292,11 @@ def math_answer(prompts, completions, **columns):
     the last `Answer:`, else anywhere, as math-verify finds it. A `<think>` that does not end holds no answer.
     What is equal is math-verify's to say, but brackets must be the same, as in r1_zero.
     """
-    answers = [_answer_in(completion) for completion in completions]
-    golds = [[_formula(gold) for gold in texts] for texts in _all_golds(columns, len(completions))]
-    return math_judge.rewards(answers, golds)
+    answers = list(map(_answer_in, completions))
+    golds = []
+    for texts in _all_golds(columns, len(completions)):
+        golds.append(list(map(_formula, texts)))
+    return math_process.rewards(answers, golds)
 
 
 def _answer_in(completion):
@@ -341,12 +359,18 @@ def _gold_text(text):
 
 def golds_of(row):
     """The gold answers (list of str) of a row, {column: value}; [] if it has none."""
-    return gold_texts(next((row[name] for name in GOLD if row.get(name) is not None), None))
+    for name in GOLD:
+        if row.get(name) is not None:
+            return gold_texts(row[name])
+    return []
 
 
 def _all_golds(columns, count):
-    golds = [golds_of({name: columns[name][i] for name in GOLD if name in columns}) for i in range(count)]
-    if not all(golds):
+    golds = []
+    for i in range(count):
+        row = {name: columns[name][i] for name in GOLD if name in columns}
+        golds.append(golds_of(row))
+    if [] in golds:
         raise no_gold(columns, f"row {golds.index([])} of a batch")
     return golds
 

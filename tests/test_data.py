@@ -44,16 +44,25 @@ def error(function, *arguments, **options):
 # ---- files ----
 
 @pytest.mark.parametrize("zipped", [False, True])
+@pytest.mark.parametrize("content", [
+    '[{"a": 1},\n {"a":\n 2}, {"a": 3}\n]\n',
+    '\n[\n{"a": 1}\n,\n{"a": 2},{"a": 3}]',
+    '{"data": [{"a": 1}, {"a": 2}, {"a": 3}]}',
+    '{"version": 1, "x": [1, {"data": 2}],\n"data": [\n{"a": 1},\n{"a": 2}, {"a": 3}\n], "z": 0}',
+])
+def test_rows_of_a_json_list_have_numbers(write, content, zipped):
+    path = write("x.any" if zipped else "x.json", content, zipped)
+    assert rows(path) == [(f"row {i} of {path}", {"a": i}) for i in (1, 2, 3)]
+
+
+@pytest.mark.parametrize("zipped", [False, True])
 @pytest.mark.parametrize("content, lines", [
     ('{"a": 1}\n\n{"a": 2}\r\n{"a": 3}', ["1", "3", "4"]),
     ('\ufeff{"a": 1}\n{"a": 2}\n{"a": 3}\n', ["1", "2", "3"]),
-    ('[{"a": 1},\n {"a":\n 2}, {"a": 3}\n]\n', ["1", "2", "3"]),
-    ('\n[\n{"a": 1}\n,\n{"a": 2},{"a": 3}]', ["3", "5", "5"]),
-    ('{"data": [{"a": 1}, {"a": 2}, {"a": 3}]}', ["1", "1", "1"]),
-    ('{"version": 1, "x": [1, {"data": 2}],\n"data": [\n{"a": 1},\n{"a": 2}, {"a": 3}\n], "z": 0}', ["3", "4", "4"]),
 ])
-def test_json_rows_and_their_lines(write, content, lines, zipped):
-    assert rows(write("x.any" if zipped else "x.json", content, zipped)) == [(line, {"a": i}) for i, line in enumerate(lines, 1)]
+def test_json_lines_have_line_numbers(write, content, lines, zipped):
+    path = write("x.any" if zipped else "x.json", content, zipped)
+    assert rows(path) == [(line, {"a": i}) for i, line in enumerate(lines, 1)]
 
 
 def test_unwrapping_is_noted_and_a_single_row_is_not_unwrapped(write, capsys):
@@ -94,17 +103,19 @@ def test_parquet(tmp_path, write):
     ("\n \n", ["empty, no rows"]),
     ('{"a": 1}\n{"a": \n{"a": 3}', ["malformed", "x.jsonl:2"]),
     ('{"a": 1}\n{"a": "thr', ["malformed", "seems cut off", "x.jsonl:2"]),
-    ('[{"a": 1},\n{"a": "thr', ["malformed", "seems cut off", "x.jsonl:2"]),
-    ('[{"a": 1}\n{"a": 2}]', ["malformed", "x.jsonl:1"]),
-    ('[{"a": 1}]\n[{"a": 2}]', ["closing bracket", "x.jsonl:2"]),
-    ('{"data": [\n{"a": 1},\n{"a": tru}]}', ["malformed", "x.jsonl:3"]),
+    ('[{"a": 1},\n{"a": "thr', ["malformed", "seems cut off", "x.jsonl:2:7"]),
+    ('[{"a": 1}\n{"a": 2}]', ["malformed", "x.jsonl:2:1"]),
+    ('[{"a": 1}]\n[{"a": 2}]', ["malformed", "Extra data", "x.jsonl:2:1"]),
+    ('{"data": [\n{"a": 1},\n{"a": tru}]}', ["malformed", "x.jsonl:3:7"]),
     ('{"a": 1}\n"text"', ["not an object but a string", "x.jsonl:2"]),
-    ("[1]", ["not an object but a number", "x.jsonl:1"]),
-    ("[{}, [2]]", ["not an object but a list", "x.jsonl:1"]),
+    ("[1]", ["not an object but a number", "row 1 of ", "x.jsonl"]),
+    ("[{}, [2]]", ["not an object but a list", "row 2 of ", "x.jsonl"]),
+    ('[{"a": 1}, {"a": 2, "a": 3}]', ["duplicate key 'a'", "x.jsonl"]),
+    ('[{"a": [NaN]}]', ["NaN is not JSON", "x.jsonl"]),
     ('{"a": 1, "a": 2}', ["duplicate key 'a'", "x.jsonl:1"]),
     ('{"a": {"b": NaN}}', ["NaN is not JSON", "x.jsonl:1"]),
     ('{"a": 1}\n{"a": -Infinity}\n', ["-Infinity", "x.jsonl:2"]),
-    ('{"a": ' + "[" * 100_000, ["malformed", "x.jsonl:1"]),
+    ('{"a": ' + "[" * 100_000, ["malformed", "x.jsonl"]),
     (b'{"a": 1}\n{"a": "\xe9"}', ["not UTF-8", "0xe9", "x.jsonl:2", "iconv"]),
     ('{"a": 1}'.encode("utf-16"), ["not UTF-8", "0xff", "x.jsonl:1", "iconv"]),
 ])

@@ -86,12 +86,12 @@ HOSTILE = {"digits": "1" * BIG, "numbers": "1 " * (BIG // 2), "signs": "-" * BIG
 
 
 @pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
-def test_hostile_text_takes_linear_time_and_earns_nothing(text):
-    started = time.perf_counter()
+def test_hostile_text_takes_linear_time_and_scores_0(text):
+    started = time.process_time()
     forms = [text, f"</think> <answer>{text}</answer>", f"</think> <answer>\\boxed{{{text}}}</answer>", f"</think> <answer>{text}"]
     for completion in forms:
         assert gsm8k([""], [completion], answer=["18"]) == r1_zero([""], [completion], answer=["18"]) == [0.0]
-    assert time.perf_counter() - started < 4                          # eight verdicts, of a fraction of a second each
+    assert time.process_time() - started < 4                          # eight verdicts, of a fraction of a second each
 
 
 # ---- gold answers ----

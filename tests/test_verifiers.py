@@ -15,7 +15,7 @@ from graded_pairs import PAIRS
 from data.errors import UserError
 from data.formats import parse
 from data.pack import Example
-from rewards import math_judge
+from rewards import math_process
 from rewards.functions import check_gold, load_reward
 from rewards.guard import TimedOut, guarded
 from rewards.verifiers import golds_of, gsm8k, math_answer, r1_zero_details
@@ -233,10 +233,10 @@ BOMBS = ["9^{9^{9^{9}}}", "\\sqrt{7^{8^{9^{9}}}}", "(((7!)!)!)!",
 
 
 def test_answers_that_take_for_ever(package, monkeypatch):
-    """They earn nothing, and the answers behind them are judged; an outer timer goes on."""
-    monkeypatch.setattr(math_judge, "SECONDS", 0.2)
-    monkeypatch.setattr(math_judge, "HASTY", 0.05)
-    monkeypatch.setattr(math_judge, "TOGETHER", 1.0)
+    """They score 0, and the answers behind them are scored; an outer timer goes on."""
+    monkeypatch.setattr(math_process, "SECONDS", 0.2)
+    monkeypatch.setattr(math_process, "HASTY", 0.05)
+    monkeypatch.setattr(math_process, "TOGETHER", 1.0)
     completions = []
     for bomb in BOMBS:
         completions += [f"\\boxed{{{bomb}}}", "\\boxed{\\frac{36}{2}}", f"Answer: {bomb}"]
@@ -259,9 +259,9 @@ def test_a_call_that_is_stopped_leaves_no_verdict_behind(package):
 
 
 def test_the_process_ends_with_ours(package):
-    program = ("from rewards import math_judge, verifiers\n"
+    program = ("from rewards import math_process, verifiers\n"
                "assert verifiers.math_answer([''], ['\\\\boxed{\\\\frac{4}{2}}'], answer=['2']) == [1.0]\n"
-               "print(math_judge._process.pid)\n")
+               "print(math_process._process.pid)\n")
     command = [sys.executable, "-c", program]
     made = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     process = Path(f"/proc/{made.stdout.strip()}")
