@@ -55,13 +55,13 @@ class Run:
         try:
             os.makedirs(self.directory, exist_ok=True)
             checkpoint.tidy(self.directory)
-            self.write("config.yaml", config_yaml)
+            self.write_file("config.yaml", config_yaml)
             self.take_back()
             for name in ROWS:
                 self.take_up(name, step, goes_back)
             self.started = {**environment(), "data": reports, "digests": digests, "resumed_from_step": step,
                             "final": made_final(self.directory)}
-            self.write("run.json", json.dumps(self.started, indent=1) + "\n")
+            self.write_file("run.json", json.dumps(self.started, indent=1) + "\n")
         except OSError as error:
             raise UserError(f"output: {self.directory} cannot be written ({error.strerror}); "
                             "fix: choose a writable output") from error
@@ -74,7 +74,7 @@ class Run:
         if self.begun:
             self.started["final"] = shape_of_final(self.text("config.yaml"))
             with contextlib.suppress(OSError):      # the same command then writes the same final/ once more
-                self.write("run.json", json.dumps(self.started, indent=1) + "\n")
+                self.write_file("run.json", json.dumps(self.started, indent=1) + "\n")
 
     def take_back(self) -> None:
         """Undo what an earlier process left half done: remove halves of files, and restore the rows of before
@@ -102,8 +102,8 @@ class Run:
                         f"the file as it was is {path}{DAMAGED}")
         for wanted, ending in ((damaged, DAMAGED), (goes_back, REPLACED)):
             if wanted:
-                self.write(name + ending, self.text(name))
-        self.write(name, "".join(lines))
+                self.write_file(name + ending, self.text(name))
+        self.write_file(name, "".join(lines))
 
     def replace(self, saved: str | None = None) -> None:
         """Remove what a run that went back has replaced, once it has saved a checkpoint (at the path `saved`)
@@ -175,11 +175,8 @@ class Run:
         except OSError:
             pass                         # a network disk that does not answer now may answer at the next save
 
-    def write(self, name: str, text: str) -> None:
-        temporary = self.path(name + ".tmp")
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(temporary, self.path(name))
+    def write_file(self, name: str, text: str) -> None:
+        write_whole(self.path(name), text)
 
     def rows(self, name: str) -> list[str]:
         """The complete lines of a .jsonl file of this run. A kill may have cut the last line, and a power
@@ -244,6 +241,14 @@ class Run:
     def erase(self) -> None:
         """Remove the bars from the terminal, so that what is printed next has a line of its own."""
         self.console.close()
+
+
+def write_whole(path: str, text: str) -> None:
+    """Write a file in one step: it is whole, or as it was before."""
+    temporary = path + ".tmp"
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+    os.replace(temporary, path)
 
 
 def is_started(found) -> bool:

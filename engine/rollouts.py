@@ -21,7 +21,7 @@ from engine.loop import Engine, Stopped
 from engine.options import stop_strings
 from engine.ranks import PATIENCE, from_main
 from engine.rollout import Rollout, alike, with_completions
-from engine.score import judge, reward_model_path
+from engine.score import reward_model_path, score_rollout
 from model import lora
 from model.build import build_policy, shard
 from model.load import is_adapter
@@ -211,7 +211,7 @@ class OnlineEngine(Engine):
         failure = None
         try:
             with self.run.console.cleared():      # a reward may print
-                judge(rollout, self.rewards, self.tokenizer, by_functions, by_model)
+                score_rollout(rollout, self.rewards, self.tokenizer, by_functions, by_model)
         except RunError as error:
             failure = error
         # a signal often reaches the processes that a reward started, so its values may be wrong: drop them

@@ -78,7 +78,7 @@ def test_what_nothing_judged_counts_nowhere():
     summary = evaluate.summary_of_completions([completion(0, 0.5), completion(1, None), completion(2, 1.5)])
     assert summary["avg_reward"] == 1.0 and summary["without_reward"] == 1 and "accuracy" not in summary
     assert summary["avg_reward_95"] == pytest.approx([1 - 1.959964 * math.sqrt(0.5 / 2), 1 + 1.959964 * math.sqrt(0.5 / 2)])
-    with pytest.raises(UserError, match="judged none"):
+    with pytest.raises(UserError, match="returned None for every"):
         evaluate.summary_of_completions([completion(0, None)])
 
 
@@ -261,7 +261,7 @@ def test_a_reward_model_scores_pairs_and_completions_and_writes_none(run, folder
 # ---- bad input ----
 
 @pytest.mark.parametrize("model, data, keys, message", [
-    ("chat", "gsm8k-test.jsonl", {}, "no reward for .*whose rows are no pairs; fix: add reward="),
+    ("chat", "gsm8k-test.jsonl", {}, "no reward for .*whose rows are not pairs; fix: add reward="),
     ("chat", "gsm8k-test.jsonl", {"rewards": "r1_zero"}, "unknown key 'rewards' .*fix: write reward"),
     ("chat", "gsm8k-test.jsonl", {"output_dir": "x"}, "unknown key 'output_dir' .*fix: write output"),
     ("chat", "gsm8k-test.jsonl", {"reward": "r1zero"}, "'r1zero' in reward is neither.*r1_zero"),
@@ -269,7 +269,7 @@ def test_a_reward_model_scores_pairs_and_completions_and_writes_none(run, folder
     ("chat", "gsm8k-test.jsonl", {"reward": "r1_zero", "temperature": 0, "n": 4}, "n .*temperature 0"),
     ("chat", "gsm8k-test.jsonl", {"reward": "r1_zero", "limit": 0}, "limit .* is 0; fix: give 1 or more"),
     ("chat", "gsm8k-test.jsonl", {"reward": "r1_zero", "max_length": 1000}, "knows only 512 positions; fix: lower max_length"),
-    ("chat", "gsm8k-test.jsonl", {"reward": "r1_zero", "reference": "x"}, "reference .*belongs to pairs"),
+    ("chat", "gsm8k-test.jsonl", {"reward": "r1_zero", "reference": "x"}, "reference .*only used with pair data"),
     ("chat", "gsm8k-test.jsonl", {"reward": "r1_zero", "output": "../x"}, "output .*fix: "),
     ("none", "gsm8k-test.jsonl", {"reward": "r1_zero"}, "model: .*fix: "),
     ("chat", "gsm8k-tests.jsonl", {"reward": "r1_zero"}, "no file .*gsm8k-tests.jsonl .*nearest"),

@@ -28,7 +28,7 @@ from engine import checkpoint
 from engine.loop import Engine
 from engine.rollout import Rollout, alike
 from engine.rollouts import OnlineEngine
-from engine.score import judge
+from engine.score import score_rollout
 
 NAN = math.nan
 VALUES = 0.1, 0.3, 0.6, 0.7, 0.9, -0.1, 1 / 3
@@ -158,7 +158,7 @@ def test_rewards_that_differ_by_rounding_are_one():
 
     def by_functions(functions, *arguments):
         return [returned[reward.name] for reward in functions]
-    judge(rollout, rewards, Tokenizer(), by_functions, None)
+    score_rollout(rollout, rewards, Tokenizer(), by_functions, None)
     rewards, = rollout["rewards"]
     assert rewards.dtype == torch.float64 and alike(rewards) and rewards[0] == torch.tensor(0.3).double()
 
@@ -197,11 +197,11 @@ def test_a_signal_now_and_then_is_enough(run, monkeypatch):
     calls = []
 
     def now_and_then(rollout, *arguments):
-        judge(rollout, *arguments)
+        score_rollout(rollout, *arguments)
         calls.append(rollout)
         if len(calls) % 8 == 0:
             rollout["rewards"] = [torch.arange(4.0).double()] * len(rollout.examples)
-    monkeypatch.setattr("engine.rollouts.judge", now_and_then)
+    monkeypatch.setattr("engine.rollouts.score_rollout", now_and_then)
     assert "warning: in" not in told(run("grpo", max_steps=20, beta=0))
 
 

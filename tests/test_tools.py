@@ -23,7 +23,7 @@ def test_dry_run_shows_everything_and_writes_nothing(tmp_path):
     for text in ["lr = 2.0e-05 (command line)", f"batch_size = 4 ({config}:", "beta = 0.1 (default)",
                  "10 rows read, 9 examples used", "dropped 1: chosen equals rejected", "median",
                  "[[it is 0 <|im_end|>]]", "[[no no no no no 0<|im_end|>]]",
-                 "9 examples / batch_size 4 = 3 updates per epoch, 6 updates in all", "optimizer (AdamW", "reference", "together"]:
+                 "9 examples / batch_size 4 = 3 updates per epoch, 6 updates in all", "optimizer (AdamW", "reference", "total"]:
         assert text in shown, text
 
 
@@ -35,9 +35,9 @@ def test_dry_run_counts_memory_by_parameters(tmp_path):
     attention = 1024 * 1024 + 1024 + 2 * (1024 * 256 + 256) + 1024 * 1024
     parameters = 2 * 259 * 1024 + 2 * (attention + 3 * 1024 * 4096 + 2 * 1024) + 1024
     lines = forecast(Common(algorithm="sft", model=str(tmp_path), data=""), None, [], tokens=100)
-    weights, gradients, optimizer, reference, *_, together = (float(line.split()[-2]) for line in lines)
+    weights, gradients, optimizer, reference, *_, total = (float(line.split()[-2]) for line in lines)
     assert abs(weights - 4e-9 * parameters) < 0.006 and gradients == weights and abs(optimizer - 8e-9 * parameters) < 0.006
-    assert reference == 0 and 4 * weights < together < 4 * weights + 0.1
+    assert reference == 0 and 4 * weights < total < 4 * weights + 0.1
 
 
 def test_help_names_every_key():
