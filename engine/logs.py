@@ -25,15 +25,17 @@ REPLACED = ".replaced"     # ending of a copy of a file of rows, kept from when 
 DAMAGED = ".damaged"       # ending of a copy of a file of rows with the lines that were no rows
 
 # halves of files, left by a kill, that no later write replaces
-COPIES = [f"{name}{ending}.tmp" for name in ROWS for ending in (REPLACED, DAMAGED)]
-LEFTOVERS = [*COPIES, "run.json.tmp"]
+LEFTOVERS = ["run.json.tmp"]
+for rows_file in ROWS:
+    LEFTOVERS += [f"{rows_file}{REPLACED}.tmp", f"{rows_file}{DAMAGED}.tmp"]
 
 
 class Run:
     """Writes one run's files and prints its console; does nothing on ranks other than 0."""
 
     def __init__(self, directory: str, main: bool = True):
-        self.directory, self.main = directory, main
+        self.directory = directory
+        self.main = main
         self.console = Console(sys.stderr if main else None)
         self.begun = False           # whether the directory is a run
         self.early = []              # what to log as soon as it is one
@@ -90,7 +92,8 @@ class Run:
     def take_up(self, name: str, step: int, goes_back: bool) -> None:
         """Cut a file of rows after `step`. A copy of it is kept if lines are no rows, or if it `goes_back`
         behind whole checkpoints."""
-        lines, damaged = [], 0
+        lines = []
+        damaged = 0
         for line in self.rows(name):
             at = step_of_row(line)
             damaged += at is None
@@ -99,10 +102,10 @@ class Run:
         if damaged:
             path = self.path(name)
             self.notice(f"{path}: {damaged} lines are no rows of this run and are left out; "
-                        f"the file as it was is {path}{DAMAGED}")
-        for wanted, ending in ((damaged, DAMAGED), (goes_back, REPLACED)):
-            if wanted:
-                self.write_file(name + ending, self.text(name))
+                        f"the original file is kept as {path}{DAMAGED}")
+            self.write_file(name + DAMAGED, self.text(name))
+        if goes_back:
+            self.write_file(name + REPLACED, self.text(name))
         self.write_file(name, "".join(lines))
 
     def replace(self, saved: str | None = None) -> None:
@@ -123,9 +126,9 @@ class Run:
         rounding only."""
         started = self.started_with()
         self.check_digests(digests)
-        before, now = arithmetic(started), arithmetic(environment())
+        before = arithmetic(started)
         changed = []
-        for name, value in now.items():
+        for name, value in arithmetic(environment()).items():
             if before.get(name, value) != value:
                 changed.append(f"{name} {before[name]} -> {value}")
         if changed:
@@ -218,12 +221,15 @@ class Run:
         `chat` how to talk to it."""
         if not self.main:
             return
-        rows = [json.loads(line) for line in self.rows("metrics.jsonl") if step_of_row(line) is not None]
-        held_out = [row for row in rows if row.get("split") == "eval"]
-        trained = [row for row in rows if row.get("split") == "train"]
-        title = "held-out rows" if held_out else "training rows"
-        shown = held_out or trained or [{"step": "?"}]      # the file of a finished run may be lost
-        first, last = shown[0], shown[-1]
+        rows = {"eval": [], "train": []}
+        for line in self.rows("metrics.jsonl"):
+            if step_of_row(line) is not None:
+                row = json.loads(line)
+                rows.setdefault(row.get("split"), []).append(row)
+        title = "held-out rows" if rows["eval"] else "training rows"
+        shown = rows["eval"] or rows["train"] or [{"step": "?"}]      # the file of a finished run may be lost
+        first = shown[0]
+        last = shown[-1]
         self.erase()
         console = Console(sys.stdout)
         console.say(f"\n{title}: step {first['step']} -> step {last['step']}")
@@ -260,13 +266,14 @@ def is_started(found) -> bool:
     parts = [digests, found.get("versions", {}), found.get("machine", {}), *reports]
     if isinstance(digests, dict):
         parts += digests.values()
-    if not all(isinstance(part, dict) for part in parts):
-        return False
+    for part in parts:
+        if not isinstance(part, dict):
+            return False
     return all("sha256" in report for report in reports)
 
 
 def arithmetic(started: dict) -> dict:
-    """{name: value} of what numbers depend on in their last bits: versions, threads and processes."""
+    """{name: value} for what the last bits of a number depend on: versions, threads and processes."""
     machine = started.get("machine", {})
     found = dict(started.get("versions", {}))
     found["threads"] = machine.get("threads")

@@ -1,13 +1,13 @@
-"""Kill train.py, evaluate.py and sample.py; the same command must then end as if nothing had happened. \
-Not part of the suite.
+"""Kill train.py, evaluate.py and sample.py; the same command must then end as if nothing had happened. Not
+part of the suite.
 
-    python tests/kills.py random --count 200                      \
-SIGKILL, SIGINT, SIGTERM at random moments of whole runs
-    python tests/kills.py operations --kinds dpo,grpo,rm          SIGKILL before every file operation of a run
+    python tests/kills.py random --count 200
+        SIGKILL, SIGINT, SIGTERM at random moments of whole runs
+    python tests/kills.py operations --kinds dpo,grpo,rm
+        SIGKILL before every file operation of a run
 
-A run ends well if the same command returns 0, whatever stood on the disk before is still there, \
-and all results are bit for bit
-those of an undisturbed run. It exits with 1 if anything was lost or is different; \
+A run ends well if the same command returns 0, everything that was on the disk before is still there, and all
+results are bit for bit those of an undisturbed run. It exits with 1 if anything was lost or is different;
 `--json FILE` keeps every kill.
 """
 import argparse
@@ -24,6 +24,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -33,6 +34,7 @@ import helpers
 import robust_helpers as child
 
 LIMIT = 120                                   # seconds after which a run hangs
+SIGNALS = ("SIGKILL", "SIGINT", "SIGTERM")
 FAULTS = ("lost", "different", "hang", "traceback", "exit code", "left behind", "orphan")
 # 0: the run was in its last update
 CODES = {signal.SIGKILL: {-9}, signal.SIGINT: {130, 0}, signal.SIGTERM: {143, 0}}
@@ -58,8 +60,14 @@ class Fault(NamedTuple):
 
 # ---- what is run -----------------------------------------------------------------------------------------
 
-OFFLINE = {"sft": ("sft", {}), "dpo": ("dpo", {}), "kto": ("kto", {}), "rm": ("rm", {}),
-           "lora": ("sft", dict(lora_r=4, lora_dropout=0.1)), "merge": ("dpo", dict(lora_r=4, merge="true"))}
+OFFLINE = {
+    "sft": ("sft", {}),
+    "dpo": ("dpo", {}),
+    "kto": ("kto", {}),
+    "rm": ("rm", {}),
+    "lora": ("sft", {"lora_r": 4, "lora_dropout": 0.1}),
+    "merge": ("dpo", {"lora_r": 4, "merge": "true"}),
+}
 # ppo_critic: the critic starts as the reward model
 ONLINE = {"grpo": "grpo", "ppo": "ppo", "ppo_critic": "ppo", "dapo": "dapo"}
 EVALUATE = ("evaluate", "evaluate_pairs")
@@ -69,50 +77,70 @@ KINDS = (*OFFLINE, *ONLINE, *EVALUATE, "sample")
 def make_kinds(folder: Path, names: list[str], save_every: int) -> list[Kind]:
     """The commands called `names`, with models and data in `folder`."""
     model = helpers.tiny_model(folder / "model")
-    data = {}
-    for rows in {helpers.sft_rows, helpers.pair_rows, helpers.labelled_rows, helpers.prompt_rows}:
-        data[rows] = {"data": helpers.write_jsonl(folder / f"{rows.__name__}.jsonl", rows(10)),
-                      "eval_data": helpers.write_jsonl(folder / f"{rows.__name__}-eval.jsonl", rows(4, 50))}
+    kinds = []
+    for name in names:
+        if name in OFFLINE or name in ONLINE:
+            kinds.append(make_training(folder, model, name, save_every))
+        else:
+            kinds.append(make_evaluation(folder, model, name))
+    return kinds
 
-    def training(name, algorithm, **values):
-        own_data = data[helpers.ROWS[algorithm]]
-        online = helpers.ONLINE.get(algorithm, {})
-        values = {"algorithm": algorithm, "model": model, **own_data, "output": "run",
-                  **child.BASE, **online, "save_every": save_every, **values}
-        config = helpers.write_config(folder / f"{name}.yml", **values)
-        per_rollout = 4 if algorithm in helpers.ONLINE else 0
-        reference = algorithm in ("dpo", "kto")
-        return Kind(name, "train.py", [config], per_rollout=per_rollout, reference=reference)
 
-    def finished(kind, name):
-        """The run of a kind that other kinds start from."""
-        directory = folder / name
-        directory.mkdir()
-        end = wait(start(kind, directory), directory)
-        assert end.code == 0, end.err
-        return str(directory / "run")
+def make_training(folder: Path, model: str, name: str, save_every: int) -> Kind:
+    values = {"save_every": save_every}
+    if name in OFFLINE:
+        algorithm, own_values = OFFLINE[name]
+        values |= own_values
+        if algorithm != "rm":
+            values["sample_every"] = 3
+    else:
+        algorithm = ONLINE[name]
+        values |= {"max_steps": 10, "sample_every": 3}
+    if name == "ppo_critic":
+        critic = training(folder, model, "critic", "rm", {"save_every": save_every})
+        values["reward"] = finished_run(folder, critic)
+    return training(folder, model, name, algorithm, values)
 
-    def make(name):
-        if name in OFFLINE:
-            algorithm, values = OFFLINE[name]
-            samples = {} if algorithm == "rm" else {"sample_every": 3}
-            return training(name, algorithm, **samples, **values)
-        if name in ONLINE:
-            reward = {"reward": finished(training("critic", "rm"), "critic")} if name == "ppo_critic" else {}
-            return training(name, ONLINE[name], max_steps=10, sample_every=3, **reward)
-        prompts = helpers.write_jsonl(folder / "many-prompts.jsonl", helpers.prompt_rows(24))
-        drawn = [f"data={prompts}", f"reward={helpers.REWARDS}:varied", "max_completion_length=30",
-                 "rollout_batch_size=8", "output=out"]
-        if name == "evaluate":
-            return Kind(name, "evaluate.py", [model, *drawn, "n=2"], rows=48, batch=8)
-        if name == "sample":
-            return Kind(name, "sample.py", [model, *drawn, "n=4"], rows=96, batch=8)
+
+def training(folder: Path, model: str, name: str, algorithm: str, values: dict) -> Kind:
+    rows = helpers.ROWS[algorithm]
+    is_online = algorithm in helpers.ONLINE
+    config = {
+        "algorithm": algorithm,
+        "model": model,
+        "data": helpers.write_jsonl(folder / f"{rows.__name__}.jsonl", rows(10)),
+        "eval_data": helpers.write_jsonl(folder / f"{rows.__name__}-eval.jsonl", rows(4, 50)),
+        "output": "run",
+        **child.BASE,
+        **helpers.ONLINE.get(algorithm, {}),
+        **values,
+    }
+    path = helpers.write_config(folder / f"{name}.yml", **config)
+    per_rollout = 4 if is_online else 0
+    return Kind(name, "train.py", [path], per_rollout=per_rollout, reference=algorithm in ("dpo", "kto"))
+
+
+def finished_run(folder: Path, kind: Kind) -> str:
+    """A run of a kind that another kind starts from."""
+    directory = folder / kind.name
+    directory.mkdir()
+    end = wait(start(kind, directory), directory)
+    assert end.code == 0, end.err
+    return str(directory / "run")
+
+
+def make_evaluation(folder: Path, model: str, name: str) -> Kind:
+    if name == "evaluate_pairs":
         pairs = helpers.write_jsonl(folder / "many-pairs.jsonl", helpers.pair_rows(300))
         other = helpers.tiny_model(folder / "other", seed=1)
         words = [model, f"data={pairs}", f"reference={other}", "output=out"]
         return Kind(name, "evaluate.py", words, rows=300, batch=64)
-
-    return [make(name) for name in names]
+    prompts = helpers.write_jsonl(folder / "many-prompts.jsonl", helpers.prompt_rows(24))
+    words = [model, f"data={prompts}", f"reward={helpers.REWARDS}:varied", "max_completion_length=30",
+             "rollout_batch_size=8", "output=out"]
+    if name == "evaluate":
+        return Kind(name, "evaluate.py", [*words, "n=2"], rows=48, batch=8)
+    return Kind(name, "sample.py", [*words, "n=4"], rows=96, batch=8)
 
 
 # ---- a process -------------------------------------------------------------------------------------------
@@ -206,7 +234,7 @@ def phase(kind: Kind, directory: Path, since: float = 0.0) -> str:
     opened = [*made.glob("run.json"), *made.glob("*settings.json")]
     begun = [path for path in opened if path.stat().st_mtime >= since - 0.02]
     if not begun:
-        return "loading"                          # whatever an earlier process has left
+        return "loading"                          # the files are an earlier process's
     if leftovers(directory):
         return "saving"
     if kind.rows:
@@ -276,7 +304,7 @@ def compare(kind: Kind, directory: Path, expected: dict) -> list[Fault]:
 
 # ---- one trial -------------------------------------------------------------------------------------------
 
-def judge(end: End, pid: int, expected: set) -> list[Fault]:
+def faults_of_end(end: End, pid: int, expected: set) -> list[Fault]:
     """The faults of one process: it may end with the codes `expected` only, in silence, and leaves no other
     process."""
     if end.code is None:
@@ -313,11 +341,12 @@ def not_saved(kind: Kind, directory: Path, since: float, code: int) -> list[Faul
 def finish(kind: Kind, directory: Path, expected: dict, cold: bool = False) -> list[Fault]:
     """Run the command until it ends: it must do so at once, from the newest checkpoint or after the last
     whole rows, with the expected results."""
-    saved, done = last_checkpoint(directory), complete_rows(directory)
+    saved = last_checkpoint(directory)
+    done = complete_rows(directory)
     had_final = (directory / "run" / "final").exists()
     started = start(kind, directory, cold)
     end = wait(started, directory)
-    faults = judge(end, started.process.pid, {0})
+    faults = faults_of_end(end, started.process.pid, {0})
     if end.code != 0:
         return [*faults, Fault("lost", f"the same command does not end: {last_line(end.err)}")]
     if not kind.rows and not had_final:
@@ -337,8 +366,13 @@ class Campaign:
     what came of them."""
 
     def __init__(self, folder: Path, kinds: list[Kind], cold: bool = False):
-        self.folder, self.kinds, self.cold = folder, kinds, cold
-        self.expected, self.seconds, self.records, self.lock = {}, {}, [], threading.Lock()
+        self.folder = folder
+        self.kinds = kinds
+        self.cold = cold
+        self.expected = {}
+        self.seconds = {}
+        self.records = []
+        self.lock = threading.Lock()
         for kind in kinds:
             directory = self.fresh(f"{kind.name}-undisturbed")
             started = start(kind, directory, cold)
@@ -367,7 +401,10 @@ class Campaign:
 
     def random_trial(self, kind: Kind, seed: str) -> dict:
         """One to three signals, each at a random moment of the command, and then the command to its end."""
-        rng, since, kills, faults = random.Random(seed), time.time(), [], []
+        rng = random.Random(seed)
+        since = time.time()
+        kills = []
+        faults = []
         directory = self.fresh(f"{kind.name}-{seed}")
         for _ in range(rng.randint(1, 3)):
             number = rng.choices((signal.SIGKILL, signal.SIGINT, signal.SIGTERM), (70, 15, 15))[0]
@@ -381,7 +418,7 @@ class Campaign:
             # no handler yet, or none any more: the shell calls that 128 + number, too
             early = {-number} if found in ("loading", "finished") or kind.rows else set()
             allowed = CODES[number] | early if found else {0}
-            faults += judge(end, started.process.pid, allowed)
+            faults += faults_of_end(end, started.process.pid, allowed)
             faults += not_saved(kind, directory, started.since, end.code)
             if found is None and not kills and end.code == 0:
                 # the machine is quicker now than at the first run
@@ -397,7 +434,8 @@ class Campaign:
 
     def operations(self, kind: Kind) -> list[str]:
         """The file operations of an undisturbed run, in their order."""
-        directory, log = self.fresh(f"{kind.name}-counted"), self.folder / f"{kind.name}.operations"
+        directory = self.fresh(f"{kind.name}-counted")
+        log = self.folder / f"{kind.name}.operations"
         end = wait(start(kind, directory, patch=file_operations.watch, arguments=(str(log),)), directory)
         assert end.code == 0 and not compare(kind, directory, self.expected[kind.name]), end
         shutil.rmtree(directory)
@@ -406,13 +444,16 @@ class Campaign:
     def operation_trial(self, kind: Kind, number: int, operation: str, second: int | None = None) -> dict:
         """SIGKILL before the file operation `number`, with `second` also before that one of the next run, and
         then the command to its end."""
-        since, directory = time.time(), self.fresh(f"{kind.name}-operation-{number}")
-        log, kills, faults = self.folder / f"{kind.name}-{number}.operations", [], []
+        since = time.time()
+        directory = self.fresh(f"{kind.name}-operation-{number}")
+        log = self.folder / f"{kind.name}-{number}.operations"
+        kills = []
+        faults = []
         for fatal in filter(None, (number, second)):
             started = start(kind, directory, patch=file_operations.watch, arguments=(str(log), fatal))
             end = wait(started, directory)
             allowed = {-9} if fatal == number else {-9, 0}      # the second run is shorter
-            faults += judge(end, started.process.pid, allowed)
+            faults += faults_of_end(end, started.process.pid, allowed)
             died = log.read_text().splitlines()[-1]
             log.unlink()
             if end.code == -9:
@@ -444,44 +485,47 @@ def print_operations(kind: Kind, operations: list[str]) -> None:
 
 def table(campaign: Campaign) -> str:
     """A row per kind: its kills, and the trials in which something was wrong."""
-    columns = ("kind", "runs", "kills", "KILL", "INT", "TERM", *PHASES, *FAULTS, "s/kill")
-    lines = []
-    everything = []
+    columns = ["kind", "runs", "kills", *SIGNALS, *PHASES, *FAULTS, "s/kill"]
+    rows = [columns, ["---"] * len(columns)]
     for kind in campaign.kinds:
         own = [record for record in campaign.records if record["kind"] == kind.name]
-        everything.append((kind.name, own))
-    for name, records in [*everything, ("all", campaign.records)]:
-        kills = [kill for record in records for kill in record["kills"]]
-        sent = [kill["signal"] for kill in kills]
-        signals = [sent.count(f"SIG{short}") for short in ("KILL", "INT", "TERM")]
-        phases = [sum(kill["phase"] == word for kill in kills) for word in PHASES]
-        wrong = []                                # a set of kinds of fault for each trial
-        for record in records:
-            wrong.append({fault["kind"] for fault in record["faults"]})
-        faults = [sum(word in found for found in wrong) for word in FAULTS]
-        each = sum(record["seconds"] for record in records) / max(1, len(kills))
-        lines.append([name, len(records), len(kills), *signals, *phases, *faults, f"{each:.1f}"])
-    rows = [columns, ["---"] * len(columns), *lines]
-    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in rows)
+        rows.append(table_row(kind.name, own))
+    rows.append(table_row("all", campaign.records))
+    lines = [" | ".join(map(str, row)) for row in rows]
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def table_row(name: str, records: list[dict]) -> list:
+    counts = Counter()
+    kills = 0
+    seconds = 0.0
+    for record in records:
+        counts.update({fault["kind"] for fault in record["faults"]})      # each kind once per trial
+        for kill in record["kills"]:
+            counts.update([kill["signal"], kill["phase"]])
+        kills += len(record["kills"])
+        seconds += record["seconds"]
+    counted = [counts[word] for word in (*SIGNALS, *PHASES, *FAULTS)]
+    return [name, len(records), kills, *counted, f"{seconds / max(1, kills):.1f}"]
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("mode", choices=("random", "operations"))
-    parser.add_argument("--kinds", help=f"separated by commas, of {', '.join(KINDS)}; "
-                                        "default: all, of operations dpo,grpo,rm")
+    parser.add_argument("--kinds", help=f"some of {', '.join(KINDS)}, separated by commas; "
+                                        "default: all, for operations dpo,grpo,rm")
     parser.add_argument("--save-every", type=int, default=2, help="updates between checkpoints (2)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time (1)")
     parser.add_argument("--folder", help="where the runs lie, a new directory; default: a temporary one")
     parser.add_argument("--json", help="a file for every kill and its outcome")
     parser.add_argument("--seed", type=int, default=0,
-                        help="of signals and moments, of the second operation (0)")
+                        help="random seed for signals, moments and the second operation (0)")
     parser.add_argument("--count", type=int, default=200, help="random: signals that reached a run (200)")
     parser.add_argument("--cold", action="store_true",
                         help="random: start every process anew, imports included (6 s more for each)")
-    parser.add_argument("--stride", type=int, default=1, help="operations: every how manieth (1)")
-    parser.add_argument("--first", type=int, help="operations: only so many of each kind")
+    parser.add_argument("--stride", type=int, default=1, help="operations: kill at every N-th (1)")
+    parser.add_argument("--first", type=int, help="operations: only the first ones of each kind, this many")
     parser.add_argument("--twice", action="store_true",
                         help="operations: the next run is killed as well, before a random operation")
     parser.add_argument("--only", help="operations: only these numbers, separated by commas")
@@ -523,7 +567,8 @@ def operation_kills(campaign: Campaign, options, pool: ThreadPoolExecutor) -> No
 
 
 def main(argv: list[str]) -> int:
-    options, since = parse(argv), time.time()
+    options = parse(argv)
+    since = time.time()
     child.preload("algorithms.grpo", "algorithms.ppo", "algorithms.dapo", "algorithms.kto", "algorithms.rm",
                   "model.actor_critic", "peft")
     folder = Path(options.folder or tempfile.mkdtemp(prefix="kills-")).resolve()
@@ -532,14 +577,22 @@ def main(argv: list[str]) -> int:
     undisturbed = [f"{name} {value:.1f}" for name, value in campaign.seconds.items()]
     print("seconds of an undisturbed run: " + ", ".join(undisturbed), flush=True)
     with ThreadPoolExecutor(options.jobs) as pool:
-        {"random": random_kills, "operations": operation_kills}[options.mode](campaign, options, pool)
+        if options.mode == "random":
+            random_kills(campaign, options, pool)
+        else:
+            operation_kills(campaign, options, pool)
     wrong = [record for record in campaign.records if record["faults"]]
     print(table(campaign))
     print(f"{time.time() - since:.0f} s in all; {len(wrong)} of {len(campaign.records)} runs with a fault")
     if options.json:
-        Path(options.json).write_text(json.dumps({
-            "arguments": argv, "seconds": round(time.time() - since, 1), "undisturbed": campaign.seconds,
-            "faults": len(wrong), "records": campaign.records}, indent=1) + "\n")
+        report = {
+            "arguments": argv,
+            "seconds": round(time.time() - since, 1),
+            "undisturbed": campaign.seconds,
+            "faults": len(wrong),
+            "records": campaign.records,
+        }
+        Path(options.json).write_text(json.dumps(report, indent=1) + "\n")
     if not wrong and not options.folder:
         shutil.rmtree(folder)
     return 1 if wrong else 0
