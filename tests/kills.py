@@ -37,7 +37,11 @@ LIMIT = 120                                   # seconds after which a run hangs
 SIGNALS = ("SIGKILL", "SIGINT", "SIGTERM")
 FAULTS = ("lost", "different", "hang", "traceback", "exit code", "left behind", "orphan")
 # 0: the run was in its last update
-CODES = {signal.SIGKILL: {-9}, signal.SIGINT: {130, 0}, signal.SIGTERM: {143, 0}}
+CODES = {
+    signal.SIGKILL: {-9},
+    signal.SIGINT: {130, 0},
+    signal.SIGTERM: {143, 0},
+}
 PHASES = ("loading", "reference", "rollout", "updates", "rows", "saving", "finished")
 
 
@@ -116,8 +120,9 @@ def training(folder: Path, model: str, name: str, algorithm: str, values: dict) 
         **values,
     }
     path = helpers.write_config(folder / f"{name}.yml", **config)
-    per_rollout = 4 if is_online else 0
-    return Kind(name, "train.py", [path], per_rollout=per_rollout, reference=algorithm in ("dpo", "kto"))
+    if is_online:
+        return Kind(name, "train.py", [path], per_rollout=4)
+    return Kind(name, "train.py", [path], reference=algorithm in ("dpo", "kto"))
 
 
 def finished_run(folder: Path, kind: Kind) -> str:
@@ -206,7 +211,8 @@ def disturb(kind: Kind, directory: Path, started: Started, number: int, moment: 
     try:
         os.kill(process.pid, signal.SIGSTOP)
         found = phase(kind, directory, started.since)
-        (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
+        send = os.killpg if number == signal.SIGINT else os.kill
+        send(process.pid, number)
         os.kill(process.pid, signal.SIGCONT)
     except ProcessLookupError:
         return None
@@ -218,9 +224,11 @@ def orphans(pid: int) -> list[str]:
     found = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
-            session = int(path.read_text().rpartition(")")[2].split()[3])
+            after_name = path.read_text().rpartition(")")[2]
+            session = int(after_name.split()[3])
             if session == pid and int(path.parent.name) != pid:
-                found.append((path.parent / "cmdline").read_text().replace("\0", " "))
+                command = (path.parent / "cmdline").read_text()
+                found.append(command.replace("\0", " "))
         except OSError:
             pass
     return found
@@ -241,10 +249,15 @@ def phase(kind: Kind, directory: Path, since: float = 0.0) -> str:
         return "rows" if complete_rows(directory) < kind.rows else "finished"
     if (made / "final").exists():
         return "finished"
-    steps = [row["step"] for row in read_rows(made / "metrics.jsonl") if row["split"] == "train"]
+    steps = 0
+    for row in read_rows(made / "metrics.jsonl"):
+        if row["split"] == "train":
+            steps = max(steps, row["step"])
     if kind.reference and not steps and not list(directory.glob(".reference/*/part-*")):
         return "reference"
-    return "rollout" if kind.per_rollout and max(steps, default=0) % kind.per_rollout == 0 else "updates"
+    if kind.per_rollout and steps % kind.per_rollout == 0:
+        return "rollout"
+    return "updates"
 
 
 def leftovers(directory: Path) -> list[str]:
@@ -253,12 +266,15 @@ def leftovers(directory: Path) -> list[str]:
 
 def read_rows(path: Path) -> list[dict]:
     """The whole lines of a .jsonl file."""
-    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    if not path.exists():
+        return []
+    lines = path.read_bytes().splitlines(keepends=True)
     return [json.loads(line) for line in lines if line.endswith(b"}\n")]
 
 
 def complete_rows(directory: Path) -> int:
-    return sum(len(read_rows(path)) for path in (directory / "out").glob("*results.jsonl"))
+    paths = (directory / "out").glob("*results.jsonl")
+    return sum(map(len, map(read_rows, paths)))
 
 
 def last_checkpoint(directory: Path) -> int:
@@ -269,30 +285,41 @@ def last_checkpoint(directory: Path) -> int:
 
 
 def digests(folder: Path) -> dict:
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-            for path in sorted(folder.rglob("*")) if path.is_file()}
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            digest = hashlib.sha256(path.read_bytes())
+            found[str(path.relative_to(folder))] = digest.hexdigest()
+    return found
 
 
 def results(kind: Kind, directory: Path) -> dict:
     """Name -> content, or its digest, of everything that must not depend on what happened to a run."""
-    if kind.rows:
-        out = digests(directory / "out")
-        return {f"out/{name}": digest for name, digest in out.items() if name.endswith((".json", ".jsonl"))}
-    run = directory / "run"
     found = {}
-    for name in ("final", "classifier", f"checkpoints/step-{last_checkpoint(directory):06d}"):
-        found |= {f"run/{name}/{file}": digest for file, digest in digests(run / name).items()}
+    if kind.rows:
+        for name, digest in digests(directory / "out").items():
+            if name.endswith((".json", ".jsonl")):
+                found[f"out/{name}"] = digest
+        return found
+    run = directory / "run"
+    step = last_checkpoint(directory)
+    for name in ("final", "classifier", f"checkpoints/step-{step:06d}"):
+        for file, digest in digests(run / name).items():
+            found[f"run/{name}/{file}"] = digest
     for name in ("config.yaml", "samples.jsonl"):
-        found[f"run/{name}"] = (run / name).read_text() if (run / name).exists() else None
-    for i, row in enumerate(read_rows(run / "metrics.jsonl")):
-        timeless = {key: value for key, value in row.items() if key not in helpers.CLOCK}
-        found[f"run/metrics.jsonl:{i + 1}"] = timeless
+        path = run / name
+        found[f"run/{name}"] = path.read_text() if path.exists() else None
+    for i, row in enumerate(read_rows(run / "metrics.jsonl"), start=1):
+        for key in helpers.CLOCK:
+            row.pop(key, None)
+        found[f"run/metrics.jsonl:{i}"] = row
     return found
 
 
 def compare(kind: Kind, directory: Path, expected: dict) -> list[Fault]:
     found = results(kind, directory)
-    differing = sorted(key for key in found.keys() | expected.keys() if found.get(key) != expected.get(key))
+    keys = sorted(found.keys() | expected.keys())
+    differing = [key for key in keys if found.get(key) != expected.get(key)]
     faults = []
     if differing:
         text = f"{len(differing)} of {len(expected)}: {', '.join(differing[:5])}"
@@ -322,15 +349,19 @@ def faults_of_end(end: End, pid: int, expected: set) -> list[Fault]:
 
 
 def last_line(text: str) -> str:
-    return next((line for line in reversed(text.splitlines()) if line.strip()), "no output")
+    lines = text.strip().splitlines()
+    return lines[-1] if lines else "no output"
 
 
 def not_saved(kind: Kind, directory: Path, since: float, code: int) -> list[Fault]:
     """A run that says it has stopped has saved its last update."""
     begun = directory / "run" / "run.json"
-    if kind.rows or code not in (130, 143) or not begun.exists() or begun.stat().st_mtime < since - 0.02:
+    if kind.rows or code not in (130, 143):
         return []
-    last = max((row["step"] for row in read_rows(directory / "run" / "metrics.jsonl")), default=0)
+    if not begun.exists() or begun.stat().st_mtime < since - 0.02:
+        return []
+    rows = read_rows(directory / "run" / "metrics.jsonl")
+    last = max((row["step"] for row in rows), default=0)
     saved = last_checkpoint(directory)
     if saved >= last:
         return []
@@ -350,12 +381,15 @@ def finish(kind: Kind, directory: Path, expected: dict, cold: bool = False) -> l
     if end.code != 0:
         return [*faults, Fault("lost", f"the same command does not end: {last_line(end.err)}")]
     if not kind.rows and not had_final:
-        resumed = json.loads((directory / "run" / "run.json").read_text())["resumed_from_step"]
+        started_with = json.loads((directory / "run" / "run.json").read_text())
+        resumed = started_with["resumed_from_step"]
         if resumed < saved:
             faults.append(Fault("lost", f"resumed from step {resumed}, a checkpoint of {saved} was there"))
     if kind.rows:
         again = re.search(r"(\d+) of (\d+) rows are done already", end.err)
-        kept = int(again[1]) * kind.rows // int(again[2]) if again else 0
+        kept = 0
+        if again:
+            kept = int(again[1]) * kind.rows // int(again[2])
         if kept < done - done % kind.batch:
             faults.append(Fault("lost", f"{done} rows were whole, {kept} were kept"))
     return faults + compare(kind, directory, expected)
@@ -386,6 +420,11 @@ class Campaign:
         directory.mkdir()
         return directory
 
+    def kills(self) -> int:
+        """The signals that have reached a run."""
+        with self.lock:
+            return sum(len(record["kills"]) for record in self.records)
+
     def keep(self, directory: Path, faults: list[Fault], **record) -> dict:
         """Note a trial; its directory stays if something was wrong."""
         record |= {"faults": [fault._asdict() for fault in faults]}
@@ -407,7 +446,7 @@ class Campaign:
         faults = []
         directory = self.fresh(f"{kind.name}-{seed}")
         for _ in range(rng.randint(1, 3)):
-            number = rng.choices((signal.SIGKILL, signal.SIGINT, signal.SIGTERM), (70, 15, 15))[0]
+            number = rng.choices(list(CODES), (70, 15, 15))[0]
             moment = rng.uniform(0, self.seconds[kind.name])
             started = start(kind, directory, self.cold)
             found = disturb(kind, directory, started, number, moment)
@@ -424,8 +463,12 @@ class Campaign:
                 # the machine is quicker now than at the first run
                 self.seconds[kind.name] = time.time() - started.since
             if found:
-                kill = {"signal": number.name, "seconds": round(moment, 3), "phase": found, "code": end.code}
-                kills.append(kill)
+                kills.append({
+                    "signal": number.name,
+                    "seconds": round(moment, 3),
+                    "phase": found,
+                    "code": end.code,
+                })
             if end.code is None or not found:
                 break
         faults += finish(kind, directory, self.expected[kind.name], self.cold)
@@ -436,7 +479,8 @@ class Campaign:
         """The file operations of an undisturbed run, in their order."""
         directory = self.fresh(f"{kind.name}-counted")
         log = self.folder / f"{kind.name}.operations"
-        end = wait(start(kind, directory, patch=file_operations.watch, arguments=(str(log),)), directory)
+        started = start(kind, directory, patch=file_operations.watch, arguments=(str(log),))
+        end = wait(started, directory)
         assert end.code == 0 and not compare(kind, directory, self.expected[kind.name]), end
         shutil.rmtree(directory)
         return log.read_text().splitlines()
@@ -457,9 +501,12 @@ class Campaign:
             died = log.read_text().splitlines()[-1]
             log.unlink()
             if end.code == -9:
-                found = phase(kind, directory)
-                kill = {"signal": "SIGKILL", "phase": found, "code": end.code, "operation": f"{fatal} {died}"}
-                kills.append(kill)
+                kills.append({
+                    "signal": "SIGKILL",
+                    "phase": phase(kind, directory),
+                    "code": end.code,
+                    "operation": f"{fatal} {died}",
+                })
         faults += finish(kind, directory, self.expected[kind.name])
         seconds = round(time.time() - since, 2)
         return self.keep(directory, faults, kind=kind.name, number=number, operation=f"{number} {operation}",
@@ -541,10 +588,11 @@ def random_kills(campaign: Campaign, options, pool: ThreadPoolExecutor) -> None:
     numbers = itertools.count()
 
     def work(_):
-        while sum(len(record["kills"]) for record in list(campaign.records)) < options.count:
+        while campaign.kills() < options.count:
             with campaign.lock:
                 number = next(numbers)
-            campaign.random_trial(campaign.kinds[number % len(campaign.kinds)], f"{options.seed}-{number}")
+            kind = campaign.kinds[number % len(campaign.kinds)]
+            campaign.random_trial(kind, f"{options.seed}-{number}")
 
     list(pool.map(work, range(options.jobs)))
 
@@ -573,7 +621,8 @@ def main(argv: list[str]) -> int:
                   "model.actor_critic", "peft")
     folder = Path(options.folder or tempfile.mkdtemp(prefix="kills-")).resolve()
     folder.mkdir(exist_ok=True)
-    campaign = Campaign(folder, make_kinds(folder, options.kinds, options.save_every), options.cold)
+    kinds = make_kinds(folder, options.kinds, options.save_every)
+    campaign = Campaign(folder, kinds, options.cold)
     undisturbed = [f"{name} {value:.1f}" for name, value in campaign.seconds.items()]
     print("seconds of an undisturbed run: " + ", ".join(undisturbed), flush=True)
     with ThreadPoolExecutor(options.jobs) as pool:
