@@ -134,7 +134,7 @@ class Console:
     def __init__(self, stream):
         self.stream = stream
         self.terminal = can_redraw(stream)
-        self.bar = None              # of the run
+        self.bar = None              # the run's bar
         self.shown = []              # the values of the last line, kept in that bar
         self.counter = None          # a second bar, of what is being counted
         self.drawn = -math.inf       # when the counter was last drawn

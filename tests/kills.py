@@ -50,9 +50,9 @@ class Kind(NamedTuple):
     name: str
     script: str
     words: list[str]
-    rows: int = 0               # of a script that writes rows: how many there are in the end,
+    rows: int = 0               # for a script that writes rows: how many there are in the end,
     batch: int = 1              # and how many are written at a time
-    per_rollout: int = 0        # of an online algorithm: its updates per rollout
+    per_rollout: int = 0        # for an online algorithm: its updates per rollout
     reference: bool = False     # whether a pass over the reference comes before the updates
 
 
