@@ -1,8 +1,10 @@
-"""Talk to a model: `python chat.py runs/tiny-dpo`, or through a pipe: `echo "Tom has 3 pens. How many?" | python chat.py MODEL`.
+"""Talk to a model: `python chat.py runs/tiny-dpo`, or through a pipe:
+`echo "Tom has 3 pens. How many?" | python chat.py MODEL`.
 
-MODEL is a run (its final model, else its newest whole checkpoint), a model directory (an adapter too) or a hub name. One line is
-one turn; an empty line starts a new conversation. Without a chat template every line is completed as plain text. Of several models
-each answers every line, under its name and in its own conversation: `python chat.py example/tiny/model runs/tiny-dpo`.
+MODEL is a run (its final model, else its newest whole checkpoint), a model directory (an adapter too) or a
+hub name. One line is one turn; an empty line starts a new conversation. Without a chat template every line is
+completed as plain text. Several models each answer every line, under their names and in their own
+conversations: `python chat.py example/tiny/model runs/tiny-dpo`.
 """
 import signal
 
@@ -41,8 +43,11 @@ class Speaker:
         path = model_path(name, notice)
         if is_reward_model(path):
             raise UserError(f"model: {name} is a reward model, which writes no text; fix: pass a policy")
-        self.name, self.tokenizer = name, load_tokenizer_for(settings, path, notice)
-        self.tokeniser, self.stops, self.messages = Tokeniser(self.tokenizer), stop_ids(self.tokenizer), []
+        self.name = name
+        self.tokenizer = load_tokenizer_for(settings, path, notice)
+        self.tokeniser = Tokeniser(self.tokenizer)
+        self.stops = stop_ids(self.tokenizer)
+        self.messages = []
         self.lm = load_lm(base_of(path), "auto", None).eval()
         if is_adapter(path):
             lora.attach_saved(self.lm, path)
@@ -67,14 +72,15 @@ class Speaker:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("model", nargs="+")
     parser.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (default: 1)")
     parser.add_argument("--max-new-tokens", type=int, default=512)
     parser.add_argument("--seed", type=int, default=None)
     parser.add_argument("--chat-template",
                         help="a file, or chatml, llama3, mistral, gemma (default: the model's own)")
-    parser.add_argument("--system-prompt", help="of every conversation")
+    parser.add_argument("--system-prompt", help="starts every conversation")
     parser.add_argument("--chat-template-kwargs", type=read_mapping,
                         help="such as '{enable_thinking: false}'")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")

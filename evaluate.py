@@ -1,9 +1,10 @@
-"""Score a model: `python evaluate.py MODEL data=gsm8k reward=r1_zero`, or with data of pairs and no reward how often it prefers
-the chosen response.
+"""Score a model: `python evaluate.py MODEL data=gsm8k reward=r1_zero`, or with pairs as data and no reward
+how often it prefers the chosen response.
 
-MODEL is a run (its final model, else its newest whole checkpoint), a model directory (an adapter too) or a hub name. Results go
-line by line to <data>_eval_results.jsonl in `output` and their averages to <data>_eval_summary.json. The same command continues
-an interrupted evaluation; its numbers are those of an undisturbed one.
+MODEL is a run (its final model, else its newest whole checkpoint), a model directory (an adapter too) or a
+hub name. Results go line by line to <data>_eval_results.jsonl in `output` and their averages to
+<data>_eval_summary.json. The same command continues an interrupted evaluation; its numbers are those of an
+undisturbed one.
 """
 import signal
 
@@ -11,7 +12,6 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
     # Ctrl-C during the imports ends the program without a traceback; `run_program` handles it afterwards
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-import json
 import math
 import os
 from dataclasses import dataclass, replace
@@ -20,105 +20,148 @@ from data.errors import UserError, notice, printable, run_program
 from data.hub import SHORT
 from engine import console
 from engine.checkpoint import model_path
+from engine.evaluation import load_frozen, response_scores
+from engine.logs import write_whole
 from engine.results import (
     Results,
     Settings,
+    as_text,
     complete,
     default_output,
     help_text,
     load_examples,
     name_of,
+    number,
     read_settings,
     used_by,
     with_lengths,
-    write,
 )
-from engine.score import load_frozen, scores
 from model.load import load_tokenizer, load_tokenizer_for
 from model.reward_model import is_reward_model
 
 PAIRS_AT_ONCE = 64
+Z = 1.959964      # standard deviations on either side of the mean that hold 95 % of a normal distribution
 
 
 @dataclass(kw_only=True)
 class Config(Settings):
-    reward: str | None = None       # gsm8k, r1_zero, path/to/file.py:function or the run of a reward model; several: a, b; null = pairs
-    reference: str | None = None    # of pairs: a model whose log-probs are subtracted, as in dpo's implicit reward
+    reward: str | None = None       # gsm8k, r1_zero, path/to/file.py:function or the run of a reward model;
+    #                                 several: a, b; null = evaluate pairs
+    reference: str | None = None    # pairs only: a model whose log-probs are subtracted, as in dpo's
+    #                                 implicit reward
 
 
 def main(argv: list[str]) -> None:
     settings = read_settings(argv, Config, "evaluate.py")
     if settings is None:
         return print(help_text(__doc__, Config))
+    output = settings.output or default_output("eval", settings)
     name = f"{name_of(settings.data)}_eval"
-    settings = replace(settings, output=settings.output or default_output("eval", settings),
-                       data=f"{settings.data}:test" if settings.data in SHORT and not os.path.exists(settings.data) else settings.data)
+    if settings.data in SHORT and not os.path.exists(settings.data):
+        settings = replace(settings, data=f"{settings.data}:test")
+    settings = replace(settings, output=output)
     path = model_path(settings.model, notice)
+    if settings.reward and settings.reference:
+        raise UserError("reference (command line) is only used with pair data (without reward); "
+                        "fix: remove one of them")
     if settings.reward:
-        if settings.reference:
-            raise UserError("reference (command line) belongs to pairs, which need no reward; fix: remove one of them")
         rows, used = complete(settings, path, name, notice)
         summary = summary_of_completions(rows)
     else:
         rows, used = preferences(settings, path, name)
         summary = summary_of_pairs(rows)
-    results, file = (os.path.join(settings.output, f"{name}_{what}") for what in ("results.jsonl", "summary.json"))
-    write(file, json.dumps(summary | {"results_path": results, "settings": used}, indent=1, ensure_ascii=False) + "\n")
+    results_path = os.path.join(output, f"{name}_results.jsonl")
+    summary_path = os.path.join(output, f"{name}_summary.json")
+    write_whole(summary_path, as_text(summary | {"results_path": results_path, "settings": used}))
     print(printable(f"\n{settings.model} on {settings.data}"))
     for key, value in summary.items():
-        interval = summary.get(f"{key}_95")
         if not key.endswith("_95"):
-            around = f"   (95 %: {interval[0]:.4g} to {interval[1]:.4g})" if interval else ""
-            print(f"  {key:<16} {value:.{4 if isinstance(value, float) else 12}g}{around}")
-    print(printable(f"results  {results}\nsummary  {file}"))
+            print(f"  {key:<16} {number(value)}{interval(summary.get(f'{key}_95'))}")
+    print(printable(f"results  {results_path}\nsummary  {summary_path}"))
 
 
-# ---- averages ---------------------------------------------------------------------------------------------------------
+def interval(ends: list[float] | None) -> str:
+    if ends is None:
+        return ""
+    low, high = ends
+    return f"   (95 %: {low:.4g} to {high:.4g})"
+
+
+# ---- averages --------------------------------------------------------------------------------------------
 
 def summary_of_completions(rows: list[dict]) -> dict:
-    """Averages over all completions that were judged. With several per prompt the intervals count each prompt once, since its
-    completions are not independent; pass@k is the share of prompts that k completions solve. `accuracy` is there where every
-    answer is right (1) or wrong (0)."""
+    """Averages over all completions with a reward. With several completions per prompt the intervals count
+    each prompt once, since its completions are not independent; pass@k is the share of prompts that k
+    completions solve. `accuracy` is included if every answer is right (1) or wrong (0)."""
     groups = {}
+    scored = []
     for row in rows:
-        groups.setdefault(row["id"], []).append(row)
-    judged = [row["metrics"] for row in rows if row["metrics"]["reward"] is not None]
-    if not judged:
-        raise UserError("reward: it judged none of the completions; fix: return a number for some of them")
-    prompts = len({row["id"] for row in rows if row["metrics"]["reward"] is not None})
+        group = groups.setdefault(row["id"], [])
+        if row["metrics"]["reward"] is not None:
+            group.append(row["metrics"])
+            scored.append(row["metrics"])
+    if not scored:
+        raise UserError("reward: it returned None for every completion; "
+                        "fix: return a number for some of them")
+    has_several = len(rows) > len(groups)
     summary = {"num_examples": len(groups)}
-    if len(rows) > len(groups):
+    if has_several:
         summary["num_samples"] = len(rows)
-    if len(judged) < len(rows):
-        summary["without_reward"] = len(rows) - len(judged)
-    if "format_reward" in judged[0]:
-        summary |= rate("format_rate", [metrics["format_reward"] for metrics in judged], prompts)
-    answers = [right(metrics) for metrics in judged]
-    if set(answers) <= {0.0, 1.0}:
-        summary |= rate("accuracy", answers, prompts)
-    rewards = [[row["metrics"]["reward"] for row in group if row["metrics"]["reward"] is not None] for group in groups.values()]
-    everything = [reward for group in rewards for reward in group]
-    if set(everything) <= {0.0, 1.0}:
-        summary |= rate("avg_reward", everything, prompts)
-    else:
-        summary |= {"avg_reward": mean(everything), "avg_reward_95": around_mean([mean(group) for group in rewards if group])}
-    if "accuracy" in summary and len(rows) > len(groups):
-        counts = [[right(row["metrics"]) for row in group if row["metrics"]["reward"] is not None] for group in groups.values()]
-        k = 1
-        while whole := [answers for answers in counts if len(answers) >= k]:
-            summary[f"pass@{k}"] = mean([pass_at_k(len(answers), int(sum(answers)), k) for answers in whole])
-            k *= 2
-    return summary | {"mean_tokens": mean([row["tokens"] for row in rows]), "finished_rate": mean([row["finished"] for row in rows])}
+    if len(scored) < len(rows):
+        summary["without_reward"] = len(rows) - len(scored)
+    groups = [group for group in groups.values() if group]
+    if "format_reward" in scored[0]:
+        summary |= rate("format_rate", column(scored, "format_reward"), len(groups))
+    answers = list(map(answer_reward, scored))
+    is_binary = set(answers) <= {0.0, 1.0}
+    if is_binary:
+        summary |= rate("accuracy", answers, len(groups))
+    summary |= average_reward(column(scored, "reward"), groups)
+    if is_binary and has_several:
+        summary |= pass_rates(groups)
+    summary["mean_tokens"] = mean(column(rows, "tokens"))
+    summary["finished_rate"] = mean(column(rows, "finished"))
+    return summary
+
+
+def average_reward(rewards: list[float], groups: list[list[dict]]) -> dict:
+    """The mean of `rewards`, which are those of all groups, and its interval."""
+    if set(rewards) <= {0.0, 1.0}:
+        return rate("avg_reward", rewards, len(groups))
+    means = [mean(column(group, "reward")) for group in groups]
+    return {"avg_reward": mean(rewards), "avg_reward_95": around_mean(means)}
+
+
+def pass_rates(groups: list[list[dict]]) -> dict:
+    """pass@1, pass@2, pass@4 ... over the prompts with at least that many completions."""
+    rates = {}
+    k = 1
+    while True:
+        solved = []
+        for group in groups:
+            if len(group) >= k:
+                right = sum(map(answer_reward, group))
+                solved.append(pass_at_k(len(group), int(right), k))
+        if not solved:
+            return rates
+        rates[f"pass@{k}"] = mean(solved)
+        k *= 2
 
 
 def summary_of_pairs(rows: list[dict]) -> dict:
-    ties = sum(row["metrics"].get("tie", False) for row in rows)      # rows of earlier versions have no "tie"
-    margins = [row["metrics"]["margin"] for row in rows]
-    return {"num_examples": len(rows), **rate("accuracy", [row["metrics"]["accuracy"] for row in rows], len(rows)),
-            "ties": ties, "avg_margin": mean(margins), "avg_margin_95": around_mean(margins)}
+    metrics = column(rows, "metrics")
+    margins = column(metrics, "margin")
+    ties = sum(row.get("tie", False) for row in metrics)      # rows of earlier versions have no "tie"
+    summary = {"num_examples": len(rows)}
+    summary |= rate("accuracy", column(metrics, "accuracy"), len(rows))
+    return summary | {"ties": ties, "avg_margin": mean(margins), "avg_margin_95": around_mean(margins)}
 
 
-def right(metrics: dict) -> float:
+def column(rows: list[dict], name: str) -> list:
+    return [row[name] for row in rows]
+
+
+def answer_reward(metrics: dict) -> float:
     return metrics.get("answer_reward", metrics["reward"])
 
 
@@ -128,63 +171,102 @@ def mean(values: list) -> float:
 
 def rate(name: str, values: list[float], count: int) -> dict:
     """A share and its 95 % interval (Wilson's) for `count` independent observations."""
-    p, z = mean(values), 1.959964
-    center, half = p + z * z / (2 * count), z * math.sqrt(p * (1 - p) / count + z * z / (4 * count * count))
-    low, high = ((center + sign * half) / (1 + z * z / count) for sign in (-1, 1))
+    p = mean(values)
+    center = p + Z * Z / (2 * count)
+    half = Z * math.sqrt(p * (1 - p) / count + Z * Z / (4 * count * count))
+    scale = 1 + Z * Z / count
+    low = (center - half) / scale
+    high = (center + half) / scale
     return {name: p, f"{name}_95": [max(0.0, min(low, p)), min(1.0, max(high, p))]}
 
 
 def around_mean(values: list[float]) -> list[float] | None:
-    """The 95 % interval of a mean; None of a single value."""
+    """The 95 % interval of a mean; None for a single value."""
     if len(values) < 2:
         return None
     center = mean(values)
-    half = 1.959964 * math.sqrt(sum((value - center) ** 2 for value in values) / (len(values) - 1) / len(values))
+    variance = sum((value - center) ** 2 for value in values) / (len(values) - 1)
+    half = Z * math.sqrt(variance / len(values))
     return [center - half, center + half]
 
 
 def pass_at_k(n: int, right: int, k: int) -> float:
-    """The chance that k of n completions, drawn without putting back, hold one of the `right` ones."""
+    """The chance that k of n completions, drawn without replacement, include one of the `right` ones."""
     return 1 - math.comb(n - right, k) / math.comb(n, k)
 
 
-# ---- pairs ------------------------------------------------------------------------------------------------------------
+# ---- pairs -----------------------------------------------------------------------------------------------
 
 def preferences(settings: Config, path: str, name: str) -> tuple[list[dict], dict]:
-    """(a row per pair with the scores of both responses, the settings they come from): a reward model's scores, else summed log-probs,
-    minus the reference's where there is one."""
+    """(a row per pair with the scores of both responses, the settings they come from): a reward model's
+    scores, else summed log-probs, minus the reference's where there is one."""
     tokenizer = load_tokenizer_for(settings, path, notice)
-    other = settings.reference and model_path(settings.reference, notice)
-    if other and is_reward_model(path):
-        raise UserError(f"reference: {settings.model} is a reward model, which needs none; fix: remove reference")
-    if other and load_tokenizer(other).get_vocab() != tokenizer.get_vocab():
-        raise UserError(f"reference: {other} has another tokenizer than {path}; fix: pass the model that this one was trained from")
+    reference_path = None
+    if settings.reference:
+        reference_path = model_path(settings.reference, notice)
+        check_reference(settings.model, path, reference_path, tokenizer)
     settings = replace(with_lengths(settings, path), prompt_template=None, stop=None)
-    try:
-        examples, report = load_examples(settings, "pairs", path, tokenizer, notice)
-    except UserError as error:
-        if str(error).startswith("unknown columns"):
-            raise UserError(f"no reward for {settings.data}, whose rows are no pairs; fix: add reward=r1_zero or another one") from error
-        raise
-    used = used_by(settings, path, report) | {"reference": other}
+    examples, report = load_pairs(settings, path, tokenizer)
+    used = used_by(settings, path, report) | {"reference": reference_path}
     results = Results(settings.output, name, used, len(examples), 1, PAIRS_AT_ONCE, notice)
     if results.left:
-        models = [load_frozen(where, tokenizer, examples, notice) for where in (path, other) if where]
-        tie = models[0].tolerance      # a smaller difference may be rounding, so neither side is preferred
+        model = load_frozen(path, tokenizer, examples, notice)
+        reference = reference_path and load_frozen(reference_path, tokenizer, examples, notice)
     for first, last in results.left:
         part = examples[first:last]
-        values, *minus = ([pair.tolist() for pair in scores(model, part)] for model in models)
+        scores = response_scores(model, part)
+        if reference:
+            scores = map(difference, scores, response_scores(reference, part))
         rows = []
-        for i, example in enumerate(part):
-            chosen, rejected = (value - sum(other[i][k] for other in minus) for k, value in enumerate(values[i]))
-            margin = chosen - rejected
-            texts = [tokenizer.decode(tokens) for tokens in (example.prompt, *(response.tokens for response in example.responses))]
-            metrics = {"accuracy": float(margin > tie), "tie": abs(margin) <= tie,
-                       "chosen": chosen, "rejected": rejected, "margin": margin}
-            named = dict(zip(("prompt", "chosen", "rejected"), texts))
-            rows.append({"id": first + i, **named, "metrics": metrics})
+        for i, (example, pair) in enumerate(zip(part, scores), start=first):
+            row = pair_row(example, pair.tolist(), model.tolerance, tokenizer)
+            rows.append({"id": i, **row})
         results.add(rows)
     return results.rows, used
+
+
+def check_reference(model: str, path: str, reference: str, tokenizer) -> None:
+    if is_reward_model(path):
+        raise UserError(f"reference: {model} is a reward model, which needs none; fix: remove reference")
+    if load_tokenizer(reference).get_vocab() != tokenizer.get_vocab():
+        raise UserError(f"reference: {reference} has another tokenizer than {path}; "
+                        "fix: pass the model that this one was trained from")
+
+
+def load_pairs(settings: Config, path: str, tokenizer):
+    """The examples and their report; UserError that asks for a reward where the rows are not pairs."""
+    try:
+        return load_examples(settings, "pairs", path, tokenizer, notice)
+    except UserError as error:
+        if str(error).startswith("unknown columns"):
+            raise UserError(f"no reward for {settings.data}, whose rows are not pairs; "
+                            "fix: add reward=r1_zero or another one") from error
+        raise
+
+
+def difference(scores, reference_scores):
+    """In fp64, in which it is exact."""
+    return scores.double() - reference_scores.double()
+
+
+def pair_row(example, scores: list[float], tolerance: float, tokenizer) -> dict:
+    """The texts and scores of a pair. It is a tie if the margin may be due to rounding, and then neither side
+    is preferred."""
+    chosen, rejected = scores
+    margin = chosen - rejected
+    good, bad = example.responses
+    return {
+        "prompt": tokenizer.decode(example.prompt),
+        "chosen": tokenizer.decode(good.tokens),
+        "rejected": tokenizer.decode(bad.tokens),
+        "metrics": {
+            "accuracy": float(margin > tolerance),
+            "tie": abs(margin) <= tolerance,
+            "chosen": chosen,
+            "rejected": rejected,
+            "margin": margin,
+        },
+    }
 
 
 if __name__ == "__main__":

@@ -1,11 +1,15 @@
-"""Rejection sampling: `python sample.py MODEL data=example/tiny/prompts.jsonl n=8 reward=r1_zero min_reward=1`.
+"""Rejection sampling:
+`python sample.py MODEL data=example/tiny/prompts.jsonl n=8 reward=r1_zero min_reward=1`.
 
-Draws n completions per prompt, scores them and writes into `output`:
-    sft.jsonl          the best of each prompt           python train.py example/tiny-sft.yml model=MODEL data=OUTPUT/sft.jsonl
-    preference.jsonl   the best and the worst of each    python train.py example/tiny-dpo.yml model=MODEL data=OUTPUT/preference.jsonl
-    samples_results.jsonl, summary.json                  all completions with their rewards; how many were kept, and why not more
-Only completions that ended by themselves are kept. The same command continues an interrupted run; another min_reward draws
-nothing again.
+Samples n completions per prompt, scores them and writes into `output`:
+    sft.jsonl          the best one of each prompt
+                       python train.py example/tiny-sft.yml model=MODEL data=OUTPUT/sft.jsonl
+    preference.jsonl   the best and the worst one of each prompt
+                       python train.py example/tiny-dpo.yml model=MODEL data=OUTPUT/preference.jsonl
+    samples_results.jsonl   all completions with their rewards
+    summary.json            how many were kept, and why not more
+Only completions that ended by themselves are kept. The same command continues an interrupted run; with
+another min_reward it samples nothing again.
 """
 import signal
 
@@ -13,21 +17,32 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
     # Ctrl-C during the imports ends the program without a traceback; `run_program` handles it afterwards
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-import json
 import os
 from dataclasses import dataclass, replace
 
 from data.errors import RunError, UserError, notice, printable, run_program
 from engine import console
 from engine.checkpoint import model_path
-from engine.results import Settings, complete, default_output, help_text, read_settings, write
+from engine.logs import write_whole
+from engine.results import (
+    Settings,
+    as_lines,
+    as_text,
+    complete,
+    default_output,
+    help_text,
+    number,
+    read_settings,
+)
 
 
 @dataclass(kw_only=True)
 class Config(Settings):
-    reward: str                        # gsm8k, r1_zero, path/to/file.py:function or the run of a reward model; several: a, b
+    reward: str                        # gsm8k, r1_zero, path/to/file.py:function or the run of a reward
+    #                                    model; several: a, b
     n: int = 8                         # completions per prompt
-    min_reward: float | None = None    # the best one counts only with this reward or more: 1 = a right answer; null = whatever it is
+    min_reward: float | None = None    # keep a best completion only with this reward or more: 1 = right
+    #                                    answers; null = keep all
 
 
 def main(argv: list[str]) -> None:
@@ -36,40 +51,52 @@ def main(argv: list[str]) -> None:
         return print(help_text(__doc__, Config))
     if settings.n < 2:
         raise UserError("n (command line) is 1, which leaves no choice; fix: give 2 or more, such as n=8")
-    settings = replace(settings, output=settings.output or default_output("sample", settings))
+    output = settings.output or default_output("sample", settings)
+    settings = replace(settings, output=output)
     rows, used = complete(settings, model_path(settings.model, notice), "samples", notice)
     best, pairs, counts = select(rows, settings.min_reward)
-    for name, kept in {"sft.jsonl": best, "preference.jsonl": pairs}.items():
-        write(os.path.join(settings.output, name), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
-    write(os.path.join(settings.output, "summary.json"), json.dumps(
-        counts | {"settings": used | {"min_reward": settings.min_reward}}, indent=1, ensure_ascii=False) + "\n")
+    used["min_reward"] = settings.min_reward
+    files = {
+        os.path.join(output, "sft.jsonl"): as_lines(best),
+        os.path.join(output, "preference.jsonl"): as_lines(pairs),
+        os.path.join(output, "summary.json"): as_text(counts | {"settings": used}),
+    }
+    for path, text in files.items():
+        write_whole(path, text)
     print(printable(f"\n{settings.model} on {settings.data}"))
     for name, count in counts.items():
-        print(f"  {name:<32} {count:.{4 if isinstance(count, float) else 12}g}")
+        print(f"  {name:<32} {number(count)}")
     if not best:
-        raise RunError(f"no completion is kept in {settings.output}; fix: raise n, or lower min_reward")
-    names = ("sft.jsonl", "preference.jsonl", "summary.json")
-    written = [os.path.join(settings.output, name) for name in names]
-    print(printable("\n".join(written)))
+        raise RunError(f"no completion is kept in {output}; fix: raise n, or lower min_reward")
+    print(printable("\n".join(files)))
 
 
 def select(rows: list[dict], min_reward: float | None) -> tuple[list[dict], list[dict], dict]:
-    """(rows of the SFT file, rows of the preference file, counts). Of equally good completions the first one is the best, of equally
-    bad ones the first one the worst."""
+    """(rows of the SFT file, rows of the preference file, counts). Among equally good completions the first
+    one is the best, among equally bad ones the first one is the worst."""
     groups = {}
     for row in rows:
         groups.setdefault(row["id"], []).append(row)
-    best, pairs, rewards = [], [], [row["metrics"]["reward"] for row in rows]
-    counts = {"prompts": len(groups), "completions": len(rows), "not finished": 0, "empty": 0, "without reward": rewards.count(None),
-              "prompts without a choice": 0, "prompts below min_reward": 0, "prompts with equal rewards": 0}
+    rewards = [reward_of(row) for row in rows]
+    counts = {
+        "prompts": len(groups),
+        "completions": len(rows),
+        "not finished": 0,
+        "empty": 0,
+        "without reward": rewards.count(None),
+        "prompts without a choice": 0,
+        "prompts below min_reward": 0,
+        "prompts with equal rewards": 0,
+    }
+    best = []
+    pairs = []
     for group in groups.values():
-        usable = [row for row in group if row["finished"] and row["generation"].strip() and row["metrics"]["reward"] is not None]
-        counts["not finished"] += sum(not row["finished"] for row in group)
-        counts["empty"] += sum(row["finished"] and not row["generation"].strip() for row in group)
-        if not usable:
+        candidates = usable(group, counts)
+        if not candidates:
             counts["prompts without a choice"] += 1
             continue
-        good, bad = max(usable, key=reward_of), min(usable, key=reward_of)
+        good = max(candidates, key=reward_of)
+        bad = min(candidates, key=reward_of)
         if min_reward is not None and reward_of(good) < min_reward:
             counts["prompts below min_reward"] += 1
             continue
@@ -78,15 +105,30 @@ def select(rows: list[dict], min_reward: float | None) -> tuple[list[dict], list
             counts["prompts with equal rewards"] += 1
         else:
             pairs.append(preference_row(good, bad))
-    judged = [reward for reward in rewards if reward is not None]
-    counts |= {"kept in sft.jsonl": len(best), "kept in preference.jsonl": len(pairs)}
-    for name, values in {"mean reward": judged, "mean reward of sft.jsonl": [row["reward"] for row in best]}.items():
-        if values:
-            counts[name] = sum(values) / len(values)
+    counts["kept in sft.jsonl"] = len(best)
+    counts["kept in preference.jsonl"] = len(pairs)
+    known = [reward for reward in rewards if reward is not None]
+    if known:
+        counts["mean reward"] = sum(known) / len(known)
+    if best:
+        counts["mean reward of sft.jsonl"] = sum(row["reward"] for row in best) / len(best)
     return best, pairs, counts
 
 
-def reward_of(row: dict) -> float:
+def usable(group: list[dict], counts: dict) -> list[dict]:
+    """The completions that ended by themselves, are not empty and have a reward; the others are counted."""
+    found = []
+    for row in group:
+        if not row["finished"]:
+            counts["not finished"] += 1
+        elif not row["generation"].strip():
+            counts["empty"] += 1
+        elif reward_of(row) is not None:
+            found.append(row)
+    return found
+
+
+def reward_of(row: dict) -> float | None:
     return row["metrics"]["reward"]
 
 
@@ -98,9 +140,13 @@ def sft_row(row: dict) -> dict:
 
 
 def preference_row(good: dict, bad: dict) -> dict:
-    plain = isinstance(good["prompt"], str)
-    chosen, rejected = (row["generation"] if plain else [turn(row)] for row in (good, bad))
-    return {"prompt": good["prompt"], "chosen": chosen, "rejected": rejected, "rewards": [reward_of(good), reward_of(bad)]}
+    chosen = good["generation"]
+    rejected = bad["generation"]
+    if not isinstance(good["prompt"], str):
+        chosen = [turn(good)]
+        rejected = [turn(bad)]
+    rewards = [reward_of(good), reward_of(bad)]
+    return {"prompt": good["prompt"], "chosen": chosen, "rejected": rejected, "rewards": rewards}
 
 
 def turn(row: dict) -> dict:

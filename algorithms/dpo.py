@@ -30,7 +30,7 @@ import torch.nn.functional as F
 
 from data.pack import Batch
 from engine.loop import Engine
-from engine.options import NonNegative, Options, Positive, Smoothing
+from engine.options import Options, Positive, Smoothing
 
 DATA = "pairs"                     # every row holds a prompt, a chosen and a rejected response
 MODEL = "policy"                   # what is trained
@@ -41,7 +41,6 @@ PROGRESS = "rewards/accuracies"    # the number shown beside the loss
 class Config(Options):
     beta: Positive = 0.1           # KL strength: larger keeps the policy closer to the reference (0.01-0.5)
     label_smoothing: Smoothing = 0.0    # share of pairs assumed to have swapped labels (cDPO); 0 = plain DPO
-    rpo_alpha: NonNegative = 0.0   # weight of the chosen responses' negative log-likelihood
     reference: str | None = None   # model directory or hub name; null = the start model
     reference_free: bool = False   # true = no reference: its log-probs count as 0
 

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 import torch
 
 from engine.loop import Engine
-from engine.options import Count, Positive, Sampling, TwoOrMore
+from engine.options import Count, NonNegative, Positive, Sampling, TwoOrMore
 from engine.rollout import alike
 
 DATA = "prompts"                   # every row holds a prompt and what its reward needs
@@ -44,6 +44,11 @@ class Config(Sampling):            # reward, temperature, max_completion_length,
     epsilon: Positive = 0.2        # ratios are clipped to [1 - epsilon, 1 + epsilon_high]; a huge value
     #                                disables clipping
     epsilon_high: Positive = 0.2   # the upper bound is 1 + epsilon_high
+    beta: NonNegative = 0.0        # KL strength: larger keeps the policy closer to the reference; 0 = none
+    reference: str | None = None   # model directory or hub name; null = the start model
+
+    def uses_reference(self) -> bool:
+        return self.beta > 0
 
 
 def group_advantages(rewards):

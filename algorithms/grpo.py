@@ -27,7 +27,6 @@ Differs:  the reference is never replaced by the policy (the paper's outer loop)
 Run:      python train.py example/tiny-grpo.yml
 """
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
@@ -49,11 +48,6 @@ class Config(Sampling):            # reward, temperature, max_completion_length,
     #                                disables clipping
     epsilon_high: Positive = 0.2   # the upper bound is 1 + epsilon_high
     beta: NonNegative = 0.04       # KL strength: larger keeps the policy closer to the reference; 0 = none
-    baseline: bool = True          # false = the advantage is the reward itself, neither centered nor scaled
-    scale_rewards: Literal["group", "batch", "none"] = "group"    # divide advantages by the standard
-    #                                deviation of the group or the batch; none = do not divide
-    mask_truncated_completions: bool = False    # true = completions truncated at max_completion_length are
-    #                                scored but not trained
     reference: str | None = None   # model directory or hub name; null = the start model
 
     def uses_reference(self) -> bool:

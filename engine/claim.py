@@ -1,4 +1,4 @@
-"""One process per directory: what two processes write into one directory is nobody's result."""
+"""One process per directory: two processes that write into the same one would mix their results."""
 import atexit
 import errno
 import fcntl

@@ -95,11 +95,16 @@ class Bar(tqdm):
     monitor_interval = 0            # no thread beside the training: rewards may fork
 
     def __init__(self, stream, label: str, done: int, total: int):
-        self.stream, self.label, self.parts, self.leave_out = stream, label, [], []
+        self.stream = stream
+        self.label = label
+        self.parts = []
+        self.leave_out = []
         super().__init__(total=total, initial=done, file=stream, leave=False, nrows=20, delay=0)
 
     def set(self, done: int, parts: list[str], leave_out: list[str]) -> None:
-        self.n, self.parts, self.leave_out = done, parts, leave_out
+        self.n = done
+        self.parts = parts
+        self.leave_out = leave_out
 
     def __str__(self):
         columns = max(1, columns_of(self.stream) - TYPED)
@@ -127,9 +132,12 @@ class Console:
     """Writes lines and bars to `stream`; writes nothing if that is None."""
 
     def __init__(self, stream):
-        self.stream, self.terminal = stream, can_redraw(stream)
-        self.bar, self.shown = None, []
-        self.counter, self.drawn = None, -math.inf
+        self.stream = stream
+        self.terminal = can_redraw(stream)
+        self.bar = None              # the run's bar
+        self.shown = []              # the values of the last line, kept in that bar
+        self.counter = None          # a second bar, of what is being counted
+        self.drawn = -math.inf       # when the counter was last drawn
         CONSOLES.add(self)
 
     def say(self, text: str) -> None:
@@ -193,7 +201,8 @@ class Console:
     def close_counter(self) -> None:
         if self.counter:
             self.counter.close()
-            self.counter, self.drawn = None, -math.inf
+            self.counter = None
+            self.drawn = -math.inf
 
     @contextlib.contextmanager
     def cleared(self):
@@ -220,10 +229,13 @@ class Console:
         try:
             yield
         except (OSError, ValueError):
-            stream, self.stream, self.terminal = self.stream, None, False
+            stream = self.stream
+            self.stream = None
+            self.terminal = False
             for bar in filter(None, [self.counter, self.bar]):
                 bar.disable = True
-            self.bar = self.counter = None
+            self.bar = None
+            self.counter = None
             # text that the stream still holds, or that others write to it, must not fail either
             with contextlib.suppress(OSError, ValueError, AttributeError):
                 nowhere = os.open(os.devnull, os.O_WRONLY)

@@ -16,7 +16,7 @@ from engine.claim import LOCK, claim, release
 SILENT = {"output", "resume", "eval_every", "save_every", "log_every", "sample_every", "keep",
           "reward_timeout"}
 # ... and a run may be continued with other values of these; every other key changes the numbers
-FREE = SILENT | {"max_steps", "epochs", "merge", "save_dtype"}
+MAY_CHANGE = SILENT | {"max_steps", "epochs", "merge", "save_dtype"}
 
 
 class Place(NamedTuple):
@@ -36,11 +36,11 @@ def read_config(directory: str) -> dict | None:
         return None
 
 
-def differing(directory: str, config_yaml: str, free: set = FREE) -> list[str]:
-    """The keys, without the `free` ones, that have other values in `config_yaml` than in the run."""
+def differing(directory: str, config_yaml: str, ignored: set = MAY_CHANGE) -> list[str]:
+    """The keys, without the `ignored` ones, that have other values in `config_yaml` than in the run."""
     old = read_config(directory) or {}
     new = yaml.load(config_yaml, yaml.BaseLoader)
-    compared = (old.keys() | new.keys()) - free
+    compared = (old.keys() | new.keys()) - ignored
     return sorted(key for key in compared if old.get(key) != new.get(key))
 
 
@@ -139,7 +139,7 @@ def finished_place(directory: str, config_yaml: str, notice) -> Place:
 def shape_of_final(config_yaml: str) -> dict[str, str]:
     """The values of the keys that decide when a run ends and what its final/ holds, as text."""
     values = yaml.load(config_yaml, yaml.BaseLoader)
-    return {key: values.get(key) for key in sorted(FREE - SILENT)}
+    return {key: values.get(key) for key in sorted(MAY_CHANGE - SILENT)}
 
 
 def made_final(directory: str) -> dict | None:

@@ -1,5 +1,5 @@
-"""`--dry-run`: everything a run would do, printed before it does anything. Reads the data and the tokenizer,
-not the weights."""
+"""`--dry-run`: everything a run would do, printed before it does anything. It reads the data and the
+tokenizer, not the weights."""
 import math
 from dataclasses import replace
 
@@ -17,13 +17,16 @@ from model.load import base_of, check_path, is_adapter, load_config, load_tokeni
 from model.logps import LOGITS_AT_ONCE
 from rewards.functions import check_rewards
 
+BYTES_IN_4_BIT = 0.52      # per weight, with the scales
+
 
 def dry_run(run_config, kind: str, world: int = 1) -> None:
     """Print configuration, data audit, the first example, batch arithmetic and a memory forecast; UserError
     as training would."""
     common, config = run_config.common, run_config.config
     common = replace(common, model=model_path(common.model, notice))
-    lora.quantization(common, torch.device("cuda" if torch.cuda.is_available() else "cpu"), torch.bfloat16)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    lora.quantization(common, device, torch.bfloat16)
     section("configuration", describe(run_config))
     tokenizer = load_tokenizer_for(common, common.model, notice)
     check_path(config.reference or common.model, "reference")
@@ -37,24 +40,25 @@ def dry_run(run_config, kind: str, world: int = 1) -> None:
             section(f"{name} data", audit(report))
     section("first example, trained tokens marked [[ ]]", marked(train_set[0], tokenizer))
 
-    per_prompt, passes, updates_per_pass = config.rollout_shape()
-    per_draw = passes * updates_per_pass                 # updates made from batch_size rows
-    if kind == "prompts":                                # with completions as long as they may become
-        completions = [Response.all_trained(np.zeros(config.max_completion_length))] * per_prompt
-        train_set = [Example(example.prompt, completions, example.where) for example in train_set]
+    online = kind == "prompts"
+    _, passes, updates_per_pass = config.rollout_shape()
+    updates_per_rollout = passes * updates_per_pass
+    if online:
+        train_set = with_longest_completions(train_set, config)
     plan = order(len(train_set), common.batch_size, common.seed, 0, common.shuffle)
-    share = common.share_prompt != "false"
-    micro_batches = [pack([train_set[i].size(share) for i in members], common.micro_batch_tokens, world)[0] for members in plan]
-    total = common.max_steps or math.ceil(common.epochs * len(plan) * per_draw)
-    sizes = [sum(train_set[members[i]].size(share) for i in part) for members, parts in zip(plan, micro_batches) for part in parts]
-    unit, each = ("rollout", f", {per_draw} updates from each") if kind == "prompts" else ("update", "")
+    sizes = micro_batch_sizes(common, train_set, plan, world)
+    total = common.max_steps or math.ceil(common.epochs * len(plan) * updates_per_rollout)
+    unit = "rollout" if online else "update"
+    each = f", {updates_per_rollout} updates from each" if online else ""
     section("batches", [
-        f"{len(train_set)} examples / batch_size {common.batch_size} = {len(plan)} {unit}s per epoch{each}, {total} updates in all",
+        f"{len(train_set)} examples / batch_size {common.batch_size} = {len(plan)} {unit}s per epoch{each}, "
+        f"{total} updates in all",
         f"{len(sizes) / len(plan):.1f} micro-batches per {unit}, of {max(sizes)} tokens at most "
         f"(micro_batch_tokens {common.micro_batch_tokens})",
-        f"prompts shared: {sum(e.size() for e in train_set)} tokens per epoch; one copy per response: "
-        f"{sum(e.size(False) for e in train_set)}"])
-    section("memory forecast per device", forecast(common, config, train_set, max(sizes), kind == "prompts"))
+        f"prompts shared: {tokens_of(train_set, True)} tokens per epoch; one copy per response: "
+        f"{tokens_of(train_set, False)}",
+    ])
+    section("memory forecast per device", forecast(common, config, train_set, max(sizes), online))
     print("\nnothing was trained (--dry-run)")
 
 
@@ -63,32 +67,29 @@ def notice(text: str) -> None:
 
 
 def section(title: str, lines: list[str]) -> None:
-    shown = [printable(line) for line in lines]
-    print(f"\n{title}\n  " + "\n  ".join(shown))
+    print("\n  ".join([f"\n{title}", *map(printable, lines)]))
 
+
+# ---- data ------------------------------------------------------------------------------------------------
 
 def audit(report: dict) -> list[str]:
     lines = [f"{report['source']}: {report['read']} rows read, {report['used']} examples used"]
-    lines += [f"dropped {count}: {reason} (first: {report['first_dropped'][reason]})" for reason, count in report["dropped"].items()]
+    for reason, count in report["dropped"].items():
+        lines.append(f"dropped {count}: {reason} (first: {report['first_dropped'][reason]})")
     lines += doubts(report)
     for name in ("prompt_length", "response_length", "total"):
-        lengths = report[name]
-        lines.append(f"{name:<16} tokens: median {lengths['50']}, 90 % {lengths['90']}, 99 % {lengths['99']}, longest {lengths['max']}")
+        length = report[name]
+        lines.append(f"{name:<16} tokens: median {length['50']}, 90 % {length['90']}, 99 % {length['99']}, "
+                     f"longest {length['max']}")
     return lines
 
 
 def marked(example, tokenizer, most: int | None = None) -> list[str]:
-    """Prompt and responses as text, runs of trained tokens between [[ and ]]; of a text longer than `most`
+    """Prompt and responses as text, runs of trained tokens between [[ and ]]; in a text longer than `most`
     characters the middle is left out."""
     texts = [("prompt", tokenizer.decode(example.prompt))]
     for response in example.responses:
-        text, start = "", 0
-        for i in range(1, len(response.tokens) + 1):
-            if i == len(response.tokens) or response.trained[i] != response.trained[start]:
-                piece = tokenizer.decode(response.tokens[start:i])
-                text += f"[[{piece}]]" if response.trained[start] else piece
-                start = i
-        texts.append(("response", text))
+        texts.append(("response", marked_text(response, tokenizer)))
     lines = []
     for name, text in texts:
         if most and len(text) > most:
@@ -97,49 +98,118 @@ def marked(example, tokenizer, most: int | None = None) -> list[str]:
     return lines
 
 
+def marked_text(response, tokenizer) -> str:
+    text = ""
+    start = 0
+    count = len(response.tokens)
+    for end in range(1, count + 1):
+        if end < count and response.trained[end] == response.trained[start]:
+            continue
+        piece = tokenizer.decode(response.tokens[start:end])
+        text += f"[[{piece}]]" if response.trained[start] else piece
+        start = end
+    return text
+
+
+# ---- batches ---------------------------------------------------------------------------------------------
+
+def with_longest_completions(prompts: list, config) -> list[Example]:
+    """The prompts with as many completions as will be sampled, each as long as it may become."""
+    completion = Response.all_trained(np.zeros(config.max_completion_length))
+    per_prompt, _, _ = config.rollout_shape()
+    completions = [completion] * per_prompt
+    return [Example(example.prompt, completions, example.where) for example in prompts]
+
+
+def tokens_of(examples: list[Example], share: bool) -> int:
+    return sum(example.size(share) for example in examples)
+
+
+def micro_batch_sizes(common, train_set: list, plan: list, world: int) -> list[int]:
+    """The tokens of every micro-batch of an epoch on the first device."""
+    share = common.share_prompt != "false"
+    sizes = []
+    for indices in plan:
+        lengths = [train_set[i].size(share) for i in indices]
+        for members in pack(lengths, common.micro_batch_tokens, world)[0]:
+            sizes.append(sum(lengths[i] for i in members))
+    return sizes
+
+
+# ---- memory ----------------------------------------------------------------------------------------------
+
 def forecast(common, config, train_set: list, tokens: int, online: bool = False) -> list[str]:
     """Weights, gradients, optimizer, reference and the largest micro-batch, in GB, from the model's
     configuration alone."""
-    adapter, base = is_adapter(common.model), base_of(common.model)
-    settings = load_config(base)
+    settings = load_config(base_of(common.model))
+    trained, frozen, quantized = count_parameters(common, settings)
+    every = trained + frozen
+    is_bf16 = torch.cuda.is_available() and common.precision != "fp32"
+    width = 2 if is_bf16 else 4      # bytes of a frozen weight that is not in 4 bits
+
+    sizes = {}
+    sizes[f"trained weights, fp32 ({millions(trained)} of {millions(every)} parameters)"] = 4 * trained
+    if quantized:
+        sizes["frozen weights, 4-bit"] = width * (frozen - quantized) + BYTES_IN_4_BIT * quantized
+    elif frozen:
+        sizes["frozen weights"] = width * frozen
+    sizes["gradients, fp32"] = 4 * trained
+    sizes["optimizer (AdamW: two moments, fp32)"] = 8 * trained
+    if not online:
+        table = 4 * sum(example.num_trained for example in train_set) if config.uses_reference() else 0
+        sizes["reference (its log-probs only; no second model)"] = table
+    elif needs_reference_model(common, config):
+        sizes["reference (a frozen model)"] = width * every
+    if config.uses_critic():
+        sizes["critic (weights, gradients, optimizer)"] = 16 * trained + width * frozen
+    sizes[f"one micro-batch of {tokens} tokens"] = activation_bytes(common, settings, tokens)
+    at_once = LOGITS_AT_ONCE["cuda" if torch.cuda.is_available() else "cpu"]
+    logits = 2 * 4 * min(at_once, tokens * settings.vocab_size)      # a slice, twice
+    if frozen:
+        sizes["a slice of the logits"] = logits
+    else:
+        head = 4 * settings.hidden_size * settings.vocab_size
+        sizes["a slice of the logits and the head's gradient"] = logits + head
+    sizes["total"] = sum(sizes.values())
+    return [f"{name:<60} {size / 1e9:7.2f} GB" for name, size in sizes.items()]
+
+
+def count_parameters(common, settings) -> tuple[int, int, int]:
+    """(trained, frozen, those of the frozen that are kept in 4 bits)."""
     try:
         with torch.device("meta"):
             lm = AutoModelForCausalLM.from_config(settings)
     except Exception as error:  # noqa: BLE001  somebody else's file: anything may be raised
-        raise unloadable(base, error) from error
-    matrices = sum(layer.weight.numel() for layer in lora.linear_layers(lm).values()) if common.load_in_4bit else 0
-    if adapter or common.lora_r:
-        lora.attach(lm, lora.saved_settings(common.model, common) if adapter else lora.new_settings(common, lm))
+        raise unloadable(base_of(common.model), error) from error
+    quantized = 0
+    if common.load_in_4bit:
+        quantized = sum(layer.weight.numel() for layer in lora.linear_layers(lm).values())
+    if is_adapter(common.model):
+        lora.attach(lm, lora.saved_settings(common.model, common))
+    elif common.lora_r:
+        lora.attach(lm, lora.new_settings(common, lm))
     trained = sum(parameter.numel() for parameter in lm.parameters() if parameter.requires_grad)
     frozen = sum(parameter.numel() for parameter in lm.parameters()) - trained
-    width = 2 if torch.cuda.is_available() and common.precision != "fp32" else 4      # bytes of a frozen weight that is not in 4 bits
-    hidden, vocabulary = settings.hidden_size, settings.vocab_size
+    return trained, frozen, quantized
+
+
+def needs_reference_model(common, config) -> bool:
+    """Whether a second model computes the log-probs of every new completion; under a fresh adapter the policy
+    without it does."""
+    if common.lora_r and not is_adapter(common.model):
+        return False
+    return config.uses_reference()
+
+
+def activation_bytes(common, settings, tokens: int) -> int:
+    """What a micro-batch keeps for the backward, in fp32. Per token and layer: two norms (input and output),
+    q k v and rotated q k, attention output, and the MLP's gate and up."""
+    hidden = settings.hidden_size
     inner = getattr(settings, "intermediate_size", 4 * hidden)
-    # per token and layer, kept for the backward: two norms (input and output, fp32), q k v and rotated q k,
-    # attention output, and
-    # the MLP's gate and up
-    per_layer = 4 * (10 * hidden + 2 * inner) if not common.gradient_checkpointing else 4 * hidden
-    activations = tokens * (settings.num_hidden_layers * per_layer + 4 * 4 * hidden)
-    at_once = LOGITS_AT_ONCE["cuda" if torch.cuda.is_available() else "cpu"]
-    logits = 2 * 4 * min(at_once, tokens * vocabulary) + (0 if frozen else 4 * hidden * vocabulary)      # a slice twice
-    table = 4 * sum(example.num_trained for example in train_set) if config.uses_reference() else 0
-    # online a second model must answer for every new completion; under a fresh adapter it is the policy
-    # without that
-    reference = config.uses_reference() and (adapter or not common.lora_r)
-    rows = {
-        f"trained weights, fp32 ({millions(trained)} of {millions(trained + frozen)} parameters)": 4 * trained,
-        **({f"frozen weights{', 4-bit' if matrices else ''}": width * (frozen - matrices) + 0.52 * matrices} if frozen else {}),
-        "gradients, fp32": 4 * trained,
-        "optimizer (AdamW: two moments, fp32)": 8 * trained,
-        **({"reference (a frozen model)": width * (trained + frozen)} if reference and online else
-           {} if online else {"reference (its log-probs only; no second model)": table}),
-        **({"critic (weights, gradients, optimizer)": 16 * trained + width * frozen} if config.uses_critic() else {}),
-        f"one micro-batch of {tokens} tokens": activations,
-        "a slice of the logits" + ("" if frozen else " and the head's gradient"): logits,
-    }
-    rows["together"] = sum(rows.values())
-    return [f"{name:<60} {size / 1e9:7.2f} GB" for name, size in rows.items()]
+    per_layer = 4 * hidden if common.gradient_checkpointing else 4 * (10 * hidden + 2 * inner)
+    return tokens * (settings.num_hidden_layers * per_layer + 4 * 4 * hidden)
 
 
 def millions(count: int) -> str:
-    return f"{count / 1e6:.{0 if count >= 1e7 else 2}f}M"
+    digits = 0 if count >= 1e7 else 2
+    return f"{count / 1e6:.{digits}f}M"

@@ -25,15 +25,17 @@ REPLACED = ".replaced"     # ending of a copy of a file of rows, kept from when 
 DAMAGED = ".damaged"       # ending of a copy of a file of rows with the lines that were no rows
 
 # halves of files, left by a kill, that no later write replaces
-COPIES = [f"{name}{ending}.tmp" for name in ROWS for ending in (REPLACED, DAMAGED)]
-LEFTOVERS = [*COPIES, "run.json.tmp"]
+LEFTOVERS = ["run.json.tmp"]
+for rows_file in ROWS:
+    LEFTOVERS += [f"{rows_file}{REPLACED}.tmp", f"{rows_file}{DAMAGED}.tmp"]
 
 
 class Run:
     """Writes one run's files and prints its console; does nothing on ranks other than 0."""
 
     def __init__(self, directory: str, main: bool = True):
-        self.directory, self.main = directory, main
+        self.directory = directory
+        self.main = main
         self.console = Console(sys.stderr if main else None)
         self.begun = False           # whether the directory is a run
         self.early = []              # what to log as soon as it is one
@@ -55,13 +57,13 @@ class Run:
         try:
             os.makedirs(self.directory, exist_ok=True)
             checkpoint.tidy(self.directory)
-            self.write("config.yaml", config_yaml)
+            self.write_file("config.yaml", config_yaml)
             self.take_back()
             for name in ROWS:
                 self.take_up(name, step, goes_back)
             self.started = {**environment(), "data": reports, "digests": digests, "resumed_from_step": step,
                             "final": made_final(self.directory)}
-            self.write("run.json", json.dumps(self.started, indent=1) + "\n")
+            self.write_file("run.json", json.dumps(self.started, indent=1) + "\n")
         except OSError as error:
             raise UserError(f"output: {self.directory} cannot be written ({error.strerror}); "
                             "fix: choose a writable output") from error
@@ -74,7 +76,7 @@ class Run:
         if self.begun:
             self.started["final"] = shape_of_final(self.text("config.yaml"))
             with contextlib.suppress(OSError):      # the same command then writes the same final/ once more
-                self.write("run.json", json.dumps(self.started, indent=1) + "\n")
+                self.write_file("run.json", json.dumps(self.started, indent=1) + "\n")
 
     def take_back(self) -> None:
         """Undo what an earlier process left half done: remove halves of files, and restore the rows of before
@@ -90,7 +92,8 @@ class Run:
     def take_up(self, name: str, step: int, goes_back: bool) -> None:
         """Cut a file of rows after `step`. A copy of it is kept if lines are no rows, or if it `goes_back`
         behind whole checkpoints."""
-        lines, damaged = [], 0
+        lines = []
+        damaged = 0
         for line in self.rows(name):
             at = step_of_row(line)
             damaged += at is None
@@ -99,11 +102,11 @@ class Run:
         if damaged:
             path = self.path(name)
             self.notice(f"{path}: {damaged} lines are no rows of this run and are left out; "
-                        f"the file as it was is {path}{DAMAGED}")
-        for wanted, ending in ((damaged, DAMAGED), (goes_back, REPLACED)):
-            if wanted:
-                self.write(name + ending, self.text(name))
-        self.write(name, "".join(lines))
+                        f"the original file is kept as {path}{DAMAGED}")
+            self.write_file(name + DAMAGED, self.text(name))
+        if goes_back:
+            self.write_file(name + REPLACED, self.text(name))
+        self.write_file(name, "".join(lines))
 
     def replace(self, saved: str | None = None) -> None:
         """Remove what a run that went back has replaced, once it has saved a checkpoint (at the path `saved`)
@@ -123,9 +126,9 @@ class Run:
         rounding only."""
         started = self.started_with()
         self.check_digests(digests)
-        before, now = arithmetic(started), arithmetic(environment())
+        before = arithmetic(started)
         changed = []
-        for name, value in now.items():
+        for name, value in arithmetic(environment()).items():
             if before.get(name, value) != value:
                 changed.append(f"{name} {before[name]} -> {value}")
         if changed:
@@ -175,11 +178,8 @@ class Run:
         except OSError:
             pass                         # a network disk that does not answer now may answer at the next save
 
-    def write(self, name: str, text: str) -> None:
-        temporary = self.path(name + ".tmp")
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(temporary, self.path(name))
+    def write_file(self, name: str, text: str) -> None:
+        write_whole(self.path(name), text)
 
     def rows(self, name: str) -> list[str]:
         """The complete lines of a .jsonl file of this run. A kill may have cut the last line, and a power
@@ -221,12 +221,15 @@ class Run:
         `chat` how to talk to it."""
         if not self.main:
             return
-        rows = [json.loads(line) for line in self.rows("metrics.jsonl") if step_of_row(line) is not None]
-        held_out = [row for row in rows if row.get("split") == "eval"]
-        trained = [row for row in rows if row.get("split") == "train"]
-        title = "held-out rows" if held_out else "training rows"
-        shown = held_out or trained or [{"step": "?"}]      # the file of a finished run may be lost
-        first, last = shown[0], shown[-1]
+        rows = {"eval": [], "train": []}
+        for line in self.rows("metrics.jsonl"):
+            if step_of_row(line) is not None:
+                row = json.loads(line)
+                rows.setdefault(row.get("split"), []).append(row)
+        title = "held-out rows" if rows["eval"] else "training rows"
+        shown = rows["eval"] or rows["train"] or [{"step": "?"}]      # the file of a finished run may be lost
+        first = shown[0]
+        last = shown[-1]
         self.erase()
         console = Console(sys.stdout)
         console.say(f"\n{title}: step {first['step']} -> step {last['step']}")
@@ -246,6 +249,14 @@ class Run:
         self.console.close()
 
 
+def write_whole(path: str, text: str) -> None:
+    """Write a file in one step: it is whole, or as it was before."""
+    temporary = path + ".tmp"
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+    os.replace(temporary, path)
+
+
 def is_started(found) -> bool:
     """Whether something read from run.json has the form in which a run writes it."""
     if not isinstance(found, dict) or not isinstance(found.get("data"), dict):
@@ -255,13 +266,14 @@ def is_started(found) -> bool:
     parts = [digests, found.get("versions", {}), found.get("machine", {}), *reports]
     if isinstance(digests, dict):
         parts += digests.values()
-    if not all(isinstance(part, dict) for part in parts):
-        return False
+    for part in parts:
+        if not isinstance(part, dict):
+            return False
     return all("sha256" in report for report in reports)
 
 
 def arithmetic(started: dict) -> dict:
-    """{name: value} of what numbers depend on in their last bits: versions, threads and processes."""
+    """{name: value} for what the last bits of a number depend on: versions, threads and processes."""
     machine = started.get("machine", {})
     found = dict(started.get("versions", {}))
     found["threads"] = machine.get("threads")

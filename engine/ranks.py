@@ -34,14 +34,17 @@ def from_main(function, *arguments):
     other exception is raised on rank 0, and the other ranks exit without a message instead of waiting."""
     if not dist.is_initialized():
         return function(*arguments)
-    box, fault = [None], None
+    box = [None]
+    fault = None
     if dist.get_rank() == 0:
         try:
             box = [function(*arguments)]
         except UserError as error:
-            box, fault = [error], error
+            box = [error]
+            fault = error
         except Exception as error:
-            box, fault = [SystemExit(1)], error
+            box = [SystemExit(1)]
+            fault = error
     dist.broadcast_object_list(box)
     if fault:
         raise fault
@@ -74,10 +77,12 @@ def sum_over_ranks(values: list[float], device) -> list[float]:
 
 
 def command(words: list[str]) -> str:
-    """The command that starts this program again with the arguments `words`, under torchrun if it is now."""
-    program, here = shlex.join([sys.argv[0], *words]), os.environ.get("LOCAL_WORLD_SIZE")
+    """The command that starts this program again with the arguments `words`, under torchrun if it runs under
+    torchrun now."""
+    program = shlex.join([sys.argv[0], *words])
     if "LOCAL_RANK" not in os.environ:
         return f"python {program}"
-    if here == os.environ.get("WORLD_SIZE"):
-        return f"torchrun --nproc-per-node {here} {program}"
+    local = os.environ.get("LOCAL_WORLD_SIZE")
+    if local == os.environ.get("WORLD_SIZE"):
+        return f"torchrun --nproc-per-node {local} {program}"
     return f"the same torchrun command on every machine, with {program}"

@@ -1,88 +1,99 @@
-"""Numbers for completions: rewards from functions and reward models, and what a model gives to responses that are there already."""
+"""Score the completions of a rollout: with functions, with reward models, and their weighted sum."""
 import torch
 
 from data.errors import UserError
-from data.pack import Example, pack
 from engine import checkpoint
-from engine.config import Common
 from engine.ranks import from_main
 from engine.rollout import Rollout
-from model.build import build_policy
-from model.check import check_policy
-from model.load import is_adapter, load_tokenizer
-from model.reward_model import VALUE_HEAD, RewardModel, build_reward_model, is_reward_model
+from model.load import load_tokenizer
+from model.reward_model import VALUE_HEAD, is_reward_model
 from rewards.functions import is_model, parts_of
 
 
 def score_rollout(rollout: Rollout, rewards: list, tokenizer, by_functions, by_model) -> None:
     """Set rollout["rewards/<name>"] of every reward and rollout["rewards"], their weighted sum, (G,) per
-    prompt; NaN where nothing judges a completion. `by_functions(rewards, prompts, texts, columns)` -> of each
-    of those that are functions a number or None per completion; `by_model(reward)` -> (G,) per prompt.
+    prompt. NaN: the reward returned None for the completion; in the sum, every reward did.
+
+    `by_functions(rewards, prompts, texts, columns)` returns, for each of those rewards that are functions, a
+    number or None per completion; `by_model(reward)` returns (G,) per prompt.
 
     A reward is rounded to fp32, so that 0.1 + 0.2 is 0.3, and kept in fp64, in which sums of such numbers are
     exact: advantages are computed in that."""
-    examples = rollout.examples
-    prompts = [example.extras["prompt"] for example in examples for _ in example.responses]
-    texts = [text_of(tokenizer, response) for example in examples for response in example.responses]
-    names = dict.fromkeys(name for example in examples for name in example.extras["columns"])
-    columns = {name: [example.extras["columns"].get(name) for example in examples for _ in example.responses] for name in names}
-    responses = [response for example in examples for response in example.responses]
-    columns["completion_ids"] = [response.tokens.tolist() for response in responses]
-    total, judged = torch.zeros(len(texts), dtype=torch.float64), torch.zeros(len(texts), dtype=torch.bool)
-    sizes = [len(example.responses) for example in examples]
+    prompts = []
+    texts = []
+    token_ids = []
+    for example in rollout.examples:
+        for response in example.responses:
+            prompts.append(example.extras["prompt"])
+            texts.append(text_of(tokenizer, response))
+            token_ids.append(response.tokens.tolist())
+    columns = columns_per_completion(rollout.examples)
+    columns["completion_ids"] = token_ids
+
     functions = [reward for reward in rewards if not reward.path]
-    called = [reward.name for reward in functions]
-    returned = dict(zip(called, by_functions(functions, prompts, texts, columns)))
+    returned = {}
+    for reward, numbers in zip(functions, by_functions(functions, prompts, texts, columns)):
+        returned[reward.name] = with_nan(numbers)
+
+    sizes = [len(example.responses) for example in rollout.examples]
+    total = torch.zeros(len(texts), dtype=torch.float64)
+    has_reward = torch.zeros(len(texts), dtype=torch.bool)
     for reward in rewards:
         if reward.path:
             values = torch.cat(by_model(reward)).double()
         else:
-            numbers = [torch.nan if value is None else value for value in returned[reward.name]]
-            values = torch.tensor(numbers, dtype=torch.float64)
-        rollout[f"rewards/{reward.name}"] = values.float().double().split(sizes)
-        judged |= ~values.isnan()
+            values = returned[reward.name]
+        rollout[f"rewards/{reward.name}"] = rounded(values).split(sizes)
+        has_reward |= ~values.isnan()
         total += reward.weight * values.nan_to_num()
-    rollout["rewards"] = total.float().double().where(judged, torch.nan).split(sizes)
+    rollout["rewards"] = rounded(total).where(has_reward, torch.nan).split(sizes)
+
+
+def columns_per_completion(examples: list) -> dict[str, list]:
+    """The rows' columns, an entry per completion; None where a row lacks the column."""
+    columns = {}
+    for example in examples:
+        for name in example.extras["columns"]:
+            columns[name] = []
+    for example in examples:
+        for name, values in columns.items():
+            value = example.extras["columns"].get(name)
+            values += [value] * len(example.responses)
+    return columns
+
+
+def with_nan(numbers: list) -> torch.Tensor:
+    """Numbers or None -> fp64, NaN for None."""
+    known = [torch.nan if number is None else number for number in numbers]
+    return torch.tensor(known, dtype=torch.float64)
+
+
+def rounded(values: torch.Tensor) -> torch.Tensor:
+    return values.float().double()
 
 
 def text_of(tokenizer, response) -> str:
     return tokenizer.decode(response.tokens, skip_special_tokens=True)
 
 
-@torch.no_grad()
-def scores(model, examples: list[Example]) -> list[torch.Tensor]:
-    """Per example a number for each of its responses (K,), on the CPU: a reward model's score, or the summed log-prob."""
-    found = [None] * len(examples)
-    for members in filter(None, pack([example.size(model.share_prompt) for example in examples], Common.micro_batch_tokens)[0]):
-        batch = model.collate([examples[i] for i in members])
-        values = model(batch) if isinstance(model, RewardModel) else batch.sum(model(batch))
-        for i, part in zip(members, values.split([len(examples[i].responses) for i in members])):
-            found[i] = part.cpu()
-    return found
-
-
-def load_frozen(path: str, tokenizer, examples: list[Example], notice):
-    """The model at `path`, frozen, as a Policy, or a RewardModel where it is one; tried on some of `examples`."""
-    policy = build_policy(path, tokenizer, frozen=True, trains_adapter=is_adapter(path)).requires_grad_(False)
-    check_policy(policy, examples, "auto", notice)
-    if not is_reward_model(path):
-        return policy
-    return build_reward_model(policy, path, 0, notice).requires_grad_(False)
-
+# ---- reward models ---------------------------------------------------------------------------------------
 
 def critic_path(reward: str, tokenizer, notice) -> str | None:
-    """The first reward model among the rewards, as which a critic starts; None where all are functions."""
-    run = next(filter(is_model, parts_of(reward)), None)
-    return run and reward_model_path(run, tokenizer, notice)
+    """The first reward model among the rewards, which initialises the critic; None where all are
+    functions."""
+    for part in parts_of(reward):
+        if is_model(part):
+            return reward_model_path(part, tokenizer, notice)
+    return None
 
 
 def reward_model_path(run: str, tokenizer, notice) -> str:
-    """The directory with trunk and head of the run of `rm` that a reward names; UserError where it is none, or its tokenizer is not the
-    policy's."""
+    """The directory with trunk and head of the run of `rm` that a reward names. UserError if it is not one,
+    or if its tokenizer is not the policy's."""
     path = from_main(checkpoint.model_path, run, notice)
     if not is_reward_model(path):
-        raise UserError(f"reward: {run} is not the run of a reward model ({VALUE_HEAD} is missing in {path}); "
-                        "fix: pass a run of algorithm: rm")
+        raise UserError(f"reward: {run} is not the run of a reward model "
+                        f"({VALUE_HEAD} is missing in {path}); fix: pass a run of algorithm: rm")
     if load_tokenizer(path).get_vocab() != tokenizer.get_vocab():
         raise UserError(f"reward: the reward model {run} has another tokenizer than the model; "
                         "fix: train it from a model with the same tokenizer")

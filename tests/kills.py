@@ -1,13 +1,13 @@
-"""Kill train.py, evaluate.py and sample.py; the same command must then end as if nothing had happened. \
-Not part of the suite.
+"""Kill train.py, evaluate.py and sample.py; the same command must then end as if nothing had happened. Not
+part of the suite.
 
-    python tests/kills.py random --count 200                      \
-SIGKILL, SIGINT, SIGTERM at random moments of whole runs
-    python tests/kills.py operations --kinds dpo,grpo,rm          SIGKILL before every file operation of a run
+    python tests/kills.py random --count 200
+        SIGKILL, SIGINT, SIGTERM at random moments of whole runs
+    python tests/kills.py operations --kinds dpo,grpo,rm
+        SIGKILL before every file operation of a run
 
-A run ends well if the same command returns 0, whatever stood on the disk before is still there, \
-and all results are bit for bit
-those of an undisturbed run. It exits with 1 if anything was lost or is different; \
+A run ends well if the same command returns 0, everything that was on the disk before is still there, and all
+results are bit for bit those of an undisturbed run. It exits with 1 if anything was lost or is different;
 `--json FILE` keeps every kill.
 """
 import argparse
@@ -24,6 +24,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -33,9 +34,14 @@ import helpers
 import robust_helpers as child
 
 LIMIT = 120                                   # seconds after which a run hangs
+SIGNALS = ("SIGKILL", "SIGINT", "SIGTERM")
 FAULTS = ("lost", "different", "hang", "traceback", "exit code", "left behind", "orphan")
 # 0: the run was in its last update
-CODES = {signal.SIGKILL: {-9}, signal.SIGINT: {130, 0}, signal.SIGTERM: {143, 0}}
+CODES = {
+    signal.SIGKILL: {-9},
+    signal.SIGINT: {130, 0},
+    signal.SIGTERM: {143, 0},
+}
 PHASES = ("loading", "reference", "rollout", "updates", "rows", "saving", "finished")
 
 
@@ -44,9 +50,9 @@ class Kind(NamedTuple):
     name: str
     script: str
     words: list[str]
-    rows: int = 0               # of a script that writes rows: how many there are in the end,
+    rows: int = 0               # for a script that writes rows: how many there are in the end,
     batch: int = 1              # and how many are written at a time
-    per_rollout: int = 0        # of an online algorithm: its updates per rollout
+    per_rollout: int = 0        # for an online algorithm: its updates per rollout
     reference: bool = False     # whether a pass over the reference comes before the updates
 
 
@@ -58,8 +64,14 @@ class Fault(NamedTuple):
 
 # ---- what is run -----------------------------------------------------------------------------------------
 
-OFFLINE = {"sft": ("sft", {}), "dpo": ("dpo", {}), "kto": ("kto", {}), "rm": ("rm", {}),
-           "lora": ("sft", dict(lora_r=4, lora_dropout=0.1)), "merge": ("dpo", dict(lora_r=4, merge="true"))}
+OFFLINE = {
+    "sft": ("sft", {}),
+    "dpo": ("dpo", {}),
+    "kto": ("kto", {}),
+    "rm": ("rm", {}),
+    "lora": ("sft", {"lora_r": 4, "lora_dropout": 0.1}),
+    "merge": ("dpo", {"lora_r": 4, "merge": "true"}),
+}
 # ppo_critic: the critic starts as the reward model
 ONLINE = {"grpo": "grpo", "ppo": "ppo", "ppo_critic": "ppo", "dapo": "dapo"}
 EVALUATE = ("evaluate", "evaluate_pairs")
@@ -69,50 +81,71 @@ KINDS = (*OFFLINE, *ONLINE, *EVALUATE, "sample")
 def make_kinds(folder: Path, names: list[str], save_every: int) -> list[Kind]:
     """The commands called `names`, with models and data in `folder`."""
     model = helpers.tiny_model(folder / "model")
-    data = {}
-    for rows in {helpers.sft_rows, helpers.pair_rows, helpers.labelled_rows, helpers.prompt_rows}:
-        data[rows] = {"data": helpers.write_jsonl(folder / f"{rows.__name__}.jsonl", rows(10)),
-                      "eval_data": helpers.write_jsonl(folder / f"{rows.__name__}-eval.jsonl", rows(4, 50))}
+    kinds = []
+    for name in names:
+        if name in OFFLINE or name in ONLINE:
+            kinds.append(make_training(folder, model, name, save_every))
+        else:
+            kinds.append(make_evaluation(folder, model, name))
+    return kinds
 
-    def training(name, algorithm, **values):
-        own_data = data[helpers.ROWS[algorithm]]
-        online = helpers.ONLINE.get(algorithm, {})
-        values = {"algorithm": algorithm, "model": model, **own_data, "output": "run",
-                  **child.BASE, **online, "save_every": save_every, **values}
-        config = helpers.write_config(folder / f"{name}.yml", **values)
-        per_rollout = 4 if algorithm in helpers.ONLINE else 0
-        reference = algorithm in ("dpo", "kto")
-        return Kind(name, "train.py", [config], per_rollout=per_rollout, reference=reference)
 
-    def finished(kind, name):
-        """The run of a kind that other kinds start from."""
-        directory = folder / name
-        directory.mkdir()
-        end = wait(start(kind, directory), directory)
-        assert end.code == 0, end.err
-        return str(directory / "run")
+def make_training(folder: Path, model: str, name: str, save_every: int) -> Kind:
+    values = {"save_every": save_every}
+    if name in OFFLINE:
+        algorithm, own_values = OFFLINE[name]
+        values |= own_values
+        if algorithm != "rm":
+            values["sample_every"] = 3
+    else:
+        algorithm = ONLINE[name]
+        values |= {"max_steps": 10, "sample_every": 3}
+    if name == "ppo_critic":
+        critic = training(folder, model, "critic", "rm", {"save_every": save_every})
+        values["reward"] = finished_run(folder, critic)
+    return training(folder, model, name, algorithm, values)
 
-    def make(name):
-        if name in OFFLINE:
-            algorithm, values = OFFLINE[name]
-            samples = {} if algorithm == "rm" else {"sample_every": 3}
-            return training(name, algorithm, **samples, **values)
-        if name in ONLINE:
-            reward = {"reward": finished(training("critic", "rm"), "critic")} if name == "ppo_critic" else {}
-            return training(name, ONLINE[name], max_steps=10, sample_every=3, **reward)
-        prompts = helpers.write_jsonl(folder / "many-prompts.jsonl", helpers.prompt_rows(24))
-        drawn = [f"data={prompts}", f"reward={helpers.REWARDS}:varied", "max_completion_length=30",
-                 "rollout_batch_size=8", "output=out"]
-        if name == "evaluate":
-            return Kind(name, "evaluate.py", [model, *drawn, "n=2"], rows=48, batch=8)
-        if name == "sample":
-            return Kind(name, "sample.py", [model, *drawn, "n=4"], rows=96, batch=8)
+
+def training(folder: Path, model: str, name: str, algorithm: str, values: dict) -> Kind:
+    rows = helpers.ROWS[algorithm]
+    is_online = algorithm in helpers.ONLINE
+    config = {
+        "algorithm": algorithm,
+        "model": model,
+        "data": helpers.write_jsonl(folder / f"{rows.__name__}.jsonl", rows(10)),
+        "eval_data": helpers.write_jsonl(folder / f"{rows.__name__}-eval.jsonl", rows(4, 50)),
+        "output": "run",
+        **child.BASE,
+        **helpers.ONLINE.get(algorithm, {}),
+        **values,
+    }
+    path = helpers.write_config(folder / f"{name}.yml", **config)
+    if is_online:
+        return Kind(name, "train.py", [path], per_rollout=4)
+    return Kind(name, "train.py", [path], reference=algorithm in ("dpo", "kto"))
+
+
+def finished_run(folder: Path, kind: Kind) -> str:
+    """A run of a kind that another kind starts from."""
+    directory = folder / kind.name
+    directory.mkdir()
+    end = wait(start(kind, directory), directory)
+    assert end.code == 0, end.err
+    return str(directory / "run")
+
+
+def make_evaluation(folder: Path, model: str, name: str) -> Kind:
+    if name == "evaluate_pairs":
         pairs = helpers.write_jsonl(folder / "many-pairs.jsonl", helpers.pair_rows(300))
         other = helpers.tiny_model(folder / "other", seed=1)
         words = [model, f"data={pairs}", f"reference={other}", "output=out"]
         return Kind(name, "evaluate.py", words, rows=300, batch=64)
-
-    return [make(name) for name in names]
+    prompts = helpers.write_jsonl(folder / "many-prompts.jsonl", helpers.prompt_rows(24))
+    words = [model, f"data={prompts}", f"reward={helpers.REWARDS}:varied", "max_completion_length=30",
+             "rollout_batch_size=8", "output=out"]
+    if name == "evaluate":
+        return Kind(name, "evaluate.py", [*words, "n=2"], rows=48, batch=8)
+    return Kind(name, "sample.py", [*words, "n=4"], rows=96, batch=8)
 
 
 # ---- a process -------------------------------------------------------------------------------------------
@@ -178,7 +211,8 @@ def disturb(kind: Kind, directory: Path, started: Started, number: int, moment: 
     try:
         os.kill(process.pid, signal.SIGSTOP)
         found = phase(kind, directory, started.since)
-        (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
+        send = os.killpg if number == signal.SIGINT else os.kill
+        send(process.pid, number)
         os.kill(process.pid, signal.SIGCONT)
     except ProcessLookupError:
         return None
@@ -190,9 +224,11 @@ def orphans(pid: int) -> list[str]:
     found = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
-            session = int(path.read_text().rpartition(")")[2].split()[3])
+            after_name = path.read_text().rpartition(")")[2]
+            session = int(after_name.split()[3])
             if session == pid and int(path.parent.name) != pid:
-                found.append((path.parent / "cmdline").read_text().replace("\0", " "))
+                command = (path.parent / "cmdline").read_text()
+                found.append(command.replace("\0", " "))
         except OSError:
             pass
     return found
@@ -206,17 +242,22 @@ def phase(kind: Kind, directory: Path, since: float = 0.0) -> str:
     opened = [*made.glob("run.json"), *made.glob("*settings.json")]
     begun = [path for path in opened if path.stat().st_mtime >= since - 0.02]
     if not begun:
-        return "loading"                          # whatever an earlier process has left
+        return "loading"                          # the files are an earlier process's
     if leftovers(directory):
         return "saving"
     if kind.rows:
         return "rows" if complete_rows(directory) < kind.rows else "finished"
     if (made / "final").exists():
         return "finished"
-    steps = [row["step"] for row in read_rows(made / "metrics.jsonl") if row["split"] == "train"]
+    steps = 0
+    for row in read_rows(made / "metrics.jsonl"):
+        if row["split"] == "train":
+            steps = max(steps, row["step"])
     if kind.reference and not steps and not list(directory.glob(".reference/*/part-*")):
         return "reference"
-    return "rollout" if kind.per_rollout and max(steps, default=0) % kind.per_rollout == 0 else "updates"
+    if kind.per_rollout and steps % kind.per_rollout == 0:
+        return "rollout"
+    return "updates"
 
 
 def leftovers(directory: Path) -> list[str]:
@@ -225,12 +266,15 @@ def leftovers(directory: Path) -> list[str]:
 
 def read_rows(path: Path) -> list[dict]:
     """The whole lines of a .jsonl file."""
-    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    if not path.exists():
+        return []
+    lines = path.read_bytes().splitlines(keepends=True)
     return [json.loads(line) for line in lines if line.endswith(b"}\n")]
 
 
 def complete_rows(directory: Path) -> int:
-    return sum(len(read_rows(path)) for path in (directory / "out").glob("*results.jsonl"))
+    paths = (directory / "out").glob("*results.jsonl")
+    return sum(map(len, map(read_rows, paths)))
 
 
 def last_checkpoint(directory: Path) -> int:
@@ -241,30 +285,41 @@ def last_checkpoint(directory: Path) -> int:
 
 
 def digests(folder: Path) -> dict:
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-            for path in sorted(folder.rglob("*")) if path.is_file()}
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            digest = hashlib.sha256(path.read_bytes())
+            found[str(path.relative_to(folder))] = digest.hexdigest()
+    return found
 
 
 def results(kind: Kind, directory: Path) -> dict:
     """Name -> content, or its digest, of everything that must not depend on what happened to a run."""
-    if kind.rows:
-        out = digests(directory / "out")
-        return {f"out/{name}": digest for name, digest in out.items() if name.endswith((".json", ".jsonl"))}
-    run = directory / "run"
     found = {}
-    for name in ("final", "classifier", f"checkpoints/step-{last_checkpoint(directory):06d}"):
-        found |= {f"run/{name}/{file}": digest for file, digest in digests(run / name).items()}
+    if kind.rows:
+        for name, digest in digests(directory / "out").items():
+            if name.endswith((".json", ".jsonl")):
+                found[f"out/{name}"] = digest
+        return found
+    run = directory / "run"
+    step = last_checkpoint(directory)
+    for name in ("final", "classifier", f"checkpoints/step-{step:06d}"):
+        for file, digest in digests(run / name).items():
+            found[f"run/{name}/{file}"] = digest
     for name in ("config.yaml", "samples.jsonl"):
-        found[f"run/{name}"] = (run / name).read_text() if (run / name).exists() else None
-    for i, row in enumerate(read_rows(run / "metrics.jsonl")):
-        timeless = {key: value for key, value in row.items() if key not in helpers.CLOCK}
-        found[f"run/metrics.jsonl:{i + 1}"] = timeless
+        path = run / name
+        found[f"run/{name}"] = path.read_text() if path.exists() else None
+    for i, row in enumerate(read_rows(run / "metrics.jsonl"), start=1):
+        for key in helpers.CLOCK:
+            row.pop(key, None)
+        found[f"run/metrics.jsonl:{i}"] = row
     return found
 
 
 def compare(kind: Kind, directory: Path, expected: dict) -> list[Fault]:
     found = results(kind, directory)
-    differing = sorted(key for key in found.keys() | expected.keys() if found.get(key) != expected.get(key))
+    keys = sorted(found.keys() | expected.keys())
+    differing = [key for key in keys if found.get(key) != expected.get(key)]
     faults = []
     if differing:
         text = f"{len(differing)} of {len(expected)}: {', '.join(differing[:5])}"
@@ -276,7 +331,7 @@ def compare(kind: Kind, directory: Path, expected: dict) -> list[Fault]:
 
 # ---- one trial -------------------------------------------------------------------------------------------
 
-def judge(end: End, pid: int, expected: set) -> list[Fault]:
+def faults_of_end(end: End, pid: int, expected: set) -> list[Fault]:
     """The faults of one process: it may end with the codes `expected` only, in silence, and leaves no other
     process."""
     if end.code is None:
@@ -294,15 +349,19 @@ def judge(end: End, pid: int, expected: set) -> list[Fault]:
 
 
 def last_line(text: str) -> str:
-    return next((line for line in reversed(text.splitlines()) if line.strip()), "no output")
+    lines = text.strip().splitlines()
+    return lines[-1] if lines else "no output"
 
 
 def not_saved(kind: Kind, directory: Path, since: float, code: int) -> list[Fault]:
     """A run that says it has stopped has saved its last update."""
     begun = directory / "run" / "run.json"
-    if kind.rows or code not in (130, 143) or not begun.exists() or begun.stat().st_mtime < since - 0.02:
+    if kind.rows or code not in (130, 143):
         return []
-    last = max((row["step"] for row in read_rows(directory / "run" / "metrics.jsonl")), default=0)
+    if not begun.exists() or begun.stat().st_mtime < since - 0.02:
+        return []
+    rows = read_rows(directory / "run" / "metrics.jsonl")
+    last = max((row["step"] for row in rows), default=0)
     saved = last_checkpoint(directory)
     if saved >= last:
         return []
@@ -313,20 +372,24 @@ def not_saved(kind: Kind, directory: Path, since: float, code: int) -> list[Faul
 def finish(kind: Kind, directory: Path, expected: dict, cold: bool = False) -> list[Fault]:
     """Run the command until it ends: it must do so at once, from the newest checkpoint or after the last
     whole rows, with the expected results."""
-    saved, done = last_checkpoint(directory), complete_rows(directory)
+    saved = last_checkpoint(directory)
+    done = complete_rows(directory)
     had_final = (directory / "run" / "final").exists()
     started = start(kind, directory, cold)
     end = wait(started, directory)
-    faults = judge(end, started.process.pid, {0})
+    faults = faults_of_end(end, started.process.pid, {0})
     if end.code != 0:
         return [*faults, Fault("lost", f"the same command does not end: {last_line(end.err)}")]
     if not kind.rows and not had_final:
-        resumed = json.loads((directory / "run" / "run.json").read_text())["resumed_from_step"]
+        started_with = json.loads((directory / "run" / "run.json").read_text())
+        resumed = started_with["resumed_from_step"]
         if resumed < saved:
             faults.append(Fault("lost", f"resumed from step {resumed}, a checkpoint of {saved} was there"))
     if kind.rows:
         again = re.search(r"(\d+) of (\d+) rows are done already", end.err)
-        kept = int(again[1]) * kind.rows // int(again[2]) if again else 0
+        kept = 0
+        if again:
+            kept = int(again[1]) * kind.rows // int(again[2])
         if kept < done - done % kind.batch:
             faults.append(Fault("lost", f"{done} rows were whole, {kept} were kept"))
     return faults + compare(kind, directory, expected)
@@ -337,8 +400,13 @@ class Campaign:
     what came of them."""
 
     def __init__(self, folder: Path, kinds: list[Kind], cold: bool = False):
-        self.folder, self.kinds, self.cold = folder, kinds, cold
-        self.expected, self.seconds, self.records, self.lock = {}, {}, [], threading.Lock()
+        self.folder = folder
+        self.kinds = kinds
+        self.cold = cold
+        self.expected = {}
+        self.seconds = {}
+        self.records = []
+        self.lock = threading.Lock()
         for kind in kinds:
             directory = self.fresh(f"{kind.name}-undisturbed")
             started = start(kind, directory, cold)
@@ -351,6 +419,11 @@ class Campaign:
         directory = self.folder / name
         directory.mkdir()
         return directory
+
+    def kills(self) -> int:
+        """The signals that have reached a run."""
+        with self.lock:
+            return sum(len(record["kills"]) for record in self.records)
 
     def keep(self, directory: Path, faults: list[Fault], **record) -> dict:
         """Note a trial; its directory stays if something was wrong."""
@@ -367,10 +440,13 @@ class Campaign:
 
     def random_trial(self, kind: Kind, seed: str) -> dict:
         """One to three signals, each at a random moment of the command, and then the command to its end."""
-        rng, since, kills, faults = random.Random(seed), time.time(), [], []
+        rng = random.Random(seed)
+        since = time.time()
+        kills = []
+        faults = []
         directory = self.fresh(f"{kind.name}-{seed}")
         for _ in range(rng.randint(1, 3)):
-            number = rng.choices((signal.SIGKILL, signal.SIGINT, signal.SIGTERM), (70, 15, 15))[0]
+            number = rng.choices(list(CODES), (70, 15, 15))[0]
             moment = rng.uniform(0, self.seconds[kind.name])
             started = start(kind, directory, self.cold)
             found = disturb(kind, directory, started, number, moment)
@@ -381,14 +457,18 @@ class Campaign:
             # no handler yet, or none any more: the shell calls that 128 + number, too
             early = {-number} if found in ("loading", "finished") or kind.rows else set()
             allowed = CODES[number] | early if found else {0}
-            faults += judge(end, started.process.pid, allowed)
+            faults += faults_of_end(end, started.process.pid, allowed)
             faults += not_saved(kind, directory, started.since, end.code)
             if found is None and not kills and end.code == 0:
                 # the machine is quicker now than at the first run
                 self.seconds[kind.name] = time.time() - started.since
             if found:
-                kill = {"signal": number.name, "seconds": round(moment, 3), "phase": found, "code": end.code}
-                kills.append(kill)
+                kills.append({
+                    "signal": number.name,
+                    "seconds": round(moment, 3),
+                    "phase": found,
+                    "code": end.code,
+                })
             if end.code is None or not found:
                 break
         faults += finish(kind, directory, self.expected[kind.name], self.cold)
@@ -397,8 +477,10 @@ class Campaign:
 
     def operations(self, kind: Kind) -> list[str]:
         """The file operations of an undisturbed run, in their order."""
-        directory, log = self.fresh(f"{kind.name}-counted"), self.folder / f"{kind.name}.operations"
-        end = wait(start(kind, directory, patch=file_operations.watch, arguments=(str(log),)), directory)
+        directory = self.fresh(f"{kind.name}-counted")
+        log = self.folder / f"{kind.name}.operations"
+        started = start(kind, directory, patch=file_operations.watch, arguments=(str(log),))
+        end = wait(started, directory)
         assert end.code == 0 and not compare(kind, directory, self.expected[kind.name]), end
         shutil.rmtree(directory)
         return log.read_text().splitlines()
@@ -406,19 +488,25 @@ class Campaign:
     def operation_trial(self, kind: Kind, number: int, operation: str, second: int | None = None) -> dict:
         """SIGKILL before the file operation `number`, with `second` also before that one of the next run, and
         then the command to its end."""
-        since, directory = time.time(), self.fresh(f"{kind.name}-operation-{number}")
-        log, kills, faults = self.folder / f"{kind.name}-{number}.operations", [], []
+        since = time.time()
+        directory = self.fresh(f"{kind.name}-operation-{number}")
+        log = self.folder / f"{kind.name}-{number}.operations"
+        kills = []
+        faults = []
         for fatal in filter(None, (number, second)):
             started = start(kind, directory, patch=file_operations.watch, arguments=(str(log), fatal))
             end = wait(started, directory)
             allowed = {-9} if fatal == number else {-9, 0}      # the second run is shorter
-            faults += judge(end, started.process.pid, allowed)
+            faults += faults_of_end(end, started.process.pid, allowed)
             died = log.read_text().splitlines()[-1]
             log.unlink()
             if end.code == -9:
-                found = phase(kind, directory)
-                kill = {"signal": "SIGKILL", "phase": found, "code": end.code, "operation": f"{fatal} {died}"}
-                kills.append(kill)
+                kills.append({
+                    "signal": "SIGKILL",
+                    "phase": phase(kind, directory),
+                    "code": end.code,
+                    "operation": f"{fatal} {died}",
+                })
         faults += finish(kind, directory, self.expected[kind.name])
         seconds = round(time.time() - since, 2)
         return self.keep(directory, faults, kind=kind.name, number=number, operation=f"{number} {operation}",
@@ -444,44 +532,47 @@ def print_operations(kind: Kind, operations: list[str]) -> None:
 
 def table(campaign: Campaign) -> str:
     """A row per kind: its kills, and the trials in which something was wrong."""
-    columns = ("kind", "runs", "kills", "KILL", "INT", "TERM", *PHASES, *FAULTS, "s/kill")
-    lines = []
-    everything = []
+    columns = ["kind", "runs", "kills", *SIGNALS, *PHASES, *FAULTS, "s/kill"]
+    rows = [columns, ["---"] * len(columns)]
     for kind in campaign.kinds:
         own = [record for record in campaign.records if record["kind"] == kind.name]
-        everything.append((kind.name, own))
-    for name, records in [*everything, ("all", campaign.records)]:
-        kills = [kill for record in records for kill in record["kills"]]
-        sent = [kill["signal"] for kill in kills]
-        signals = [sent.count(f"SIG{short}") for short in ("KILL", "INT", "TERM")]
-        phases = [sum(kill["phase"] == word for kill in kills) for word in PHASES]
-        wrong = []                                # a set of kinds of fault for each trial
-        for record in records:
-            wrong.append({fault["kind"] for fault in record["faults"]})
-        faults = [sum(word in found for found in wrong) for word in FAULTS]
-        each = sum(record["seconds"] for record in records) / max(1, len(kills))
-        lines.append([name, len(records), len(kills), *signals, *phases, *faults, f"{each:.1f}"])
-    rows = [columns, ["---"] * len(columns), *lines]
-    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in rows)
+        rows.append(table_row(kind.name, own))
+    rows.append(table_row("all", campaign.records))
+    lines = [" | ".join(map(str, row)) for row in rows]
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def table_row(name: str, records: list[dict]) -> list:
+    counts = Counter()
+    kills = 0
+    seconds = 0.0
+    for record in records:
+        counts.update({fault["kind"] for fault in record["faults"]})      # each kind once per trial
+        for kill in record["kills"]:
+            counts.update([kill["signal"], kill["phase"]])
+        kills += len(record["kills"])
+        seconds += record["seconds"]
+    counted = [counts[word] for word in (*SIGNALS, *PHASES, *FAULTS)]
+    return [name, len(records), kills, *counted, f"{seconds / max(1, kills):.1f}"]
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("mode", choices=("random", "operations"))
-    parser.add_argument("--kinds", help=f"separated by commas, of {', '.join(KINDS)}; "
-                                        "default: all, of operations dpo,grpo,rm")
+    parser.add_argument("--kinds", help=f"some of {', '.join(KINDS)}, separated by commas; "
+                                        "default: all, for operations dpo,grpo,rm")
     parser.add_argument("--save-every", type=int, default=2, help="updates between checkpoints (2)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time (1)")
     parser.add_argument("--folder", help="where the runs lie, a new directory; default: a temporary one")
     parser.add_argument("--json", help="a file for every kill and its outcome")
     parser.add_argument("--seed", type=int, default=0,
-                        help="of signals and moments, of the second operation (0)")
+                        help="random seed for signals, moments and the second operation (0)")
     parser.add_argument("--count", type=int, default=200, help="random: signals that reached a run (200)")
     parser.add_argument("--cold", action="store_true",
                         help="random: start every process anew, imports included (6 s more for each)")
-    parser.add_argument("--stride", type=int, default=1, help="operations: every how manieth (1)")
-    parser.add_argument("--first", type=int, help="operations: only so many of each kind")
+    parser.add_argument("--stride", type=int, default=1, help="operations: kill at every N-th (1)")
+    parser.add_argument("--first", type=int, help="operations: only the first ones of each kind, this many")
     parser.add_argument("--twice", action="store_true",
                         help="operations: the next run is killed as well, before a random operation")
     parser.add_argument("--only", help="operations: only these numbers, separated by commas")
@@ -497,10 +588,11 @@ def random_kills(campaign: Campaign, options, pool: ThreadPoolExecutor) -> None:
     numbers = itertools.count()
 
     def work(_):
-        while sum(len(record["kills"]) for record in list(campaign.records)) < options.count:
+        while campaign.kills() < options.count:
             with campaign.lock:
                 number = next(numbers)
-            campaign.random_trial(campaign.kinds[number % len(campaign.kinds)], f"{options.seed}-{number}")
+            kind = campaign.kinds[number % len(campaign.kinds)]
+            campaign.random_trial(kind, f"{options.seed}-{number}")
 
     list(pool.map(work, range(options.jobs)))
 
@@ -523,23 +615,33 @@ def operation_kills(campaign: Campaign, options, pool: ThreadPoolExecutor) -> No
 
 
 def main(argv: list[str]) -> int:
-    options, since = parse(argv), time.time()
+    options = parse(argv)
+    since = time.time()
     child.preload("algorithms.grpo", "algorithms.ppo", "algorithms.dapo", "algorithms.kto", "algorithms.rm",
                   "model.actor_critic", "peft")
     folder = Path(options.folder or tempfile.mkdtemp(prefix="kills-")).resolve()
     folder.mkdir(exist_ok=True)
-    campaign = Campaign(folder, make_kinds(folder, options.kinds, options.save_every), options.cold)
+    kinds = make_kinds(folder, options.kinds, options.save_every)
+    campaign = Campaign(folder, kinds, options.cold)
     undisturbed = [f"{name} {value:.1f}" for name, value in campaign.seconds.items()]
     print("seconds of an undisturbed run: " + ", ".join(undisturbed), flush=True)
     with ThreadPoolExecutor(options.jobs) as pool:
-        {"random": random_kills, "operations": operation_kills}[options.mode](campaign, options, pool)
+        if options.mode == "random":
+            random_kills(campaign, options, pool)
+        else:
+            operation_kills(campaign, options, pool)
     wrong = [record for record in campaign.records if record["faults"]]
     print(table(campaign))
     print(f"{time.time() - since:.0f} s in all; {len(wrong)} of {len(campaign.records)} runs with a fault")
     if options.json:
-        Path(options.json).write_text(json.dumps({
-            "arguments": argv, "seconds": round(time.time() - since, 1), "undisturbed": campaign.seconds,
-            "faults": len(wrong), "records": campaign.records}, indent=1) + "\n")
+        report = {
+            "arguments": argv,
+            "seconds": round(time.time() - since, 1),
+            "undisturbed": campaign.seconds,
+            "faults": len(wrong),
+            "records": campaign.records,
+        }
+        Path(options.json).write_text(json.dumps(report, indent=1) + "\n")
     if not wrong and not options.folder:
         shutil.rmtree(folder)
     return 1 if wrong else 0

@@ -75,7 +75,7 @@ def resize(descriptor, columns):
 
 @contextlib.contextmanager
 def terminal(columns):
-    """(the name of a terminal of so many columns, what was written to it so far: a function)."""
+    """(the name of a terminal with that many columns, what was written to it so far: a function)."""
     master, slave = pty.openpty()
     resize(slave, columns)
     read, end = bytearray(), b"\x05"

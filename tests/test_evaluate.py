@@ -2,15 +2,30 @@
 import itertools
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
 from dataclasses import fields
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import REWARDS, ROOT, byte_tokenizer, messages, pair_rows, prompt_rows, tiny_model, train_here, write_config, write_jsonl
+from helpers import (
+    REWARDS,
+    ROOT,
+    byte_tokenizer,
+    messages,
+    metrics,
+    pair_rows,
+    prompt_rows,
+    refused,
+    tiny_model,
+    train_here,
+    write_config,
+    write_jsonl,
+)
 from transformers import AutoModelForCausalLM
 
 import evaluate
@@ -19,7 +34,10 @@ from engine import results
 from engine.results import name_of
 from model.sampler import Completion
 
-QUESTIONS = [{"question": f"What is {i} plus {i}?", "answer": f"{i} + {i} = {2 * i}\n#### {2 * i}"} for i in range(6)]
+QUESTIONS = []
+for i in range(6):
+    answer = f"{i} + {i} = {2 * i}\n#### {2 * i}"
+    QUESTIONS.append({"question": f"What is {i} plus {i}?", "answer": answer})
 
 
 @pytest.fixture(scope="module")
@@ -39,22 +57,30 @@ def folder(tmp_path_factory):
 def run(folder, tmp_path, capsys):
     """run(model, data, key=value ...) -> (rows, summary, what it printed)."""
     def run(model, data, output="out", **keys):
-        words = [f"{key}={value}" for key, value in {"max_completion_length": 10, "output": tmp_path / output, **keys}.items()]
+        keys = {"max_completion_length": 10, "output": tmp_path / output, **keys}
+        words = [f"{key}={value}" for key, value in keys.items()]
         evaluate.main([str(folder / model), f"data={folder / data}", *words])
-        name = name_of(data)
-        lines = (tmp_path / output / f"{name}_eval_results.jsonl").read_text().splitlines()
-        summary = json.loads((tmp_path / output / f"{name}_eval_summary.json").read_text())
+        stem = tmp_path / output / f"{name_of(data)}_eval"
+        lines = Path(f"{stem}_results.jsonl").read_text().splitlines()
+        summary = json.loads(Path(f"{stem}_summary.json").read_text())
         return list(map(json.loads, lines)), summary, "".join(capsys.readouterr())
     return run
 
 
 def written(monkeypatch, texts, finished=True):
     """Let the model write `texts`, in turn."""
-    tokenizer, texts = byte_tokenizer(), itertools.cycle(texts)
+    tokenizer = byte_tokenizer()
+    texts = itertools.cycle(texts)
+
+    def completion():
+        tokens = np.array(tokenizer(next(texts)).input_ids + [258], np.int32)
+        return Completion(tokens, np.zeros(len(tokens), np.float32), finished)
 
     def sample(policy, _, prompts, keys, copies, sampling, report=None):
-        ids = [[np.array(tokenizer(next(texts)).input_ids + [258], np.int32) for _ in range(copies)] for _ in prompts]
-        return [[Completion(tokens, np.zeros(len(tokens), np.float32), finished) for tokens in group] for group in ids]
+        groups = []
+        for _ in prompts:
+            groups.append([completion() for _ in range(copies)])
+        return groups
 
     monkeypatch.setattr(results, "sample", sample)
 
@@ -66,19 +92,31 @@ def completion(id, reward, **metrics):
 
 
 def test_summary_of_hand_made_results():
-    rows = [completion(0, 1.0, format_reward=1.0, answer_reward=1.0), completion(1, 0.0, format_reward=1.0, answer_reward=0.0),
-            completion(2, 0.0, format_reward=0.0, answer_reward=0.0), completion(3, 0.0, format_reward=1.0, answer_reward=0.0)]
+    rows = [
+        completion(0, 1.0, format_reward=1.0, answer_reward=1.0),
+        completion(1, 0.0, format_reward=1.0, answer_reward=0.0),
+        completion(2, 0.0, format_reward=0.0, answer_reward=0.0),
+        completion(3, 0.0, format_reward=1.0, answer_reward=0.0),
+    ]
     summary = evaluate.summary_of_completions(rows)
-    assert [summary[key] for key in ("num_examples", "format_rate", "accuracy", "avg_reward", "mean_tokens", "finished_rate")] == [
-        4, 0.75, 0.25, 0.25, 25.0, 0.75]
+    known = {
+        "num_examples": 4,
+        "format_rate": 0.75,
+        "accuracy": 0.25,
+        "avg_reward": 0.25,
+        "mean_tokens": 25.0,
+        "finished_rate": 0.75,
+    }
+    assert summary.items() >= known.items()
     assert "pass@1" not in summary and "num_samples" not in summary
 
 
-def test_what_nothing_judged_counts_nowhere():
+def test_a_completion_without_a_reward_counts_nowhere():
     summary = evaluate.summary_of_completions([completion(0, 0.5), completion(1, None), completion(2, 1.5)])
     assert summary["avg_reward"] == 1.0 and summary["without_reward"] == 1 and "accuracy" not in summary
-    assert summary["avg_reward_95"] == pytest.approx([1 - 1.959964 * math.sqrt(0.5 / 2), 1 + 1.959964 * math.sqrt(0.5 / 2)])
-    with pytest.raises(UserError, match="judged none"):
+    half = 1.959964 * math.sqrt(0.5 / 2)
+    assert summary["avg_reward_95"] == pytest.approx([1 - half, 1 + half])
+    with pytest.raises(UserError, match="returned None for every"):
         evaluate.summary_of_completions([completion(0, None)])
 
 
@@ -94,42 +132,62 @@ def test_wilson_interval_ends_where_a_test_would_just_reject(right, count):
 
 
 def test_pass_at_k_is_the_share_of_all_choices():
-    for n, right, k in [(1, 0, 1), (1, 1, 1), (5, 2, 1), (5, 2, 3), (6, 1, 4), (6, 0, 6), (4, 4, 2), (8, 3, 6)]:
+    cases = [(1, 0, 1), (1, 1, 1), (5, 2, 1), (5, 2, 3), (6, 1, 4), (6, 0, 6), (4, 4, 2), (8, 3, 6)]
+    for n, right, k in cases:
         choices = list(itertools.combinations([True] * right + [False] * (n - right), k))
         assert evaluate.pass_at_k(n, right, k) == pytest.approx(sum(map(any, choices)) / len(choices))
-    rows = [completion(i, float(right)) for i, rights in enumerate([(1, 0, 0, 0), (0, 0, 0, 0), (1, 1, 1, 1)]) for right in rights]
+
+
+def test_pass_at_k_of_several_prompts():
+    rewards = [(1.0, 0.0, 0.0, 0.0), (0.0, 0.0, 0.0, 0.0), (1.0, 1.0, 1.0, 1.0)]
+    rows = []
+    for i, group in enumerate(rewards):
+        rows += [completion(i, reward) for reward in group]
     summary = evaluate.summary_of_completions(rows)
-    assert summary["num_examples"] == 3 and summary["num_samples"] == 12 and summary["accuracy"] == pytest.approx(5 / 12)
-    assert [summary[f"pass@{k}"] for k in (1, 2, 4)] == pytest.approx([5 / 12, (0.5 + 0 + 1) / 3, 2 / 3])
-    once = evaluate.rate("x", [1.0] * 5 + [0.0] * 7, 3)["x_95"]                # the completions of a prompt are not independent
+    assert summary["num_examples"] == 3 and summary["num_samples"] == 12
+    assert summary["accuracy"] == summary["pass@1"] == pytest.approx(5 / 12)
+    assert summary["pass@2"] == pytest.approx((0.5 + 0 + 1) / 3)
+    assert summary["pass@4"] == pytest.approx(2 / 3)
+    # the completions of a prompt are not independent
+    once = evaluate.rate("x", [1.0] * 5 + [0.0] * 7, 3)["x_95"]
     assert summary["accuracy_95"] == once
 
 
 # ---- prompts and completions ----
 
 def test_hand_made_generations_are_scored_exactly(run, monkeypatch):
-    written(monkeypatch, [" zero </think> <answer> 0 </answer>", "2</think> <answer>3</answer>", "4</think><answer>4</answer>", "6",
-                          "</think>  <answer>$8.00</answer>", "</think> <answer>10 eggs</answer>"])
+    texts = {      # text -> rewards of format and answer
+        " zero </think> <answer> 0 </answer>": (1.0, 1.0),
+        "2</think> <answer>3</answer>": (1.0, 0.0),
+        "4</think><answer>4</answer>": (0.0, 0.0),
+        "6": (0.0, 0.0),
+        "</think>  <answer>$8.00</answer>": (1.0, 1.0),
+        "</think> <answer>10 eggs</answer>": (1.0, 0.0),
+    }
+    written(monkeypatch, texts)
     rows, summary, shown = run("base", "gsm8k-test.jsonl", reward="r1_zero")
-    assert [row["metrics"] for row in rows] == [{"format_reward": f, "answer_reward": a, "reward": a} for f, a in [
-        (1.0, 1.0), (1.0, 0.0), (0.0, 0.0), (0.0, 0.0), (1.0, 1.0), (1.0, 0.0)]]
-    assert [row["gold_answer"] for row in rows] == ["0", "2", "4", "6", "8", "10"] and [row["id"] for row in rows] == list(range(6))
-    assert rows[1]["generation"] == "2</think> <answer>3</answer>"              # without the stop token
+    for i, (row, (text, (form, answer))) in enumerate(zip(rows, texts.items(), strict=True)):
+        assert row["metrics"] == {"format_reward": form, "answer_reward": answer, "reward": answer}
+        assert row["id"] == i and row["gold_answer"] == str(2 * i)
+        assert row["generation"] == text              # without the stop token
     assert rows[1]["prompt"].endswith("User: What is 1 plus 1?\nAssistant: <think>")
     assert (summary["num_examples"], summary["format_rate"], summary["accuracy"]) == (6, 4 / 6, 2 / 6)
-    assert summary["settings"]["stop"] == "</answer>" and summary["results_path"].endswith("out/gsm8k_eval_results.jsonl")
+    assert summary["settings"]["stop"] == "</answer>"
+    assert summary["results_path"].endswith("out/gsm8k_eval_results.jsonl")
     assert "prompt_template r1_zero, stop </answer>" in shown and "accuracy         0.3333   (95 %: " in shown
 
 
 def test_several_rewards_and_functions(run, monkeypatch):
     written(monkeypatch, ["0", "b", "2"])
-    rows, summary, _ = run("chat", "prompts.jsonl", reward=f"gsm8k, {REWARDS}:some", reward_weights="2,1", n=3)
+    reward = f"gsm8k, {REWARDS}:some"
+    rows, summary, _ = run("chat", "prompts.jsonl", reward=reward, reward_weights="2,1", n=3)
     assert len(rows) == 21 and rows[0]["metrics"].keys() == {"reward", "rewards/gsm8k", "rewards/some"}
     for row in rows:
         last, other = row["metrics"]["rewards/gsm8k"], row["metrics"]["rewards/some"]
         assert last == float(row["generation"] == row["gold_answer"])
         assert row["metrics"]["reward"] == pytest.approx(2 * last + (other or 0)) and row["sample"] < 3
-    assert {row["metrics"]["rewards/some"] is None for row in rows} == {True, False} and summary["num_samples"] == 21
+    assert {row["metrics"]["rewards/some"] is None for row in rows} == {True, False}
+    assert summary["num_samples"] == 21
 
 
 def test_which_prompt_is_used(run, folder):
@@ -157,19 +215,23 @@ def test_a_run_is_asked_as_it_was_trained(run, folder):
 
 
 def test_what_is_too_long_with_the_chat_template_is_told(run):
-    """The longest question, 18 bytes, fits as it is but not as a turn of 62; of max_length 10 are the completion's."""
+    """The longest question, 18 bytes, fits as plain text but not as a turn of 62 bytes: 10 of max_length are
+    kept for the completion."""
     with pytest.raises(UserError, match="none of the 6 rows .* longer than max_length .* raise max_length"):
         run("chat", "gsm8k-test.jsonl", reward="r1_zero", max_length=40)
 
 
 def test_greedy_is_what_the_library_generates(run, folder):
     rows, _, _ = run("chat", "prompts.jsonl", reward=f"{REWARDS}:varied", temperature=0)
-    tokenizer, lm = byte_tokenizer(), AutoModelForCausalLM.from_pretrained(folder / "chat")
+    tokenizer = byte_tokenizer()
+    lm = AutoModelForCausalLM.from_pretrained(folder / "chat")
     for row in rows:
-        text = row["prompt"] if isinstance(row["prompt"], str) else tokenizer.apply_chat_template(
-            row["prompt"], tokenize=False, add_generation_prompt=True)
+        text = row["prompt"]
+        if not isinstance(text, str):
+            text = tokenizer.apply_chat_template(text, tokenize=False, add_generation_prompt=True)
         ids = torch.tensor([tokenizer(text).input_ids])
-        generated = lm.generate(ids, do_sample=False, max_new_tokens=10, eos_token_id=258, pad_token_id=256)[0, ids.shape[1]:]
+        output = lm.generate(ids, do_sample=False, max_new_tokens=10, eos_token_id=258, pad_token_id=256)
+        generated = output[0, ids.shape[1]:]
         assert row["generation"] == tokenizer.decode(generated, skip_special_tokens=True)
 
 
@@ -180,7 +242,8 @@ def test_continued_results_are_those_of_one_go(run, tmp_path, monkeypatch):
     file = tmp_path / "out" / "prompts_eval_results.jsonl"
     text = file.read_text()
     lines = text.splitlines(keepends=True)
-    for cut in ("".join(lines[:9]) + lines[9][:20], "".join(lines[:3]), lines[0][:-1], "", text[:-1], lines[0] + "\0\0\0"):
+    in_line_10 = "".join(lines[:9]) + lines[9][:20]
+    for cut in (in_line_10, "".join(lines[:3]), lines[0][:-1], "", text[:-1], lines[0] + "\0\0\0"):
         file.write_text(cut)
         assert run("chat", "prompts.jsonl", **keys)[0] == whole and file.read_text() == text
     first, summary, _ = run("chat", "prompts.jsonl", "limited", limit=3, **keys)
@@ -209,36 +272,58 @@ def test_other_settings_in_the_same_output(run, folder):
 
 
 def test_data_names():
-    names = {"gsm8k": "gsm8k", "openai/gsm8k:test": "gsm8k", "data/gsm8k-test.jsonl": "gsm8k", "a/prompts.jsonl.gz": "prompts",
-             "test.jsonl": "test", "owner/some.data:train": "some.data", "eval-prompts.jsonl": "eval-prompts"}
-    assert {data: name_of(data) for data in names} == names
+    names = {
+        "gsm8k": "gsm8k",
+        "openai/gsm8k:test": "gsm8k",
+        "data/gsm8k-test.jsonl": "gsm8k",
+        "a/prompts.jsonl.gz": "prompts",
+        "test.jsonl": "test",
+        "owner/some.data:train": "some.data",
+        "eval-prompts.jsonl": "eval-prompts",
+    }
+    for data, name in names.items():
+        assert name_of(data) == name
 
 
 # ---- pairs ----
 
-def summed(lm, prompt, response):
-    ids = torch.tensor([[*prompt, *response]])
-    return float(lm(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[len(prompt) - 1:].sum())
+@torch.no_grad()
+def summed_logps(lm, examples):
+    """[chosen, rejected] for each pair, by the model's own forward."""
+    found = []
+    for example in examples:
+        for response in example.responses:
+            ids = torch.tensor([[*example.prompt, *response.tokens]])
+            logps = lm(ids).logits[0, :-1].log_softmax(-1)
+            of_tokens = logps.gather(1, ids[0, 1:, None])
+            found.append(float(of_tokens[len(example.prompt) - 1:].sum()))
+    return np.array(found).reshape(-1, 2)
 
 
 def test_preferences_against_the_plain_forward(run, folder):
     from data.dataset import build_dataset
-    lms = [AutoModelForCausalLM.from_pretrained(folder / name) for name in ("chat", "other")]
     examples = build_dataset(str(folder / "pairs.jsonl"), "pairs", byte_tokenizer(), 512).examples
-    with torch.no_grad():
-        logps = [[[summed(lm, example.prompt, response.tokens) for response in example.responses] for example in examples] for lm in lms]
+    chat = AutoModelForCausalLM.from_pretrained(folder / "chat")
+    logps = summed_logps(chat, examples)
     rows, summary, _ = run("chat", "pairs.jsonl")
-    assert [[row["metrics"]["chosen"], row["metrics"]["rejected"]] for row in rows] == [pytest.approx(pair, rel=1e-4) for pair in logps[0]]
-    assert summary["accuracy"] == sum(chosen > rejected for chosen, rejected in logps[0]) / 9 and 0 < summary["accuracy"] < 1
+    scores = [[row["metrics"]["chosen"], row["metrics"]["rejected"]] for row in rows]
+    assert np.array(scores) == pytest.approx(logps, rel=1e-4)
+    assert summary["accuracy"] == np.mean(logps[:, 0] > logps[:, 1]) and 0 < summary["accuracy"] < 1
     assert rows[2]["chosen"] == "it is 2 it is 2 it is 2 <|im_end|>"
+
     rows, summary, _ = run("chat", "pairs.jsonl", "implicit", reference=folder / "other")
-    margins = [(a - c) - (b - d) for (a, b), (c, d) in zip(*logps)]
+    rewards = logps - summed_logps(AutoModelForCausalLM.from_pretrained(folder / "other"), examples)
+    margins = rewards[:, 0] - rewards[:, 1]
     assert [row["metrics"]["margin"] for row in rows] == pytest.approx(margins, rel=1e-3, abs=1e-3)
-    assert summary["accuracy"] == sum(margin > 0 for margin in margins) / 9
+    assert summary["accuracy"] == np.mean(margins > 0)
+
+
+def test_a_margin_within_rounding_is_a_tie(run, folder):
     rows, summary, _ = run("chat", "pairs.jsonl", "same", reference=folder / "chat")
     assert summary["accuracy"] == 0 and summary["ties"] == 9
-    lms[0].model.norm.weight.data *= 1 - 1e-6                      # as another CPU might compute it
-    lms[0].save_pretrained(folder / "nearly")
+    chat = AutoModelForCausalLM.from_pretrained(folder / "chat")
+    chat.model.norm.weight.data *= 1 - 1e-6                      # as another CPU might compute it
+    chat.save_pretrained(folder / "nearly")
     byte_tokenizer().save_pretrained(folder / "nearly")
     rows, summary, _ = run("chat", "pairs.jsonl", "nearly", reference=folder / "nearly")
     assert summary["accuracy"] == 0 and summary["ties"] == 9
@@ -246,45 +331,55 @@ def test_preferences_against_the_plain_forward(run, folder):
 
 
 def test_a_reward_model_scores_pairs_and_completions_and_writes_none(run, folder):
-    config = write_config(folder / "rm.yml", algorithm="rm", model=folder / "chat", data=folder / "pairs.jsonl", output=folder / "rm",
-                          eval_data=folder / "pairs.jsonl", batch_size=3, lr=1e-2, max_length=256)
+    pairs = folder / "pairs.jsonl"
+    config = write_config(folder / "rm.yml", algorithm="rm", model=folder / "chat", data=pairs,
+                          eval_data=pairs, output=folder / "rm", batch_size=3, lr=1e-2, max_length=256)
     train_here(config)
     rows, summary, _ = run("rm", "pairs.jsonl", "pairs")
-    last = [json.loads(line) for line in (folder / "rm" / "metrics.jsonl").read_text().splitlines() if '"eval"' in line][-1]
+    last = metrics(folder / "rm", "eval")[-1]
     assert summary["accuracy"] == pytest.approx(last["accuracy"])
     rows, summary, _ = run("chat", "prompts.jsonl", "completions", reward=folder / "rm")
-    assert len({row["metrics"]["reward"] for row in rows}) > 3 and summary["avg_reward_95"][0] < summary["avg_reward"]
+    assert len({row["metrics"]["reward"] for row in rows}) > 3
+    assert summary["avg_reward_95"][0] < summary["avg_reward"]
     with pytest.raises(UserError, match="is a reward model, which writes no text; fix: "):
         run("rm", "prompts.jsonl", reward="gsm8k")
 
 
 # ---- bad input ----
 
-@pytest.mark.parametrize("model, data, keys, message", [
-    ("chat", "gsm8k-test.jsonl", {}, "no reward for .*whose rows are no pairs; fix: add reward="),
-    ("chat", "gsm8k-test.jsonl", {"rewards": "r1_zero"}, "unknown key 'rewards' .*fix: write reward"),
-    ("chat", "gsm8k-test.jsonl", {"output_dir": "x"}, "unknown key 'output_dir' .*fix: write output"),
-    ("chat", "gsm8k-test.jsonl", {"reward": "r1zero"}, "'r1zero' in reward is neither.*r1_zero"),
-    ("chat", "gsm8k-test.jsonl", {"reward": "r1_zero", "temperature": "hot"}, "temperature .*fix: give a number"),
-    ("chat", "gsm8k-test.jsonl", {"reward": "r1_zero", "temperature": 0, "n": 4}, "n .*temperature 0"),
-    ("chat", "gsm8k-test.jsonl", {"reward": "r1_zero", "limit": 0}, "limit .* is 0; fix: give 1 or more"),
-    ("chat", "gsm8k-test.jsonl", {"reward": "r1_zero", "max_length": 1000}, "knows only 512 positions; fix: lower max_length"),
-    ("chat", "gsm8k-test.jsonl", {"reward": "r1_zero", "reference": "x"}, "reference .*belongs to pairs"),
-    ("chat", "gsm8k-test.jsonl", {"reward": "r1_zero", "output": "../x"}, "output .*fix: "),
-    ("none", "gsm8k-test.jsonl", {"reward": "r1_zero"}, "model: .*fix: "),
-    ("chat", "gsm8k-tests.jsonl", {"reward": "r1_zero"}, "no file .*gsm8k-tests.jsonl .*nearest"),
-    ("chat", "pairs.jsonl", {"reward": "r1_zero"}, "no gold answer in .*pairs.jsonl:1"),
+@pytest.mark.parametrize("keys, message", [
+    ("", "no reward for .*whose rows are not pairs; fix: add reward="),
+    ("rewards=r1_zero", "unknown key 'rewards' .*fix: write reward"),
+    ("output_dir=x", "unknown key 'output_dir' .*fix: write output"),
+    ("reward=r1zero", "'r1zero' in reward is neither.*r1_zero"),
+    ("reward=r1_zero temperature=hot", "temperature .*fix: give a number"),
+    ("reward=r1_zero temperature=0 n=4", "n .*temperature 0"),
+    ("reward=r1_zero limit=0", "limit .* is 0; fix: give 1 or more"),
+    ("reward=r1_zero max_length=1000", "knows only 512 positions; fix: lower max_length"),
+    ("reward=r1_zero reference=x", "reference .*only used with pair data"),
+    ("reward=r1_zero output=../x", "output .*fix: "),
 ])
-def test_refused(run, model, data, keys, message):
-    with pytest.raises(UserError, match=message) as caught:
-        run(model, data, **keys)
-    assert "\n" not in str(caught.value) and "; fix: " in str(caught.value)
+def test_refused(run, keys, message):
+    values = dict(word.split("=") for word in keys.split())
+    text = refused(run, "chat", "gsm8k-test.jsonl", **values)
+    assert re.search(message, text)
+
+
+@pytest.mark.parametrize("model, data, message", [
+    ("none", "gsm8k-test.jsonl", "model: .*; fix: "),
+    ("chat", "gsm8k-tests.jsonl", "no file .*gsm8k-tests.jsonl .*nearest.*; fix: "),
+    ("chat", "pairs.jsonl", "no gold answer in .*pairs.jsonl:1.*; fix: "),
+])
+def test_refused_model_or_data(run, model, data, message):
+    assert re.search(message, refused(run, model, data, reward="r1_zero"))
 
 
 def test_only_the_rows_within_the_limit_must_have_gold_answers_that_verify(run, tmp_path):
-    data = write_jsonl(tmp_path / "gold.jsonl", [{"question": "2 + 2?", "answer": answer} for answer in ("4", "none")])
+    rows = [{"question": "2 + 2?", "answer": "4"}, {"question": "2 + 2?", "answer": "none"}]
+    data = write_jsonl(tmp_path / "gold.jsonl", rows)
     assert len(run("chat", data, "first", reward="gsm8k", limit=1)[0]) == 1
-    with pytest.raises(UserError, match=r"gsm8k cannot verify the gold answers of 1 of 2 rows, in .*gold.jsonl:2 \('none'\)"):
+    message = r"gsm8k cannot verify the gold answers of 1 of 2 rows, in .*gold.jsonl:2 \('none'\)"
+    with pytest.raises(UserError, match=message):
         run("chat", data, "both", reward="gsm8k")
 
 
@@ -295,9 +390,11 @@ def test_an_output_that_is_a_file(run, tmp_path):
 
 
 def test_bad_input_from_a_shell():
-    done = subprocess.run([sys.executable, "evaluate.py", "data=x.jsonl"], cwd=ROOT, capture_output=True, text=True)
+    command = [sys.executable, "evaluate.py", "data=x.jsonl"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stderr == "error: model is missing in the command line; fix: python evaluate.py MODEL data=... reward=...\n"
+    assert done.stderr == ("error: model is missing in the command line; "
+                           "fix: python evaluate.py MODEL data=... reward=...\n")
 
 
 def test_help_names_every_key_once(capsys):
@@ -314,8 +411,11 @@ def test_well_known_data_means_its_test_split(monkeypatch, tmp_path):
         raise Asked(settings.data, name, settings.output)
 
     monkeypatch.setattr(evaluate, "complete", complete)
-    for words, asked in [(["runs/m", "data=gsm8k"], ("gsm8k:test", "gsm8k_eval", "runs/eval/m-gsm8k")),
-                         (["a/b", "data=openai/gsm8k:train", "output=x"], ("openai/gsm8k:train", "gsm8k_eval", "x"))]:
+    cases = [
+        (["runs/m", "data=gsm8k"], ("gsm8k:test", "gsm8k_eval", "runs/eval/m-gsm8k")),
+        (["a/b", "data=openai/gsm8k:train", "output=x"], ("openai/gsm8k:train", "gsm8k_eval", "x")),
+    ]
+    for words, asked in cases:
         with pytest.raises(Asked) as caught:
             evaluate.main([*words, "reward=r1_zero"])
         assert caught.value.args == asked

@@ -1,4 +1,5 @@
-"""The table of the reference's log-probs: computed once, used by every later run that needs the same ones, and never a wrong one."""
+"""The table of the reference's log-probs: computed once, used by every later run that needs the same ones,
+and never a wrong one."""
 import os
 import shutil
 from types import SimpleNamespace
@@ -29,8 +30,10 @@ def model(tmp_path_factory):
 
 @pytest.fixture
 def train(model, tmp_path, monkeypatch, capsys):
-    """train(folder/name, algorithm, key=value, ...) -> .path, .computed (rows for which the reference ran), .printed"""
-    computed, original = [], frozen.frozen_logps
+    """train(folder/name, algorithm, key=value, ...) -> .path, .computed (rows for which the reference ran),
+    .printed"""
+    computed = []
+    original = frozen.frozen_logps
 
     def spy(engine, model, examples, *more):
         computed.append(len(examples))
@@ -40,11 +43,26 @@ def train(model, tmp_path, monkeypatch, capsys):
 
     def train(place, algorithm, **values):
         (tmp_path / place).parent.mkdir(exist_ok=True)
-        options = dict(algorithm=algorithm, model=model, data=pairs, output=tmp_path / place, batch_size=4, epochs=2, lr=1e-3,
-                       max_length=256, schedule="constant", warmup=0, save_every="null", log_every=1)
+        options = {
+            "algorithm": algorithm,
+            "model": model,
+            "data": pairs,
+            "output": tmp_path / place,
+            "batch_size": 4,
+            "epochs": 2,
+            "lr": 1e-3,
+            "max_length": 256,
+            "schedule": "constant",
+            "warmup": 0,
+            "save_every": "null",
+            "log_every": 1,
+            **values,
+        }
         computed.clear()
-        train_here(write_config(tmp_path / f"{place.replace('/', '-')}.yml", **options | values))
-        return SimpleNamespace(path=tmp_path / place, computed=sum(computed), printed=capsys.readouterr().err)
+        name = place.replace("/", "-")
+        train_here(write_config(tmp_path / f"{name}.yml", **options))
+        printed = capsys.readouterr().err
+        return SimpleNamespace(path=tmp_path / place, computed=sum(computed), printed=printed)
     return train
 
 
@@ -68,7 +86,13 @@ def test_a_later_run_computes_nothing(train, tmp_path):
     """Another algorithm, another beta, another cut: the same numbers as where there was no table."""
     assert train("runs/dpo", "dpo").computed == 10
     stored, = parts(tmp_path / "runs")
-    for name, algorithm, values in (("again", "dpo", {}), ("beta", "dpo", {"beta": 0.5}), ("ipo", "ipo", {}), ("cut", "ipo", {"seed": 7})):
+    later = [
+        ("again", "dpo", {}),
+        ("beta", "dpo", {"beta": 0.5}),
+        ("ipo", "ipo", {}),
+        ("cut", "ipo", {"seed": 7}),
+    ]
+    for name, algorithm, values in later:
         run = train(f"runs/{name}", algorithm, **values)
         assert run.computed == 0 and "reference log-probs: 20 of 20 responses from " in run.printed
         alone = train(f"{name}/run", algorithm, **values)
@@ -78,15 +102,17 @@ def test_a_later_run_computes_nothing(train, tmp_path):
 
 
 def test_what_is_stored(train, tmp_path):
-    """Whole, per token, in fp32: their sums are what the first update logs, where the policy is the reference."""
+    """Log-probs per token, in fp32: the first update logs their sums, as the policy is the reference."""
     run = train("runs/dpo", "dpo", batch_size=10)
     part, = parts(tmp_path / "runs")
     assert sorted(path.name for path in part.iterdir()) == ["logps.safetensors", "manifest.json"]
     table = load_file(part / "logps.safetensors")
-    assert table["keys"].shape == (20, 16) and table["keys"].dtype == torch.uint8 and table["logps"].dtype == torch.float32
+    assert table["keys"].shape == (20, 16) and table["keys"].dtype == torch.uint8
+    assert table["logps"].dtype == torch.float32
     assert len(table["lengths"]) == 20 and int(table["lengths"].sum()) == len(table["logps"])
     first = metrics(run.path)[0]
-    assert table["logps"].sum().item() / 10 == pytest.approx(first["logps/chosen"] + first["logps/rejected"], rel=1e-6)
+    logged = first["logps/chosen"] + first["logps/rejected"]
+    assert table["logps"].sum().item() / 10 == pytest.approx(logged, rel=1e-6)
 
 
 def test_a_damaged_part_is_computed_again(train, tmp_path):
@@ -95,7 +121,8 @@ def test_a_damaged_part_is_computed_again(train, tmp_path):
     part, = parts(tmp_path / "runs")
     damage(part)
     run = train("runs/second", "dpo")
-    assert run.computed == 10 and run.printed.count("reference log-probs ignored: ") == 1 and "is damaged" in run.printed
+    assert run.computed == 10 and "is damaged" in run.printed
+    assert run.printed.count("reference log-probs ignored: ") == 1
     assert_same_run(run, alone)
     third = train("runs/third", "dpo")                 # the damaged part was replaced
     assert third.computed == 0 and "ignored" not in third.printed
@@ -116,9 +143,10 @@ def test_another_model_or_precision_has_its_own_table(train, tmp_path, model):
     other = tiny_model(tmp_path / "other", seed=1)
     for values in ({"model": other}, {"precision": "bf16"}, {"reference": other, "beta": 0.2}):
         run = train("runs/" + "-".join(values), "dpo", **values)
-        assert run.computed == (0 if "reference" in values else 10)      # the other model's table serves as a reference, too
+        # the other model's table serves as a reference, too
+        assert run.computed == (0 if "reference" in values else 10)
     assert len({part.parent.name for part in parts(tmp_path / "runs")}) == 3
-    copy = shutil.copytree(model, tmp_path / "copy")                     # the same files elsewhere are the same model
+    copy = shutil.copytree(model, tmp_path / "copy")      # the same files elsewhere are the same model
     assert train("runs/copy", "dpo", model=copy).computed == 0
 
 
@@ -136,7 +164,8 @@ def test_missing_ones_are_filled(train, tmp_path):
     train("runs/first", "dpo")
     overlapping = write_jsonl(tmp_path / "overlapping.jsonl", pair_rows(10, 5))
     run = train("runs/second", "dpo", data=overlapping)
-    assert run.computed == 5 and "reference log-probs: 10 of 20 responses" in run.printed and len(parts(tmp_path / "runs")) == 2
+    assert run.computed == 5 and "reference log-probs: 10 of 20 responses" in run.printed
+    assert len(parts(tmp_path / "runs")) == 2
     alone = train("alone/second", "dpo", data=overlapping)
     for ours, theirs in zip(metrics(run.path), metrics(alone.path), strict=True):
         assert ours.pop("split") == theirs.pop("split") and ours == pytest.approx(theirs, rel=1e-5, abs=1e-5)
@@ -166,5 +195,6 @@ def test_a_lost_table_is_computed_again_on_resuming(train, tmp_path, monkeypatch
             train("part/run", algorithm, data=data)
     shutil.rmtree(tmp_path / "part" / ".reference")
     part = train("part/run", algorithm, data=data)
-    assert part.computed == whole.computed and "resumed from" in part.printed and "step-000004" in part.printed
+    assert part.computed == whole.computed
+    assert "resumed from" in part.printed and "step-000004" in part.printed
     assert_same_run(part, whole)

@@ -1,4 +1,5 @@
-"""The embedded default: its files are what generate.py writes, nothing held out is trained on, its tokenizer loses nothing."""
+"""The embedded default: its files are what generate.py writes, nothing held out is trained on, its tokenizer
+loses nothing."""
 import importlib.util
 import json
 import re
@@ -37,6 +38,10 @@ def problem(text):
     return re.sub("|".join(words), "_", text)
 
 
+def problems(path):
+    return {problem(prompt(row)) for row in rows(path)}
+
+
 @pytest.fixture(scope="module")
 def large(tmp_path_factory):
     folder = tmp_path_factory.mktemp("large")
@@ -46,7 +51,9 @@ def large(tmp_path_factory):
 
 def test_committed_files_are_reproducible(tmp_path):
     generate.write_small(tmp_path)
-    names = [f"{prefix}{kind}.jsonl" for kind in KINDS for prefix in ("", "eval-")]
+    names = []
+    for kind in KINDS:
+        names += [f"{kind}.jsonl", f"eval-{kind}.jsonl"]
     assert sorted(names) == sorted(path.name for path in TINY.glob("*.jsonl"))
     for name in names:
         assert (tmp_path / name).read_bytes() == (TINY / name).read_bytes(), name
@@ -54,12 +61,13 @@ def test_committed_files_are_reproducible(tmp_path):
 
 
 def test_nothing_held_out_is_trained_on(large):
-    trained = {problem(prompt(row)) for kind in KINDS for row in rows(TINY / f"{kind}.jsonl")}
-    trained |= {problem(prompt(row)) for name in ("pretrain", "base") for row in rows(large / f"{name}.jsonl")}
+    trained = problems(large / "pretrain.jsonl") | problems(large / "base.jsonl")
     for kind in KINDS:
-        held_out = rows(TINY / f"eval-{kind}.jsonl")
-        assert len(held_out) == generate.EVAL[kind]
-        assert not trained & {problem(prompt(row)) for row in held_out}, kind
+        trained |= problems(TINY / f"{kind}.jsonl")
+    for kind in KINDS:
+        held_out = TINY / f"eval-{kind}.jsonl"
+        assert len(rows(held_out)) == generate.EVAL[kind]
+        assert not trained & problems(held_out), kind
 
 
 def test_answers_are_what_they_claim():
@@ -68,12 +76,13 @@ def test_answers_are_what_they_claim():
             assert 0 <= int(row["answer"]) <= 99 and len(prompt(row).encode()) <= 80
     for name in ("sft", "eval-sft"):
         for row in rows(TINY / f"{name}.jsonl"):
-            thought, answer = re.fullmatch("<think>(.*)</think> <answer>(.*)</answer>", row["messages"][1]["content"]).groups()
+            text = row["messages"][1]["content"]
+            thought, answer = re.fullmatch("<think>(.*)</think> <answer>(.*)</answer>", text).groups()
             for step in thought.split(", "):
                 values = {eval(part) for part in step.split("=")}  # all parts of `47+38=77+8=85` are equal
                 assert len(values) == 1, row
             assert values == {int(answer)}, row
-            assert len(row["messages"][1]["content"].encode()) <= 70
+            assert len(text.encode()) <= 70
 
 
 def test_preferences_and_labels_agree_with_the_checker():
@@ -115,7 +124,8 @@ def test_model_and_tokenizer_survive_saving(tmp_path):
     built = generate.build_tokenizer()
     generate.build_model(built).save_pretrained(tmp_path)
     built.save_pretrained(tmp_path)
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     assert sum(p.numel() for p in model.parameters()) < 1_000_000
     assert (tmp_path / "model.safetensors").stat().st_size < 4_000_000
     assert len(tokenizer) == model.config.vocab_size == 259
@@ -131,7 +141,8 @@ def test_model_and_tokenizer_survive_saving(tmp_path):
     assert text.endswith("<|im_start|>assistant\n")
     assert tokenizer(text).input_ids.count(tokenizer.convert_tokens_to_ids("<|im_start|>")) == 2
     shares = measure.measure(model, tokenizer, rows(TINY / "eval-prompts.jsonl")[:2])
-    assert shares == {name: {"accuracy": 0.0, "format": 0.0} for name in ("sampled", "greedy")}
+    nothing = {"accuracy": 0.0, "format": 0.0}
+    assert shares == {"sampled": nothing, "greedy": nothing}
 
 
 def test_examples_are_flat_and_name_files_that_exist():

@@ -6,7 +6,16 @@ import subprocess
 import sys
 
 import pytest
-from helpers import ROOT, byte_tokenizer, config_of, pair_rows, run_train, tiny_model, write_config, write_jsonl
+from helpers import (
+    ROOT,
+    byte_tokenizer,
+    config_of,
+    pair_rows,
+    run_train,
+    tiny_model,
+    write_config,
+    write_jsonl,
+)
 from transformers import AutoModelForCausalLM
 
 from chat import main
@@ -14,50 +23,72 @@ from chat import main
 
 def test_dry_run_shows_everything_and_writes_nothing(tmp_path):
     rows = pair_rows(9) + [{"prompt": "p", "chosen": "same", "rejected": "same"}]
-    config = write_config(tmp_path / "c.yml", algorithm="dpo", model=tiny_model(tmp_path / "model"), max_length=256, batch_size=4, epochs=2,
-                          data=write_jsonl(tmp_path / "pairs.jsonl", rows))
+    model = tiny_model(tmp_path / "model")
+    data = write_jsonl(tmp_path / "pairs.jsonl", rows)
+    config = write_config(tmp_path / "c.yml", algorithm="dpo", model=model, data=data, max_length=256,
+                          batch_size=4, epochs=2)
     done = run_train([config, "--dry-run", f"output={tmp_path / 'run'}", "lr=2e-5"])
     assert done.returncode == 0, done.stderr
     assert not (tmp_path / "run").exists()
     shown = " ".join(done.stdout.split())
-    for text in ["lr = 2.0e-05 (command line)", f"batch_size = 4 ({config}:", "beta = 0.1 (default)",
-                 "10 rows read, 9 examples used", "dropped 1: chosen equals rejected", "median",
-                 "[[it is 0 <|im_end|>]]", "[[no no no no no 0<|im_end|>]]",
-                 "9 examples / batch_size 4 = 3 updates per epoch, 6 updates in all", "optimizer (AdamW", "reference", "together"]:
+    texts = [
+        "lr = 2.0e-05 (command line)",
+        f"batch_size = 4 ({config}:",
+        "beta = 0.1 (default)",
+        "10 rows read, 9 examples used",
+        "dropped 1: chosen equals rejected",
+        "median",
+        "[[it is 0 <|im_end|>]]",
+        "[[no no no no no 0<|im_end|>]]",
+        "9 examples / batch_size 4 = 3 updates per epoch, 6 updates in all",
+        "optimizer (AdamW",
+        "reference (its log-probs only",
+        "total",
+    ]
+    for text in texts:
         assert text in shown, text
 
 
 def test_dry_run_counts_memory_by_parameters(tmp_path):
-    """Against Qwen2's parameters counted by hand: embedding, untied head, and per layer q k v (with biases) o, the MLP and two norms."""
+    """Against Qwen2's parameters counted by hand: embedding, untied head, and per layer q k v (with biases)
+    o, the MLP and two norms."""
     from engine.config import Common
     from engine.dry_run import forecast
-    from engine.options import Options
-    config_of(hidden_size=1024, intermediate_size=4096, num_attention_heads=8, head_dim=128).save_pretrained(tmp_path)
+    config = config_of(hidden_size=1024, intermediate_size=4096, num_attention_heads=8, head_dim=128)
+    config.save_pretrained(tmp_path)
     attention = 1024 * 1024 + 1024 + 2 * (1024 * 256 + 256) + 1024 * 1024
-    parameters = 2 * 259 * 1024 + 2 * (attention + 3 * 1024 * 4096 + 2 * 1024) + 1024
-    lines = forecast(Common(algorithm="sft", model=str(tmp_path), data=""), Options(), [], tokens=100)
-    weights, gradients, optimizer, reference, *_, together = (float(line.split()[-2]) for line in lines)
-    assert abs(weights - 4e-9 * parameters) < 0.006 and gradients == weights and abs(optimizer - 8e-9 * parameters) < 0.006
-    assert reference == 0 and 4 * weights < together < 4 * weights + 0.1
+    layer = attention + 3 * 1024 * 4096 + 2 * 1024
+    parameters = 2 * 259 * 1024 + 2 * layer + 1024
+    lines = forecast(Common(algorithm="sft", model=str(tmp_path), data=""), None, [], tokens=100)
+    weights, gradients, optimizer, reference, *_, total = (float(line.split()[-2]) for line in lines)
+    assert abs(weights - 4e-9 * parameters) < 0.006 and gradients == weights
+    assert abs(optimizer - 8e-9 * parameters) < 0.006
+    assert reference == 0 and 4 * weights < total < 4 * weights + 0.1
 
 
 def test_help_names_every_key():
-    done = run_train(["example/tiny-dpo.yml", "--help"])
-    assert done.returncode == 0 and all(f"{key}:" in done.stdout for key in ("micro_batch_tokens", "beta", "resume"))
+    done = run_train(["--help"])
+    assert done.returncode == 0
+    for key in ("micro_batch_tokens", "beta", "train_on", "resume"):
+        assert f"{key}:" in done.stdout
 
 
 def chat(*arguments, text):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, "chat.py", *arguments], cwd=ROOT, input=text, env=environment, capture_output=True, text=True)
+    command = [sys.executable, "chat.py", *arguments]
+    return subprocess.run(command, cwd=ROOT, input=text, env=environment, capture_output=True, text=True)
 
 
 def test_chat_through_a_pipe_gives_the_right_answer():
-    """The embedded base is right on 99 % of held-out problems when decoded greedily; two turns, the second one a new conversation."""
-    questions = ["Tom has 23 pens and buys 8 more. How many now?", "", "小明有23个苹果，又买8个，一共几个？", ""]
+    """The embedded base is right on 99 % of held-out problems when decoded greedily; two turns, the second
+    one a new conversation."""
+    questions = ["Tom has 23 pens and buys 8 more. How many now?", "",
+                 "小明有23个苹果，又买8个，一共几个？", ""]
     done = chat("example/tiny/model", "--temperature", "0", text="\n".join(questions))
     assert done.returncode == 0, done.stderr
-    first, second = done.stdout.splitlines()
-    assert first.endswith("<answer>31</answer>") and second.endswith("<answer>31</answer>")      # and nothing after the stop token
+    for answer in done.stdout.splitlines():
+        assert answer.endswith("<answer>31</answer>")      # and nothing after the stop token
+    assert len(done.stdout.splitlines()) == 2
 
 
 @pytest.fixture
@@ -71,20 +102,26 @@ def chat_here(monkeypatch, capsys):
 
 
 def test_chat_with_two_models_side_by_side(tmp_path, chat_here):
-    """Each answers under its name what it answers alone, in a conversation of its own: a second turn depends on its first answer."""
-    models, text = [tiny_model(tmp_path / name, seed=seed) for seed, name in enumerate(("one", "two"))], "Hello\nAgain\n\nHello\n"
-    alone = [chat_here(model, text=text) for model in models]
-    parts = re.split(rf"\[({models[0]}|{models[1]})\] ", chat_here(*models, text=text))[1:]
-    assert parts[::2] == models * 3
-    assert ["".join(parts[1::4]), "".join(parts[3::4])] == alone and parts[1] == parts[9] != parts[5] and alone[0] != alone[1]
+    """Each answers under its name what it answers alone, in a conversation of its own: a second turn depends
+    on its first answer."""
+    one = tiny_model(tmp_path / "one")
+    two = tiny_model(tmp_path / "two", seed=1)
+    text = "Hello\nAgain\n\nHello\n"
+    shown = chat_here(one, two, text=text)
+    parts = re.split(rf"\[({one}|{two})\] ", shown)[1:]
+    assert parts[::2] == [one, two] * 3
+    by_one, by_two = parts[1::4], parts[3::4]
+    assert by_one[0] == by_one[2] != by_one[1]
+    assert "".join(by_one) == chat_here(one, text=text) != "".join(by_two) == chat_here(two, text=text)
 
 
 def test_chat_with_an_adapter(tmp_path, chat_here):
     """It answers as the same model with the adapter merged into its weights."""
     peft = pytest.importorskip("peft")
-    base = tiny_model(tmp_path / "base")
-    adapted = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), peft.LoraConfig(
-        r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False, task_type="CAUSAL_LM"))
+    base = AutoModelForCausalLM.from_pretrained(tiny_model(tmp_path / "base"))
+    settings = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False,
+                               task_type="CAUSAL_LM")
+    adapted = peft.get_peft_model(base, settings)
     adapted.save_pretrained(tmp_path / "adapter")
     adapted.merge_and_unload().save_pretrained(tmp_path / "merged")
     byte_tokenizer().save_pretrained(tmp_path / "merged")
@@ -94,4 +131,5 @@ def test_chat_with_an_adapter(tmp_path, chat_here):
 
 def test_chat_with_what_is_not_a_model(tmp_path):
     done = chat(str(tmp_path), text="hello\n")
-    assert done.returncode == 2 and done.stderr.strip().startswith("error: ") and "Traceback" not in done.stderr
+    assert done.returncode == 2 and done.stderr.strip().startswith("error: ")
+    assert "Traceback" not in done.stderr

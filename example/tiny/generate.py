@@ -1,12 +1,16 @@
-"""Make everything the tiny default needs: problems, answers of several qualities, a byte tokenizer, a random-weight model.
+"""Make everything the tiny default needs: problems, answers of several qualities, a byte tokenizer, a
+random-weight model.
 
-    python example/tiny/generate.py                        rewrite the small data files beside this script (the committed ones)
-    python example/tiny/generate.py --init runs/tiny-init  write a random-weight model with its tokenizer there, and the two
-                                                           large files runs/tiny-data/{pretrain,base}.jsonl
+    python example/tiny/generate.py
+        rewrite the small data files beside this script (the committed ones)
+    python example/tiny/generate.py --init runs/tiny-init
+        write a random-weight model with its tokenizer there, and the two large files
+        runs/tiny-data/{pretrain,base}.jsonl
 
-The task: a word problem with numbers below 100, answered as `<think>47+38=77+8=85</think> <answer>85</answer>`. A careful
-answer adds or subtracts the tens first and the ones afterwards, so every step is a fact that a 0.8M-parameter model can hold.
-The same seed gives the same bytes.
+The task: a word problem with numbers below 100, answered as
+`<think>47+38=77+8=85</think> <answer>85</answer>`. A careful answer adds or subtracts the tens first and the
+ones afterwards, so every step is a fact that a 0.8M-parameter model can learn. The same seed gives the same
+bytes.
 """
 import argparse
 import json
@@ -16,13 +20,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 HERE = Path(__file__).resolve().parent
-SMALL = {"sft": 2000, "preference": 2000, "feedback": 2000, "prompts": 1000}  # rows of the committed training files
-EVAL = {"sft": 200, "preference": 200, "feedback": 200, "prompts": 500}        # and of their eval- twins
-LARGE_ROWS = 83_200                                                           # 1300 updates of 64 rows
+# rows of the committed training files, and of their eval- twins
+SMALL = {"sft": 2000, "preference": 2000, "feedback": 2000, "prompts": 1000}
+EVAL = {"sft": 200, "preference": 200, "feedback": 200, "prompts": 500}
+LARGE_ROWS = 83_200      # 1300 updates of 64 rows
 
 NAMES = ["Tom", "Ann", "Ben", "Mia", "Leo", "Eva", "Sam", "Zoe", "Max", "Amy"]
 THINGS = ["apples", "pens", "coins", "cards", "books", "eggs", "stamps", "shells"]
-ENGLISH = [  # (operations, text): {a} {b} {c} are the numbers in the order in which the operations use them
+# (operations, text): {a} {b} {c} are the numbers in the order in which the operations use them
+ENGLISH = [
     ("+", "{n} has {a} {t} and buys {b} more. How many now?"),
     ("+", "{n} has {a} {t}, {m} has {b}. How many together?"),
     ("+", "{n} finds {a} {t}, then {b} more. How many in all?"),
@@ -45,7 +51,8 @@ CHINESE = [
     ("-", "{n}有{a}个{t}，丢了{b}个，还剩几个？"),
     ("+-", "{n}有{a}个{t}，买{b}个，丢{c}个，还剩几个？"),
 ]
-CHINESE_SHARE, TWO_STEP_SHARE = 0.2, 0.1
+CHINESE_SHARE = 0.2
+TWO_STEP_SHARE = 0.1
 
 
 class Problem(NamedTuple):
@@ -56,55 +63,69 @@ class Problem(NamedTuple):
 
     @property
     def answer(self):
-        first, *others = self.numbers
-        return first + sum(b if sign == "+" else -b for sign, b in zip(self.operations, others))
+        return results(self.numbers, self.operations)[-1]
+
+
+def apply(a, sign, b):
+    return a + b if sign == "+" else a - b
+
+
+def results(numbers, operations):
+    """The first number and the result after each operation."""
+    found = [numbers[0]]
+    for sign, b in zip(operations, numbers[1:]):
+        found.append(apply(found[-1], sign, b))
+    return found
 
 
 def draw_numbers(operations, rng):
-    """Numbers whose every intermediate result lies in 0..99; the third one has a single digit, to keep the thought short."""
+    """Numbers whose every intermediate result lies in 0..99; the third one has a single digit, to keep the
+    thought short."""
     while True:
         numbers = rng.randint(2, 97), rng.randint(2, 97), rng.randint(2, 9)
-        value, fine = numbers[0], True
-        for sign, b in zip(operations, numbers[1:]):
-            value += b if sign == "+" else -b
-            fine &= 0 <= value <= 99
-        if fine:
+        found = results(numbers, operations)
+        if min(found) >= 0 and max(found) <= 99:
             return numbers[:len(operations) + 1]
 
 
 def draw_problem(rng, held_out=False):
-    """A random problem. A template with its numbers belongs for ever to training or, one in ten, to the held-out files."""
+    """A random problem. A template with its numbers always belongs to training or, one in ten, to the
+    held-out files."""
     while True:
         chinese = rng.random() < CHINESE_SHARE
         steps = 2 if rng.random() < TWO_STEP_SHARE else 1
-        names, things, templates = (CHINESE_NAMES, CHINESE_THINGS, CHINESE) if chinese else (NAMES, THINGS, ENGLISH)
-        operations, template = rng.choice([entry for entry in templates if len(entry[0]) == steps])
+        names = CHINESE_NAMES if chinese else NAMES
+        things = CHINESE_THINGS if chinese else THINGS
+        templates = CHINESE if chinese else ENGLISH
+        fitting = [entry for entry in templates if len(entry[0]) == steps]
+        operations, template = rng.choice(fitting)
         numbers = draw_numbers(operations, rng)
         n, m = rng.sample(names, 2)
-        text = template.format(n=n, m=m, t=rng.choice(things), **dict(zip("abc", numbers)))
-        if (zlib.crc32(f"{template} {numbers}".encode()) % 10 == 0) == held_out:
-            return Problem(text, numbers, operations, chinese)
+        words = dict(zip("abc", numbers), n=n, m=m, t=rng.choice(things))
+        is_held_out = zlib.crc32(f"{template} {numbers}".encode()) % 10 == 0
+        if is_held_out == held_out:
+            return Problem(template.format(**words), numbers, operations, chinese)
 
 
 def equation(a, sign, b, slip=0):
     """`47+38=77+8=85`: tens first, then ones. `slip` is an error in the last result."""
-    result = (a + b if sign == "+" else a - b) + slip
-    tens, ones = b - b % 10, b % 10
-    middle = f"={a + tens if sign == '+' else a - tens}{sign}{ones}" if tens and ones else ""
-    return f"{a}{sign}{b}{middle}={result}"
+    ones = b % 10
+    tens = b - ones
+    middle = f"={apply(a, sign, tens)}{sign}{ones}" if tens and ones else ""
+    return f"{a}{sign}{b}{middle}={apply(a, sign, b) + slip}"
 
 
 def solution(problem, slip=0):
     """The equations of all steps; `slip` is an error in the last one."""
-    parts, value = [], problem.numbers[0]
-    for i, (sign, b) in enumerate(zip(problem.operations, problem.numbers[1:]), start=1):
-        parts.append(equation(value, sign, b, slip if i == len(problem.operations) else 0))
-        value += b if sign == "+" else -b
-    return ", ".join(parts)
+    slips = [0] * (len(problem.operations) - 1) + [slip]
+    starts = results(problem.numbers, problem.operations)
+    steps = map(equation, starts, problem.operations, problem.numbers[1:], slips)
+    return ", ".join(steps)
 
 
 def draw_slip(problem, rng):
-    return rng.choice([slip for slip in (-10, -2, -1, 1, 2, 10) if 0 <= problem.answer + slip <= 99])
+    slips = [slip for slip in (-10, -2, -1, 1, 2, 10) if 0 <= problem.answer + slip <= 99]
+    return rng.choice(slips)
 
 
 def careful(problem, rng):
@@ -119,19 +140,21 @@ def mistaken(problem, rng):
 
 def hasty(problem, rng):
     """In format, but without thinking and wrong."""
-    thought = rng.choice(["很简单。", "不用想。"] if problem.chinese else ["Easy.", "Just a guess.", "No need to think."])
+    english = ["Easy.", "Just a guess.", "No need to think."]
+    thought = rng.choice(["很简单。", "不用想。"] if problem.chinese else english)
     return f"<think>{thought}</think> <answer>{problem.answer + draw_slip(problem, rng)}</answer>"
 
 
 def free_text(problem, rng):
     """Right, but without tags."""
-    texts = ["答案是{}。", "算一下：{}。"] if problem.chinese else ["The answer is {}.", "That makes {}."]
+    english = ["The answer is {}.", "That makes {}."]
+    texts = ["答案是{}。", "算一下：{}。"] if problem.chinese else english
     return rng.choice(texts).format(solution(problem))
 
 
 def vague(problem, rng):
-    texts = ["不好说。", "大概有一些吧。"] if problem.chinese else ["Hard to say.", "It depends.", "Quite a few, I think."]
-    return rng.choice(texts)
+    english = ["Hard to say.", "It depends.", "Quite a few, I think."]
+    return rng.choice(["不好说。", "大概有一些吧。"] if problem.chinese else english)
 
 
 def draw_answer(problem, rng, kinds):
@@ -139,8 +162,10 @@ def draw_answer(problem, rng, kinds):
     return rng.choices(list(kinds), list(kinds.values()))[0](problem, rng)
 
 
-BAD = {mistaken: 0.5, hasty: 0.2, free_text: 0.15, vague: 0.15}  # half differ from a careful answer in nothing but the number
-BASE = {careful: 0.4, hasty: 0.25, free_text: 0.2, vague: 0.15}  # a capable but unaligned model: it can, but often does not
+# half of them differ from a careful answer only in the final number
+BAD = {mistaken: 0.5, hasty: 0.2, free_text: 0.15, vague: 0.15}
+# a capable but unaligned model: it can give careful answers, but often does not
+BASE = {careful: 0.4, hasty: 0.25, free_text: 0.2, vague: 0.15}
 
 
 def user(text):
@@ -158,12 +183,14 @@ def sft_row(rng, held_out=False):
 
 def preference_row(rng, held_out=False):
     problem = draw_problem(rng, held_out)
-    return {"prompt": [user(problem.text)], "chosen": [assistant(careful(problem, rng))],
-            "rejected": [assistant(draw_answer(problem, rng, BAD))]}
+    chosen = [assistant(careful(problem, rng))]
+    rejected = [assistant(draw_answer(problem, rng, BAD))]
+    return {"prompt": [user(problem.text)], "chosen": chosen, "rejected": rejected}
 
 
 def feedback_row(rng, held_out=False):
-    problem, label = draw_problem(rng, held_out), rng.random() < 0.5
+    problem = draw_problem(rng, held_out)
+    label = rng.random() < 0.5
     answer = careful(problem, rng) if label else draw_answer(problem, rng, BAD)
     return {"prompt": [user(problem.text)], "completion": [assistant(answer)], "label": label}
 
@@ -179,7 +206,8 @@ def base_row(rng):
 
 
 def pretrain_row(rng):
-    """Half worked problems, half bare equations; half of these have a one-digit second number, the fact behind every carry."""
+    """Half worked problems, half bare equations; half of these have a one-digit second number, the fact
+    behind every carry."""
     if rng.random() < 0.5:
         problem = draw_problem(rng)
         return {"text": f"{problem.text}\n{solution(problem)}"}
@@ -188,7 +216,8 @@ def pretrain_row(rng):
         sign = rng.choice("+-")
         a, b = draw_numbers(sign, rng)
         if rng.random() < 0.5:
-            b = rng.randint(1, min(9, a if sign == "-" else 99 - a))
+            room = a if sign == "-" else 99 - a
+            b = rng.randint(1, min(9, room))
         equations.append(equation(a, sign, b))
     return {"text": "\n".join(equations)}
 
@@ -198,12 +227,15 @@ SMALL_ROWS = {"sft": sft_row, "preference": preference_row, "feedback": feedback
 
 def write_rows(path, rows):
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8", newline="\n")
+    with open(path, "w", encoding="utf-8", newline="\n") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
     print(f"wrote {path}")
 
 
 def write_small(folder, seed=0):
-    """The committed files: four for training, and their eval- twins whose problems occur in no training file."""
+    """The committed files: four for training, and their eval- twins, whose problems occur in no training
+    file."""
     for kind, row in SMALL_ROWS.items():
         rng = random.Random(f"{seed} {kind}")  # one stream per file: a longer file does not move the others
         write_rows(folder / f"{kind}.jsonl", [row(rng) for _ in range(SMALL[kind])])
@@ -211,24 +243,41 @@ def write_small(folder, seed=0):
 
 
 def write_large(folder, seed=0, rows=LARGE_ROWS):
-    """pretrain.jsonl (raw text) and base.jsonl (conversations): the two stages from random weights to the embedded model."""
+    """pretrain.jsonl (raw text) and base.jsonl (conversations): the data of the two stages from random
+    weights to the embedded model."""
     for kind, row in {"pretrain": pretrain_row, "base": base_row}.items():
         rng = random.Random(f"{seed} {kind}")
         write_rows(folder / f"{kind}.jsonl", (row(rng) for _ in range(rows)))
 
 
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
 def build_tokenizer():
-    """256 bytes and three special tokens: nothing is unknown, in any language. ChatML without a default system prompt."""
+    """256 bytes and three special tokens: nothing is unknown, in any language. ChatML without a default
+    system prompt."""
     from tokenizers import pre_tokenizers
-    from transformers import Qwen2Tokenizer  # the class that AutoTokenizer picks for a Qwen2 model, whatever class was saved
+
+    # AutoTokenizer picks this class for every Qwen2 model, even if another one was saved
+    from transformers import Qwen2Tokenizer
 
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     symbols = special + sorted(pre_tokenizers.ByteLevel.alphabet())
     return Qwen2Tokenizer(
-        vocab={symbol: i for i, symbol in enumerate(symbols)}, merges=[], pad_token=special[0], eos_token=special[2],
-        extra_special_tokens=[special[1]], model_max_length=512, padding_side="left",
-        chat_template="{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
-                      "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+        vocab={symbol: i for i, symbol in enumerate(symbols)},
+        merges=[],
+        pad_token=special[0],
+        eos_token=special[2],
+        extra_special_tokens=[special[1]],
+        model_max_length=512,
+        padding_side="left",
+        chat_template=CHAT_TEMPLATE,
+    )
 
 
 def build_model(tokenizer, seed=0):
@@ -237,16 +286,29 @@ def build_model(tokenizer, seed=0):
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     torch.manual_seed(seed)
-    return Qwen2ForCausalLM(Qwen2Config(
-        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True, dtype="float32",
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        dtype="float32",
         initializer_range=0.06,  # the usual 0.02 suits wider models; at width 128 it costs some fifty updates
-        bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return Qwen2ForCausalLM(config)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--init", type=Path, metavar="DIR", help="write the random-weight model there and the large data files")
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("--init", type=Path, metavar="DIR",
+                        help="write the random-weight model there and the large data files")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if args.init is None:

@@ -27,7 +27,9 @@ ANSWER = re.compile(r"<answer>\s*(-?\d+)\s*</answer>")
 
 def is_in_format(response):
     """The whole response is one `<think>…</think> <answer>…</answer>`."""
-    return FORMAT.fullmatch(response.strip()) is not None and response.count("<think>") == response.count("<answer>") == 1
+    thoughts = response.count("<think>")
+    answers = response.count("<answer>")
+    return bool(FORMAT.fullmatch(response.strip())) and thoughts == answers == 1
 
 
 def is_right(response, answer):
@@ -39,39 +41,52 @@ def is_right(response, answer):
 def generate(model, tokenizer, prompts, sample, seed=0):
     """One response per prompt (a list of messages), as text without special tokens."""
     tokeniser = Tokeniser(tokenizer)
-    ids = [np.array(tokeniser.prompt_ids(prompt), np.int32) for prompt in prompts]
-    sampling = Sampling(reward="", max_completion_length=120, temperature=1.0 if sample else 0.0, rollout_batch_size=100)
-    found = sampler.sample(Policy(model), tokenizer, ids, [(seed, i) for i in range(len(ids))], 1, sampling)
-    return [tokenizer.decode(completion.tokens, skip_special_tokens=True) for completion, in found]
+    ids = []
+    keys = []
+    for i, prompt in enumerate(prompts):
+        ids.append(np.array(tokeniser.prompt_ids(prompt), np.int32))
+        keys.append((seed, i))
+    temperature = 1.0 if sample else 0.0
+    sampling = Sampling(reward="", max_completion_length=120, temperature=temperature, rollout_batch_size=100)
+    responses = []
+    for completion, in sampler.sample(Policy(model), tokenizer, ids, keys, 1, sampling):
+        responses.append(tokenizer.decode(completion.tokens, skip_special_tokens=True))
+    return responses
 
 
 def measure(model, tokenizer, rows, seed=0):
-    """Shares of `rows` ({"prompt": messages, "answer": digits}): {"sampled": {"accuracy", "format"}, "greedy": {…}}."""
+    """Shares of `rows` ({"prompt": messages, "answer": digits}):
+    {"sampled": {"accuracy", "format"}, "greedy": {…}}."""
     model.eval()
-    result = {}
+    prompts = [row["prompt"] for row in rows]
+    answers = [row["answer"] for row in rows]
+    shares = {}
     for name in ("sampled", "greedy"):
-        responses = generate(model, tokenizer, [row["prompt"] for row in rows], name == "sampled", seed)
-        result[name] = {
-            "accuracy": sum(is_right(response, row["answer"]) for response, row in zip(responses, rows)) / len(rows),
-            "format": sum(is_in_format(response) for response in responses) / len(rows)}
-    return result
+        responses = generate(model, tokenizer, prompts, name == "sampled", seed)
+        right = sum(map(is_right, responses, answers))
+        in_format = sum(map(is_in_format, responses))
+        shares[name] = {"accuracy": right / len(rows), "format": in_format / len(rows)}
+    return shares
 
 
 def read_rows(count, path=HERE / "eval-prompts.jsonl"):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()[:count]]
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return list(map(json.loads, lines[:count]))
 
 
 def main():
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("model")
     parser.add_argument("--rows", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
-    for name, shares in measure(model, tokenizer, read_rows(args.rows), args.seed).items():
+    measured = measure(model, tokenizer, read_rows(args.rows), args.seed)
+    for name, shares in measured.items():
         print(f"{name:7}  accuracy {shares['accuracy']:.3f}  format {shares['format']:.3f}")
 
 

@@ -1,0 +1,100 @@
+"""DPO: Direct Preference Optimization - a classification loss on pairs that needs no reward model and no sampling.
+
+Paper:    Rafailov et al. 2023, arXiv 2305.18290; the loss is eq. 7. Label smoothing is cDPO (Mitchell 2023); the likelihood
+          term is RPO's, Pang et al. 2024, arXiv 2404.19733, eq. 1.
+Formula:  L = -log sigmoid( beta * [ log pi(y_w|x) / pi_ref(y_w|x)  -  log pi(y_l|x) / pi_ref(y_l|x) ] )
+Symbols:  log pi(y_w|x)      policy_chosen_logps       sum over the tokens of the chosen response, stop token included
+          log pi(y_l|x)      policy_rejected_logps     the same of the rejected response
+          log pi_ref(...)    reference_chosen_logps, reference_rejected_logps
+          beta * [log-ratio] chosen_rewards, rejected_rewards: the implicit rewards of eq. 5, up to a constant of x
+Trains:   the policy: every weight, or with lora_r an adapter. The reference is frozen; its log-probs are computed once, before
+          the first update, so that no second model is in memory while training.
+Data:     {"prompt": ..., "chosen": ..., "rejected": ...}, strings or messages; HH-RLHF transcripts as they are
+Divided:  by the pairs of the whole update, over all micro-batches and ranks; with rpo_alpha, the likelihood of the chosen
+          responses by their tokens in the whole update.
+Metrics:  loss                                log 2 = 0.6931 at step 0, where policy = reference (+ rpo_alpha * nll_loss)
+          nll_loss                            token mean of -log pi(y_w|x)
+          rewards/chosen, rewards/rejected    implicit rewards; 0 at step 0
+          rewards/margins                     chosen - rejected; 0 at step 0
+          rewards/accuracies                  share of pairs with margin > beta * 1e-4 (bf16: beta * 0.05):
+                                              less is rounding, a tie, not a win; 0 at step 0, but for
+                                              the rounding of sums above 1,000 nats and of bf16
+          logps/chosen, logps/rejected        summed log-probs under the policy. Both usually fall: the loss only widens their
+                                              distance. rpo_alpha > 0 keeps the chosen ones up
+Differs:  AdamW with a linear schedule where the paper's code uses RMSprop; label smoothing is cDPO's, which the paper lacks.
+Run:      python train.py example/tiny-dpo.yml
+"""
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+
+from data.pack import Batch
+from engine.loop import Engine
+from engine.options import NonNegative, Options, Positive, Smoothing
+
+DATA = "pairs"                     # every row holds a prompt, a chosen and a rejected response
+MODEL = "policy"                   # what is trained
+PROGRESS = "rewards/accuracies"    # the number shown beside the loss
+
+
+@dataclass
+class Config(Options):
+    beta: Positive = 0.1           # KL strength: larger keeps the policy closer to the reference (0.01-0.5)
+    label_smoothing: Smoothing = 0.0    # share of pairs assumed to have swapped labels (cDPO)
+    rpo_alpha: NonNegative = 1.0   # weight of the chosen responses' negative log-likelihood
+    reference: str | None = None   # model directory or hub name; null = the start model
+
+    def uses_reference(self) -> bool:
+        return True
+
+
+def rpo_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps,
+             beta=0.1, label_smoothing=0.0, tie=0.0):
+    """Four (B,) summed log-probs -> (losses (B,), metrics); nothing is reduced.
+    `train` adds the likelihood term.
+    `tie`: log-ratios that differ by less are equal."""
+    chosen_logratios = policy_chosen_logps - reference_chosen_logps                     # (B,)
+    rejected_logratios = policy_rejected_logps - reference_rejected_logps               # (B,)
+    chosen_rewards = beta * chosen_logratios                                            # (B,) eq. 5
+    rejected_rewards = beta * rejected_logratios                                        # (B,)
+    margins = chosen_rewards - rejected_rewards                                         # (B,)
+    losses = (-(1 - label_smoothing) * F.logsigmoid(margins)                            # (B,) eq. 7
+              - label_smoothing * F.logsigmoid(-margins))                               # cDPO: the labels swapped
+    metrics = {
+        "rewards/chosen": chosen_rewards,
+        "rewards/rejected": rejected_rewards,
+        "rewards/margins": margins,
+        "rewards/accuracies": margins > beta * tie,
+        "logps/chosen": policy_chosen_logps,
+        "logps/rejected": policy_rejected_logps,
+    }
+    return losses, metrics
+
+
+def train(engine: Engine, config: Config):
+    policy, optimizer = engine.policy, engine.optimizer
+    reference = engine.reference(config.reference)
+
+    def forward(batch: Batch):
+        logps = policy(batch)                                                           # (N,)
+        reference_logps = reference(batch)                                              # (N,)
+        policy_chosen_logps, policy_rejected_logps = batch.pairs(batch.sum(logps))      # (B,), (B,)
+        reference_chosen_logps, reference_rejected_logps = batch.pairs(batch.sum(reference_logps))
+        losses, metrics = rpo_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps,
+                                   reference_rejected_logps, config.beta, config.label_smoothing, policy.tolerance)
+        nll = -batch.chosen(logps)                                                      # (tokens of the chosen responses,)
+        return losses, nll, metrics | {"nll_loss": nll}
+
+    for step in engine.steps():                                    # one optimizer update
+        for batch in step:                                         # one micro-batch
+            losses, nll, metrics = forward(batch)
+            loss = losses.sum() / step.num_examples                # mean over the pairs of the whole update
+            nll_loss = nll.sum() / step.num_chosen_tokens          # mean over the chosen tokens of the whole update
+            (loss + config.rpo_alpha * nll_loss).backward()
+            step.log((losses, config.rpo_alpha * nll), metrics)
+        engine.clip_gradients()                                    # stops here if loss or norm is not finite
+        optimizer.step()
+        optimizer.zero_grad()
+        for batch in engine.eval_batches(step):                    # empty unless an evaluation is due
+            losses, nll, metrics = forward(batch)
+            step.log((losses, config.rpo_alpha * nll), metrics, split="eval")

@@ -1,0 +1,41 @@
+"""Frozen models, and what they give to responses that exist already: log-probs or scores."""
+import torch
+
+from data.pack import Example, pack
+from engine.config import Common
+from model.build import build_policy
+from model.check import check_policy
+from model.load import is_adapter
+from model.reward_model import RewardModel, build_reward_model, is_reward_model
+
+
+def load_frozen(path: str, tokenizer, examples: list[Example], notice):
+    """The model at `path`, frozen, as a Policy, or as a RewardModel if it is one; checked on some of
+    `examples`."""
+    policy = build_policy(path, tokenizer, frozen=True, trains_adapter=is_adapter(path)).requires_grad_(False)
+    check_policy(policy, examples, "auto", notice)
+    if not is_reward_model(path):
+        return policy
+    return build_reward_model(policy, path, 0, notice).requires_grad_(False)
+
+
+@torch.no_grad()
+def response_scores(model, examples: list[Example]) -> list[torch.Tensor]:
+    """Per example a number for each of its responses (K,), on the CPU: a reward model's score, else the
+    summed log-prob."""
+    sizes = [example.size(model.share_prompt) for example in examples]
+    micro_batches = pack(sizes, Common.micro_batch_tokens)[0]
+    scores = [None] * len(examples)
+    for members in micro_batches:
+        if not members:
+            continue
+        batch = model.collate([examples[i] for i in members])
+        values = model(batch)
+        if not isinstance(model, RewardModel):
+            values = batch.sum(values)
+        done = 0
+        for i in members:
+            count = len(examples[i].responses)
+            scores[i] = values[done:done + count].cpu()
+            done += count
+    return scores
