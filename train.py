@@ -76,7 +76,10 @@ def main(argv: list[str]) -> None:
             policy = build_reward_model(policy, start or common.model, common.seed, run.notice)
         if algorithm.MODEL == "actor_critic":
             critic = critic_path(config.reward, tokenizer, run.notice)
-            policy = build_actor_critic(policy, common, tokenizer, config.share_value_trunk, critic, start, run.notice)
+            trunk = None
+            if not config.share_value_trunk:
+                trunk = build_policy(common, tokenizer, critic or common.model, frozen=True)
+            policy = build_actor_critic(policy, trunk, critic, start, common.seed, run.notice)
         step = checkpoint.load_trainer(start)["step"] if start else 0
         # once more: loading may have fetched another commit of a hub model
         digests = ranks.from_main(fingerprints, values)

@@ -16,6 +16,7 @@ from transformers import AttentionInterface
 from data.tokenise import stop_ids
 from model.attention import segments_attention
 from model.cpu import SLICE, few_rows, few_rows_product, largest, on_plain_cpu, quick
+from model.generating import generating
 
 PREFILL_TOKENS = 8192                  # of prompts in one forward
 
@@ -162,7 +163,7 @@ def sample(policy, tokenizer, prompts: list[np.ndarray], keys: list[tuple], copi
     rows = [(prompt, copy) for prompt in sorted(range(len(prompts)), key=lengths.__getitem__) for copy in range(copies)]
     uniforms = {row: np.random.default_rng((*keys[row[0]], row[1])).random(sampling.max_completion_length) for row in rows}
     completions, stops = {}, Stops(tokenizer, sampling.stop_strings())
-    with policy.generating("rollout") as lm, few_rows(lm) if on_plain_cpu(lm) else contextlib.nullcontext():
+    with generating(policy, "rollout") as lm, few_rows(lm) if on_plain_cpu(lm) else contextlib.nullcontext():
         size = min(sampling.rollout_batch_size, rows_in_memory(lm, max(lengths, default=0) + sampling.max_completion_length))
         for start in range(0, len(rows), size):
             part = rows[start:start + size]
