@@ -1,5 +1,5 @@
-"""The exact entropy beside the log-probs, against full logits in fp64. Without H in its gradient, as in the mutation
-"the gradient of the entropy without H" of test_mutations.py, the comparisons of gradients here fail."""
+"""The exact entropy beside the log-probs, against full logits in fp64. A gradient without H, which is a mutation in
+test_mutations.py, fails the comparisons of gradients here."""
 import random
 
 import numpy as np
@@ -19,7 +19,8 @@ from model.policy import Policy
 
 
 def head_inputs(rows, vocabulary=50, size=8):
-    """hidden (rows, size), weight (vocabulary, size), target (rows,); some rows predict with near certainty"""
+    """hidden (rows, size), weight (vocabulary, size), target (rows,); some rows predict with near
+    certainty"""
     torch.manual_seed(0)
     hidden = 3 * torch.randn(rows, size)
     weight = torch.randn(vocabulary, size)
@@ -78,7 +79,8 @@ class Largest(TorchDispatchMode):
 
 
 def test_nothing_is_larger_than_the_hidden_states(monkeypatch):
-    """40 rows, 1,000 tokens: slices of 3 tokens are 120 numbers, the hidden states 160, full logits 40,000."""
+    """40 rows, 1,000 tokens: slices of 3 tokens are 120 numbers, the hidden states 160, full logits
+    40,000."""
     monkeypatch.setitem(LOGITS_AT_ONCE, "cpu", 120)
     hidden, weight, target = head_inputs(40, vocabulary=1000, size=4)
     weight.requires_grad_(False)
