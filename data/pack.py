@@ -20,7 +20,6 @@ T  laid-out tokens        N  trained tokens        S  responses        B  exampl
     >>> batch.source.tolist(), batch.target.tolist(), batch.lengths      # 6 predicts 7 and 9
     ([1, 2, 1], [7, 8, 9], [2, 1])
 """
-import math
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -115,7 +114,7 @@ class Batch:
 
     def per_token(self, y):
         """(S,), or one number for all responses, divided by each response's trained tokens -> (S,)"""
-        return y / torch.tensor(self.lengths, dtype=torch.float32, device=self.source.device)
+        return y / torch.tensor(self.lengths, device=self.source.device)
 
     def expand(self, y):
         """(S,) per response -> (N,) per trained token"""
@@ -190,41 +189,3 @@ def joined(arrays) -> torch.Tensor:
     """One int64 tensor of all arrays, also of none."""
     nothing = np.zeros(0, np.int64)
     return torch.from_numpy(np.concatenate([nothing, *arrays]))
-
-
-def order(count: int, batch_size: int, seed: int, epoch: int, shuffle: bool) -> list[list[int]]:
-    """The updates of one epoch, each a list of example indices: a pure function, so the data position is the
-    step number. The last update of an epoch may be smaller."""
-    indices = list(range(count))
-    if shuffle:
-        indices = np.random.default_rng((seed, epoch)).permutation(count).tolist()
-    return [indices[i:i + batch_size] for i in range(0, count, batch_size)]
-
-
-def pack(sizes: list[int], micro_batch_tokens: int, world: int = 1) -> list[list[list[int]]]:
-    """Deal one update's examples (given by their sizes in tokens) to ranks and micro-batches.
-
-    Returns, per rank, the same number of lists of positions in `sizes` (some may be empty): the fewest with
-    which `fill` keeps within `micro_batch_tokens`. An example larger than that is alone in its
-    micro-batch."""
-    needed = sum(min(size, micro_batch_tokens) for size in sizes)
-    rounds = max(1, math.ceil(needed / (micro_batch_tokens * world)))
-    bins = fill(sizes, rounds * world, micro_batch_tokens)
-    while bins is None:
-        rounds += 1
-        bins = fill(sizes, rounds * world, micro_batch_tokens)
-    return [bins[rank::world] for rank in range(world)]
-
-
-def fill(sizes: list[int], count: int, capacity: int) -> list[list[int]] | None:
-    """`count` bins of positions in `sizes`: the largest size first, each into the emptiest bin. None if a bin
-    with several would exceed `capacity`."""
-    bins = [[] for _ in range(count)]
-    loads = [0] * count
-    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
-        emptiest = loads.index(min(loads))
-        if bins[emptiest] and loads[emptiest] + sizes[i] > capacity:
-            return None
-        bins[emptiest].append(i)
-        loads[emptiest] += sizes[i]
-    return [sorted(members) for members in bins]

@@ -15,7 +15,8 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from data.errors import RunError, UserError
-from data.pack import Example, order, pack
+from data.pack import Example
+from data.plan import order, pack
 from data.tokenise import stop_ids
 from engine import checkpoint
 from engine.console import per_second

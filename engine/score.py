@@ -2,7 +2,8 @@
 import torch
 
 from data.errors import UserError
-from data.pack import Example, pack
+from data.pack import Example
+from data.plan import pack
 from engine import checkpoint
 from engine.config import Common
 from engine.ranks import from_main

@@ -12,8 +12,9 @@ def segments_attention(module, query, key, value, attention_mask, scaling=None, 
 
     query (1, heads, T, head_dim); key, value (1, kv_heads, T, head_dim); segments as in `Batch.segments`.
     Returns (1, T, heads, head_dim), as transformers' attention functions do."""
-    query, key = query.to(value.dtype), key.to(value.dtype)    # rotary embeddings return fp32 under autocast
-    units = []                                                 # lengths of the parts with a call each
+    query = query.to(value.dtype)          # under autocast, rotary embeddings return fp32
+    key = key.to(value.dtype)
+    units = []                             # lengths of the parts of the row with a call each
     for prompt, responses in segments:
         units.append(prompt + sum(responses[:1]))
         units.extend(responses[1:])
@@ -22,29 +23,35 @@ def segments_attention(module, query, key, value, attention_mask, scaling=None, 
     keys = key.split(units, dim=2)
     values = value.split(units, dim=2)
     attended = []
-    first = 0                                                  # the unit of a prompt with its first response
+    first = 0                              # the unit of a prompt with its first response
     for prompt, responses in segments:
-        attended.append(attend(queries[first], keys[first], values[first], scaling, sliding_window))
+        output = attend(queries[first], keys[first], values[first], scaling, sliding_window)
+        attended.append(output)
         for unit in range(first + 1, first + len(responses)):
-            unit_keys = torch.cat([keys[first][:, :, :prompt], keys[unit]], 2)
-            unit_values = torch.cat([values[first][:, :, :prompt], values[unit]], 2)
-            attended.append(attend(queries[unit], unit_keys, unit_values, scaling, sliding_window))
+            prompt_keys = keys[first][:, :, :prompt]
+            prompt_values = values[first][:, :, :prompt]
+            unit_keys = torch.cat([prompt_keys, keys[unit]], 2)
+            unit_values = torch.cat([prompt_values, values[unit]], 2)
+            output = attend(queries[unit], unit_keys, unit_values, scaling, sliding_window)
+            attended.append(output)
         first += max(1, len(responses))
     return torch.cat(attended, 1), None
 
 
 def attend(query, key, value, scaling, sliding_window):
-    """Causal attention of L queries, the last of the K keys' positions -> (1, L, heads, head_dim)"""
-    queries, keys = query.shape[2], key.shape[2]
-    before = keys - queries                                    # keys that every query sees
+    """Causal attention of L queries that stand at the last of K keys' places -> (1, L, heads, head_dim)"""
+    queries = query.shape[2]
+    keys = key.shape[2]
+    before = keys - queries                # keys before the first query
     mask = None
     if sliding_window is not None and keys > sliding_window:
-        ones = torch.ones(queries, keys, dtype=torch.bool, device=query.device)
-        mask = ones.tril(before).triu(before - sliding_window + 1)
+        mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device)
+        mask = mask.tril(before)
+        mask = mask.triu(before - sliding_window + 1)
     elif before:
         mask = causal_lower_right(queries, keys)
-    output = F.scaled_dot_product_attention(query, key, value, mask, is_causal=mask is None, scale=scaling,
-                                            enable_gqa=True)
+    output = F.scaled_dot_product_attention(
+        query, key, value, mask, is_causal=mask is None, scale=scaling, enable_gqa=True)
     return output.transpose(1, 2)
 
 

@@ -9,8 +9,9 @@ def visible(segments, sliding_window=None, device=None):
     own place, that is in the prompt or in the same response."""
     example, response, position = [], [], []
     for number, (prompt, lengths) in enumerate(segments):
-        for part, length in enumerate([prompt, *lengths]):
-            start = prompt if part else 0                      # part 0 is the prompt
+        parts = [prompt, *lengths]
+        for part, length in enumerate(parts):
+            start = prompt if part else 0      # part 0 is the prompt
             example += [number] * length
             response += [part] * length
             position += range(start, start + length)
@@ -19,17 +20,22 @@ def visible(segments, sliding_window=None, device=None):
     position = torch.tensor(position, device=device)
     same_example = example[:, None] == example
     same_response = response[:, None] == response
-    mask = (same_example & (same_response | (response == 0))).tril()
+    in_prompt = response == 0
+    mask = same_example & (same_response | in_prompt)
+    mask = mask.tril()
     if sliding_window is not None:
-        mask &= position[:, None] - position < sliding_window
+        distance = position[:, None] - position
+        mask &= distance < sliding_window
     return mask
 
 
 def dense_attention(module, query, key, value, attention_mask, scaling=None, segments=None,
                     sliding_window=None, **_):
-    query, key = query.to(value.dtype), key.to(value.dtype)
+    query = query.to(value.dtype)
+    key = key.to(value.dtype)
     mask = visible(segments, sliding_window, query.device)
-    output = F.scaled_dot_product_attention(query, key, value, mask, scale=scaling, enable_gqa=True)
+    output = F.scaled_dot_product_attention(
+        query, key, value, mask, scale=scaling, enable_gqa=True)
     return output.transpose(1, 2), None
 
 

@@ -8,7 +8,8 @@ import torch
 
 import data.pack
 from data.errors import RunError
-from data.pack import Example, Response, collate, order, pack
+from data.pack import Example, Response, collate
+from data.plan import order, pack
 
 
 def example(prompt, *responses, trained=None):
