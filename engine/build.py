@@ -73,7 +73,11 @@ def with_heads(policy: Policy, kind: str, common, config, tokenizer, start: str 
         return build_reward_model(policy, start or common.model, common.seed, notice)
     if kind == "actor_critic":
         critic = critic_path(config.reward, tokenizer, notice)
-        return build_actor_critic(policy, common, tokenizer, config.share_value_trunk, critic, start, notice)
+        trunk = None
+        if config.uses_critic():
+            is_trained = is_adapter(common.model)
+            trunk = build_policy(critic or common.model, tokenizer, common, frozen=True, trains_adapter=is_trained)
+        return build_actor_critic(policy, trunk, critic, start, common.seed, notice)
     return policy
 
 

@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM
 
 from data.dataset import doubts, load_datasets
 from data.errors import printable
-from data.pack import Example, Response, order, pack
+from data.pack import Example, Response
+from data.packing import order, pack
 from engine.checkpoint import model_path
 from engine.config import describe
 from model import lora

@@ -1,7 +1,8 @@
 """Frozen models, and what they give to responses that exist already: log-probs or scores."""
 import torch
 
-from data.pack import Example, pack
+from data.pack import Example
+from data.packing import pack
 from engine.config import Common
 from model.build import build_policy
 from model.check import check_policy

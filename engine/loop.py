@@ -22,7 +22,8 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from data.errors import RunError, UserError
-from data.pack import Batch, Example, pack
+from data.pack import Batch, Example
+from data.packing import pack
 from engine import checkpoint, frozen
 from engine.console import per_second
 from engine.logs import Run

@@ -1,7 +1,7 @@
 """The plan of a run: which rows each update trains on, and at which learning rate. Pure functions of the keys."""
 import math
 
-from data.pack import order
+from data.packing import order
 
 
 class Plan:

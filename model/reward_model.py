@@ -10,9 +10,9 @@ from data.pack import Batch
 from model.load import check_finite, first_line
 from model.policy import Policy
 
-VALUE_HEAD = "value_head.safetensors"        # beside a reward model's trunk, with these two: (1, D) and (1,)
-
-HEAD_WEIGHT, HEAD_BIAS = "v_head.summary.weight", "v_head.summary.bias"
+VALUE_HEAD = "value_head.safetensors"        # beside a reward model's trunk, with these two tensors
+HEAD_WEIGHT = "v_head.summary.weight"        # (1, D)
+HEAD_BIAS = "v_head.summary.bias"            # (1,)
 
 
 def saved_head(path: str, notice) -> torch.Tensor:
@@ -34,18 +34,30 @@ def saved_head(path: str, notice) -> torch.Tensor:
 
 
 class RewardModel(Policy):
-    """A causal LM's trunk under a linear head without bias: `reward_model(batch)` -> (S,) fp32, a score per response.
+    """A causal LM's trunk under a linear head without bias: `reward_model(batch)` -> (S,) fp32, a score per
+    response.
 
-    The score is read at the response's last token, by position, so a pad token equal to eos cannot move it."""
+    The score is read at the response's last token, by position, so it does not depend on the pad token."""
 
     def __init__(self, policy: Policy, head: torch.Tensor):
         super().__init__(policy.lm, policy.precision, policy.share_prompt)
-        self.value_head = nn.Linear(head.shape[1], 1, bias=False, device=policy.device)
-        self.value_head.weight.data.copy_(head)
+        self.value_head = linear_head(head, policy.device)
 
     def forward(self, batch: Batch):
-        hidden = self.hidden(batch, input_ids=batch.tokens[None]).index_select(0, batch.last)      # (S, D)
-        return self.value_head(hidden.float())[:, 0]
+        hidden = self.hidden(batch, input_ids=batch.tokens[None])      # (T, D)
+        states = hidden.index_select(0, batch.last)                    # (S, D)
+        return self.value_head(states.float())[:, 0]
+
+
+def linear_head(weight: torch.Tensor, device) -> nn.Linear:
+    """weight (1, D) -> a trainable head in fp32, D numbers to one"""
+    head = nn.Linear(weight.shape[1], 1, bias=False, device=device)
+    head.weight.data.copy_(weight)
+    return head
+
+
+def hidden_size(policy: Policy) -> int:
+    return policy.lm.config.get_text_config().hidden_size
 
 
 def is_reward_model(path: str) -> bool:
@@ -53,8 +65,10 @@ def is_reward_model(path: str) -> bool:
 
 
 def build_reward_model(policy: Policy, path: str, seed: int, notice=print) -> RewardModel:
-    """The head saved at `path`, else a fresh one from N(0, 1 / (D + 1)), on the trunk of `policy`."""
+    """The trunk of `policy` under the head saved at `path`, else under a fresh one from N(0, 1 / (D + 1))."""
     if is_reward_model(path):
         return RewardModel(policy, saved_head(path, notice))
-    size = policy.lm.config.get_text_config().hidden_size
-    return RewardModel(policy, torch.randn(1, size, generator=torch.Generator().manual_seed(seed)) / (size + 1) ** 0.5)
+    size = hidden_size(policy)
+    generator = torch.Generator().manual_seed(seed)
+    head = torch.randn(1, size, generator=generator) / (size + 1) ** 0.5
+    return RewardModel(policy, head)

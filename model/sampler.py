@@ -16,6 +16,7 @@ from data.tokenise import stop_ids
 from model.cache import Cache, rows_in_memory
 from model.cpu import HeadLogits, cpu_linears, fast_row_count
 from model.draw import draw
+from model.generating import generating
 
 PREFILL_TOKENS = 8192                  # prompt tokens in one forward
 
@@ -72,7 +73,7 @@ def sample(
         if report:
             report(len(found) + count, len(rows))
 
-    with policy.generating("rollout") as lm, cpu_linears(lm):
+    with generating(policy, "rollout") as lm, cpu_linears(lm):
         longest = max(lengths, default=0) + limit
         size = min(sampling.rollout_batch_size, rows_in_memory(lm, longest))
         for start in range(0, len(rows), size):

@@ -1,4 +1,5 @@
-"""The policy against the plain model: attention by segments, log-probs in chunks, recomputation, and what load_lm refuses."""
+"""The policy against the plain model: attention, log-probs in chunks, recomputation; what load_lm refuses."""
+import itertools
 import json
 import random
 
@@ -25,14 +26,15 @@ from model.check import check_policy
 from model.keys import ModelKeys
 from model.load import load_lm
 from model.logps import LOGITS_AT_ONCE, ChunkedLogps
+from model.logps import plain_logps as logps_of_full_logits
 from model.policy import Policy
 
 ARCHITECTURES = {
     "qwen2": config_of(Qwen2Config),
-    "qwen2-tied": config_of(Qwen2Config, tie_word_embeddings=True, pad_token_id=7),     # a token that occurs in the texts
+    "qwen2-tied": config_of(Qwen2Config, tie_word_embeddings=True, pad_token_id=7),    # 7 occurs in texts
     "qwen3": config_of(Qwen3Config),
     "llama": config_of(LlamaConfig),
-    "mistral-window": config_of(MistralConfig, sliding_window=5),     # smaller than the prompts and the responses
+    "mistral-window": config_of(MistralConfig, sliding_window=5),     # shorter than the prompts and responses
 }
 
 
@@ -45,13 +47,17 @@ def examples(responses, count=3, seed=0):
     made = []
     for i in range(count):
         parts = [tokens(1, 12) for _ in range(responses)]
-        made.append(Example(tokens(1, 14), [Response(part, np.array([draw.random() < 0.75 for _ in part])) for part in parts],
-                            f"here:{i}"))
+        prompt = tokens(1, 14)
+        item = Example(prompt, [], f"here:{i}")
+        for part in parts:
+            trained = np.array([draw.random() < 0.75 for _ in part])
+            item.responses.append(Response(part, trained))
+        made.append(item)
     return made
 
 
 def plain_logps(lm, made):
-    """Log-probs of the trained tokens from the LM's own forward, one prompt + response at a time, full logits."""
+    """Log-probs of the trained tokens from the LM's own forward, full logits, one response at a time."""
     values = []
     for example in made:
         for response in example.responses:
@@ -79,12 +85,12 @@ def assert_same_gradients(ours, theirs):
 @pytest.mark.parametrize("responses", [1, 2, 8])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_flat_shared_rows_equal_separate_rows(name, responses):
-    """Values and the gradients of all parameters: shared, unshared and dense rows against the model's own forward."""
+    """Values and gradients of all parameters: shared, unshared and dense rows against the plain forward."""
     made, config = examples(responses), ARCHITECTURES[name]
     plain = random_lm(config, attn_implementation="eager")
     expected = plain_logps(plain, made)
     expected_gradients = gradients(plain, expected)
-    for implementation, share_prompt in [("segments", True), ("segments", False), ("dense", True), ("dense", False)]:
+    for implementation, share_prompt in itertools.product(("segments", "dense"), (True, False)):
         lm = random_lm(config, attn_implementation=implementation)
         values = Policy(lm, share_prompt=share_prompt)(collate(made, share_prompt))
         torch.testing.assert_close(values, expected, rtol=1e-5, atol=1e-5)
@@ -93,14 +99,16 @@ def test_flat_shared_rows_equal_separate_rows(name, responses):
 
 @pytest.mark.parametrize("responses", [1, 2])
 def test_bf16_autocast_follows_fp32(responses):
-    """Shared rows under autocast, where rotary embeddings mix dtypes: values and gradients within bf16's rounding."""
+    """Shared rows under autocast, where rotary embeddings mix dtypes: equal up to the rounding of bf16."""
     made, results = examples(responses), {}
     for precision in ("fp32", "bf16"):
         lm = random_lm(config_of(), attn_implementation="segments")
         values = Policy(lm, precision)(collate(made))
         assert values.dtype == torch.float32
-        results[precision] = values.detach(), torch.cat([grad.flatten() for grad in gradients(lm, values).values()])
-    (values, grads), (exact_values, exact_grads) = results["bf16"], results["fp32"]
+        grads = [grad.flatten() for grad in gradients(lm, values).values()]
+        results[precision] = values.detach(), torch.cat(grads)
+    values, grads = results["bf16"]
+    exact_values, exact_grads = results["fp32"]
     assert 0 < (values - exact_values).abs().mean() < 0.05
     assert torch.cosine_similarity(grads, exact_grads, dim=0) > 0.99
 
@@ -108,7 +116,8 @@ def test_bf16_autocast_follows_fp32(responses):
 def test_the_window_matters():
     """Else the Mistral rows above would prove nothing."""
     made = examples(2)
-    windowed, full = (plain_logps(random_lm(config_of(MistralConfig, sliding_window=window)), made) for window in (5, None))
+    windowed = plain_logps(random_lm(config_of(MistralConfig, sliding_window=5)), made)
+    full = plain_logps(random_lm(config_of(MistralConfig, sliding_window=None)), made)
     assert (windowed - full).abs().max() > 0.01
 
 
@@ -119,16 +128,19 @@ def test_responses_and_examples_do_not_see_each_other():
     other[2].prompt = (other[2].prompt + 1) % 256
     policy = Policy(random_lm(config_of(), attn_implementation="segments"))
     batch = collate(made)
-    before, after = (policy(collate(item)).split(batch.lengths) for item in (made, other))
-    assert [torch.equal(x, y) for x, y in zip(before, after)] == [True, False, True, True, True, True, False, False, False]
+    before = policy(batch).split(batch.lengths)
+    after = policy(collate(other)).split(batch.lengths)
+    same = [torch.equal(x, y) for x, y in zip(before, after)]
+    assert same == [True, False, True, True, True, True, False, False, False]
 
 
 def test_every_pass_is_the_same_to_the_bit():
     made, lm = examples(8), random_lm(config_of(), attn_implementation="segments")
     policy = Policy(lm)
-    first, second = ((values := policy(collate(made))).detach(), *gradients(lm, values).values()), None
-    second = ((values := policy(collate(made))).detach(), *gradients(lm, values).values())
-    assert all(torch.equal(x, y) for x, y in zip(first, second))
+    first, second = policy(collate(made)), policy(collate(made))
+    assert torch.equal(first, second)
+    first_gradients, second_gradients = gradients(lm, first), gradients(lm, second)
+    assert all(torch.equal(first_gradients[name], second_gradients[name]) for name in first_gradients)
 
 
 def test_the_filler_has_no_log_probs_and_zero_gradients():
@@ -144,10 +156,12 @@ def test_the_filler_has_no_log_probs_and_zero_gradients():
 def head_inputs(rows=11, trained_head=True):
     """hidden (rows, 8), weight (50, 8), target (rows,)"""
     torch.manual_seed(0)
-    return torch.randn(rows, 8, requires_grad=True), torch.randn(50, 8, requires_grad=trained_head), torch.randint(50, (rows,))
+    hidden = torch.randn(rows, 8, requires_grad=True)
+    weight = torch.randn(50, 8, requires_grad=trained_head)
+    return hidden, weight, torch.randint(50, (rows,))
 
 
-@pytest.mark.parametrize("width", [1, 7, 50, 100])      # of a vocabulary of 50: one at a time, not a divisor, all at once
+@pytest.mark.parametrize("width", [1, 7, 50, 100])      # for a vocabulary of 50
 @pytest.mark.parametrize("trained_head", [True, False])
 def test_chunked_log_probs_equal_full_logits(monkeypatch, width, trained_head):
     monkeypatch.setitem(LOGITS_AT_ONCE, "cpu", width * 11 + 10)
@@ -155,14 +169,15 @@ def test_chunked_log_probs_equal_full_logits(monkeypatch, width, trained_head):
     slopes = torch.randn(11)
     inputs = [hidden, weight][:1 + trained_head]
 
-    def full():
-        return torch.log_softmax(hidden @ weight.T, -1)[range(11), target]
-
     def chunked():
         return ChunkedLogps.apply(hidden, weight, target, torch.float32)
 
-    torch.testing.assert_close(chunked(), full(), rtol=1e-6, atol=1e-6)
-    ours, again, theirs = (torch.autograd.grad((slopes * form()).sum(), inputs) for form in (chunked, chunked, full))
+    full = torch.log_softmax(hidden @ weight.T, -1)[range(11), target]
+    assert torch.equal(logps_of_full_logits(hidden, weight, target), full)
+    torch.testing.assert_close(chunked(), full, rtol=1e-6, atol=1e-6)
+    ours = torch.autograd.grad((slopes * chunked()).sum(), inputs)
+    again = torch.autograd.grad((slopes * chunked()).sum(), inputs)
+    theirs = torch.autograd.grad((slopes * full).sum(), inputs)
     for x, y, z in zip(ours, again, theirs):
         assert torch.equal(x, y)
         torch.testing.assert_close(x, z, rtol=1e-5, atol=1e-6)
@@ -182,7 +197,9 @@ def test_chunked_log_probs_of_bf16_products():
     full = torch.log_softmax(hidden @ weight.T, -1)[range(11), target]
     assert logps.dtype == torch.float32
     torch.testing.assert_close(logps, full, rtol=0, atol=0.05)
-    for x, y in zip(torch.autograd.grad(logps.sum(), (hidden, weight)), torch.autograd.grad(full.sum(), (hidden, weight))):
+    ours = torch.autograd.grad(logps.sum(), (hidden, weight))
+    theirs = torch.autograd.grad(full.sum(), (hidden, weight))
+    for x, y in zip(ours, theirs):
         assert x.dtype == torch.float32
         torch.testing.assert_close(x, y, rtol=0, atol=0.1)
 
@@ -194,7 +211,8 @@ def test_gradient_checkpointing_changes_nothing_but_memory(tmp_path):
     results, calls = [], []
     for recompute in (False, True):
         policy = build_policy(path, byte_tokenizer(), ModelKeys(gradient_checkpointing=recompute))
-        policy.lm.base_model.layers[0].mlp.register_forward_pre_hook(lambda *_, recompute=recompute: calls.append(recompute))
+        mlp = policy.lm.base_model.layers[0].mlp
+        mlp.register_forward_pre_hook(lambda *_, recompute=recompute: calls.append(recompute))
         values = policy(collate(made))
         results.append((values, *gradients(policy.lm, values).values()))
     assert calls == [False, True, True]                            # the layer runs again in the backward pass
@@ -207,7 +225,8 @@ def test_dropout_is_off(tmp_path):
         policy = build_policy(path, byte_tokenizer(), ModelKeys(gradient_checkpointing=recompute))
         batch = collate(examples(2))
         assert torch.equal(policy(batch), policy(batch))
-        torch.testing.assert_close(policy(batch), plain_logps(AutoModelForCausalLM.from_pretrained(path).eval(), batch.examples))
+        plain = AutoModelForCausalLM.from_pretrained(path).eval()
+        torch.testing.assert_close(policy(batch), plain_logps(plain, batch.examples))
 
 
 def test_check_policy_accepts_an_ordinary_model():
@@ -220,8 +239,12 @@ def test_check_policy_accepts_an_ordinary_model():
 @pytest.mark.parametrize("mode, shared", [("auto", False), ("false", False), ("true", None)])
 def test_check_policy_falls_back_where_sharing_is_wrong(mode, shared):
     """A stand-in for such a model: its log-probs are wrong wherever a prompt has two responses."""
+    def wrong(policy, inputs, logps):
+        shared = any(len(lengths) > 1 for _, lengths in inputs[0].segments)
+        return logps + shared
+
     policy, notices = Policy(random_lm(config_of(), attn_implementation="segments")), []
-    policy.register_forward_hook(lambda _, inputs, output: output + any(len(lengths) > 1 for _, lengths in inputs[0].segments))
+    policy.register_forward_hook(wrong)
     if shared is None:
         with pytest.raises(UserError, match="differ from the model's own by 1"):
             check_policy(policy, examples(2), mode, notices.append)
@@ -231,9 +254,10 @@ def test_check_policy_falls_back_where_sharing_is_wrong(mode, shared):
 
 
 def test_check_policy_refuses_what_flat_rows_cannot_compute():
-    for final, attention in ((0.5, None), (None, 0.1)):      # Gemma 2 limits the size of its logits and of its attention scores
+    for final, attention in ((0.5, None), (None, 0.1)):      # Gemma 2 caps logits and attention scores
         caps = dict(final_logit_softcapping=final, attn_logit_softcapping=attention)
-        lm = random_lm(config_of(Gemma2Config, query_pre_attn_scalar=8, **caps), attn_implementation="segments")
+        config = config_of(Gemma2Config, query_pre_attn_scalar=8, **caps)
+        lm = random_lm(config, attn_implementation="segments")
         for mode in ("auto", "true", "false"):
             with pytest.raises(UserError, match="differ from the model's own") as caught:
                 check_policy(Policy(lm), examples(2), mode, lambda text: None)
@@ -252,7 +276,8 @@ def test_load_lm_names_what_is_not_a_causal_lm(tmp_path):
     quantized = directory("quantized", config=config_of().to_dict() | quantization)
     (tmp_path / "file").write_text("")
     cut = tiny_model(tmp_path / "cut")
-    (tmp_path / "cut" / "model.safetensors").write_bytes((tmp_path / "cut" / "model.safetensors").read_bytes()[:1000])
+    weights = tmp_path / "cut" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
     cases = [
         (str(tmp_path / "missing"), "there is no directory"), ("./missing", "there is no directory"),
         (str(tmp_path / "file"), "is a file, not a directory with a model"),

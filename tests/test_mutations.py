@@ -80,7 +80,12 @@ MUTATIONS = {    # name: (file, text, what it becomes, the tests that must fail)
         "engine/rollout.py", "example.extras[name] = value", "example.extras[name] = -value if name == 'advantages' else value",
         online(*GROUPS)),
     "log-probs at temperature 1": (
-        "model/policy.py", "states if temperature == 1 else states / temperature", "states", online("grpo", "rloo")),
+        "model/policy.py", "states = states / temperature", "pass", online("grpo", "rloo")),
+    "the gradient of the entropy without H": (
+        "model/entropy.py", "logps.add_(entropy).mul_(grad_entropies)", "logps.mul_(grad_entropies)",
+        ["test_entropy.py::test_values_and_gradients_equal_full_logits[True-7]",
+         "test_entropy.py::test_equal_logits_have_the_entropy_of_a_fair_die",
+         "test_entropy.py::test_policy_equals_the_models_own_logits[False-False-1.0]"]),
     "completions cut before their stop token": (
         "model/sampler.py", "Completion(tokens, logps, stopped)",
         "Completion(*((x[:-1] if stopped and step else x) for x in (tokens, logps)), stopped)",

@@ -7,7 +7,9 @@ import pytest
 import torch
 
 import data.pack
-from data.pack import Example, Response, collate, order, pack
+from data.errors import RunError
+from data.pack import Example, Response, collate
+from data.packing import order, pack
 
 
 def example(prompt, *responses, trained=None):
@@ -18,8 +20,11 @@ def example(prompt, *responses, trained=None):
 
 
 def lists(batch):
-    return {name: getattr(batch, name).tolist() for name in ("tokens", "positions", "source", "target", "last")} | {
-        "lengths": batch.lengths, "segments": batch.segments}
+    """A batch as plain lists by name."""
+    found = {"lengths": batch.lengths, "segments": batch.segments}
+    for name in ("tokens", "positions", "source", "target", "last"):
+        found[name] = getattr(batch, name).tolist()
+    return found
 
 
 def random_examples(count, responses, seed=0):
@@ -27,10 +32,14 @@ def random_examples(count, responses, seed=0):
 
     def tokens(most):
         return [draw.randrange(100) for _ in range(draw.randint(1, most))]
-    made = [example(tokens(5), *(tokens(6) for _ in range(responses))) for _ in range(count)]
-    for item in made:
+
+    made = []
+    for _ in range(count):
+        prompt = tokens(5)
+        item = example(prompt, *[tokens(6) for _ in range(responses)])
         for response in item.responses:
             response.trained = np.array([draw.random() < 0.7 for _ in response.tokens])
+        made.append(item)
     return made
 
 
@@ -77,10 +86,10 @@ def test_pairs_with_separate_prompts():
 
 
 def test_three_responses_of_which_parts_are_trained():
-    """As in conversations of several turns: 11 and 12 are context, and so is the first token of the last response."""
-    batch = collate([example([5], [10, 11, 12, 13], [20, 21], [30, 31], trained=[[1, 0, 0, 1], [1, 1], [0, 1]]),
-                     example([6, 7], [8], [9], [8])])
-    assert lists(batch) == {
+    """As in conversations of several turns: 11, 12 and 30 are context."""
+    first = example([5], [10, 11, 12, 13], [20, 21], [30, 31], trained=[[1, 0, 0, 1], [1, 1], [0, 1]])
+    second = example([6, 7], [8], [9], [8])
+    assert lists(collate([first, second])) == {
         "tokens": [5, 10, 11, 12, 13, 20, 21, 30, 31, 6, 7, 8, 9, 8],
         "positions": [0, 1, 2, 3, 4, 1, 2, 1, 2, 0, 1, 2, 2, 2],
         "source": [0, 3, 0, 5, 7, 10, 10, 10],
@@ -94,26 +103,35 @@ def test_three_responses_of_which_parts_are_trained():
 @pytest.mark.parametrize("share_prompt", [True, False])
 @pytest.mark.parametrize("responses", [1, 2, 3, 8])
 def test_source_and_target_by_content(share_prompt, responses):
-    """What a response's token sees is its prompt and its own beginning: the source's token, position and the target say so."""
+    """The token before a trained token in its own text, and that token's position, belong to the source."""
     examples = random_examples(6, responses)
     batch = collate(examples, share_prompt)
-    expected = []
+    expected, lengths, ends = [], [], []
     for item in examples:
         for response in item.responses:
             text = [*item.prompt.tolist(), *response.tokens.tolist()]
-            expected += [(text[i - 1], i - 1, text[i]) for i, trained in enumerate(response.trained, len(item.prompt)) if trained]
-    seen = batch.tokens[batch.source], batch.positions[batch.source], batch.target
-    assert list(zip(*(x.tolist() for x in seen))) == expected
-    assert batch.lengths == [int(response.trained.sum()) for item in examples for response in item.responses]
-    assert batch.tokens[batch.last].tolist() == [response.tokens[-1] for item in examples for response in item.responses]
-    assert len(batch.tokens) == sum(item.size(share_prompt) for item in examples) == sum(p + sum(r) for p, r in batch.segments)
-    assert sum(batch.lengths) == len(batch.source) == sum(item.num_trained for item in examples)
+            for i, trained in enumerate(response.trained, len(item.prompt)):
+                if trained:
+                    expected.append((text[i - 1], i - 1, text[i]))
+            lengths.append(response.trained.tolist().count(True))
+            ends.append(text[-1])
+    source_tokens = batch.tokens[batch.source].tolist()
+    source_positions = batch.positions[batch.source].tolist()
+    assert list(zip(source_tokens, source_positions, batch.target.tolist())) == expected
+    assert batch.lengths == lengths
+    assert batch.tokens[batch.last].tolist() == ends
+    size = sum(item.size(share_prompt) for item in examples)
+    laid_out = sum(prompt + sum(parts) for prompt, parts in batch.segments)
+    assert len(batch.tokens) == size == laid_out
+    trained_tokens = sum(item.num_trained for item in examples)
+    assert sum(batch.lengths) == len(batch.source) == trained_tokens
 
 
 def test_the_filler_trains_nothing():
-    assert lists(collate([])) == {
-        "tokens": [0], "positions": [0], "source": [], "target": [], "last": [], "lengths": [], "segments": [(1, [])]}
-    assert collate([]).sum(torch.zeros(0)).shape == (0,)
+    filler = collate([])
+    nothing = dict.fromkeys(("source", "target", "last", "lengths"), [])
+    assert lists(filler) == nothing | {"tokens": [0], "positions": [0], "segments": [(1, [])]}
+    assert filler.sum(torch.zeros(0)).shape == filler.extra("advantages").shape == (0,)
 
 
 def test_sum_mean_and_expand():
@@ -125,6 +143,53 @@ def test_sum_mean_and_expand():
     assert batch.expand(torch.tensor([1.0, 2.0, 3.0, 4.0])).tolist() == [1, 1, 2, 3, 4, 4]
     (batch.sum(x) * torch.tensor([1.0, 2.0, 3.0, 4.0])).sum().backward()
     assert x.grad.tolist() == [1, 1, 2, 3, 4, 4]
+
+
+# ---- extras ----
+
+def group(**extras):
+    """A prompt with three responses of 2, 1 and 2 trained tokens."""
+    item = example([5], [7, 8], [9], [1, 2, 3], trained=[[1, 1], [1], [1, 0, 1]])
+    item.extras = extras
+    return item
+
+
+def test_extras_are_per_response_or_per_trained_token():
+    values = torch.tensor([0.5, 1.5, 2.5], dtype=torch.float64)
+    first = group(reward=values, old=torch.arange(5.0))
+    batch = collate([first, group(reward=-values, old=torch.arange(5.0, 10))])
+    assert batch.extra("reward").tolist() == [0.5, 1.5, 2.5, -0.5, -1.5, -2.5]
+    assert batch.extra("reward").dtype == torch.float32
+    assert batch.extra("old").tolist() == list(range(10))
+
+
+def test_an_unknown_extra_is_refused_with_the_known_ones():
+    batch = collate([group(prompt="Q", advantages=torch.zeros(3), old_logps=torch.zeros(5))])
+    with pytest.raises(RunError) as caught:
+        batch.extra("advantage")
+    expected = "the batch has no 'advantage'; it has advantages, old_logps; fix: "
+    assert str(caught.value).startswith(expected) and "\n" not in str(caught.value)
+    with pytest.raises(RunError, match="it has no extra values; fix: "):
+        collate([group()]).extra("advantage")
+
+
+def test_a_part_keeps_the_numbers_of_its_responses():
+    item = group(prompt="Q", reward=torch.tensor([10.0, 11.0, 12.0]), old=torch.arange(5.0))
+    part = item.part([2, 0])
+    assert [response.tokens.tolist() for response in part.responses] == [[1, 2, 3], [7, 8]]
+    assert part.extras["prompt"] == "Q" and part.where == "here"
+    assert part.extras["reward"].tolist() == [12, 10]
+    assert part.extras["old"].tolist() == [3, 4, 0, 1]
+    assert len(item.responses) == 3 and len(item.extras["old"]) == 5
+
+
+@pytest.mark.parametrize("value", [torch.tensor(1.0), torch.zeros(1), torch.zeros(4), torch.zeros(6)])
+def test_a_part_refuses_extras_of_another_length(value):
+    with pytest.raises(RunError) as caught:
+        group(old=value).part([0, 1])
+    expected = f"old of here has {value.numel()} numbers, neither 3 (one per response) nor 5 ("
+    assert str(caught.value).startswith(expected) and "; fix: " in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 # ---- order ----
@@ -142,8 +207,11 @@ def test_order_is_a_pure_function_of_seed_and_epoch():
     first = order(50, 8, 1, 2, True)
     np.random.seed(1)
     assert order(50, 8, 1, 2, True) == first
-    flat = [tuple(sum(order(50, 8, seed, epoch, True), [])) for seed in range(4) for epoch in range(4)]
-    assert len(set(flat)) == 16
+    orders = set()
+    for seed in range(4):
+        for epoch in range(4):
+            orders.add(tuple(sum(order(50, 8, seed, epoch, True), [])))
+    assert len(orders) == 16
     assert sum(order(50, 3, 1, 2, True), []) == sum(first, [])       # the batch size only cuts the order
 
 
@@ -156,10 +224,11 @@ def test_pack_deals_every_example_once_within_the_budget(world, budget):
     for count in (1, 2, 7, 40):
         sizes = [draw.randint(1, 60) for _ in range(count)]
         ranks = pack(sizes, budget, world)
-        bins = [members for rank in ranks for members in rank]
+        bins = sum(ranks, [])
         assert len(ranks) == world and len({len(rank) for rank in ranks}) == 1
         assert sorted(sum(bins, [])) == list(range(count))
-        assert all(sum(sizes[i] for i in members) <= budget or len(members) == 1 for members in bins)
+        for members in bins:
+            assert sum(sizes[i] for i in members) <= budget or len(members) == 1
         assert pack(sizes, budget, world) == ranks
 
 

@@ -6,7 +6,17 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import byte_tokenizer, final_weights, metrics, pair_rows, random_lm, train_here, trained_weights, write_config, write_jsonl
+from helpers import (
+    byte_tokenizer,
+    final_weights,
+    metrics,
+    pair_rows,
+    random_lm,
+    train_here,
+    trained_weights,
+    write_config,
+    write_jsonl,
+)
 from helpers import config_of as tiny_config
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
@@ -44,8 +54,8 @@ def trained(request, tmp_path_factory):
 
 
 def train(folder, name, **values):
-    train_here(write_config(folder / f"{name}.yml", **dict(algorithm="rm", output=folder / name, batch_size=4, lr=1e-2, max_length=256,
-                                                           save_every="null", seed=3) | values))
+    values = dict(batch_size=4, lr=1e-2, max_length=256, save_every="null", seed=3) | values
+    train_here(write_config(folder / f"{name}.yml", algorithm="rm", output=folder / name, **values))
     return folder / name
 
 
@@ -55,7 +65,8 @@ def sequences(tokenizer):
     for row in pair_rows(10):
         prompt = tokenizer.apply_chat_template(row["prompt"], tokenize=False, add_generation_prompt=True)
         for side in ("chosen", "rejected"):
-            found.append((tokenizer(prompt).input_ids, tokenizer(row[side][0]["content"] + "<|im_end|>").input_ids))
+            response = row[side][0]["content"] + "<|im_end|>"
+            found.append((tokenizer(prompt).input_ids, tokenizer(response).input_ids))
     return found
 
 
@@ -64,23 +75,29 @@ def plain_scores(run, found):
     lm = AutoModelForCausalLM.from_pretrained(run / "final", dtype=torch.float32)
     head = load_file(run / "final" / "value_head.safetensors")["v_head.summary.weight"]
     assert head.shape == (1, 32)
-    with torch.no_grad():
-        return torch.stack([lm(torch.tensor([prompt + response]), output_hidden_states=True).hidden_states[-1][0, -1] @ head[0]
-                            for prompt, response in found])
+    scores = []
+    for prompt, response in found:
+        with torch.no_grad():
+            output = lm(torch.tensor([prompt + response]), output_hidden_states=True)
+        scores.append(output.hidden_states[-1][0, -1] @ head[0])
+    return torch.stack(scores)
 
 
 def test_scores_equal_a_plain_forward(trained):
     final = str(trained.run / "final")
     found = sequences(AutoTokenizer.from_pretrained(final))
     expected = plain_scores(trained.run, found)
-    reward_model = build_reward_model(Policy(AutoModelForCausalLM.from_pretrained(final, attn_implementation="segments")), final, seed=0)
-    pairs = [Example(np.array(found[i][0], np.int32), [Response.all_trained(found[i + k][1]) for k in (0, 1)], "")
-             for i in range(0, len(found), 2)]
+    lm = AutoModelForCausalLM.from_pretrained(final, attn_implementation="segments")
+    reward_model = build_reward_model(Policy(lm), final, seed=0)
+    pairs = []
+    for (prompt, chosen), (_, rejected) in zip(found[::2], found[1::2]):
+        responses = [Response.all_trained(chosen), Response.all_trained(rejected)]
+        pairs.append(Example(np.array(prompt, np.int32), responses, ""))
     with torch.no_grad():
         scores = reward_model(reward_model.collate(pairs))
     assert torch.allclose(scores, expected, rtol=1e-5, atol=1e-5) and expected.std() > 0.01
-    losses = torch.nn.functional.softplus(expected[1::2] - expected[::2])      # the run's own last evaluation, on the same pairs
-    last = metrics(trained.run, "eval")[-1]
+    losses = torch.nn.functional.softplus(expected[1::2] - expected[::2])
+    last = metrics(trained.run, "eval")[-1]                  # on the same pairs
     assert last["loss"] == pytest.approx(losses.mean().item(), rel=1e-5)
     assert last["accuracy"] == pytest.approx((expected[::2] > expected[1::2]).float().mean().item())
 
@@ -88,9 +105,11 @@ def test_scores_equal_a_plain_forward(trained):
 def test_the_classifier_gives_equal_scores(trained):
     """One by one and in padded batches, right and left; with the tokenizer that was saved with it."""
     folder = trained.run / "classifier"
-    tokenizer, classifier = AutoTokenizer.from_pretrained(folder), AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    classifier = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1)
     assert classifier.config.pad_token_id == tokenizer.pad_token_id
-    assert tokenizer.pad_token_id not in (None, tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>"))
+    end_of_turn = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert tokenizer.pad_token_id not in (None, tokenizer.eos_token_id, end_of_turn)
     found = sequences(AutoTokenizer.from_pretrained(trained.run / "final"))
     expected = plain_scores(trained.run, found)
     rows = [prompt + response for prompt, response in found]
@@ -105,11 +124,12 @@ def test_the_classifier_gives_equal_scores(trained):
 
 def test_a_run_continues_a_reward_model(trained):
     """Its head is loaded with the trunk: before the first update it scores as the finished run does."""
-    again = train(trained.folder, "again", model=trained.run / "final", data=trained.data, eval_data=trained.data, max_steps=1)
+    data = dict(data=trained.data, eval_data=trained.data)
+    again = train(trained.folder, "again", model=trained.run / "final", max_steps=1, **data)
     before, after = metrics(again, "eval")
     last = metrics(trained.run, "eval")[-1]
-    changing = {"step", "split"}
-    assert {name: before[name] for name in last.keys() - changing} == pytest.approx({name: last[name] for name in last.keys() - changing})
+    for name in last.keys() - {"step", "split"}:
+        assert before[name] == pytest.approx(last[name]), name
     assert after["loss"] != before["loss"]
     ours, theirs = trained_weights(again), trained_weights(trained.run)
     assert not torch.equal(ours["v_head.summary.weight"], theirs["v_head.summary.weight"])
@@ -126,7 +146,9 @@ def test_margins(tmp_path):
     for row, margin in zip(metrics(run), margins, strict=True):
         assert row["loss"] == pytest.approx(math.log(1 + math.exp(margin - row["margin"])), rel=1e-5)
     without = train(tmp_path, "without", data=write_jsonl(tmp_path / "plain.jsonl", pair_rows(5)), **options)
-    assert metrics(run)[0]["margin"] == metrics(without)[0]["margin"] and metrics(run)[1]["margin"] != metrics(without)[1]["margin"]
+    first, second = metrics(run)[:2]
+    first_without, second_without = metrics(without)[:2]
+    assert first["margin"] == first_without["margin"] and second["margin"] != second_without["margin"]
 
 
 def test_what_is_printed_and_saved(trained, capsys):
@@ -135,4 +157,5 @@ def test_what_is_printed_and_saved(trained, capsys):
     printed = capsys.readouterr().out
     assert "model    " in printed and "metrics  " in printed and "chat" not in printed
     assert "lm_head.weight" in final_weights(trained.run)
-    assert json.loads((trained.run / "classifier" / "config.json").read_text())["architectures"] == ["Qwen2ForSequenceClassification"]
+    config = json.loads((trained.run / "classifier" / "config.json").read_text())
+    assert config["architectures"] == ["Qwen2ForSequenceClassification"]

@@ -1,0 +1,50 @@
+"""Which examples an update takes, and how they are dealt to ranks and micro-batches."""
+import math
+
+import numpy as np
+
+
+def order(count: int, batch_size: int, seed: int, epoch: int, shuffle: bool) -> list[list[int]]:
+    """The updates of one epoch, each a list of example indices: a pure function, so the data position is the
+    step number. The last update of an epoch may be smaller."""
+    indices = list(range(count))
+    if shuffle:
+        draw = np.random.default_rng((seed, epoch))
+        indices = draw.permutation(count).tolist()
+    updates = []
+    for start in range(0, count, batch_size):
+        updates.append(indices[start:start + batch_size])
+    return updates
+
+
+def pack(sizes: list[int], micro_batch_tokens: int, world: int = 1) -> list[list[list[int]]]:
+    """Deal one update's examples (given by their sizes in tokens) to ranks and micro-batches.
+
+    Returns, per rank, the same number of lists of positions in `sizes` (some may be empty): the fewest with
+    which `fill` keeps within `micro_batch_tokens`. An example larger than that is alone in its
+    micro-batch."""
+    needed = sum(min(size, micro_batch_tokens) for size in sizes)
+    rounds = math.ceil(needed / (micro_batch_tokens * world))
+    rounds = max(1, rounds)
+    bins = fill(sizes, rounds * world, micro_batch_tokens)
+    while bins is None:
+        rounds += 1
+        bins = fill(sizes, rounds * world, micro_batch_tokens)
+    return [bins[rank::world] for rank in range(world)]
+
+
+def fill(sizes: list[int], count: int, capacity: int) -> list[list[int]] | None:
+    """`count` bins of positions in `sizes`: the largest size first, each into the emptiest bin. None if a bin
+    with several would exceed `capacity`."""
+    bins = [[] for _ in range(count)]
+    loads = [0] * count
+    largest_first = sorted(range(len(sizes)), key=lambda i: -sizes[i])
+    for i in largest_first:
+        emptiest = loads.index(min(loads))
+        if bins[emptiest] and loads[emptiest] + sizes[i] > capacity:
+            return None
+        bins[emptiest].append(i)
+        loads[emptiest] += sizes[i]
+    for members in bins:
+        members.sort()
+    return bins

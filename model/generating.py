@@ -1,0 +1,36 @@
+"""The LM of a policy in the state that generation needs."""
+import contextlib
+
+import torch
+from torch.distributed.fsdp import FSDPModule
+
+
+@contextlib.contextmanager
+def generating(policy, attention: str | None = None):
+    """Yield the LM inside `policy`, without gradients, with every sharded weight gathered, and with ordinary
+    attention that takes a KV cache (or the registered form of attention `attention`)."""
+    lm = policy.lm
+    sharded = [module for module in policy.modules() if isinstance(module, FSDPModule)]
+    if sharded:
+        # One forward through the root on every rank gathers all weights; after it, ranks may run the LM a
+        # different number of times.
+        policy.set_reshard_after_forward(False)
+        with torch.no_grad():
+            policy(policy.collate([]))
+    ordinary = "sdpa" if lm._supports_sdpa else "eager"        # eager: Gemma 2
+    implementation = lm.config._attn_implementation
+    lm.set_attn_implementation(attention or ordinary)
+    # LoRA's dropout is in train mode, and so are checkpointed layers, which would ignore the cache.
+    training = [module for module in lm.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        with torch.no_grad(), policy.autocast():
+            yield lm
+    finally:
+        lm.set_attn_implementation(implementation)
+        for module in training:
+            module.training = True
+        for module in sharded:
+            module.reshard()
+            module.set_reshard_after_forward(True, recurse=False)
