@@ -22,7 +22,8 @@ from helpers import (
 
 import algorithms
 from data.dataset import build_dataset, combine, load_datasets, split_off
-from data.pack import collate, order, pack
+from data.pack import collate
+from data.packing import order, pack
 
 TOKENIZER = byte_tokenizer()
 
