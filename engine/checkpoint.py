@@ -403,8 +403,8 @@ def fitting_moments(directory: str, parameters: dict) -> dict:
 
 def recall(directory: str, tensors: dict[str, torch.Tensor]) -> None:
     """Copy what a checkpoint has of remembered tensors into `tensors`, in place and sharded as these are. The
-    file may hold other groups of names (`ema/...`), but of each group in `tensors` it must hold the same names.
-    RunError on every rank, with nothing copied, where the file, a name or a shape does not fit."""
+    file may hold other groups of names (`ema/...`), but of each group in `tensors` it must hold the same
+    names. RunError on every rank, with nothing copied, where the file, a name or a shape does not fit."""
     if not tensors:
         return
     path = os.path.join(directory, REMEMBERED)

@@ -96,7 +96,7 @@ def attach(lm, adapter, seed: int = 0):
     devices = [lm.device] if lm.device.type == "cuda" else []
     with torch.random.fork_rng(devices), warnings.catch_warnings():
         torch.manual_seed(seed)
-        warnings.simplefilter("ignore", FutureWarning)       # peft reads a deprecated property of transformers
+        warnings.simplefilter("ignore", FutureWarning)     # peft reads a deprecated property of transformers
         try:
             model = peft.get_peft_model(lm, adapter)
         except Exception as error:  # noqa: BLE001  the settings may be somebody else's

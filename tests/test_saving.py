@@ -36,7 +36,7 @@ from transformers import (
 )
 
 from data.errors import RunError, UserError
-from engine import checkpoint, loop
+from engine import checkpoint, saver
 from engine.logs import Run
 from engine.loop import Engine
 from engine.saver import Saver
@@ -321,7 +321,7 @@ def test_a_disk_that_is_too_small_is_said_once(model, tmp_path, capsys, monkeypa
     parameters = AutoModelForCausalLM.from_pretrained(model).num_parameters()
     needed = 3 * 12 * parameters + 4 * parameters            # two kept, one that comes, and final/
     for free, said in ((needed - 1, 1), (needed, 0)):
-        monkeypatch.setattr(loop.shutil, "disk_usage", lambda path, free=free: usage._replace(free=free))
+        monkeypatch.setattr(saver.shutil, "disk_usage", lambda path, free=free: usage._replace(free=free))
         folder = tmp_path / str(free)
         folder.mkdir()
         assert (train(folder, model, save_every=1, epochs=2) / "final").is_dir()
