@@ -159,8 +159,8 @@ class _Found:
             self.drop(f"{self.labelled.label} is false or 0 (undesirable)", where)
         if self.other_label:
             name, where = self.other_label.label, self.other_label.where
-            sentence = (f"{self.source}: the column {name!r} is ignored, since it holds other values than true "
-                        f"and false, 0 and 1 (first: {where})")
+            sentence = (f"{self.source}: the column {name!r} is ignored, since it holds other values than "
+                        f"true and false, 0 and 1 (first: {where})")
             self.notices[sentence] = None
 
     def check(self):

@@ -106,7 +106,7 @@ class Text:
     where: str           # "file:line"
     raw: bool = False    # plain running text: the prompt is "" and the only response is cut into pieces
     shape: str = ""      # the columns that were read
-    extras: dict = field(default_factory=dict)      # label (bool), margin (float), a prompt's prompt and columns
+    extras: dict = field(default_factory=dict)      # label (bool), margin (float); prompts: prompt, columns
     tools: list | None = None      # what the assistant may call, as `data.messages` reads it
     label: str = ""      # the column that says whether the response is desirable; extras has no label if it
                          # says something else

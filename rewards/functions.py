@@ -138,7 +138,8 @@ def _reward(part, weight, where):
         return Reward(Path(part).resolve().name, weight, None, part)
     near = difflib.get_close_matches(part, BUILT_IN, n=1)
     form = f"{part}:function" if part.endswith(".py") else "path.py:function or the path of an rm run"
-    raise UserError(f"{part!r} in {where} is neither {', '.join(BUILT_IN)}, a Python function nor a directory; "
+    known = ", ".join(BUILT_IN)
+    raise UserError(f"{part!r} in {where} is neither {known}, a Python function nor a directory; "
                     f"fix: write {near[0] if near else form}")
 
 
@@ -240,10 +241,10 @@ def score(reward, prompts, completions, columns, timeout=60.0):
 
 
 def score_all(rewards, prompts, completions, columns, timeout=60.0):
-    """For each reward a list of one finite float, or None, per completion. `columns`: {name: list}; `timeout`: seconds
-    for each call, limited on the main thread of Unix only. What `async def` functions return is awaited
-    together, in the time of one call. Raises RunError, which names the reward, a prompt and its completion,
-    if a function fails or returns something else."""
+    """For each reward a list of one finite float, or None, per completion. `columns`: {name: list};
+    `timeout`: seconds for each call, limited on the main thread of Unix only. What `async def` functions
+    return is awaited together, in the time of one call. Raises RunError, which names the reward, a prompt and
+    its completion, if a function fails or returns something else."""
     columns = dict(columns)
     columns.pop("prompts", None)
     columns.pop("completions", None)
