@@ -30,10 +30,9 @@ def logit_slices(hidden, weight, target):
         head = weight[rows].to(hidden.dtype)
         offset = target[:, None] - start
         column = offset % len(head)
-        hit = column == offset
         out = buffer[:, :len(head)]
         logits = torch.mm(hidden, head.T, out=out).float()
-        yield logits, column, hit, rows, head
+        yield logits, column, column == offset, rows, head
 
 
 def target_logits(hidden, weight, target):

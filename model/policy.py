@@ -16,8 +16,8 @@ class Policy(nn.Module):
 
     `policy(batch, temperature)` -> (N,): the same with logits / temperature, for tokens sampled at it.
 
-    `policy(batch, entropy=True)` -> (N,), (N,): the log-probs, and the entropy over the whole vocabulary at each
-    trained token's position, in nats. Both have gradients.
+    `policy(batch, entropy=True)` -> (N,), (N,): the log-probs, and the entropy over the whole vocabulary at
+    each trained token's position, in nats. Both have gradients.
 
     A forward has three parts, in this order:
     1. `hidden`: the LM without its head reads the flat row (attention.py) -> hidden states (T, D).
@@ -25,8 +25,8 @@ class Policy(nn.Module):
     3. `logps`: the head, a slice of the vocabulary at a time (logps.py) -> (N,).
 
     `precision` is that of the matrix products: weights stay as loaded (fp32 when trained) and run under bf16
-    autocast. Under `torchrun` this module, not the LM inside, is the FSDP root: its forward gathers embedding,
-    norm and head."""
+    autocast. Under `torchrun` this module, not the LM inside, is the FSDP root: its forward gathers
+    embedding, norm and head."""
 
     def __init__(self, lm, precision: str = "fp32", share_prompt: bool = True):
         super().__init__()

@@ -1,5 +1,5 @@
-"""The exact entropy beside the log-probs, against full logits in fp64. A gradient without H, which is a mutation in
-test_mutations.py, fails the comparisons of gradients here."""
+"""The exact entropy beside the log-probs, against full logits in fp64. A mutation in test_mutations.py leaves
+H out of the gradient; the comparisons of gradients here fail on it."""
 import random
 
 import numpy as np
