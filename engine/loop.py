@@ -11,8 +11,9 @@
       eval_batches            held-out rows, where an evaluation is due
     engine closes update k    its row in metrics.jsonl, samples, checkpoint, signals
 
-An update is closed when the algorithm asks for the next one, or by `engine.finish()` in train.py. So nothing is
-lost where an algorithm leaves its loop early: `break` keeps every update that was made, its row and the model.
+An update is closed when the algorithm asks for the next one, or by `engine.finish()` in train.py. So nothing
+is lost where an algorithm leaves its loop early: `break` keeps every update that was made, its row and the
+model.
 """
 import math
 import time
@@ -25,17 +26,16 @@ from data.errors import RunError, UserError
 from data.pack import Batch, Example
 from data.packing import pack
 from engine import checkpoint, frozen
-from engine.console import per_second
 from engine.logs import Run
 from engine.optimizer import Optimizer
 from engine.plan import Plan
-from engine.ranks import distributed, from_all_ranks, sum_over_ranks
+from engine.ranks import distributed, sum_over_ranks
+from engine.record import Record
 from engine.rollout import Rollout
 from engine.rollouts import Rollouts
 from engine.saver import Saver
-from engine.signals import Signals, Stopped
+from engine.signals import Signals
 from engine.step import Step
-from model.build import reshard
 from model.policy import Policy
 
 
@@ -49,7 +49,7 @@ class Engine:
                  run: Run, kind: str, progress: str, start: str | None = None):
         self.config, self.policy, self.tokenizer = config, policy, tokenizer
         self.train_set, self.eval_set = train_set, eval_set
-        self.run, self.progress, self.start = run, progress, start
+        self.run, self.start = run, start
         self.is_online = kind == "prompts"
         self.rank, self.world = distributed()
         self.first = checkpoint.load_trainer(start)["step"] if start else 0      # the last update made before
@@ -58,23 +58,21 @@ class Engine:
         self.step: Step | None = None                # the last step that was opened
         self.is_open = False                         # whether its bookkeeping is still to be done
         self.last = self.first                       # the last update that was made
-        self.grad_norm = math.nan
-        self.weights_before: list | None = None      # what the first update must move
-        self.more: dict = {}                         # metrics of a rollout, for the rows of its updates
-        self.remembered: dict[str, dict] = {}
+        self.grad_norm = math.nan                    # before clipping
+        self.remembered: dict[str, dict] = {}        # what `remember` was given
         self.online: Rollouts | None = None
         self.optimizer = Optimizer(self)
         if start:
             checkpoint.load_optimizer(start, policy, self.optimizer)
-        self.since, self.tokens_seen = time.perf_counter(), 0
+        self.record = Record(self, progress)
         self.saver = Saver(self)
         self.signals = Signals(run)
 
-    # ---- what algorithms call ------------------------------------------------------------------------------
+    # ---- what algorithms call --------------------------------------------------------------------------------
 
     def steps(self, rollout: Rollout | None = None, skip: list | None = None) -> Iterator[Step]:
-        """Iterate the updates of the run, from the one after the checkpoint; or with a `rollout` those that are
-        made from it, without the completions that `skip` marks (a bool (G,) per prompt)."""
+        """Iterate the updates of the run, from the one after the checkpoint; or with a `rollout` those that
+        are made from it, without the completions that `skip` marks (a bool (G,) per prompt)."""
         if rollout is not None:
             yield from self.online.steps(rollout, skip)
             return
@@ -92,14 +90,11 @@ class Engine:
         step = self.step
         if step.index == 0:
             return                                   # nothing is trained there
-        missing = len(step.micro_batches) - len(step.losses)
-        if missing > 0:
-            raise RunError(f"{missing} of the {len(step.micro_batches)} micro-batches of update {step.index} have "
-                           "no loss; fix: add the line step.log(losses, metrics) after backward(), for every batch")
+        step.check_logged()
         limit = self.config.max_grad_norm or math.inf
         norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), limit)
         self.grad_norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-        self.check_finite(step)
+        self.record.check_finite(step)
         if self.online:
             self.online.check_sampler(step)
         step.is_clipped = True
@@ -126,8 +121,9 @@ class Engine:
         return frozen.reference_table(self, path, also)
 
     def remember(self, name: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Keep `tensors` in every checkpoint, for what an algorithm carries from update to update (an averaged
-        reference, a KL controller). After a resume they hold the saved values again. Change them in place."""
+        """Keep `tensors` in every checkpoint, for what an algorithm carries from update to update (an
+        averaged reference, a KL controller). After a resume they hold the saved values again. Change them in
+        place."""
         if self.start:
             checkpoint.recall(self.start, {f"{name}/{key}": tensor for key, tensor in tensors.items()})
         self.remembered[name] = tensors
@@ -152,7 +148,7 @@ class Engine:
         """Tell the user once, on the console and in events.log."""
         self.run.notice(text)
 
-    # ---- what online algorithms call besides; see engine/rollouts.py ------------------------------------------
+    # ---- what online algorithms call besides; see engine/rollouts.py -----------------------------------------
 
     def rollouts(self, config, num_samplings: int = 0) -> Iterator[Rollout]:
         self.online = Rollouts(self, config, num_samplings)
@@ -171,147 +167,56 @@ class Engine:
         return self.online.logps_and_values(rollout)
 
     def episodes(self, rollout: Rollout) -> dict:
-        return self.online.episodes(rollout)
+        return self.online.record.episodes(rollout)
 
     def old_logps(self, batch: Batch, logps: torch.Tensor) -> torch.Tensor:
         return self.online.old_logps(batch, logps)
 
-    # ---- the bookkeeping of an update -------------------------------------------------------------------------
+    # ---- the bookkeeping of an update ------------------------------------------------------------------------
 
     def begin(self) -> None:
         """Start the clock and the progress line of the updates."""
         if self.first > self.plan.total:
-            raise UserError(f"max_steps: the run is at step {self.first} already, after the {self.plan.total} "
-                            "asked for; fix: raise max_steps")
-        self.since = time.perf_counter()
-        self.run.console.start(self.first, self.plan.total)
+            raise UserError(f"max_steps: the run is at step {self.first} already, after the "
+                            f"{self.plan.total} asked for; fix: raise max_steps")
+        self.record.begin()
 
-    def open(self, update: int, examples: list[Example], more: dict | None = None) -> Step:
-        """Close the update before, and begin this one."""
+    def open(self, update: int, examples: list[Example], metrics: dict | None = None) -> Step:
+        """Close the update before, and begin this one; `metrics` join its row."""
         self.close()
-        self.started = time.perf_counter()
-        self.step, self.is_open, self.more = Step(self, update, examples), True, more or {}
+        self.step, self.is_open = Step(self, update, examples), True
+        self.record.open(self.step, metrics or {})
         if update:
             self.optimizer.set_learning_rate(self.plan.learning_rate(update))
-        self.weights_before = self.some_weights() if update == 1 else None
         return self.step
 
     def close(self, is_left: bool = False) -> None:
-        """Do the bookkeeping of the update that is open, if there is one. `is_left`: the algorithm has left its
-        loop; an update that it had not made is no update then."""
-        step, was_open = self.step, self.is_open
-        self.is_open = False
-        if not was_open:
+        """Do the bookkeeping of the update that is open, if there is one. `is_left`: the algorithm has left
+        its loop; an update that it had not made is no update then."""
+        if not self.is_open:
             return
+        self.is_open, step = False, self.step
         if step.index == 0:
-            self.record_evaluation(step)
+            self.record.evaluation(step)
         elif step.is_made:
-            self.record(step, is_left)
+            self.last = step.index
+            self.record.update(step, is_left)
         elif not is_left:
             raise RunError(f"update {step.index} made no change; fix: add the line optimizer.step() after "
                            "engine.clip_gradients()")
-
-    def record(self, step: Step, is_left: bool) -> None:
-        """Check, log, sample and save after an update that was made."""
-        update, total = step.index, self.plan.total
-        self.last = update
-        self.check_moved()
-        tokens = sum(example.size(self.policy.share_prompt) for example in step.examples)
-        self.tokens_seen += tokens
-        is_logged = update % self.config.log_every == 0 or update in (1, total) or is_left
-        shown = self.log_row(step, tokens) if is_logged else {}
-        rate = f"{per_second(self.tokens_seen, self.since):.0f} tokens/s"
-        self.run.console.progress(update, total, rate, shown, self.since, self.first, line=is_logged)
-        self.record_evaluation(step)
-        if self.sample_every and (update % self.sample_every == 0 or update == total):
-            self.write_samples(update)
-        stop = self.stop_requested()
-        if self.is_saved(update) or (stop and update < total):
-            self.save(update, is_left)
-        if stop and update < total:
-            raise Stopped(stop)
-
-    def log_row(self, step: Step, tokens: int) -> dict:
-        """Write the row of an update into metrics.jsonl; the part of it that the console shows."""
-        averages = step.averages("train") | self.more
-        position = {"step": step.index, "split": "train", "epoch": self.plan.epochs_after(step.index)}
-        speed = round(per_second(tokens, self.started), 1)
-        rest = {"grad_norm": self.grad_norm, "lr": self.plan.learning_rate(step.index), "tokens_per_second": speed}
-        self.run.append("metrics.jsonl", position | averages | rest)
-        return self.shown(averages)
-
-    def record_evaluation(self, step: Step) -> None:
-        if not step.totals["eval"]:
-            return
-        averages = step.averages("eval")
-        self.run.append("metrics.jsonl", {"step": step.index, "split": "eval", **averages})
-        shown = "  ".join(f"{name} {value:.4g}" for name, value in self.shown(averages).items())
-        self.run.notice(f"held-out rows at step {step.index}: {shown}")
-
-    def shown(self, averages: dict) -> dict:
-        return {name: averages[name] for name in dict.fromkeys(["loss", self.progress]) if name in averages}
 
     def finish(self) -> None:
         """Close the last update and write the final model. train.py calls it when the algorithm returns."""
         self.close(is_left=True)
         if not self.optimizer.state:
-            raise RunError("nothing was trained, so there is no model to write; fix: iterate engine.steps() until "
-                           "an update is made")
+            raise RunError("nothing was trained, so there is no model to write; fix: iterate engine.steps() "
+                           "until an update is made")
         if self.last < self.plan.total:
             self.notice(f"the algorithm ended the run after update {self.last} of {self.plan.total}")
         self.run.erase()
         self.saver.save_final()
 
-    # ---- checks -------------------------------------------------------------------------------------------------
-
-    def check_finite(self, step: Step) -> None:
-        """RunError that names the rows, or the checkpoint right after a resume, where the loss or the gradient
-        norm of an update is not finite."""
-        losses = [float(loss) for loss, _ in step.losses]
-        loss, = sum_over_ranks([sum(losses)], self.policy.device)
-        if math.isfinite(loss) and math.isfinite(self.grad_norm):
-            return
-        what = f"loss {loss:g}, gradient norm {self.grad_norm:g} in update {step.index}"
-        if self.start and step.index == self.first + 1:           # so the checkpoint may be the fault
-            raise RunError(f"{what}, the first after resuming from {self.start}, before the weights were "
-                           f"touched; fix: {checkpoint.instead_of(self.start)}")
-        bad = []
-        for loss, (_, examples) in zip(losses, step.losses):
-            if not math.isfinite(loss):
-                bad += [example.where for example in examples]
-        rows = from_all_ranks(bad) or [example.where for example in step.examples]
-        more = f" and {len(rows) - 8} more" if len(rows) > 8 else ""
-        raise RunError(f"{what}, before the weights were touched; rows: {', '.join(rows[:8])}{more}; "
-                       f"last checkpoint: {self.saver.last_checkpoint()}; fix: lower lr or look at these rows")
-
-    def check_moved(self) -> None:
-        """RunError where the first update has moved no weight."""
-        before, self.weights_before = self.weights_before, None
-        if before is None:
-            return
-        if self.grad_norm == 0 and not self.is_online:            # online all rewards of a rollout may be equal
-            raise RunError("the gradient of the first update is exactly 0, so nothing would be trained; "
-                           "likely causes: pairs whose two responses are the same once the chat template has "
-                           "rendered them, or a loss that is multiplied by 0; "
-                           "fix: look at the first example, which --dry-run shows")
-        changed = False
-        for old, new in zip(before, self.some_weights()):
-            changed = changed or not torch.equal(old, new)
-        is_moved = sum_over_ranks([float(changed)], self.policy.device)[0] > 0
-        if self.grad_norm > 0 and not is_moved:
-            raise RunError(f"no weight moved in the first update (gradient norm {self.grad_norm:.3g}, "
-                           f"lr {self.plan.learning_rate(1):g}); fix: raise lr")
-
-    def some_weights(self) -> list[torch.Tensor]:
-        """Copies of the first values of every trained parameter (of this rank's shards)."""
-        reshard(self.policy)
-        found = []
-        for parameter in self.policy.parameters():
-            if parameter.requires_grad:
-                found.append(checkpoint.local_part(parameter).flatten()[:4096].clone())
-        return found
-
-    # ---- examples to ranks and micro-batches -----------------------------------------------------------------------
+    # ---- examples to ranks and micro-batches -----------------------------------------------------------------
 
     def deal(self, examples: list[Example]) -> list[list[Example]]:
         """This rank's micro-batches of these examples; every rank gets the same number of them."""
@@ -343,7 +248,7 @@ class Engine:
         if self.world > 1:
             self.policy.set_requires_gradient_sync(is_last)
 
-    # ---- checkpoints, samples, signals ---------------------------------------------------------------------------------
+    # ---- checkpoints, samples, signals -----------------------------------------------------------------------
 
     def is_saved(self, update: int) -> bool:
         """Whether every run has a checkpoint after this update, stopped or not."""
@@ -354,8 +259,8 @@ class Engine:
         self.saver.save(update, is_left)
 
     def write_samples(self, update: int) -> None:
-        write = self.online.write_samples if self.online else self.saver.write_samples
-        write(update)
+        writer = self.online.record if self.online else self.saver
+        writer.write_samples(update)
 
     def stop_requested(self) -> int | None:
         """The signal that asks this run to stop, if any rank got one: all ranks leave together."""

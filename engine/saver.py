@@ -76,8 +76,8 @@ class Saver:
         directory = engine.run.path("checkpoints", f"step-{update:06d}")
         trainer, stored = {"step": update}, {}
         if engine.online:
-            trainer |= engine.online.position(update, is_left)
-            stored = engine.online.stored(update, is_left)
+            position, stored = engine.online.state(update, is_left)
+            trainer |= position
         remembered = {}
         for name, tensors in engine.remembered.items():
             for key, tensor in tensors.items():

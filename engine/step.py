@@ -66,6 +66,14 @@ class Step:
                 self.losses.append((total, self.micro_batches[(self.num_yielded - 1) % len(self.micro_batches)]))
         self.add(metrics, split)
 
+    def check_logged(self) -> None:
+        """RunError where a micro-batch of the update was not logged."""
+        count = len(self.micro_batches)
+        missing = count - len(self.losses)
+        if missing > 0:
+            raise RunError(f"{missing} of the {count} micro-batches of update {self.index} have no loss; fix: add "
+                           "the line step.log(losses, metrics) after backward(), for every batch")
+
     def add(self, metrics: dict, split: str = "train") -> None:
         for name, values in metrics.items():
             totals = self.totals[split].setdefault(name, {})

@@ -1,0 +1,134 @@
+"""What is told, logged and evaluated of rollouts."""
+import json
+import math
+
+import torch
+
+from data.errors import UserError
+from engine.console import per_second
+from engine.ranks import PATIENCE, from_main
+from engine.rollout import Rollout, alike
+
+MANY = 10        # updates in a row without a signal, after which a warning is given
+SAMPLES = 4      # completions in samples.jsonl at a time
+
+
+class RolloutRecord:
+    """The metrics, held-out evaluations, samples and warnings of a run's rollouts."""
+
+    def __init__(self, rollouts):
+        self.rollouts, self.engine, self.config = rollouts, rollouts.engine, rollouts.config
+        self.updates_without_signal, self.is_told_of_signal = 0, False
+
+    def tell_sampling(self) -> None:
+        """A line each on how completions are drawn and ended, where that is not by the plain rule."""
+        config, engine = self.config, self.engine
+        if config.top_p < 1 or config.top_k:
+            engine.notice(f"top_p {config.top_p:g}, top_k {config.top_k}: completions are drawn from the "
+                          "likeliest tokens, log-probs, ratios and KL are those of the full distribution")
+        strings = [repr(string) for string in config.stop_strings()]
+        if strings:
+            engine.notice(f"a completion ends at {' or '.join(strings)}, and at a stop token")
+        patience = PATIENCE.total_seconds() / 3      # a reward that fails is called again, to find out where
+        if engine.world > 1 and config.reward_timeout > patience:
+            raise UserError(f"reward_timeout is {config.reward_timeout:g}, longer than the other processes "
+                            f"wait for the first; fix: give {patience:g} or less")
+
+    # ---- metrics -----------------------------------------------------------------------------------------
+
+    def reward_metrics(self, rollout: Rollout) -> dict:
+        """What TRL logs of a rollout, under its names; completions without a reward are left out and counted."""
+        groups = [rewards[~rewards.isnan()] for rewards in rollout.rewards]
+        rewards, lengths = torch.cat(groups), torch.cat(rollout.lengths)
+        truncated = torch.cat(rollout.truncated)
+        metrics = {"reward": rewards.mean()}
+        if any(len(example.responses) > 1 for example in rollout.examples):
+            metrics["reward_std"] = torch.stack([spread(group) for group in groups]).mean()
+            metrics["frac_reward_zero_std"] = sum(map(alike, groups)) / len(groups)
+        if len(self.rollouts.rewards) > 1:
+            for reward in self.rollouts.rewards:
+                values = torch.cat(rollout[f"rewards/{reward.name}"])
+                metrics[f"rewards/{reward.name}/mean"] = values.nanmean()
+        metrics["completions/mean_length"] = lengths.mean()
+        metrics["completions/min_length"] = lengths.min()
+        metrics["completions/max_length"] = lengths.max()
+        metrics["completions/clipped_ratio"] = truncated.float().mean()
+        metrics["completions/mean_terminated_length"] = lengths[~truncated].mean()
+        if len(rewards) < len(lengths):
+            metrics["completions/without_reward"] = len(lengths) - len(rewards)
+        # a mean over none is left out
+        return {name: float(value) for name, value in metrics.items() if not math.isnan(value)}
+
+    def episodes(self, rollout: Rollout) -> dict:
+        """How far the run is, under TRL's names: completions so far, and per second of this process."""
+        done = self.completions(rollout.number + 1)
+        before = self.completions(self.engine.first // self.rollouts.updates_per_rollout)
+        return {"episode": done, "eps": per_second(done - before, self.engine.record.since)}
+
+    def completions(self, num_rollouts: int) -> int:
+        plan = self.engine.plan
+        epochs, rest = divmod(num_rollouts, plan.draws_per_epoch)
+        prompts = epochs * plan.num_rows + rest * self.engine.config.batch_size
+        return prompts * self.rollouts.group_size
+
+    def watch_signal(self, rollout: Rollout, updates: int) -> None:
+        """Warn once where MANY updates in a row had no signal: rewards alike in every group (in the rollout,
+        where a prompt has but one completion), or no advantage."""
+        is_grouped = self.rollouts.group_size > 1
+        groups = rollout.rewards if is_grouped else [torch.cat(rollout.rewards)]
+        is_flat = all(map(alike, groups))
+        if rollout.knows("advantages"):
+            is_flat = is_flat or not torch.cat(rollout.advantages).nan_to_num().any()
+        before = self.updates_without_signal
+        self.updates_without_signal = before + updates if is_flat else 0
+        if self.is_told_of_signal or not before < MANY <= self.updates_without_signal:
+            return
+        self.is_told_of_signal = True
+        cut = rollout.metrics.get("completions/clipped_ratio", 0.0)
+        reward = rollout.metrics.get("reward", math.nan)
+        unit = "prompt" if is_grouped else "rollout"
+        self.engine.notice(
+            f"warning: in {self.updates_without_signal} updates all completions of a {unit} got the same reward "
+            f"(mean reward {reward:.4g}, {cut:.0%} cut at max_completion_length): there is little or no gradient; "
+            "try: read some of them (sample_every: 1), easier prompts, a larger num_generations, temperature or "
+            "max_completion_length, a reward with partial credit")
+
+    # ---- evaluation and samples --------------------------------------------------------------------------
+
+    def evaluate(self, update: int) -> None:
+        """If an evaluation is due after `update`, the end of a rollout: one completion of every held-out
+        prompt, always with the same random numbers, and its rewards. What a run did before it was interrupted
+        is not done again."""
+        engine, every = self.engine, self.engine.plan.eval_every
+        before = update - self.rollouts.updates_per_rollout
+        is_due = update in (0, engine.plan.total) or update // every > before // every
+        if not engine.eval_set or not is_due or update in from_main(self.evaluated):
+            return
+        rollout = self.rollouts.sample_held_out(update)
+        self.rollouts.score(rollout)
+        engine.run.append("metrics.jsonl", {"step": update, "split": "eval", **rollout.metrics})
+        rewards = [f"{name} {value:.4g}" for name, value in rollout.metrics.items() if name.startswith("reward")]
+        engine.notice(f"held-out prompts at step {update}: {'  '.join(rewards)}")
+
+    def evaluated(self) -> set[int]:
+        """The updates after which this run was evaluated already."""
+        found = set()
+        for line in self.engine.run.rows("metrics.jsonl"):
+            row = json.loads(line)
+            if row.get("split") == "eval":
+                found.add(row["step"])
+        return found
+
+    def write_samples(self, update: int) -> None:
+        """The first completion of the rollout's first prompts, with its reward."""
+        decode = self.engine.tokenizer.decode
+        for example in self.rollouts.rollout.examples[:SAMPLES]:
+            completion = decode(example.responses[0].tokens)
+            row = {"step": update, "prompt": decode(example.prompt), "completion": completion}
+            row["reward"] = float(example.extras["rewards"][0])
+            self.engine.run.append("samples.jsonl", row)
+
+
+def spread(rewards: torch.Tensor) -> torch.Tensor:
+    """The standard deviation of a group (G,) -> (); exactly 0 where all are equal."""
+    return torch.zeros((), dtype=torch.float64) if alike(rewards) else rewards.std()
