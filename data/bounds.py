@@ -17,8 +17,8 @@ class _TooLong(BaseException):
 
 @contextmanager
 def bounded(where, characters=0):
-    """Limit a block that renders texts of so many `characters`. The block gets a function and calls it with
-    the name of every row that it begins; `where` names the first one. UserError, which names the row, where
+    """Limit a block that renders texts with this number of `characters`. The block gets a function and calls
+    it with the name of every row that it begins; `where` names the first one. UserError, naming it, where
     one row takes more than SECONDS to 2 * SECONDS, or the block more than the memory above.
 
     Time is limited on the main thread of Unix, memory on Linux."""

@@ -3,7 +3,7 @@
 Every trained turn of the assistant is a context and a reply. The context is what the chat template renders of
 all turns before it, with the generation prompt. The reply is what the model has to write then, through its
 end-of-turn. A template may render earlier turns otherwise than the last one, so a turn is rendered as the
-last one, whatever follows it.
+last one, whichever turns follow it.
 """
 import contextlib
 import json

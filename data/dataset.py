@@ -31,8 +31,8 @@ class Dataset:
     train_on="all") and first_stop_inside (where); control_tokens (rows in which a turn that is not trained
     holds a special token) and first_control_tokens (where); duplicates (repetitions of an earlier example);
     prompt_length, response_length (0 of prompts) and total (prompt + longest response), in tokens of the
-    examples used: {"50", "90", "99" (percentiles), "max"}; of labelled examples also desirable and
-    undesirable. Of several sources the sums of these, a list of sha256, and `sources`: the report of each.
+    examples used: {"50", "90", "99" (percentiles), "max"}; labelled examples also have desirable
+    and undesirable. Several sources have the sums of these, a list of sha256, and `sources`: their reports.
     `notices`: sentences on how the source was read that are no counts.
     """
     examples: list[Example]
@@ -338,7 +338,7 @@ def split_off(dataset, fraction, seed):
     by_prompt = {}                         # prompt -> its examples' numbers
     key, row = None, None
     for i, example in enumerate(dataset.examples):
-        is_piece = len(example.prompt) == 1                # of raw text
+        is_piece = len(example.prompt) == 1                # a piece of raw text
         if is_piece or example.where != row:
             key, row = _prompt_key(example), example.where
         by_prompt.setdefault(key, []).append(i)

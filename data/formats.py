@@ -99,7 +99,7 @@ SHAPES = {
 class Text:
     """One row before tokenising; prompt and responses are all strings or all lists of turns (see
     `data.messages`)."""
-    prompt: str | list   # without flags; of prompts the last turn may be the beginning of the assistant's
+    prompt: str | list   # without flags; a prompt's last turn may be the beginning of the assistant's
     responses: list      # 1 for sft; chosen, rejected for a pair; none for prompts. Messages: the turns after
                          # the prompt, assistant first and last, at least one of the assistant's without
                          # "train": False
@@ -128,10 +128,10 @@ def read_template(name):
 def parse(row, where, kind, hh="messages", template=None, chat=False, system=False):
     """Row (dict) -> Text, or the reason (str) to drop it.
 
-    `kind`: "responses" (one response per row; of a pair, the chosen one), "pairs" (chosen, rejected) or
+    `kind`: "responses" (one response per row, of a pair the chosen one), "pairs" (chosen, rejected),
     "labelled" (one response and extras["label"]; or a pair) or "prompts" (no response; extras["prompt"] and
     extras["columns"], the row's columns by name, with ground_truth of verl's rows among them). `hh`:
-    "messages" splits HH transcripts into turns, "text" keeps them as they are. `template`: of prompts, a text
+    "messages" splits HH transcripts into turns, "text" keeps them as they are. `template`: for prompts a text
     in which the row's question takes the place of {question}. `chat`: strings in a column of QUESTIONS are a
     user's turn. `system`: there is a system prompt, so all strings but raw text are turns of a conversation.
     Raises UserError for malformed rows and unknown columns.
@@ -355,8 +355,8 @@ def _conversation(row, name, where):
 
 
 def _prompted(row, prompt_name, names, where, pair):
-    """A prompt column and one or two response columns, each a string, a message or a message list. Of a
-    pair's side only the last turn is the response, as in a pair."""
+    """A prompt column and one or two response columns, each a string, a message or a message list. From
+    a pair's side only the last turn is the response, as in a pair."""
     prompt = _with_input(row, prompt_name, where)
     replies = [row[name] for name in names]
     if {type(prompt), *map(type, replies)} == {str}:

@@ -13,7 +13,7 @@ SHORT = {
 SUBSET = {"openai/gsm8k": "main"}      # the one that is meant where none is named: the hub wants one
 SHORT_NAME = re.compile(rf"^({'|'.join(SHORT)})(?=[/:]|$)")
 ANSWER_WITHIN = 5      # seconds
-NAME = r"\w[\w.-]*"      # of an owner or of what it owns
+NAME = r"\w[\w.-]*"      # an owner's, and a repository's
 HUB_NAME = re.compile(rf"(?P<repo>{NAME}/{NAME})"
                       r"(?:/(?P<subset>[\w./-]+?))?(?::(?P<split>[\w.\[\]%:+-]+))?")
 
@@ -74,7 +74,7 @@ def _load(name, repo, subset, split):
 
 
 def why_unreachable(repo, kind):
-    """Why the hub cannot be asked about a "model" or a "dataset", None if it answers, whatever it says. It is
+    """Why the hub cannot be asked about a "model" or a "dataset", None if it gives any answer. It is
     asked once, for a few seconds, and from then on only its cache is used: its client would try each file for
     half a minute."""
     from huggingface_hub import HfApi, constants

@@ -71,7 +71,7 @@ def _question_and_answer(element):
 
 
 def messages_in(value, column, where):
-    """Text that is nothing but messages as JSON -> them, not yet read; any other value as it is. UserError
+    """Text that is nothing but messages as JSON -> them, not yet read; any other value unchanged. UserError
     where it is messages as Python prints them: such text is not meant to be trained as it stands."""
     if not isinstance(value, str) or not value.lstrip().startswith(("[", "{")):
         return value
@@ -314,7 +314,7 @@ def _unfilled(value, where):
 # ---- JSON text ----
 
 def _from_text(value, name, where):
-    """What JSON text holds, None of blank text; any other value as it is."""
+    """The value of JSON text, None for blank text; any other value unchanged."""
     if not isinstance(value, str):
         return value
     try:

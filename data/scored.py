@@ -158,9 +158,9 @@ class _Reader(HTMLParser):
     def __init__(self):
         super().__init__(convert_charrefs=True)
         self.blocks = []      # (separator, text)
-        self.line = ""        # of the block that is being read
-        self.mark = ""        # of a list item, until its text comes
-        self.lists = []       # of the lists around: the next item's number, None without numbers
+        self.line = ""        # the text of the current block
+        self.mark = ""        # a list item's, until its text comes
+        self.lists = []       # for each list around: the next item's number, None without numbers
         self.after_item = False
         self.pre = False
 

@@ -79,7 +79,7 @@ class Reward:
     weight: float
     function: Callable | None      # None: the model in `path` scores
     path: str | None = None        # a reward model's directory
-    file: str = ""                 # of a function of the user's
+    file: str = ""                 # where the function is the user's: its file
 
 
 BUILT_IN = {"gsm8k": gsm8k, "r1_zero": r1_zero, "math": math_answer}

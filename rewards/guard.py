@@ -2,8 +2,8 @@
 was.
 
 `with guarded(seconds, what):` stands around an import or a call of that code. The code may start processes;
-they take the default action at a signal and end with the run. This is no sandbox: the code can do whatever
-its user can.
+they take the default action at a signal and end with the run. This is no sandbox: the code can do all
+that its user can.
 """
 import ctypes
 import os
@@ -184,7 +184,7 @@ _replaced = []      # streams of the user's: when Python frees one, it closes th
 def _stream(name):
     def put_back(stream):
         _replaced.append(getattr(sys, name))
-        with suppress(AttributeError, ValueError):      # of None, and of a stream that was closed or detached
+        with suppress(AttributeError, ValueError):      # None, or a stream that was closed or detached
             stream.write("")
             setattr(sys, name, stream)
     return partial(getattr, sys, name), put_back

@@ -18,8 +18,8 @@ from functools import lru_cache
 from pathlib import Path
 
 SECONDS = 2.0           # computing time for one answer; most take milliseconds
-SLOW = 0.5              # answers of one call that take longer
-TOGETHER = 10.0         # have so many seconds together;
+SLOW = 0.5              # answers of one call that take longer ...
+TOGETHER = 10.0         # ... have this many seconds together;
 HASTY = 0.1             # after them each answer has this
 MEMORY = 2 ** 31        # bytes of address space
 INTEGER = re.compile(r"-?[0-9]+")
@@ -93,7 +93,7 @@ def main():
     try:
         import math_verify
         _parsed("1", True, math_verify)      # loads the grammar
-    except Exception as error:  # noqa: BLE001  whatever is wrong with the package
+    except Exception as error:  # noqa: BLE001  the package may fail in any way
         write(f"{type(error).__name__}: {error}"[:200])
         return
     write(True)

@@ -179,7 +179,7 @@ def _ends_in_one_of(completion, golds):
 def _gold_number(gold):
     """The Fraction of a gold answer that is exactly one number, else None."""
     plain = _plain(gold)
-    words = re.fullmatch(r"(.*?[0-9.%]) ?((?:[^\W\d_]+[ /]?){1,3})", plain)      # of a gold answer any unit
+    words = re.fullmatch(r"(.*?[0-9.%]) ?((?:[^\W\d_]+[ /]?){1,3})", plain)      # any unit
     if words and not NO_UNITS.search(words[2]):
         plain = words[1]
     if re.fullmatch(r"[+-]?[0-9.]+e[+-]?[0-9]{1,2}", plain, re.IGNORECASE):
@@ -271,7 +271,7 @@ def _is_fraction(match):
 
 
 def _text(plain):
-    """A plain answer that is no number, as it is compared."""
+    """The form in which a plain answer that is no number is compared."""
     text = re.sub(r" (?![0-9])|(?<![0-9]) ", "", plain)      # 1 8 stays
     if match := re.fullmatch(r"\(([A-Za-z])\)", text):       # a choice
         text = match[1]

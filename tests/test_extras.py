@@ -24,6 +24,7 @@ import algorithms
 from data.dataset import build_dataset, combine, load_datasets, split_off
 from data.pack import collate
 from data.packing import order, pack
+from engine import definition
 
 TOKENIZER = byte_tokenizer()
 
@@ -173,7 +174,7 @@ def test_several_sources(tmp_path):
     config = SimpleNamespace(data=[{"path": both}, {"path": one}], eval_data=None, eval_fraction=0, max_length=1000,
                              truncate="none", hh="messages", seed=0, system_prompt=None)
     notices = []
-    load_datasets(config, SimpleNamespace(), "pairs", TOKENIZER, notices.append)
+    load_datasets(config, "pairs", TOKENIZER, notices.append)
     assert sum("'other' is ignored" in notice for notice in notices) == 1
 
 
@@ -181,20 +182,24 @@ WEIGHTED = '''
 SEEN = []
 
 
-def weigh(batch, losses):
+def weigh(batch, losses, metrics):
     weights = batch.extra("weight")                      # (S,)
     SEEN.append(([example.where for example in batch.examples], weights.tolist(), losses.detach().tolist()))
-    return losses * batch.pairs(weights)[0]              # (B,)
+    return losses * batch.pairs(weights)[0], metrics     # (B,)
 '''
 
 
 def test_a_weighted_dpo_is_one_changed_line(tmp_path, monkeypatch):
     """A copy of dpo.py outside the repository: every update's loss is the weighted mean of its pairs' losses."""
     text = (ROOT / "algorithms" / "dpo.py").read_text()
-    assert text.count("return losses, nll, metrics") == 1
-    text = text.replace("return losses, nll, metrics", "return weigh(batch, losses), nll, metrics")
-    (tmp_path / "weighted_dpo.py").write_text(text + WEIGHTED)
-    monkeypatch.setattr(algorithms, "__path__", [*algorithms.__path__, str(tmp_path)])
+    assert text.count("        return dpo_loss(") == 1
+    text = text.replace("        return dpo_loss(", "        return weigh(batch, *dpo_loss(")
+    text = text.replace("config.label_smoothing, policy.tolerance)", "config.label_smoothing, policy.tolerance))")
+    folder = tmp_path / "algorithms"
+    folder.mkdir()
+    (folder / "weighted_dpo.py").write_text(text + WEIGHTED)
+    monkeypatch.setattr(definition, "ROOT", tmp_path)
+    monkeypatch.setattr(algorithms, "__path__", [*algorithms.__path__, str(folder)])
     rows = [row | {"weight": i / 4} for i, row in enumerate(pair_rows(10))]
     path = written(tmp_path, rows)
     config = write_config(tmp_path / "run.yml", algorithm="weighted_dpo", model=tiny_model(tmp_path / "model"), data=path,
