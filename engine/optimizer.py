@@ -39,7 +39,8 @@ class Optimizer(torch.optim.AdamW):
         step = self.engine.step
         if step and step.num_yielded and not step.is_made:
             raise RunError(f"optimizer.zero_grad() came before optimizer.step() in update {step.index}, so its "
-                           "gradients would be lost; fix: call it after optimizer.step()")
+                           "gradients would be lost; fix: add the line optimizer.step() before it, after "
+                           "engine.clip_gradients()")
         super().zero_grad(set_to_none)
 
     def check_cleared(self) -> None:

@@ -1,4 +1,6 @@
 """What tests share: a tokenizer and tiny models built in memory, small data files, runs of train.py here or as a process."""
+import dataclasses
+import importlib
 import json
 import math
 import os
@@ -130,6 +132,25 @@ ONLINE = {"ppo": dict(SAMPLED, num_ppo_epochs=2, num_mini_batches=2),      # nam
           "dapo": GROUPS | dict(reward=f"{REWARDS}:coarse", soft_overlong_cache=6)}
 ROWS = ALGORITHMS | dict.fromkeys(ONLINE, prompt_rows)
 CLOCK = "tokens_per_second", "eps"      # what metrics.jsonl holds of it
+
+
+OF_KIND = {"responses": sft_rows, "pairs": pair_rows, "labelled": labelled_rows, "prompts": prompt_rows}
+
+
+def rows_for(algorithm):
+    """The rows that any file of algorithms/ trains on, by its DATA."""
+    return OF_KIND[importlib.import_module(f"algorithms.{algorithm}").DATA]
+
+
+def keys_for(algorithm):
+    """Keys for any file of algorithms/: an online one makes four updates per rollout, as far as its Config has the
+    options for that."""
+    module = importlib.import_module(f"algorithms.{algorithm}")
+    if module.DATA != "prompts":
+        return {}
+    wanted = GROUPS | {"num_ppo_epochs": 2}
+    options = {field.name for field in dataclasses.fields(module.Config)}
+    return {name: value for name, value in wanted.items() if name in options}
 
 
 def write_config(path, **values):

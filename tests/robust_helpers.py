@@ -69,10 +69,11 @@ def _child(directory, script, words, patch, arguments):
 def project(directory, algorithm, model, **values):
     """Write config.yml and its data into `directory`: 10 rows to train on, 4 to evaluate."""
     directory.mkdir(exist_ok=True)
-    rows = helpers.ROWS[algorithm]
+    rows = helpers.rows_for(algorithm)
     data = {"data": helpers.write_jsonl(directory / "data.jsonl", rows(10)),
             "eval_data": helpers.write_jsonl(directory / "eval.jsonl", rows(4, 50))}
-    values = {"algorithm": algorithm, "model": model, **data, "output": "run", **BASE, **helpers.ONLINE.get(algorithm, {}), **values}
+    keys = helpers.ONLINE.get(algorithm) or helpers.keys_for(algorithm)
+    values = {"algorithm": algorithm, "model": model, **data, "output": "run", **BASE, **keys, **values}
     helpers.write_config(directory / "config.yml", **values)
     return directory
 

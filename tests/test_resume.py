@@ -128,6 +128,19 @@ def test_stopped_and_continued_with_a_rollout(algorithm, train):
     assert_same_run(part, whole)
 
 
+def test_a_chosen_algorithm_resumes_exactly(chosen_algorithm, train):
+    """Of any file in algorithms/: stopped after each of the first updates, and within a rollout's reuse, it ends
+    bit for bit as without a stop."""
+    keys = dict(epochs=2, max_steps=6, save_every=1, keep=10)
+    whole = train("whole", chosen_algorithm, **keys)
+    for last in (1, 3, 4):
+        name = f"stopped-{last}"
+        train(name, chosen_algorithm, last, **keys)
+        part = train(name, chosen_algorithm, **keys)
+        assert resumed_from(part) == last
+        assert_same_run(part, whole)
+
+
 def test_more_updates_from_a_rollout(train):
     """A run that max_steps ended in the middle of a rollout goes on with it."""
     keys = dict(schedule="constant", warmup=0, eval_every=100)
