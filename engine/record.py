@@ -31,13 +31,13 @@ class Record:
         self.since = time.perf_counter()
         engine.run.console.start(engine.first, engine.plan.total)
 
-    def open(self, step: Step, rollout_metrics: dict) -> None:
+    def open_step(self, step: Step, rollout_metrics: dict) -> None:
         """An update begins."""
         self.started = time.perf_counter()
         self.rollout_metrics = rollout_metrics
         self.weights_before = self.some_weights() if step.index == 1 else None
 
-    def update(self, step: Step, is_left: bool) -> None:
+    def close_step(self, step: Step, is_left: bool) -> None:
         """Check, log, sample and save after an update that was made."""
         engine = self.engine
         config, total = engine.config, engine.plan.total

@@ -74,13 +74,13 @@ class Rollouts:
         if rollout_state.was_left(engine.start):     # no more updates are made from it
             begun, within = begun + 1, 0
         for number in range(begun, math.ceil(self.plan.total / size)):
-            engine.close(is_left=True)               # the algorithm may have left the rollout before
+            engine.close_step(is_left=True)               # the algorithm may have left the rollout before
             if within and number == begun:
                 yield rollout_state.restored(engine.start, number, engine.train_set)
                 continue
             self.record.evaluate(number * size)
             yield self.sample_rollout(number)
-        engine.close(is_left=True)
+        engine.close_step(is_left=True)
         self.record.evaluate(self.plan.total)
         if not engine.optimizer.state:
             raise RunError(f"nothing was trained in {self.plan.total} updates: no rollout had a completion to "
@@ -210,8 +210,8 @@ class Rollouts:
         for update in updates:
             rows = self.mini_batch(rollout.number, update - first, len(examples))
             mine = [examples[row] for row in rows]
-            yield engine.open(update, self.divided(mine), rollout.metrics)
-        engine.close()
+            yield engine.open_step(update, self.divided(mine), rollout.metrics)
+        engine.close_step()
 
     def mini_batch(self, number: int, update: int, count: int) -> np.ndarray:
         """Which of the `count` prompts of rollout `number` its `update`-th update (from 0) trains."""
@@ -310,9 +310,9 @@ class Rollouts:
             raise RunError(f"{fault}; so it was in {MANY} rollouts in a row; fix: {FIX}")
         self.engine.notice(f"{fault}; it is passed over")
         for update in updates:
-            step = self.engine.open(update, [], rollout.metrics)
+            step = self.engine.open_step(update, [], rollout.metrics)
             step.is_made, self.engine.grad_norm = True, 0.0
-        self.engine.close()
+        self.engine.close_step()
 
     # ---- checkpoints -----------------------------------------------------------------------------------------
 

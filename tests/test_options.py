@@ -32,7 +32,8 @@ SMOOTHING = {"label_smoothing": ("0 0.5", "0.51 -0.1")}
 LIMITS = {
     "sft": {"lora_dropout": ("0 0.1 0.99", "1 -0.1")},
     "dft": {"lora_dropout": ("0 0.1 0.99", "1 -0.1")},
-    "dpo": BETA | SMOOTHING | {"rpo_alpha": NOT_NEGATIVE, "lora_dropout": ("0", "0.1")},
+    "dpo": BETA | SMOOTHING | {"lora_dropout": ("0", "0.1")},
+    "rpo": BETA | SMOOTHING | {"rpo_alpha": NOT_NEGATIVE},
     "ipo": BETA,
     "kto": BETA | {"desirable_weight": POSITIVE, "undesirable_weight": POSITIVE},
     "orpo": BETA,
@@ -40,7 +41,7 @@ LIMITS = {
     "simpo": BETA | SMOOTHING | {"cpo_alpha": NOT_NEGATIVE, "simpo_gamma": NOT_NEGATIVE},
     "rm": {"center_rewards_coefficient": NOT_NEGATIVE},
     "grpo": CLIPPED | {"beta": NOT_NEGATIVE},
-    "dr_grpo": CLIPPED,
+    "dr_grpo": CLIPPED | {"beta": NOT_NEGATIVE},
     "dapo": CLIPPED | {"max_resample_times": ("0 7", "-1"), "soft_overlong_cache": ("0 7", "-1")},
     "gspo": CLIPPED,
     "cispo": GROUP | {"epsilon_high": ("1 7.5", "0.9 0")},
