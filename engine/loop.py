@@ -197,7 +197,7 @@ class Engine:
             return
         self.is_open, step = False, self.step
         if step.index == 0:
-            self.record.evaluation(step)
+            self.record.log_evaluation(step)
         elif step.is_made:
             self.last = step.index
             self.record.close_step(step, is_left)
