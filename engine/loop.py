@@ -68,7 +68,7 @@ class Engine:
         self.saver = Saver(self)
         self.signals = Signals(run)
 
-    # ---- what algorithms call --------------------------------------------------------------------------------
+    # ---- what algorithms call ------------------------------------------------------------------------
 
     def steps(self, rollout: Rollout | None = None, skip: list | None = None) -> Iterator[Step]:
         """Iterate the updates of the run, from the one after the checkpoint; or with a `rollout` those that
@@ -148,7 +148,7 @@ class Engine:
         """Tell the user once, on the console and in events.log."""
         self.run.notice(text)
 
-    # ---- what online algorithms call besides; see engine/rollouts.py -----------------------------------------
+    # ---- what online algorithms call besides; see engine/rollouts.py ---------------------------------
 
     def rollouts(self, config, num_samplings: int = 0) -> Iterator[Rollout]:
         self.online = Rollouts(self, config, num_samplings)
@@ -172,7 +172,7 @@ class Engine:
     def old_logps(self, batch: Batch, logps: torch.Tensor) -> torch.Tensor:
         return self.online.old_logps(batch, logps)
 
-    # ---- the bookkeeping of an update ------------------------------------------------------------------------
+    # ---- the bookkeeping of an update ----------------------------------------------------------------
 
     def begin(self) -> None:
         """Start the clock and the progress line of the updates."""
@@ -216,7 +216,7 @@ class Engine:
         self.run.erase()
         self.saver.save_final()
 
-    # ---- examples to ranks and micro-batches -----------------------------------------------------------------
+    # ---- examples to ranks and micro-batches ---------------------------------------------------------
 
     def deal(self, examples: list[Example]) -> list[list[Example]]:
         """This rank's micro-batches of these examples; every rank gets the same number of them."""
@@ -248,7 +248,7 @@ class Engine:
         if self.world > 1:
             self.policy.set_requires_gradient_sync(is_last)
 
-    # ---- checkpoints, samples, signals -----------------------------------------------------------------------
+    # ---- checkpoints, samples, signals ---------------------------------------------------------------
 
     def is_saved(self, update: int) -> bool:
         """Whether every run has a checkpoint after this update, stopped or not."""

@@ -83,11 +83,11 @@ class Record:
         names = dict.fromkeys(["loss", self.progress])
         return {name: averages[name] for name in names if name in averages}
 
-    # ---- checks ------------------------------------------------------------------------------------------
+    # ---- checks --------------------------------------------------------------------------------------
 
     def check_finite(self, step: Step) -> None:
-        """RunError that names the rows, or the checkpoint right after a resume, where the loss or the gradient
-        norm of an update is not finite."""
+        """RunError that names the rows, or the checkpoint right after a resume, where the loss or the
+        gradient norm of an update is not finite."""
         engine, norm = self.engine, self.engine.grad_norm
         losses = [float(loss) for loss, _ in step.losses]
         loss, = sum_over_ranks([sum(losses)], engine.policy.device)
