@@ -1,24 +1,35 @@
-"""CISPO: Clipped IS-weight Policy Optimization - the ratio is a bounded weight of each token's log-prob, so no token loses its gradient.
+"""CISPO: Clipped IS-weight Policy Optimization - the ratio is a bounded weight of each token's log-prob, so
+that no token loses its gradient.
 
-Paper:    MiniMax 2025 (MiniMax-M1), arXiv 2506.13585, eq. 4 and 5. The single bound is ScaleRL's, arXiv 2510.13786.
+Paper:    MiniMax 2025 (MiniMax-M1), arXiv 2506.13585, eq. 4 and 5. The single bound is ScaleRL's,
+          arXiv 2510.13786
 Formula:  L = 1 / (sum_i |o_i|) * sum_i sum_t -sg( min(rho, eps_high) ) A_i log pi(o_t)
           rho = pi(o_t) / pi_old(o_t),    A_i = (r_i - mean(r)) / std(r),    sg: without its gradient
-Symbols:  log pi(o_t)       logps              of each token of a completion, at the sampling temperature
-          log pi_old(o_t)   old_logps          the same under the policy that sampled it; in the first pass rho is exactly 1
-          r, A              rewards, advantages    one per completion; all its tokens have the same
-          eps_high          epsilon_high       the bound itself, not its distance from 1
+Symbols:  log pi(o_t)        logps            each token of a completion, at the sampling temperature
+          log pi_old(o_t)    old_logps        the same under the policy that sampled it; in the first pass
+                                              rho is exactly 1
+          r, A               rewards, advantages    one per completion, the same for all of its tokens
+          eps_high           epsilon_high     the bound itself, not its distance from 1
+Shapes:   (N,) sampled tokens of a micro-batch, (S,) its completions, (G,) completions of one prompt
 Trains:   the policy: every weight, or with lora_r an adapter. There is no reference.
-Data:     {"prompt": ..., "answer": ...}: a prompt and whatever columns the reward reads
-Divided:  by the tokens of the whole update, over all micro-batches and ranks.
-Metrics:  loss                       the weighted log-probs: no measure of progress. What to watch is reward
-          reward, reward_std         mean over all completions; mean over the groups of their standard deviation
-          frac_reward_zero_std       share of groups whose rewards are all alike: they teach nothing. Above 0.5 most of the sampling is
-                                     wasted: the prompts are too easy or too hard (dapo draws others in their place)
-          entropy                    -log pi of the sampled tokens, mean: an estimate of the entropy at the sampling temperature
-          cispo_clip_ratio           share of tokens whose ratio is above epsilon_high, with a positive advantage; 0 in a first pass
-          completions/mean_length, /clipped_ratio, ...     tokens; share cut at max_completion_length
-          sampling/sampling_logp_difference/mean           between the sampler's log-probs and those of the training forward: rounding
-Differs:  the paper leaves its lower bound open, so there is none. The standard deviation is Bessel's, + 1e-4.
+Data:     {"prompt": ..., "answer": ...}: a prompt, plus the columns that the reward reads
+Normalised by: the tokens of the whole update, over all micro-batches and ranks
+Metrics:  loss                       the weighted log-probs: not a progress measure; watch `reward`
+          reward, reward_std         mean over all completions; mean over the groups of their standard
+                                     deviation
+          frac_reward_zero_std       share of groups whose rewards are all equal: they give no gradient.
+                                     Above 0.5 most sampling is wasted: the prompts are too easy or too hard
+                                     (dapo replaces such groups)
+          entropy                    mean of -log pi of the sampled tokens: an estimate of the entropy at
+                                     the sampling temperature
+          cispo_clip_ratio           share of tokens with a positive advantage and a ratio above epsilon_high;
+                                     0 in a first pass
+          completions/mean_length, /clipped_ratio, ...     tokens; share truncated at
+                                     max_completion_length
+          sampling/sampling_logp_difference/mean    sampler against training forward: rounding
+Step 0:   before the first rollout the held-out prompts are sampled and scored
+Differences from the paper: it leaves its lower bound open, so there is none; the standard
+          deviation is unbiased (n - 1), plus 1e-4
 Run:      python train.py example/tiny-cispo.yml
 """
 from dataclasses import dataclass

@@ -1,22 +1,27 @@
-"""CPO: Contrastive Preference Optimization - DPO without a reference, held by the likelihood of the chosen responses instead.
+"""CPO: Contrastive Preference Optimization - DPO without a reference; the likelihood of the chosen responses
+keeps the policy in place instead.
 
-Paper:    Xu et al. 2024, arXiv 2401.08417; the loss is eq. 5, cpo_alpha weighs its second term (1 in the paper).
+Paper:    Xu et al. 2024, arXiv 2401.08417; the loss is eq. 5; cpo_alpha weighs its second term (paper: 1)
 Formula:  L = -log sigmoid( beta * [ log pi(y_w|x) - log pi(y_l|x) ] )  +  cpo_alpha * NLL(y_w|x)
-Symbols:  log pi(y_w|x)      policy_chosen_logps       sum over the tokens of the chosen response, stop token included
-          log pi(y_l|x)      policy_rejected_logps     the same of the rejected response
-          NLL(y_w|x)         nll                       -log pi of every token of the chosen response
+Symbols:  log pi(y_w|x)      policy_chosen_logps      sum over the chosen response's tokens, stop token too
+          log pi(y_l|x)      policy_rejected_logps    the same for the rejected response
+          NLL(y_w|x)         nll                      -log pi of every token of the chosen response
+Shapes:   (N,) trained tokens of a micro-batch, (S,) its responses, (B,) its pairs; S = 2 B
 Trains:   the policy: every weight, or with lora_r an adapter. No other model.
-Data:     {"prompt": ..., "chosen": ..., "rejected": ...}, strings or messages; HH-RLHF transcripts as they are
-Divided:  the first term by the pairs of the whole update, the second by its chosen tokens, over all micro-batches and ranks.
+Data:     {"prompt": ..., "chosen": ..., "rejected": ...}, strings or messages; HH-RLHF transcripts
+Normalised by: the first term by the pairs of the whole update, the second by its chosen tokens, over all
+          micro-batches and ranks
 Metrics:  loss                                both terms
           nll_loss                            token mean of -log pi(y_w|x)
           rewards/chosen, rewards/rejected    beta * summed log-probs
           rewards/margins                     chosen - rejected
           rewards/accuracies                  share of pairs with margin > beta * 1e-4 (bf16: beta * 0.05):
-                                              less is rounding, a tie, not a win. Also at step 0
-                                              not one half, long responses lose
+                                              a smaller one is rounding, a tie. Not 0.5 at step 0: sums
+                                              favour short responses
           logps/chosen, logps/rejected        summed log-probs under the policy
-Differs:  nothing in the loss; like the authors' code, sums in the first term and a token mean in the second.
+Step 0:   has no micro-batches: the start model is evaluated on the held-out rows, nothing is trained
+Differences from the paper: none in the loss; like the authors' code, sums in the first term and a token mean
+          in the second
 Run:      python train.py example/tiny-cpo.yml
 """
 from dataclasses import dataclass

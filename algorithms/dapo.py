@@ -1,30 +1,43 @@
-"""DAPO: Decoupled Clip and Dynamic Sampling Policy Optimization - GRPO with four changes that keep long training alive.
+"""DAPO: Decoupled Clip and Dynamic Sampling Policy Optimization - GRPO with four changes that keep long training
+alive.
 
-Paper:    Yu et al. 2025, arXiv 2503.14476: the objective is eq. 8, the advantage eq. 9; clip-higher 3.1, dynamic sampling 3.2,
-          token-level loss 3.3, overlong filtering and punishment 3.4 (eq. 13).
+Paper:    Yu et al. 2025, arXiv 2503.14476: the objective is eq. 8, the advantage eq. 9; clip-higher 3.1,
+          dynamic sampling 3.2, token-level loss 3.3, overlong filtering and penalty 3.4 (eq. 13)
 Formula:  L = 1 / (sum_i |o_i|) * sum_i sum_t -min( rho A_i, clip(rho, 1 - eps, 1 + eps_high) A_i )
-          rho = pi(o_t) / pi_old(o_t),    A_i = (r_i - mean(r)) / std(r),    over groups with both right and wrong answers
-Symbols:  log pi(o_t)       logps              of each token of a completion, at the sampling temperature
-          log pi_old(o_t)   old_logps          the same under the policy that sampled it; in the first pass rho is exactly 1
-          r, A              rewards, advantages    one per completion; all its tokens have the same
-          eps, eps_high     epsilon, epsilon_high  the upper bound is wider: unlikely tokens may rise, which keeps the entropy up
-          L_max, L_cache    max_completion_length, soft_overlong_cache
-Trains:   the policy: every weight, or with lora_r an adapter. There is no reference: a long chain of thought may leave it far behind.
-Data:     {"prompt": ..., "answer": ...}: a prompt and whatever columns the reward reads
-Divided:  by the tokens of the whole update, over all micro-batches and ranks: long completions weigh as much as they are long.
-Metrics:  loss                       0 in the first update from a rollout only where lengths are alike: longer completions weigh more.
-                                     It says nothing. What to watch is reward
-          reward, reward_std         mean over all completions that are trained, so with dynamic sampling it stays near 0.5: the held-out
-                                     reward is the one to watch; mean over the groups of their standard deviation
-          frac_reward_zero_std       share of groups whose rewards are still all alike after max_resample_times attempts: they stay, with
-                                     advantage 0
-          rewards/soft_overlong/mean the mean punishment, 0 to -1; `reward` is without it
-          entropy                    -log pi of the sampled tokens, mean: an estimate of the entropy at the sampling temperature
-          clip_ratio/low_mean, /high_mean, /region_mean    share of tokens clipped below, above, either; 0 in a first pass
-          completions/mean_length, /clipped_ratio, ...     tokens; share cut at max_completion_length
-          sampling/sampling_logp_difference/mean           between the sampler's log-probs and those of the training forward: rounding
-Differs:  a fixed number of attempts instead of sampling until the batch is full. Groups are judged before the punishment, as the paper's
-          accuracy 0 or 1 is. The standard deviation is Bessel's, + 1e-4.
+          rho = pi(o_t) / pi_old(o_t),    A_i = (r_i - mean(r)) / std(r)
+          over groups with both right and wrong answers
+Symbols:  log pi(o_t)        logps            each token of a completion, at the sampling temperature
+          log pi_old(o_t)    old_logps        the same under the policy that sampled it; in the first pass
+                                              rho is exactly 1
+          r, A               rewards, advantages    one per completion, the same for all of its tokens
+          eps, eps_high      epsilon, epsilon_high    the upper bound is wider: unlikely tokens may
+                                              rise, which keeps the entropy up
+          L_max, L_cache     max_completion_length, soft_overlong_cache
+Shapes:   (N,) sampled tokens of a micro-batch, (S,) its completions, (G,) completions of one prompt
+Trains:   the policy: every weight, or with lora_r an adapter. There is no reference: a long chain of thought
+          may leave it far behind
+Data:     {"prompt": ..., "answer": ...}: a prompt, plus the columns that the reward reads
+Normalised by: the tokens of the whole update, over all micro-batches and ranks: long completions weigh
+          more
+Metrics:  loss                       0 in the first update from a rollout only where lengths are equal: longer
+                                     completions weigh more. It is not a progress measure
+          reward, reward_std         mean over all completions that are trained, so that with dynamic sampling
+                                     it stays near 0.5: watch the held-out reward; mean over the groups of
+                                     their standard deviation
+          frac_reward_zero_std       share of groups whose rewards are still all equal after
+                                     max_resample_times attempts: they stay, with advantage 0
+          rewards/soft_overlong/mean the mean penalty, 0 to -1; `reward` is without it
+          entropy                    mean of -log pi of the sampled tokens: an estimate of the entropy at
+                                     the sampling temperature
+          clip_ratio/low_mean, /high_mean, /region_mean    share of tokens clipped below, above, either; 0
+                                     in a first pass
+          completions/mean_length, /clipped_ratio, ...     tokens; share truncated at
+                                     max_completion_length
+          sampling/sampling_logp_difference/mean    sampler against training forward: rounding
+Step 0:   before the first rollout the held-out prompts are sampled and scored
+Differences from the paper: a fixed number of attempts instead of sampling until the batch is full. Groups are
+          compared before the penalty, as with the paper's accuracy of 0 or 1; the standard deviation is
+          unbiased (n - 1), plus 1e-4
 Run:      python train.py example/tiny-dapo.yml
 """
 from dataclasses import dataclass

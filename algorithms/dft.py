@@ -1,17 +1,23 @@
-"""DFT: Dynamic Fine-Tuning - SFT with every token weighted by its own probability, so that unlikely tokens pull less.
+"""DFT: Dynamic Fine-Tuning - SFT with every token weighted by its own probability, so that unlikely tokens
+pull less.
 
-Paper:    Wu et al. 2025, arXiv 2508.05629; the loss is eq. 8 and 9.
-Formula:  L = -(1/N) sum over trained tokens t of  sg[ pi(y_t | x, y_<t) ] * log pi(y_t | x, y_<t),    sg: no gradient
+Paper:    Wu et al. 2025, arXiv 2508.05629; the loss is eq. 8 and 9
+Formula:  L = -(1/N) sum over trained tokens t of  sg[ pi(y_t | x, y_<t) ] * log pi(y_t | x, y_<t)
+          sg: without its gradient
 Symbols:  log pi(y_t | ...)   logps        one per trained token
           N                   num_tokens   trained tokens of the whole update
+Shapes:   (N,) trained tokens of a micro-batch
 Trains:   the policy: every weight, or with lora_r an adapter. No other model.
-Data:     {"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]}: every assistant turn,
-          {"prompt": ..., "response": ...}, {"question": ..., "answer": ...}, raw {"text": ...}; pairs give their chosen side
-Divided:  by the trained tokens of the whole update, over all micro-batches and ranks; not by the sum of the weights.
-Metrics:  loss                token mean of -p log p; it is small for unlikely and for certain tokens alike (0.3679 at most), so
-                              it does not show progress:
+Data:     {"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]}: every
+          assistant turn; {"prompt": ..., "response": ...}; {"question": ..., "answer": ...}; raw
+          {"text": ...}; a pair gives its chosen response
+Normalised by: the trained tokens of the whole update, over all micro-batches and ranks; not by the sum of the
+          weights
+Metrics:  loss                token mean of -p log p; it is small for unlikely and for certain tokens alike
+                              (0.3679 at most), so that it does not show progress
           nll_loss            token mean of -logps, SFT's loss
-Differs:  nothing.
+Step 0:   has no micro-batches: the start model is evaluated on the held-out rows, nothing is trained
+Differences from the paper: -
 Run:      python train.py example/tiny-dft.yml
 """
 from dataclasses import dataclass

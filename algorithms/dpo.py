@@ -1,27 +1,27 @@
-"""DPO: Direct Preference Optimization - a classification loss on pairs that needs no reward model and no sampling.
+"""DPO: Direct Preference Optimization - a classification loss on pairs, without reward model or sampling.
 
-Paper:    Rafailov et al. 2023, arXiv 2305.18290; the loss is eq. 7. Label smoothing is cDPO (Mitchell 2023); the likelihood
-          term is RPO's, Pang et al. 2024, arXiv 2404.19733, eq. 1.
+Paper:    Rafailov et al. 2023, arXiv 2305.18290; the loss is eq. 7. Label smoothing is cDPO (Mitchell 2023)
 Formula:  L = -log sigmoid( beta * [ log pi(y_w|x) / pi_ref(y_w|x)  -  log pi(y_l|x) / pi_ref(y_l|x) ] )
-Symbols:  log pi(y_w|x)      policy_chosen_logps       sum over the tokens of the chosen response, stop token included
-          log pi(y_l|x)      policy_rejected_logps     the same of the rejected response
+Symbols:  log pi(y_w|x)      policy_chosen_logps      sum over the chosen response's tokens, stop token too
+          log pi(y_l|x)      policy_rejected_logps    the same for the rejected response
           log pi_ref(...)    reference_chosen_logps, reference_rejected_logps
-          beta * [log-ratio] chosen_rewards, rejected_rewards: the implicit rewards of eq. 5, up to a constant of x
-Trains:   the policy: every weight, or with lora_r an adapter. The reference is frozen; its log-probs are computed once, before
-          the first update, so that no second model is in memory while training.
-Data:     {"prompt": ..., "chosen": ..., "rejected": ...}, strings or messages; HH-RLHF transcripts as they are
-Divided:  by the pairs of the whole update, over all micro-batches and ranks; with rpo_alpha, the likelihood of the chosen
-          responses by their tokens in the whole update.
-Metrics:  loss                                log 2 = 0.6931 at step 0, where policy = reference (+ rpo_alpha * nll_loss)
-          nll_loss                            token mean of -log pi(y_w|x)
+          beta * log-ratio   chosen_rewards, rejected_rewards: the implicit rewards of eq. 5, up to a
+                             constant that depends on x only
+Shapes:   (N,) trained tokens of a micro-batch, (S,) its responses, (B,) its pairs; S = 2 B
+Trains:   the policy: every weight, or with lora_r an adapter. The reference is frozen; its log-probs are
+          computed once, before the first update, so that no second model is in memory.
+Data:     {"prompt": ..., "chosen": ..., "rejected": ...}, strings or messages; HH-RLHF transcripts
+Normalised by: the pairs of the whole update, over all micro-batches and ranks
+Metrics:  loss                                log 2 = 0.6931 at step 0, where policy = reference
           rewards/chosen, rewards/rejected    implicit rewards; 0 at step 0
           rewards/margins                     chosen - rejected; 0 at step 0
           rewards/accuracies                  share of pairs with margin > beta * 1e-4 (bf16: beta * 0.05):
-                                              less is rounding, a tie, not a win; 0 at step 0, but for
-                                              the rounding of sums above 1,000 nats and of bf16
-          logps/chosen, logps/rejected        summed log-probs under the policy. Both usually fall: the loss only widens their
-                                              distance. rpo_alpha > 0 keeps the chosen ones up
-Differs:  AdamW with a linear schedule where the paper's code uses RMSprop; label smoothing is cDPO's, which the paper lacks.
+                                              a smaller one is rounding, a tie; 0 at step 0, but for the
+                                              rounding of sums above 1,000 nats and of bf16
+          logps/chosen, logps/rejected        summed log-probs under the policy. Both usually fall: the loss
+                                              only widens their distance (rpo keeps the chosen ones up)
+Step 0:   has no micro-batches: the start model is evaluated on the held-out rows, nothing is trained
+Differences from the paper: AdamW with a linear schedule where its code uses RMSprop; label smoothing
 Run:      python train.py example/tiny-dpo.yml
 """
 from dataclasses import dataclass

@@ -1,26 +1,43 @@
-"""Dr. GRPO: GRPO Done Right - without the two divisions that favour long wrong answers and prompts that are too easy or too hard.
+"""Dr. GRPO: GRPO Done Right - without the two divisions that favour long wrong answers and prompts that are too
+easy or too hard.
 
-Paper:    Liu et al. 2025 (Understanding R1-Zero-Like Training), arXiv 2503.20783, section 3.2.
-Formula:  L = 1/G sum over o_i of 1/M sum_t -min( rho A_i, clip(rho, 1 - eps, 1 + eps_high) A_i )
+Paper:    Liu et al. 2025 (Understanding R1-Zero-Like Training), arXiv 2503.20783, section 3.2
+Formula:  L = 1/G sum over o_i of 1/M sum_t [ -min( rho A_i, clip(rho, 1 - eps, 1 + eps_high) A_i )
+          + beta k3 ]
           rho = pi(o_t) / pi_old(o_t),    A_i = r_i - mean(r)
-Symbols:  log pi(o_t)       logps              of each token of a completion, at the sampling temperature
-          log pi_old(o_t)   old_logps          the same under the policy that sampled it; in the first pass rho is exactly 1
-          r, A              rewards, advantages    one per completion; all its tokens have the same
-          eps, eps_high     epsilon, epsilon_high
-          M                 max_completion_length  a constant: dividing by |o_i| would punish a long wrong answer less than a short one
-Trains:   the policy: every weight, or with lora_r an adapter. There is no reference.
-Data:     {"prompt": ..., "answer": ...}: a prompt and whatever columns the reward reads
-Divided:  the sum over all tokens by the completions of the whole update times max_completion_length, over all micro-batches and ranks.
-Metrics:  loss                       0 in the first update from a rollout only where lengths are alike: longer completions weigh more.
-                                     It says nothing. What to watch is reward
-          reward, reward_std         mean over all completions; mean over the groups of their standard deviation
-          frac_reward_zero_std       share of groups whose rewards are all alike: they teach nothing. Above 0.5 most of the sampling is
-                                     wasted: the prompts are too easy or too hard (dapo draws others in their place)
-          entropy                    -log pi of the sampled tokens, mean: an estimate of the entropy at the sampling temperature
-          clip_ratio/low_mean, /high_mean, /region_mean    share of tokens clipped below, above, either; 0 in a first pass
-          completions/mean_length, /clipped_ratio, ...     tokens; share cut at max_completion_length
-          sampling/sampling_logp_difference/mean           between the sampler's log-probs and those of the training forward: rounding
-Differs:  nothing. The gradient shrinks as max_completion_length grows: with max_grad_norm and AdamW that matters little.
+          k3 = pi_ref / pi - log(pi_ref / pi) - 1
+Symbols:  log pi(o_t)        logps            each token of a completion, at the sampling temperature
+          log pi_old(o_t)    old_logps        the same under the policy that sampled it; in the first pass
+                                              rho is exactly 1
+          log pi_ref(o_t)    reference_logps
+          r, A               rewards, advantages    one per completion, the same for all of its tokens
+          eps, eps_high      epsilon, epsilon_high
+          M                  max_completion_length    a constant: dividing by |o_i| would penalise a long
+                                              wrong answer less than a short one
+Shapes:   (N,) sampled tokens of a micro-batch, (S,) its completions, (G,) completions of one prompt
+Trains:   the policy: every weight, or with lora_r an adapter. The reference is frozen, and only loaded if
+          beta > 0
+Data:     {"prompt": ..., "answer": ...}: a prompt, plus the columns that the reward reads
+Normalised by: the completions of the whole update times max_completion_length, over all micro-batches and
+          ranks
+Metrics:  loss                       0 in the first update from a rollout only where lengths are equal: longer
+                                     completions weigh more. It is not a progress measure; watch `reward`
+          reward, reward_std         mean over all completions; mean over the groups of their standard
+                                     deviation
+          frac_reward_zero_std       share of groups whose rewards are all equal: they give no gradient.
+                                     Above 0.5 most sampling is wasted: the prompts are too easy or too hard
+                                     (dapo replaces such groups)
+          kl                         mean over tokens of k3, with beta > 0; 0 at step 0
+          entropy                    mean of -log pi of the sampled tokens: an estimate of the entropy at
+                                     the sampling temperature
+          clip_ratio/low_mean, /high_mean, /region_mean    share of tokens clipped below, above, either; 0
+                                     in a first pass
+          completions/mean_length, /clipped_ratio, ...     tokens; share truncated at
+                                     max_completion_length
+          sampling/sampling_logp_difference/mean    sampler against training forward: rounding
+Step 0:   before the first rollout the held-out prompts are sampled and scored
+Differences from the paper: none with beta 0. The gradient shrinks as max_completion_length grows: with
+          max_grad_norm and AdamW that matters little
 Run:      python train.py example/tiny-dr_grpo.yml
 """
 from dataclasses import dataclass

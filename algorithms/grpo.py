@@ -1,29 +1,43 @@
-"""GRPO: Group Relative Policy Optimization - sample a group of answers to each prompt; those above the group's mean become likelier.
+"""GRPO: Group Relative Policy Optimization - sample a group of answers to each prompt and reinforce those
+above the group's mean reward.
 
-Paper:    Shao et al. 2024 (DeepSeekMath), arXiv 2402.03300, eq. 3 and 4; the advantage is section 4.1.2.
-Formula:  L = mean over o_i of 1/|o_i| sum_t ( -min( rho A_i, clip(rho, 1 - eps, 1 + eps_high) A_i ) + beta k3 )
-          rho = pi(o_t) / pi_old(o_t),    A_i = (r_i - mean(r)) / std(r),    k3 = pi_ref / pi - log(pi_ref / pi) - 1
-Symbols:  log pi(o_t)       logps              of each token of a completion, at the sampling temperature
-          log pi_old(o_t)   old_logps          the same under the policy that sampled it; in the first pass rho is exactly 1
-          log pi_ref(o_t)   reference_logps
-          r, A              rewards, advantages    one per completion; all its tokens have the same
-          eps, eps_high     epsilon, epsilon_high
-          G, mu             num_generations, num_iterations
-Trains:   the policy: every weight, or with lora_r an adapter. The reference is frozen, and only there if beta > 0.
-Data:     {"prompt": ..., "answer": ...}: a prompt and whatever columns the reward reads
-Divided:  each completion by its tokens, their sum by the completions of the whole update, over all micro-batches and ranks.
-Metrics:  loss                       0 in the first update from a rollout with beta 0: advantages of a group sum to 0 and every ratio is 1.
-                                     Its gradient is not 0. What to watch is reward
-          reward, reward_std         mean over all completions; mean over the groups of their standard deviation
-          frac_reward_zero_std       share of groups whose rewards are all alike: they teach nothing. Above 0.5 most of the sampling is
-                                     wasted: the prompts are too easy or too hard (dapo draws others in their place)
-          kl                         k3, mean over tokens; 0 at step 0
-          entropy                    -log pi of the sampled tokens, mean: an estimate of the entropy at the sampling temperature
-          clip_ratio/low_mean, /high_mean, /region_mean    share of tokens clipped below, above, either; 0 in a first pass
-          completions/mean_length, /clipped_ratio, ...     tokens; share cut at max_completion_length
-          sampling/sampling_logp_difference/mean           between the sampler's log-probs and those of the training forward: rounding
-Differs:  the reference is never replaced by the policy (the paper's outer loop); the upper bound has a key of its own. The standard
-          deviation is Bessel's, + 1e-4.
+Paper:    Shao et al. 2024 (DeepSeekMath), arXiv 2402.03300, eq. 3 and 4; the advantage is section 4.1.2
+Formula:  L = mean over o_i of 1/|o_i| sum_t [ -min( rho A_i, clip(rho, 1 - eps, 1 + eps_high) A_i )
+          + beta k3 ]
+          rho = pi(o_t) / pi_old(o_t),    A_i = (r_i - mean(r)) / std(r)
+          k3 = pi_ref / pi - log(pi_ref / pi) - 1
+Symbols:  log pi(o_t)        logps            each token of a completion, at the sampling temperature
+          log pi_old(o_t)    old_logps        the same under the policy that sampled it; in the first pass
+                                              rho is exactly 1
+          log pi_ref(o_t)    reference_logps
+          r, A               rewards, advantages    one per completion, the same for all of its tokens
+          eps, eps_high      epsilon, epsilon_high
+          G, mu              num_generations, num_iterations
+Shapes:   (N,) sampled tokens of a micro-batch, (S,) its completions, (G,) completions of one prompt
+Trains:   the policy: every weight, or with lora_r an adapter. The reference is frozen, and only loaded if
+          beta > 0
+Data:     {"prompt": ..., "answer": ...}: a prompt, plus the columns that the reward reads
+Normalised by: each completion by its tokens, their sum by the completions of the whole update, over all
+          micro-batches and ranks
+Metrics:  loss                       0 in the first update from a rollout with beta 0: a group's advantages sum
+                                     to 0 and every ratio is 1, but the gradient is not 0. It is not a
+                                     progress measure; watch `reward`
+          reward, reward_std         mean over all completions; mean over the groups of their standard
+                                     deviation
+          frac_reward_zero_std       share of groups whose rewards are all equal: they give no gradient.
+                                     Above 0.5 most sampling is wasted: the prompts are too easy or too hard
+                                     (dapo replaces such groups)
+          kl                         mean over tokens of k3; 0 at step 0
+          entropy                    mean of -log pi of the sampled tokens: an estimate of the entropy at
+                                     the sampling temperature
+          clip_ratio/low_mean, /high_mean, /region_mean    share of tokens clipped below, above, either; 0
+                                     in a first pass
+          completions/mean_length, /clipped_ratio, ...     tokens; share truncated at
+                                     max_completion_length
+          sampling/sampling_logp_difference/mean    sampler against training forward: rounding
+Step 0:   before the first rollout the held-out prompts are sampled and scored
+Differences from the paper: the reference is never replaced by the policy (the paper's outer loop); the upper
+          bound has a key of its own; the standard deviation is unbiased (n - 1), plus 1e-4
 Run:      python train.py example/tiny-grpo.yml
 """
 from dataclasses import dataclass

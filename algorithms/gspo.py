@@ -1,27 +1,39 @@
-"""GSPO: Group Sequence Policy Optimization - the ratio and its clipping are those of the whole completion, as the reward is.
+"""GSPO: Group Sequence Policy Optimization - the ratio and its clipping belong to the whole completion, as the
+reward does.
 
-Paper:    Zheng et al. 2025, arXiv 2507.18071: the objective is eq. 5, the advantage eq. 6, the ratio eq. 7.
+Paper:    Zheng et al. 2025, arXiv 2507.18071: the objective is eq. 5, the advantage eq. 6, the ratio eq. 7
 Formula:  L = mean over o_i of -min( s_i A_i, clip(s_i, 1 - eps, 1 + eps_high) A_i )
           s_i = ( pi(o_i) / pi_old(o_i) )^(1 / |o_i|),    A_i = (r_i - mean(r)) / std(r)
-Symbols:  log pi(o_t)       logps              of each token of a completion, at the sampling temperature
-          log pi_old(o_t)   old_logps          the same under the policy that sampled it; in the first update s is exactly 1
-          |o_i|             lengths
-          r, A              rewards, advantages    one per completion
-          eps, eps_high     epsilon, epsilon_high  s is a geometric mean over tokens: it moves a hundred times less than a token's ratio
+Symbols:  log pi(o_t)        logps            each token of a completion, at the sampling temperature
+          log pi_old(o_t)    old_logps        the same under the policy that sampled it; in the first update
+                                              s is exactly 1
+          |o_i|              lengths
+          r, A               rewards, advantages    one per completion
+          eps, eps_high      epsilon, epsilon_high    s is a geometric mean over tokens: it moves a hundred
+                                              times less than a token's ratio
+Shapes:   (N,) sampled tokens of a micro-batch, (S,) its completions, (G,) completions of one prompt
 Trains:   the policy: every weight, or with lora_r an adapter. There is no reference.
-Data:     {"prompt": ..., "answer": ...}: a prompt and whatever columns the reward reads
-Divided:  by the completions of the whole update, over all micro-batches and ranks.
-Metrics:  loss                       0 in the first update from a rollout: advantages of a group sum to 0 and every ratio is 1.
-                                     Its gradient is not 0. What to watch is reward
-          reward, reward_std         mean over all completions; mean over the groups of their standard deviation
-          frac_reward_zero_std       share of groups whose rewards are all alike: they teach nothing. Above 0.5 most of the sampling is
-                                     wasted: the prompts are too easy or too hard (dapo draws others in their place)
-          entropy                    -log pi of the sampled tokens, mean: an estimate of the entropy at the sampling temperature
-          clip_ratio/low_mean, /high_mean, /region_mean    share of completions clipped below, above, either: much larger than grpo's, as in
-                                     the paper; 0 in the first of the num_mini_batches updates
-          completions/mean_length, /clipped_ratio, ...     tokens; share cut at max_completion_length
-          sampling/sampling_logp_difference/mean           between the sampler's log-probs and those of the training forward: rounding
-Differs:  nothing; the standard deviation is Bessel's, + 1e-4. With one update per rollout (num_mini_batches 1) it is grpo without KL.
+Data:     {"prompt": ..., "answer": ...}: a prompt, plus the columns that the reward reads
+Normalised by: the completions of the whole update, over all micro-batches and ranks
+Metrics:  loss                       0 in the first update from a rollout: a group's advantages sum to 0 and
+                                     every ratio is 1, but the gradient is not 0. It is not a progress
+                                     measure; watch `reward`
+          reward, reward_std         mean over all completions; mean over the groups of their standard
+                                     deviation
+          frac_reward_zero_std       share of groups whose rewards are all equal: they give no gradient.
+                                     Above 0.5 most sampling is wasted: the prompts are too easy or too hard
+                                     (dapo replaces such groups)
+          entropy                    mean of -log pi of the sampled tokens: an estimate of the entropy at
+                                     the sampling temperature
+          clip_ratio/low_mean, /high_mean, /region_mean    share of completions clipped below, above, either:
+                                     much larger than grpo's, as in the paper; 0 in the first of the
+                                     num_mini_batches updates
+          completions/mean_length, /clipped_ratio, ...     tokens; share truncated at
+                                     max_completion_length
+          sampling/sampling_logp_difference/mean    sampler against training forward: rounding
+Step 0:   before the first rollout the held-out prompts are sampled and scored
+Differences from the paper: the standard deviation is unbiased (n - 1), plus 1e-4. With one
+          update per rollout (num_mini_batches 1) it is grpo without KL
 Run:      python train.py example/tiny-gspo.yml
 """
 from dataclasses import dataclass

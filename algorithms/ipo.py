@@ -1,24 +1,28 @@
-"""IPO: Identity Preference Optimization - DPO with a squared distance to a finite margin, which certain labels cannot blow up.
+"""IPO: Identity Preference Optimization - DPO with a squared distance to a finite target margin, so that
+deterministic labels cannot push the margin to infinity.
 
-Paper:    Azar et al. 2023, arXiv 2310.12036; the loss is eq. 17, with beta for the paper's tau.
+Paper:    Azar et al. 2023, arXiv 2310.12036; the loss is eq. 17, with beta for the paper's tau
 Formula:  L = ( log pi(y_w|x) / pi_ref(y_w|x)  -  log pi(y_l|x) / pi_ref(y_l|x)  -  1 / (2 beta) )^2
-Symbols:  log pi(y_w|x)      policy_chosen_logps       mean over the tokens of the chosen response, stop token included
-          log pi(y_l|x)      policy_rejected_logps     the same of the rejected response
+Symbols:  log pi(y_w|x)      policy_chosen_logps      mean over the chosen response's tokens, stop token too
+          log pi(y_l|x)      policy_rejected_logps    the same for the rejected response
           log pi_ref(...)    reference_chosen_logps, reference_rejected_logps
-Trains:   the policy: every weight, or with lora_r an adapter. The reference is frozen; its log-probs are computed once, before
-          the first update, so that no second model is in memory while training.
-Data:     {"prompt": ..., "chosen": ..., "rejected": ...}, strings or messages; HH-RLHF transcripts as they are
-Divided:  by the pairs of the whole update, over all micro-batches and ranks.
-Metrics:  loss                                1 / (2 beta)^2 = 25 at step 0 with beta 0.1, where policy = reference
-          rewards/chosen, rewards/rejected    beta * log-ratio, of means like the loss; 0 at step 0
-          rewards/margins                     chosen - rejected; 0 at step 0, and 0.5 is what the loss pulls it to
+Shapes:   (N,) trained tokens of a micro-batch, (S,) its responses, (B,) its pairs; S = 2 B
+Trains:   the policy: every weight, or with lora_r an adapter. The reference is frozen; its log-probs are
+          computed once, before the first update, so that no second model is in memory.
+Data:     {"prompt": ..., "chosen": ..., "rejected": ...}, strings or messages; HH-RLHF transcripts
+Normalised by: the pairs of the whole update, over all micro-batches and ranks
+Metrics:  loss                                1 / (2 beta)^2 at step 0, where policy = reference: 25 for beta 0.1
+          rewards/chosen, rewards/rejected    beta * log-ratio, with means as in the loss; 0 at step 0
+          rewards/margins                     chosen - rejected; 0 at step 0; the loss pulls it to 0.5
           rewards/accuracies                  share of pairs with margin > beta * 1e-4 (bf16: beta * 0.05)
-                                              * (1 / |y_w| + 1 / |y_l|), but for sums: less is rounding, a
-                                              tie, not a win; 0 at step 0, but for the rounding of
-                                              sums above 1,000 nats and of bf16
+                                              * (1 / |y_w| + 1 / |y_l|), but for sums: a smaller one is
+                                              rounding, a tie; 0 at step 0, but for the rounding of sums
+                                              above 1,000 nats and of bf16
           logps/chosen, logps/rejected        mean log-probs under the policy
-Differs:  the paper sums over tokens (average_log_prob: false); its authors advise means, so that the margin does not depend on
-          length. With means 1 / (2 beta) is in nats per token: beta 0.1 asks for 5 of them, so 0.1 to 1 is the useful range.
+Step 0:   has no micro-batches: the start model is evaluated on the held-out rows, nothing is trained
+Differences from the paper: it sums over tokens (average_log_prob: false); its authors advise means, so
+          that the margin does not depend on length. With means 1 / (2 beta) is in nats per token: beta 0.1 asks
+          for 5 of them, so that 0.1 to 1 is the useful range
 Run:      python train.py example/tiny-ipo.yml
 """
 from dataclasses import dataclass

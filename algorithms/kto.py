@@ -1,26 +1,31 @@
 """KTO: Kahneman-Tversky Optimization - learns from single responses marked good or bad; no pairs are needed.
 
-Paper:    Ethayarajh et al. 2024, arXiv 2402.01306; the loss is eq. 7 and 8, z0 section 4.1.
-Formula:  L = w_D * ( 1 - sigmoid( beta * (r - z0) ) )  for a desirable response,  w_U * ( 1 - sigmoid( beta * (z0 - r) ) )  otherwise
+Paper:    Ethayarajh et al. 2024, arXiv 2402.01306; the loss is eq. 7 and 8, z0 section 4.1
+Formula:  L = w_D * ( 1 - sigmoid( beta * (r - z0) ) ) for a desirable response
+          L = w_U * ( 1 - sigmoid( beta * (z0 - r) ) ) for an undesirable one
           r = log pi(y|x) / pi_ref(y|x),    z0 = max(0, mean of log pi(y'|x) / pi_ref(y'|x))
-Symbols:  log pi(y|x)        policy_logps        sum over the tokens of the response, stop token included
+Symbols:  log pi(y|x)        policy_logps        sum over the response's tokens, with the stop token
           log pi_ref(y|x)    reference_logps
-          z0                 kl                  the point from which gains and losses are judged, without a gradient. y' is the
-                                                 response to another prompt of the same update
+          z0                 kl                  the point from which gains and losses count, without a
+                                                 gradient. y' is the response to another prompt of the update
           w_D, w_U           desirable_weight, undesirable_weight
-Trains:   the policy: every weight, or with lora_r an adapter. The reference is frozen; its log-probs are computed once, before
-          the first update, so that no second model is in memory while training.
-Data:     {"prompt": ..., "response": ..., "label": true}; pairs give two rows, the chosen one true and the rejected one false
-Divided:  by the examples of the whole update, over all micro-batches and ranks; kl is a mean over the same.
+Shapes:   (N,) trained tokens of a micro-batch, (B,) its examples, each with one response
+Trains:   the policy: every weight, or with lora_r an adapter. The reference is frozen; its log-probs are
+          computed once, before the first update, so that no second model is in memory.
+Data:     {"prompt": ..., "response": ..., "label": true}; a pair gives two rows, the chosen one true and the
+          rejected one false
+Normalised by: the examples of the whole update, over all micro-batches and ranks; kl is a mean over the same
 Metrics:  loss                                0.5 at step 0 with both weights 1, where policy = reference
           kl                                  z0; 0 at step 0
-          rewards/chosen, rewards/rejected    beta * r of the desirable and of the undesirable responses; 0 at step 0
+          rewards/chosen, rewards/rejected    beta * r of the desirable and the undesirable responses; 0 at
+                                              step 0
           rewards/margins                     their difference
-          logps/chosen, logps/rejected        summed log-probs under the policy, of each
-Differs:  y' never comes from the same prompt (the paper's code takes a neighbour's, which in unpacked pairs
-          often is the same): it is the response of the nearest row before in the update that has another
-          prompt (before the first row comes the last). An update whose rows all have one prompt takes it from
-          all training rows.
+          logps/chosen, logps/rejected        summed log-probs under the policy, for each
+Step 0:   has no micro-batches: the start model is evaluated on the held-out rows, nothing is trained
+Differences from the paper: y' never comes from the same prompt (the paper's code takes a neighbour's, which
+          in unpacked pairs often is the same): it is the response of the nearest row before in the update that
+          has another prompt (before the first row comes the last). An update whose rows all have one prompt
+          takes it from all training rows
 Run:      python train.py example/tiny-kto.yml
 """
 from collections.abc import Iterable

@@ -1,14 +1,18 @@
-"""ORPO: Odds Ratio Preference Optimization - fine-tuning and preference in one stage, from a base model, without a reference.
+"""ORPO: Odds Ratio Preference Optimization - fine-tuning and preference in one stage, from a base model,
+without a reference.
 
-Paper:    Hong et al. 2024, arXiv 2403.07691; the loss is eq. 6 and 7, with beta for the paper's lambda.
-Formula:  L = NLL(y_w|x)  -  beta * log sigmoid( log [ odds(y_w|x) / odds(y_l|x) ] ),    odds(y|x) = P / (1 - P)
-Symbols:  P(y_w|x)         exp(policy_chosen_logps)      the geometric mean of the tokens' probabilities, stop token included
-          P(y_l|x)         exp(policy_rejected_logps)    the same of the rejected response
+Paper:    Hong et al. 2024, arXiv 2403.07691; the loss is eq. 6 and 7, with beta for the paper's lambda
+Formula:  L = NLL(y_w|x)  -  beta * log sigmoid( log [ odds(y_w|x) / odds(y_l|x) ] )
+          odds(y|x) = P / (1 - P)
+Symbols:  P(y_w|x)         exp(policy_chosen_logps)      geometric mean of the tokens' probabilities, with the
+                                                         stop token
+          P(y_l|x)         exp(policy_rejected_logps)    the same for the rejected response
           NLL(y_w|x)       nll                           -log pi of every token of the chosen response
+Shapes:   (N,) trained tokens of a micro-batch, (S,) its responses, (B,) its pairs; S = 2 B
 Trains:   the policy: every weight, or with lora_r an adapter. No other model.
-Data:     {"prompt": ..., "chosen": ..., "rejected": ...}, strings or messages; HH-RLHF transcripts as they are
-Divided:  the likelihood by the chosen tokens of the whole update, the odds-ratio term by its pairs, over all micro-batches and
-          ranks.
+Data:     {"prompt": ..., "chosen": ..., "rejected": ...}, strings or messages; HH-RLHF transcripts
+Normalised by: the likelihood by the chosen tokens of the whole update, the odds-ratio term by its pairs, over
+          all micro-batches and ranks
 Metrics:  loss                                both terms
           nll_loss                            token mean of -log pi(y_w|x): most of the loss
           log_odds_chosen                     log of the odds ratio
@@ -16,10 +20,12 @@ Metrics:  loss                                both terms
           rewards/chosen, rewards/rejected    beta * mean log-probs
           rewards/margins                     chosen - rejected
           rewards/accuracies                  share of pairs with margin > beta * 1e-4 (bf16: beta * 0.05)
-                                              * (1 / |y_w| + 1 / |y_l|): less is rounding, a tie, not a win
+                                              * (1 / |y_w| + 1 / |y_l|): a smaller one is rounding, a tie
           logps/chosen, logps/rejected        mean log-probs under the policy
-Differs:  the likelihood is of the response, as in the paper's eq. 2; the authors' code (and TRL) add the prompt's tokens by default.
-          1 - P is computed as log1mexp in fp32 with P below 1 - 1e-7, so that a certain response gives no infinity.
+Step 0:   has no micro-batches: the start model is evaluated on the held-out rows, nothing is trained
+Differences from the paper: the likelihood is the response's, as in eq. 2; the authors' code (and TRL) add
+          the prompt's tokens by default. 1 - P is computed as log1mexp in fp32 with P below 1 - 1e-7, so that a
+          certain response gives no infinity
 Run:      python train.py example/tiny-orpo.yml
 """
 from dataclasses import dataclass

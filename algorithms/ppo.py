@@ -1,39 +1,53 @@
-"""PPO: Proximal Policy Optimization - a critic foretells the reward; tokens after which it comes out higher become likelier.
+"""PPO: Proximal Policy Optimization - a critic predicts the return; tokens with a positive advantage become more
+likely.
 
-Paper:    Schulman et al. 2017, arXiv 1707.06347, eq. 7; for language models Ouyang et al. 2022 (InstructGPT), arXiv 2203.02155,
-          section 3.5; the advantage is Schulman et al. 2016 (GAE), arXiv 1506.02438, eq. 16; value clipping, whitening and where the critic
-          starts are as in Huang et al. 2024 (The N+ Implementation Details of RLHF with PPO), arXiv 2403.17031.
-Formula:  r_t = -beta k_t + [t = T] score                        k1 = d, k2 = d^2 / 2, k3 = exp(-d) - 1 + d;  d = log pi_old - log pi_ref
-          A_t = delta_t + gamma lam A_t+1,  R_t = A_t + V_old_t  delta_t = r_t + gamma V_old_t+1 - V_old_t;   after T: A = V = 0
-          L   = mean_t( -min( rho A', clip(rho, 1 - eps, 1 + eps) A' ) ) + vf_coef mean_t( 1/2 max( (V - R)^2, (V_clip - R)^2 ) )
-          rho = pi / pi_old,  A' = (A - mean A) / std A,  V_clip = V_old + clip(V - V_old, -eps_v, eps_v)
-Symbols:  log pi(o_t), V_t           logps, values              of each token of a completion, at the sampling temperature; of the state
-                                                               before that token
-          log pi_old, V_old          old_logps, old_values      the same before the first update from the rollout
-          log pi_ref                 reference_logps
-          score, r, A, R             scores, rewards, advantages, returns
-          beta, eps, eps_v           kl_coef, cliprange, cliprange_value
-Trains:   the policy and a critic: a trunk of its own under a linear head (with lora_r an adapter in both trunks). The critic starts as
-          the reward model where the reward is one, else as the start model under a head of 0. final/ is the policy alone. With the
-          reward and the frozen reference these are the four models of PPO.
-Data:     {"prompt": ..., "answer": ...}: a prompt and whatever columns the reward reads; one completion of each
-Divided:  both terms by the tokens of the whole update, over all micro-batches and ranks; an update is one mini-batch.
-Metrics:  objective/scores, /rlhf_reward    mean score; mean of score and KL penalty together, which is what is maximised
-          objective/kl, /non_score_reward   means over completions of the sum of k1, 0 at step 0; of the sum of -beta k
+Paper:    Schulman et al. 2017, arXiv 1707.06347, eq. 7; for language models Ouyang et al. 2022 (InstructGPT),
+          arXiv 2203.02155, section 3.5; the advantage is Schulman et al. 2016 (GAE), arXiv 1506.02438, eq. 16;
+          value clipping, whitening and where the critic starts are as in Huang et al. 2024 (The N+
+          Implementation Details of RLHF with PPO), arXiv 2403.17031
+Formula:  r_t = -beta k_t + [t = T] score,    d = log pi_old - log pi_ref
+          k1 = d,    k2 = d^2 / 2,    k3 = exp(-d) - 1 + d
+          delta_t = r_t + gamma V_old_t+1 - V_old_t,    A_t = delta_t + gamma lam A_t+1
+          R_t = A_t + V_old_t,    after T: A = V = 0
+          L = mean_t( -min( rho A', clip(rho, 1 - eps, 1 + eps) A' ) )
+              + vf_coef mean_t( 1/2 max( (V - R)^2, (V_clip - R)^2 ) )
+          rho = pi / pi_old,    A' = (A - mean A) / std A,    V_clip = V_old + clip(V - V_old, -eps_v, eps_v)
+Symbols:  log pi(o_t), V_t      logps, values             each token of a completion, at the sampling
+                                                          temperature; the state before that token
+          log pi_old, V_old     old_logps, old_values     the same before the first update from the rollout
+          log pi_ref            reference_logps
+          score, r, A, R        scores, rewards, advantages, returns
+          beta, eps, eps_v      kl_coef, cliprange, cliprange_value
+Shapes:   (N,) sampled tokens of a micro-batch, (L,) tokens of one completion; a prompt has one completion
+Trains:   the policy and a critic: a trunk of its own under a linear head (with lora_r an adapter in both
+          trunks). The critic starts as the reward model where the reward is one, else as the start model under
+          a head of 0. final/ is the policy alone. With the reward and the frozen reference these are the four
+          models of PPO
+Data:     {"prompt": ..., "answer": ...}: a prompt, plus the columns that the reward reads
+Normalised by: the tokens of the whole update, both terms, over all micro-batches and ranks; an update is
+          one mini-batch
+Metrics:  objective/scores, /rlhf_reward    mean score; mean of score and KL penalty together, which is
+                                            maximised
+          objective/kl, /non_score_reward   means over completions of the sum of k1, 0 at step 0; of the sum
+                                            of -beta k
           objective/entropy                 mean over completions of the sum of -log pi: an estimate
           policy/approxkl_avg               mean of (log rho)^2 / 2; 0 in a rollout's first update
           policy/clipfrac_avg, val/clipfrac_avg    shares of tokens clipped; 0 in a rollout's first update
           val/ratio, val/ratio_var          mean of rho, 1 in a rollout's first update; mean of (rho - 1)^2
           policy/entropy_avg                mean of -log pi of the sampled tokens
-          loss/policy_avg, loss/value_avg   the two terms. In a rollout's first update the first is 0 (A' has mean 0), its gradient is not
-          val/explained_variance            1 - var(R - V_old) / var(R): 1 is a perfect critic; 0 at step 0 under a head of 0
+          loss/policy_avg, loss/value_avg   the two terms. In a rollout's first update the first is 0 (A' has
+                                            mean 0), its gradient is not
+          val/explained_variance            1 - var(R - V_old) / var(R): 1 is a perfect critic; 0 at step 0
+                                            under a head of 0
           val/mean                          mean of V_old
           val/num_eos_tokens                completions of the rollout that ended by themselves
           episode, eps                      completions so far; per second
-          reward, completions/..., sampling/...    mean reward; lengths in tokens; sampler against training forward: rounding
-Differs:  from TRL's last PPO: the score stands on the last token, not one after it; sampling ends at the stop token; pi_old comes from
-          the training forward; every mini-batch is an optimizer step; whitening and means go over all micro-batches and ranks, and
-          there is no padding in them.
+          reward, completions/..., sampling/...    mean reward; lengths in tokens; sampler against training
+                                            forward: rounding
+Step 0:   before the first rollout the held-out prompts are sampled and scored
+Differences from the paper: (from TRL's last PPO) the score stands on the last token, not one after it;
+          sampling ends at the stop token; pi_old comes from the training forward; every mini-batch is
+          an optimizer step; whitening and means go over all micro-batches and ranks, and there is no padding in them
 Run:      python train.py example/tiny-ppo.yml
 """
 from dataclasses import dataclass

@@ -1,30 +1,43 @@
-"""REINFORCE++: PPO's clipped loss without a critic - every token's return, in standard deviations of all returns of the rollout.
+"""REINFORCE++: PPO's clipped loss without a critic - every token's return, in standard deviations of all
+returns of the rollout.
 
-Paper:    Hu et al. 2025, arXiv 2501.03262. baseline: true is its variant "w/ Baseline".
-Formula:  L = 1 / (sum_i |o_i|) * sum_i sum_t -min( rho A_t, clip(rho, 1 - eps, 1 + eps_high) A_t ),    rho = pi(o_t) / pi_old(o_t)
-          A_t = (R_t - mean(R)) / std(R) over all tokens of the rollout
+Paper:    Hu et al. 2025, arXiv 2501.03262. baseline: true is its variant "w/ Baseline"
+Formula:  L = 1 / (sum_i |o_i|) * sum_i sum_t -min( rho A_t, clip(rho, 1 - eps, 1 + eps_high) A_t )
+          rho = pi(o_t) / pi_old(o_t),    A_t = (R_t - mean(R)) / std(R) over all tokens of the rollout
           R_t = r_i - beta sum over u >= t of [ log pi_old(o_u) - log pi_ref(o_u) ]
-Symbols:  log pi(o_t)       logps              of each token of a completion, at the sampling temperature
-          log pi_old(o_t)   old_logps          the same under the policy that sampled it; in the first pass rho is exactly 1
-          log pi_old(o_t) - log pi_ref(o_t)    kl  per token, the estimator k1
-          r                 rewards            one per completion, earned at its last token; with baseline less the mean of its group
-          R, A              returns, advantages    one per token
-          beta              kl_coef
-          eps, eps_high     epsilon, epsilon_high
-Trains:   the policy: every weight, or with lora_r an adapter. The reference is frozen, and only there if kl_coef > 0.
-Data:     {"prompt": ..., "answer": ...}: a prompt and whatever columns the reward reads
-Divided:  by the tokens of the whole update, over all micro-batches and ranks. So are mean and std of the returns, over the whole rollout.
-Metrics:  loss                       0 in the first update from a rollout: advantages sum to 0 over the tokens and every ratio is 1.
-                                     Its gradient is not 0. What to watch is reward
-          reward, reward_std         mean over all completions, without the KL; mean over the groups of their standard deviation
-          frac_reward_zero_std       share of groups whose rewards are all alike: unlike in grpo they do teach, compared with other prompts'
-                                     (with baseline they do not)
-          kl                         k1, mean over tokens; 0 at step 0
-          entropy                    -log pi of the sampled tokens, mean: an estimate of the entropy at the sampling temperature
-          clip_ratio/low_mean, /high_mean, /region_mean    share of tokens clipped below, above, either; 0 in a first pass
-          completions/mean_length, /clipped_ratio, ...     tokens; share cut at max_completion_length
-          sampling/sampling_logp_difference/mean           between the sampler's log-probs and those of the training forward: rounding
-Differs:  the paper's variant w/ Baseline has the KL (k2) in the loss; here it is in the reward in both.
+Symbols:  log pi(o_t)        logps            each token of a completion, at the sampling temperature
+          log pi_old(o_t)    old_logps        the same under the policy that sampled it; in the first pass
+                                              rho is exactly 1
+          log pi_old(o_t) - log pi_ref(o_t)   kl    per token, the estimator k1
+          r                  rewards          one per completion, at its last token; with baseline less
+                                              the mean of its group
+          R, A               returns, advantages    one per token
+          beta               kl_coef
+          eps, eps_high      epsilon, epsilon_high
+Shapes:   (N,) sampled tokens of a micro-batch, (S,) its completions, (G,) completions of one prompt
+Trains:   the policy: every weight, or with lora_r an adapter. The reference is frozen, and only loaded if
+          kl_coef > 0
+Data:     {"prompt": ..., "answer": ...}: a prompt, plus the columns that the reward reads
+Normalised by: the tokens of the whole update, over all micro-batches and ranks. So are mean and std of the
+          returns, over the whole rollout
+Metrics:  loss                       0 in the first update from a rollout: the advantages sum to 0 over the
+                                     tokens and every ratio is 1, but the gradient is not 0. It is not a
+                                     progress measure; watch `reward`
+          reward, reward_std         mean over all completions, without the KL; mean over the groups of their
+                                     standard deviation
+          frac_reward_zero_std       share of groups whose rewards are all equal: unlike in grpo they give a
+                                     gradient, compared with other prompts' (with baseline they do not)
+          kl                         mean over tokens of k1; 0 at step 0
+          entropy                    mean of -log pi of the sampled tokens: an estimate of the entropy at
+                                     the sampling temperature
+          clip_ratio/low_mean, /high_mean, /region_mean    share of tokens clipped below, above, either; 0
+                                     in a first pass
+          completions/mean_length, /clipped_ratio, ...     tokens; share truncated at
+                                     max_completion_length
+          sampling/sampling_logp_difference/mean    sampler against training forward: rounding
+Step 0:   before the first rollout the held-out prompts are sampled and scored
+Differences from the paper: its variant w/ Baseline has the KL (k2) in the loss; here both have it in the
+          reward
 Run:      python train.py example/tiny-reinforce_pp.yml
 """
 from dataclasses import dataclass

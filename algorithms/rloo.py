@@ -1,29 +1,43 @@
-"""RLOO: REINFORCE Leave-One-Out - a completion is one action, its baseline is the mean reward of the other completions of its prompt.
+"""RLOO: REINFORCE Leave-One-Out - a completion is one action; its baseline is the mean reward of the other
+completions of its prompt.
 
-Paper:    Ahmadian et al. 2024 (Back to Basics), arXiv 2402.14740; the baseline is Kool et al.'s, 2019.
-Formula:  L = mean over o_i of -min( rho A_i, clip(rho, 1 - eps, 1 + eps_high) A_i ),    rho = pi(o_i) / pi_old(o_i)
-          A_i = R_i - mean of R_j over j != i,    R_i = r_i - beta sum_t [ log pi_old(o_t) - log pi_ref(o_t) ]
-Symbols:  log pi(o_i)       sequence_logps     sum over the tokens of a completion, at the sampling temperature
-          log pi_old(o_i)   old_sequence_logps     the same under the policy that sampled it; in the first pass rho is exactly 1
-          log pi_old(o_t) - log pi_ref(o_t)    kl  per token, the estimator k1
-          r, A              rewards, advantages    one per completion
-          beta              kl_coef
-          eps, eps_high     epsilon, epsilon_high
-Trains:   the policy: every weight, or with lora_r an adapter. The reference is frozen, and only there if kl_coef > 0.
-Data:     {"prompt": ..., "answer": ...}: a prompt and whatever columns the reward reads
-Divided:  by the completions of the whole update, over all micro-batches and ranks; not by their tokens: the gradient grows with length.
-Metrics:  loss                       0 in the first update from a rollout: advantages of a group sum to 0 and every ratio is 1.
-                                     Its gradient is not 0. What to watch is reward
-          reward, reward_std         mean over all completions, without the KL; mean over the groups of their standard deviation
-          frac_reward_zero_std       share of groups whose rewards are all alike: only the KL teaches there. Above 0.5 most of the sampling
-                                     is wasted: the prompts are too easy or too hard (dapo draws others in their place)
-          kl                         k1, mean over tokens; 0 at step 0
-          entropy                    -log pi of the sampled tokens, mean: an estimate of the entropy at the sampling temperature
-          clip_ratio/low_mean, /high_mean, /region_mean    share of completions clipped below, above, either; 0 in a first pass. Their ratio
-                                     is a product over tokens: in a second pass most are clipped
-          completions/mean_length, /clipped_ratio, ...     tokens; share cut at max_completion_length
-          sampling/sampling_logp_difference/mean           between the sampler's log-probs and those of the training forward: rounding
-Differs:  the paper's gradient is on-policy; ratio and clipping only act with num_iterations or num_mini_batches above 1.
+Paper:    Ahmadian et al. 2024 (Back to Basics), arXiv 2402.14740; the baseline is Kool et al.'s, 2019
+Formula:  L = mean over o_i of -min( rho A_i, clip(rho, 1 - eps, 1 + eps_high) A_i )
+          rho = pi(o_i) / pi_old(o_i),    A_i = R_i - mean of R_j over j != i
+          R_i = r_i - beta sum_t [ log pi_old(o_t) - log pi_ref(o_t) ]
+Symbols:  log pi(o_i)        sequence_logps   sum over a completion's tokens, at the sampling temperature
+          log pi_old(o_i)    old_sequence_logps    the same under the policy that sampled it; in the first
+                                              pass rho is exactly 1
+          log pi_old(o_t) - log pi_ref(o_t)   kl    per token, the estimator k1
+          r, A               rewards, advantages    one per completion
+          beta               kl_coef
+          eps, eps_high      epsilon, epsilon_high
+Shapes:   (N,) sampled tokens of a micro-batch, (S,) its completions, (G,) completions of one prompt
+Trains:   the policy: every weight, or with lora_r an adapter. The reference is frozen, and only loaded if
+          kl_coef > 0
+Data:     {"prompt": ..., "answer": ...}: a prompt, plus the columns that the reward reads
+Normalised by: the completions of the whole update, over all micro-batches and ranks; not by their tokens: the
+          gradient grows with length
+Metrics:  loss                       0 in the first update from a rollout: a group's advantages sum to 0 and
+                                     every ratio is 1, but the gradient is not 0. It is not a progress
+                                     measure; watch `reward`
+          reward, reward_std         mean over all completions, without the KL; mean over the groups of their
+                                     standard deviation
+          frac_reward_zero_std       share of groups whose rewards are all equal: only the KL gives a gradient
+                                     there. Above 0.5 most sampling is wasted: the prompts are too easy or
+                                     too hard (dapo replaces such groups)
+          kl                         mean over tokens of k1; 0 at step 0
+          entropy                    mean of -log pi of the sampled tokens: an estimate of the entropy at
+                                     the sampling temperature
+          clip_ratio/low_mean, /high_mean, /region_mean    share of completions clipped below, above, either;
+                                     0 in a first pass. Their ratio is a product over tokens: in a second
+                                     pass most are clipped
+          completions/mean_length, /clipped_ratio, ...     tokens; share truncated at
+                                     max_completion_length
+          sampling/sampling_logp_difference/mean    sampler against training forward: rounding
+Step 0:   before the first rollout the held-out prompts are sampled and scored
+Differences from the paper: its gradient is on-policy; ratio and clipping only act with num_iterations or
+          num_mini_batches above 1
 Run:      python train.py example/tiny-rloo.yml
 """
 from dataclasses import dataclass

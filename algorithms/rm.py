@@ -1,22 +1,25 @@
-"""RM: a reward model - scores a response with one number, so that of two responses the preferred one scores higher.
+"""RM: a reward model - scores a response with one number, so that the preferred one of two scores higher.
 
-Paper:    Ouyang et al. 2022 (InstructGPT), arXiv 2203.02155, eq. 1 (Bradley-Terry). The margin is Llama 2's, arXiv 2307.09288,
-          eq. 2; centering is arXiv 2312.09244.
+Paper:    Ouyang et al. 2022 (InstructGPT), arXiv 2203.02155, eq. 1 (Bradley-Terry). The margin is Llama 2's,
+          arXiv 2307.09288, eq. 2; centering is arXiv 2312.09244
 Formula:  L = -log sigmoid( r(x,y_w) - r(x,y_l) - m )  +  lambda * ( r(x,y_w) + r(x,y_l) )^2
-Symbols:  r(x,y_w)      chosen_rewards       a linear head without bias on the last hidden state of the response
-          r(x,y_l)      rejected_rewards     the same of the rejected response
+Symbols:  r(x,y_w)      chosen_rewards       a linear head without bias on the response's last hidden state
+          r(x,y_l)      rejected_rewards     the same for the rejected response
           m             margins              0, or the row's `margin`
           lambda        center_rewards_coefficient
-Trains:   the trunk (every weight, or with lora_r an adapter) and the head.
-Data:     {"prompt": ..., "chosen": ..., "rejected": ...}, strings or messages, perhaps with "margin": 0.5; HH-RLHF transcripts
-Divided:  by the pairs of the whole update, over all micro-batches and ranks.
+Shapes:   (S,) responses of a micro-batch, (B,) its pairs; S = 2 B
+Trains:   the trunk (every weight, or with lora_r an adapter) and the head
+Data:     {"prompt": ..., "chosen": ..., "rejected": ...}, strings or messages, optional "margin": 0.5; HH-RLHF
+          transcripts
+Normalised by: the pairs of the whole update, over all micro-batches and ranks
 Metrics:  loss                                near log 2 = 0.6931 at step 0: the head starts small and random
           accuracy                            share of pairs with r(x,y_w) - r(x,y_l) > 1e-4 (bf16: 0.05):
-                                              less is rounding, a tie, not a win; near 0.5 at step 0
+                                              a smaller one is rounding, a tie; near 0.5 at step 0
           margin                              r(x,y_w) - r(x,y_l)
-          mean_reward                         of all responses
+          mean_reward                         mean over all responses
           rewards/chosen, rewards/rejected    r(x,y_w), r(x,y_l)
-Differs:  every pair counts the same, where InstructGPT weighs all pairs of a prompt as one.
+Step 0:   has no micro-batches: the start model is evaluated on the held-out rows, nothing is trained
+Differences from the paper: every pair counts the same, where InstructGPT weighs all pairs of a prompt as one
 Run:      python train.py example/tiny-rm.yml
 """
 from dataclasses import dataclass

@@ -1,16 +1,19 @@
 """SFT: supervised fine-tuning - maximum likelihood of the responses, given their prompts.
 
-Paper:    no single one; Ouyang et al. 2022 (InstructGPT), arXiv 2203.02155, section 3.5 describes the stage.
+Paper:    no single one; Ouyang et al. 2022 (InstructGPT), arXiv 2203.02155, section 3.5 describes the stage
 Formula:  L = -(1/N) sum over trained tokens t of  log pi(y_t | x, y_<t)
 Symbols:  log pi(y_t | ...)   logps        one per trained token
           N                   num_tokens   trained tokens of the whole update
+Shapes:   (N,) trained tokens of a micro-batch
 Trains:   the policy: every weight, or with lora_r an adapter. No other model.
-Data:     {"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]}: every assistant turn,
-          {"prompt": ..., "response": ...}, {"question": ..., "answer": ...}, raw {"text": ...}; pairs give their chosen side
-Divided:  by the trained tokens of the whole update, over all micro-batches and ranks (a mean of means would weigh the tokens
-          of short micro-batches more).
+Data:     {"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]}: every
+          assistant turn; {"prompt": ..., "response": ...}; {"question": ..., "answer": ...}; raw
+          {"text": ...}; a pair gives its chosen response
+Normalised by: the trained tokens of the whole update, over all micro-batches and ranks (a mean of means would
+          weigh the tokens of short micro-batches more)
 Metrics:  loss                token mean of -logps; near log(vocabulary) for random weights at step 0
-Differs:  nothing to differ from.
+Step 0:   has no micro-batches: the start model is evaluated on the held-out rows, nothing is trained
+Differences from the paper: -
 Run:      python train.py example/tiny-sft.yml
 """
 from dataclasses import dataclass

@@ -1,22 +1,27 @@
-"""SimPO: Simple Preference Optimization - the length-averaged likelihood is the reward, a margin takes the reference's place.
+"""SimPO: Simple Preference Optimization - the length-averaged likelihood is the reward, and a margin takes
+the reference's place.
 
-Paper:    Meng et al. 2024, arXiv 2405.14734; the loss is eq. 6. cpo_alpha > 0 is CPO-SimPO.
+Paper:    Meng et al. 2024, arXiv 2405.14734; the loss is eq. 6. cpo_alpha > 0 is CPO-SimPO
 Formula:  L = -log sigmoid( beta / |y_w| * log pi(y_w|x)  -  beta / |y_l| * log pi(y_l|x)  -  gamma )
-Symbols:  log pi(y_w|x) / |y_w|      policy_chosen_logps       mean over the tokens of the chosen response, stop token included
-          log pi(y_l|x) / |y_l|      policy_rejected_logps     the same of the rejected response
-          gamma                      simpo_gamma               the margin by which the chosen response has to win
+Symbols:  log pi(y_w|x) / |y_w|    policy_chosen_logps      mean over the chosen response's tokens, with the
+                                                            stop token
+          log pi(y_l|x) / |y_l|    policy_rejected_logps    the same for the rejected response
+          gamma                    simpo_gamma              the margin by which the chosen response has to win
+Shapes:   (N,) trained tokens of a micro-batch, (S,) its responses, (B,) its pairs; S = 2 B
 Trains:   the policy: every weight, or with lora_r an adapter. No other model.
-Data:     {"prompt": ..., "chosen": ..., "rejected": ...}, strings or messages; HH-RLHF transcripts as they are
-Divided:  by the pairs of the whole update, over all micro-batches and ranks; with cpo_alpha, the likelihood of the chosen
-          responses by their tokens in the whole update.
+Data:     {"prompt": ..., "chosen": ..., "rejected": ...}, strings or messages; HH-RLHF transcripts
+Normalised by: the pairs of the whole update, over all micro-batches and ranks; with cpo_alpha, the likelihood
+          of the chosen responses by their tokens in the whole update
 Metrics:  loss                                1.3133 where both means are equal, with beta 2 and simpo_gamma 1
           nll_loss                            token mean of -log pi(y_w|x)
           rewards/chosen, rewards/rejected    beta * mean log-probs
           rewards/margins                     chosen - rejected, without simpo_gamma
           rewards/accuracies                  share of pairs with margin > beta * 1e-4 (bf16: beta * 0.05)
-                                              * (1 / |y_w| + 1 / |y_l|): less is rounding, a tie, not a win
+                                              * (1 / |y_w| + 1 / |y_l|): a smaller one is rounding, a tie
           logps/chosen, logps/rejected        mean log-probs under the policy
-Differs:  label smoothing and cpo_alpha are later additions; both are off. The paper tunes gamma as a share of beta (0.3 to 0.6).
+Step 0:   has no micro-batches: the start model is evaluated on the held-out rows, nothing is trained
+Differences from the paper: label smoothing and cpo_alpha are later additions; both are off. The paper tunes
+          gamma as a share of beta (0.3 to 0.6)
 Run:      python train.py example/tiny-simpo.yml
 """
 from dataclasses import dataclass
