@@ -123,7 +123,7 @@ def refused(function, *arguments, **options):
 
 
 ALGORITHMS = {"sft": sft_rows, "dft": sft_rows, "kto": labelled_rows,      # name -> the rows it trains on
-              **dict.fromkeys(("dpo", "ipo", "orpo", "simpo", "cpo", "rm"), pair_rows)}
+              **dict.fromkeys(("dpo", "rpo", "ipo", "orpo", "simpo", "cpo", "rm"), pair_rows)}
 REWARDS = f"{ROOT}/tests/some_rewards.py"
 SAMPLED = dict(reward=f"{REWARDS}:varied", max_completion_length=10)
 GROUPS = dict(SAMPLED, num_generations=4, num_iterations=2, num_mini_batches=2)

@@ -151,7 +151,7 @@ def log_odds(logp):
     return logp - torch.log(1 - torch.exp(logp))
 
 
-def dpo_loss_of(beta=0.1, smoothing=0.0, rpo_alpha=0.0, with_reference=1):
+def dpo_loss_of(beta=0.1, smoothing=0.0, rpo_alpha=None, with_reference=1):
     return over_pairs(lambda logp, frozen: beta * (logp - with_reference * frozen), lambda c, r: cross_entropy(c - r, smoothing),
                       nll=rpo_alpha)
 
@@ -214,8 +214,8 @@ def rm_loss_of(center=0.0):
     return loss_of
 
 
-LOSS_OF = {"sft": sft_loss_of, "dft": dft_loss_of, "dpo": dpo_loss_of(), "ipo": ipo_loss_of(), "kto": kto_loss_of(), "orpo": orpo_loss_of(),
-           "simpo": simpo_loss_of(), "cpo": cpo_loss_of(), "rm": rm_loss_of()}
+LOSS_OF = {"sft": sft_loss_of, "dft": dft_loss_of, "dpo": dpo_loss_of(), "rpo": dpo_loss_of(rpo_alpha=1.0),
+           "ipo": ipo_loss_of(), "kto": kto_loss_of(), "orpo": orpo_loss_of(), "simpo": simpo_loss_of(), "cpo": cpo_loss_of(), "rm": rm_loss_of()}
 
 
 def read(path):
@@ -253,7 +253,7 @@ def plain_loop(model, data, algorithm, loss_of, updates, batch_size=4, lr=1e-3, 
 VARIANTS = {    # name: (algorithm, its loss by the plain loop, options)
     **{name: (name, loss_of, {}) for name, loss_of in LOSS_OF.items()},
     "cdpo": ("dpo", dpo_loss_of(0.5, 0.2), {"beta": 0.5, "label_smoothing": 0.2}),
-    "rpo": ("dpo", dpo_loss_of(rpo_alpha=0.5), {"rpo_alpha": 0.5}),
+    "rpo-weight": ("rpo", dpo_loss_of(0.5, 0.2, 0.3), {"beta": 0.5, "label_smoothing": 0.2, "rpo_alpha": 0.3}),
     "dpo-free": ("dpo", dpo_loss_of(with_reference=0), {"reference_free": "true"}),
     "ipo-sums": ("ipo", ipo_loss_of(0.5, average=False), {"beta": 0.5, "average_log_prob": "false"}),
     "kto-weights": ("kto", kto_loss_of(0.5, 1.5, 0.5), {"beta": 0.5, "desirable_weight": 1.5, "undesirable_weight": 0.5}),

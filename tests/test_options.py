@@ -32,7 +32,8 @@ SMOOTHING = {"label_smoothing": ("0 0.5", "0.51 -0.1")}
 LIMITS = {
     "sft": {"lora_dropout": ("0 0.1 0.99", "1 -0.1")},
     "dft": {"lora_dropout": ("0 0.1 0.99", "1 -0.1")},
-    "dpo": BETA | SMOOTHING | {"rpo_alpha": NOT_NEGATIVE, "lora_dropout": ("0", "0.1")},
+    "dpo": BETA | SMOOTHING | {"lora_dropout": ("0", "0.1")},
+    "rpo": BETA | SMOOTHING | {"rpo_alpha": NOT_NEGATIVE},
     "ipo": BETA,
     "kto": BETA | {"desirable_weight": POSITIVE, "undesirable_weight": POSITIVE},
     "orpo": BETA,
@@ -40,7 +41,7 @@ LIMITS = {
     "simpo": BETA | SMOOTHING | {"cpo_alpha": NOT_NEGATIVE, "simpo_gamma": NOT_NEGATIVE},
     "rm": {"center_rewards_coefficient": NOT_NEGATIVE},
     "grpo": CLIPPED | {"beta": NOT_NEGATIVE},
-    "dr_grpo": CLIPPED,
+    "dr_grpo": CLIPPED | {"beta": NOT_NEGATIVE},
     "dapo": CLIPPED | {"max_resample_times": ("0 7", "-1"), "soft_overlong_cache": ("0 7", "-1")},
     "gspo": CLIPPED,
     "cispo": GROUP | {"epsilon_high": ("1 7.5", "0.9 0")},
@@ -161,13 +162,14 @@ def test_what_the_engine_is_told():
             values["reward"] = "gsm8k"
         return config_of(name)(**values)
 
-    with_reference = ("dpo", "grpo", "ipo", "kto", "ppo", "reinforce_pp", "rloo")
+    with_reference = ("dpo", "rpo", "grpo", "ipo", "kto", "ppo", "reinforce_pp", "rloo")
     for name in NAMES:
         assert made(name).uses_reference() == (name in with_reference)
         assert made(name).uses_critic() == (name == "ppo")
         assert made(name).allows_dropout == (name in ("sft", "dft"))
     assert not made("dpo", reference_free=True).uses_reference()
     assert not made("grpo", beta=0.0).uses_reference()
+    assert made("dr_grpo", beta=0.1).uses_reference()
     assert not made("rloo", kl_coef=0.0).uses_reference()
     assert not made("reinforce_pp", kl_coef=0.0).uses_reference()
     assert not made("ppo", share_value_trunk=True).uses_critic()

@@ -57,6 +57,8 @@ LABELLED = [{"prompt": row["prompt"], "completion": row["chosen" if i % 3 else "
 # definition)
 TRAINERS = {
     "ipo": ("trl.DPOTrainer", {"loss_type": "ipo"}, {}, PAIRS, 4, []),             # TRL's metrics are of sums
+    "rpo": ("trl.DPOTrainer", {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5]}, {"rpo_alpha": 0.5}, PAIRS, 4,
+            [*REWARDS, "logps/chosen", "logps/rejected"]),
     "kto": ("trl.KTOTrainer", {"desirable_weight": 1.5}, {"desirable_weight": 1.5}, LABELLED, 4,
             [*REWARDS, "kl", "logps/chosen", "logps/rejected"]),
     "cpo": ("trl.experimental.cpo.CPOTrainer", {"label_smoothing": 0.1}, {"label_smoothing": 0.1}, PAIRS, 4,
