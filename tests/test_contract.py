@@ -1,11 +1,10 @@
-"""What happens to a researcher who copies an algorithm file and edits a few lines: it works, or one sentence says
-which line to add. Nothing that was trained is lost."""
+"""What happens to a researcher who copies an algorithm file and edits a few lines: it works, or one sentence
+says which line to add. Nothing that was trained is lost."""
 import itertools
 import math
 import shutil
 import signal
 
-import algorithms
 import pytest
 from helpers import (
     CLOCK,
@@ -24,6 +23,7 @@ from helpers import (
 )
 from safetensors.torch import load_file
 
+import algorithms
 from data.errors import RunError
 from engine import definition
 from engine.loop import Engine
@@ -38,8 +38,8 @@ def model(tmp_path_factory):
 
 @pytest.fixture
 def edit(model, tmp_path, monkeypatch):
-    """edit(name, (text, other), ...) -> run(output, key=value, ...): a run of a copy of algorithms/<name>.py, under
-    another name, in which each `text`, found once, is replaced. Without edits the copy itself runs."""
+    """edit(name, (text, other), ...) -> run(output, key=value, ...): a run of a copy of algorithms/<name>.py,
+    under another name, in which each `text`, found once, is replaced. Without edits the copy itself runs."""
     folder = tmp_path / "project" / "algorithms"
     folder.mkdir(parents=True)
     monkeypatch.setattr(definition, "ROOT", folder.parent)
@@ -57,8 +57,9 @@ def edit(model, tmp_path, monkeypatch):
         held_out = write_jsonl(tmp_path / f"{copy}-eval.jsonl", rows(4, 50))
 
         def run(output, stop_after=None, **values):
-            keys = dict(algorithm=copy, model=model, data=data, eval_data=held_out, output=tmp_path / output,
-                        batch_size=4, max_length=200, lr=1e-3, save_every=1, keep=100, eval_every=2, max_steps=6)
+            files = dict(model=model, data=data, eval_data=held_out, output=tmp_path / output)
+            keys = dict(algorithm=copy, batch_size=4, max_length=200, lr=1e-3, save_every=1, keep=100,
+                        eval_every=2, max_steps=6) | files
             config = write_config(tmp_path / f"{output}.yml", **keys | ONLINE.get(name, {}) | values)
             with monkeypatch.context() as patch:
                 stop(patch, stop_after)
@@ -94,26 +95,42 @@ def told(directory):
     return (directory / "events.log").read_text()
 
 
+def before(line, *others):
+    """An edit: `others` stand before the line."""
+    return line, "".join([*others, line])
+
+
+def after(line, *others):
+    """An edit: `others` stand after the line."""
+    return line, "".join([line, *others])
+
+
 CLIP = "        engine.clip_gradients()"
+STEP = "        optimizer.step()\n"
+ZERO = "        optimizer.zero_grad()\n"
+LOG = "            step.log(losses, metrics)\n        engine"      # the first of two
 OFFLINE_LOOP = "    for step in engine.steps():"
+MICRO_BATCHES = "        for batch in step:"
 ONLINE_LOOP = "        for step in engine.steps(rollout):"
+ONLINE_ZERO = "            optimizer.zero_grad()\n"
 
 
-# ---- leaving a loop -----------------------------------------------------------------------------------------------
+# ---- leaving a loop ------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("edits, last", [
-    ([("        for batch in step:", "        if step.index == 4:\n            break\n        for batch in step:")], 3),
-    ([("        optimizer.zero_grad()\n", "        optimizer.zero_grad()\n        if step.index == 3:\n            break\n")], 3)])
-def test_a_break_keeps_every_update_and_the_model(edit, edits, last):
+@pytest.mark.parametrize("edit_of_loop, last", [
+    (before(MICRO_BATCHES, "        if step.index == 4:\n            break\n"), 3),
+    (after(ZERO, "        if step.index == 3:\n            break\n"), 3)])
+def test_a_break_keeps_every_update_and_the_model(edit, edit_of_loop, last):
     whole = edit("dpo")("whole")
-    left = edit("dpo", *edits)("left")
+    left = edit("dpo", edit_of_loop)("left")
     assert updates_of(left) == list(range(1, last + 1))
     assert metrics(left) == metrics(whole)[:last]
     assert f"the algorithm ended the run after update {last} of 6" in told(left)
-    assert_same_weights(final_weights(left), load_file(whole / "checkpoints" / f"step-{last:06d}" / "model.safetensors"))
+    saved = whole / "checkpoints" / f"step-{last:06d}" / "model.safetensors"
+    assert_same_weights(final_weights(left), load_file(saved))
 
 
-LEAVE_ROLLOUT = ("            optimizer.zero_grad()\n", "            optimizer.zero_grad()\n            if step.index % 2 == 0:\n                break\n")
+LEAVE_ROLLOUT = after(ONLINE_ZERO, "            if step.index % 2 == 0:\n                break\n")
 
 
 def test_a_break_out_of_a_rollout_keeps_every_update(edit):
@@ -128,37 +145,47 @@ def test_a_break_out_of_a_rollout_keeps_every_update(edit):
 
 
 def test_a_break_out_of_the_rollouts_keeps_every_update(edit):
-    directory = edit("grpo", (ONLINE_LOOP, "        if rollout.number == 1:\n            break\n" + ONLINE_LOOP))("left")
+    leave = before(ONLINE_LOOP, "        if rollout.number == 1:\n            break\n")
+    directory = edit("grpo", leave)("left")
     assert updates_of(directory) == [1, 2, 3, 4]
     assert "ended the run after update 4 of 6" in told(directory)
     assert (directory / "final").is_dir()
 
 
-# ---- a line that is missing, or in the wrong place ----------------------------------------------------------------
+# ---- a line that is missing, or in the wrong place ----------------------------------------------------
 
+BATCH_LOG = "                step.log(losses, metrics)\n"
+REDUCED = LOG.replace("losses", "losses.mean()")
+PER_PROMPT = '        rollout.once("difficulty", lambda: [[0.5] for _ in rollout.examples])\n'
+PER_ROLLOUT = '        rollout.once("difficulty", list, [0.5])\n'
 LINES = {    # name: (algorithm, edits, what the sentence says)
-    "log": ("dpo", [("            step.log(losses, metrics)\n        engine", "        engine")], "add the line step.log(losses, metrics)"),
-    "clip": ("dpo", [(CLIP, "        pass #")], "add the line engine.clip_gradients() before optimizer.step()"),
-    "step": ("dpo", [("        optimizer.step()\n", "")], "add the line optimizer.step() before it, after engine.clip_gradients()"),
-    "zero": ("dpo", [("        optimizer.zero_grad()\n", "")], "add the line optimizer.zero_grad() after optimizer.step()"),
-    "zero early": ("dpo", [("        optimizer.zero_grad()\n", ""), (CLIP, "        optimizer.zero_grad()\n" + CLIP)],
+    "log": ("dpo", [(LOG, "        engine")], "add the line step.log(losses, metrics)"),
+    "clip": ("dpo", [(CLIP, "        pass #")],
+             "add the line engine.clip_gradients() before optimizer.step()"),
+    "step": ("dpo", [(STEP, "")],
+             "add the line optimizer.step() before it, after engine.clip_gradients()"),
+    "step and zero": ("dpo", [(STEP, ""), (ZERO, "")],
+                      "add the line optimizer.step() after engine.clip_gradients()"),
+    "zero": ("dpo", [(ZERO, "")], "add the line optimizer.zero_grad() after optimizer.step()"),
+    "zero early": ("dpo", [(ZERO, ""), before(CLIP, ZERO)],
                    "optimizer.zero_grad() came before optimizer.step() in update 1"),
-    "zero between": ("dpo", [("        optimizer.zero_grad()\n", ""), ("        optimizer.step()\n", "        optimizer.zero_grad()\n        optimizer.step()\n")],
-                     "add the line optimizer.step() before it"),
-    "two steps": ("dpo", [("        optimizer.step()\n", "        optimizer.step()\n        optimizer.step()\n")], "optimizer.step() was called twice in update 1"),
+    "zero between": ("dpo", [(ZERO, ""), before(STEP, ZERO)], "add the line optimizer.step() before it"),
+    "two steps": ("dpo", [after(STEP, STEP)], "optimizer.step() was called twice in update 1"),
     "split": ("dpo", [(', split="eval"', "")], "write step.log(losses, metrics, split='eval')"),
-    "mean": ("dpo", [("            step.log(losses, metrics)\n        engine", "            step.log(losses.mean(), metrics)\n        engine")],
-             "pass the losses per example, response or token"),
-    "score": ("grpo", [("        engine.score(rollout)", "        pass #")], "add the line engine.score(rollout) before"),
-    "advantages": ("grpo", [("        rollout.advantages = ", "        rollout.advantage = ")], "write rollout.advantages"),
-    "read": ("grpo", [("group_advantages(rollout.rewards)", "group_advantages(rollout.reward)")], "write rollout.rewards"),
-    "extra": ("grpo", [('batch.extra("advantages")', 'batch.extra("advantage")')], "the batch has no 'advantage'"),
-    "online log": ("grpo", [("                step.log(losses, metrics)\n", "")], "add the line step.log(losses, metrics)"),
-    "per prompt": ("grpo", [(ONLINE_LOOP, '        rollout.once("difficulty", lambda: [[0.5] for _ in rollout.examples])\n' + ONLINE_LOOP)],
+    "mean": ("dpo", [(LOG, REDUCED)], "pass the losses per example, response or token"),
+    "score": ("grpo", [("        engine.score(rollout)", "        pass #")],
+              "add the line engine.score(rollout) before"),
+    "advantages": ("grpo", [("        rollout.advantages = ", "        rollout.advantage = ")],
+                   "write rollout.advantages"),
+    "read": ("grpo", [("(rollout.rewards)", "(rollout.reward)")], "write rollout.rewards"),
+    "extra": ("grpo", [('extra("advantages")', 'extra("advantage")')], "the batch has no 'advantage'"),
+    "online log": ("grpo", [(BATCH_LOG, "")], "add the line step.log(losses, metrics)"),
+    "per prompt": ("grpo", [before(ONLINE_LOOP, PER_PROMPT)],
                    "difficulty has the shape (1,) for a prompt with 4 completions"),
-    "per rollout": ("grpo", [(ONLINE_LOOP, '        rollout.once("difficulty", list, [0.5])\n' + ONLINE_LOOP)],
+    "per rollout": ("grpo", [before(ONLINE_LOOP, PER_ROLLOUT)],
                     "fix: give a list with one tensor per prompt"),
-    "nothing": ("dpo", [(OFFLINE_LOOP, "    for step in ():")], "nothing was trained, so there is no model to write"),
+    "nothing": ("dpo", [(OFFLINE_LOOP, "    for step in ():")],
+                "nothing was trained, so there is no model to write"),
 }
 
 
@@ -179,28 +206,39 @@ def test_what_was_made_before_is_kept(edit, tmp_path):
     assert (tmp_path / "run" / "checkpoints" / "step-000001").is_dir()
 
 
-# ---- what is computed once, and what is kept between updates --------------------------------------------------------
+# ---- what is computed once, and what is kept between updates -------------------------------------------
 
-PENALTY = ("        rollout.advantages =", "        rollout.rewards = [group - 0.1 * (lengths > 5) for group, lengths in zip(rollout.rewards, rollout.lengths)]\n"
-           "        rollout.advantages =")
-ONCE = (ONLINE_LOOP, "        lengths = rollout.once(\"own\", lambda: [0.01 * part for part in rollout.lengths])\n"
-        "        rollout.advantages = [group - own for group, own in zip(rollout.advantages, lengths)]\n" + ONLINE_LOOP)
+PENALTY = before(
+    "        rollout.advantages =",
+    "        pairs = zip(rollout.rewards, rollout.lengths)\n",
+    "        rollout.rewards = [rewards - 0.1 * (lengths > 5) for rewards, lengths in pairs]\n")
+ONCE = before(
+    ONLINE_LOOP,
+    "        own = rollout.once('own', lambda: [0.01 * part for part in rollout.lengths])\n",
+    "        rollout.advantages = [group - part for group, part in zip(rollout.advantages, own)]\n")
 AVERAGED = [
     ("    reference = engine.reference(config.reference) if config.beta > 0 else None\n",
      "    reference = engine.reference(config.reference)\n"
-     "    averaged = engine.remember(\"averaged reference\", dict(reference.named_parameters()))\n"),
-    ("            optimizer.zero_grad()\n", "            optimizer.zero_grad()\n"
-     "            for name, parameter in policy.named_parameters():\n"
-     "                averaged[name].data.lerp_(parameter.detach(), 0.3)\n")]
+     "    averaged = engine.remember('averaged', dict(reference.named_parameters()))\n"),
+    after(
+        ONLINE_ZERO,
+        "            for name, parameter in policy.named_parameters():\n",
+        "                averaged[name].data.lerp_(parameter.detach(), 0.3)\n")]
 CONTROLLER = [
-    (OFFLINE_LOOP, "    import torch\n    state = engine.remember(\"controller\", {\"beta\": torch.tensor(config.beta)})\n" + OFFLINE_LOOP),
-    ("reference_rejected_logps, config.beta, config.label", "reference_rejected_logps, float(state[\"beta\"]), config.label"),
-    ("        optimizer.zero_grad()\n", "        optimizer.zero_grad()\n        state[\"beta\"] *= 1.5\n")]
+    before(
+        OFFLINE_LOOP,
+        "    import torch\n",
+        "    state = engine.remember('controller', {'beta': torch.tensor(config.beta)})\n"),
+    ("rejected_logps, config.beta, config.label", "rejected_logps, float(state['beta']), config.label"),
+    after(ZERO, "        state['beta'] *= 1.5\n")]
 
 
 @pytest.mark.parametrize("algorithm, edits, values", [
-    ("grpo", [PENALTY], dict(reward=f"{REWARDS}:coarse")), ("grpo", [ONCE], {}), ("grpo", AVERAGED, dict(beta=0.5)),
-    ("dpo", CONTROLLER, {})], ids=["penalty", "once", "averaged reference", "controller"])
+    ("grpo", [PENALTY], dict(reward=f"{REWARDS}:coarse")),
+    ("grpo", [ONCE], {}),
+    ("grpo", AVERAGED, dict(beta=0.5)),
+    ("dpo", CONTROLLER, {}),
+], ids=["penalty", "once", "averaged reference", "controller"])
 def test_a_resumed_run_ends_as_one_without_a_stop(edit, algorithm, edits, values):
     run, plain = edit(algorithm, *edits), edit(algorithm)
     whole = run("whole", **values)
@@ -211,24 +249,26 @@ def test_a_resumed_run_ends_as_one_without_a_stop(edit, algorithm, edits, values
     assert metrics(plain("plain", **values)) != metrics(whole)      # the edit does something
 
 
-# ---- more than the paper --------------------------------------------------------------------------------------------
+# ---- more than the paper -------------------------------------------------------------------------------
 
 def test_a_second_log_adds_metrics_and_no_loss(edit):
-    more = ("            step.log(losses, metrics)\n        engine", "            step.log(losses, metrics)\n"
-            "            step.log(0 * losses, {\"pairs\": losses * 0 + 3})\n        engine")
-    plain, edited = edit("dpo")("plain"), edit("dpo", more)("edited")
+    second = "            step.log(0 * losses, {'pairs': losses * 0 + 3})\n        engine"
+    plain = edit("dpo")("plain")
+    edited = edit("dpo", (LOG, LOG.replace("        engine", second)))("edited")
     rows = metrics(edited)
     assert [row.pop("pairs") for row in rows] == [3.0] * 6
     assert rows == metrics(plain)
 
 
 def test_an_entropy_bonus(edit):
-    """The logged entropy is the exact one: near log(vocabulary) for a random model, and its gradient moves weights."""
-    bonus = [("                logps = policy(batch, config.temperature)          # (N,) under the current policy\n",
-              "                logps, entropies = policy(batch, config.temperature, entropy=True)\n"),
-             ("                losses = batch.mean(losses) ", "                losses = losses - 0.1 * entropies\n"
-              "                metrics[\"exact_entropy\"] = entropies\n                losses = batch.mean(losses) ")]
-    plain, edited = edit("grpo")("plain"), edit("grpo", *bonus)("edited")
+    """The logged entropy is at most log(vocabulary), and its gradient moves the weights."""
+    forward = ("logps = policy(batch, config.temperature) ",
+               "logps, entropies = policy(batch, config.temperature, entropy=True) ")
+    bonus = before(
+        "                losses = batch.mean(losses) ",
+        "                losses = losses - 0.1 * entropies\n",
+        "                metrics['exact_entropy'] = entropies\n")
+    plain, edited = edit("grpo")("plain"), edit("grpo", forward, bonus)("edited")
     first = metrics(edited)[0]
     assert 0 < first["exact_entropy"] < math.log(259)
     assert first["grad_norm"] != metrics(plain)[0]["grad_norm"]
@@ -239,7 +279,8 @@ def test_a_copy_is_the_original(edit, tmp_path):
     """Every metric and weight of a copy under another name, online and offline."""
     for name in ("sft", "dpo", "kto", "rm", "grpo", "ppo"):
         copy = edit(name)(f"copy-{name}")
-        shutil.copy(ROOT / "algorithms" / f"{name}.py", tmp_path / "project" / "algorithms")      # where names are looked up
+        # where names are looked up
+        shutil.copy(ROOT / "algorithms" / f"{name}.py", tmp_path / "project" / "algorithms")
         train_here(tmp_path / f"copy-{name}.yml", f"algorithm={name}", f"output={tmp_path / name}")
         rows = metrics(tmp_path / name)
         assert rows == metrics(copy) and not any(key in row for row in rows for key in CLOCK)
