@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+from helpers import tracked
 
 import evaluate
 import sample
@@ -17,7 +18,8 @@ LATER = {"columns"}       # keys of a later version: until then the answer names
 TEXT = (Path(__file__).parent / "foreign_names.txt").read_text()
 CORPUS = [line.split(maxsplit=2) for line in TEXT.splitlines() if line.strip() and not line.startswith("#")]
 PROGRAMS = {"evaluate.py": evaluate.Config, "sample.py": sample.Config}
-OURS = {name: hints_of(Common) | hints_of(config_class) for name, config_class in all_configs().items()}
+TRACKED = {path.stem for path in tracked("algorithms/*.py")}
+OURS = {name: hints_of(Common) | hints_of(kind) for name, kind in all_configs().items() if name in TRACKED}
 KNOWN = OURS | {program: hints_of(kind) for program, kind in PROGRAMS.items()}
 
 

@@ -11,8 +11,8 @@ from algorithms.dpo import dpo_loss
 from algorithms.ipo import ipo_loss
 from algorithms.kto import kto_loss
 from algorithms.orpo import orpo_loss
-from algorithms.rpo import rpo_loss
 from algorithms.rm import rm_loss
+from algorithms.rpo import rpo_loss
 from algorithms.simpo import simpo_loss
 
 trl = pytest.importorskip("trl", reason="trl is not installed: pip install -r requirements-dev.txt")
