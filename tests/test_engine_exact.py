@@ -214,8 +214,18 @@ def rm_loss_of(center=0.0):
     return loss_of
 
 
-LOSS_OF = {"sft": sft_loss_of, "dft": dft_loss_of, "dpo": dpo_loss_of(), "rpo": dpo_loss_of(rpo_alpha=1.0),
-           "ipo": ipo_loss_of(), "kto": kto_loss_of(), "orpo": orpo_loss_of(), "simpo": simpo_loss_of(), "cpo": cpo_loss_of(), "rm": rm_loss_of()}
+LOSS_OF = {
+    "sft": sft_loss_of,
+    "dft": dft_loss_of,
+    "dpo": dpo_loss_of(),
+    "rpo": dpo_loss_of(rpo_alpha=1.0),
+    "ipo": ipo_loss_of(),
+    "kto": kto_loss_of(),
+    "orpo": orpo_loss_of(),
+    "simpo": simpo_loss_of(),
+    "cpo": cpo_loss_of(),
+    "rm": rm_loss_of(),
+}
 
 
 def read(path):
