@@ -231,7 +231,8 @@ def load_datasets(config, kind, tokenizer, notice,
     if kind == "prompts":
         max_length -= max_completion_length
         if max_length < 1:
-            raise UserError(f"max_completion_length is {max_completion_length}, which leaves no room for a prompt in "
+            raise UserError(f"max_completion_length is {max_completion_length}, which leaves no room for a "
+                            "prompt in "
                             f"max_length {config.max_length}; fix: raise max_length")
 
     def build(data):
@@ -267,7 +268,8 @@ def load_datasets(config, kind, tokenizer, notice,
         notice(f"warning: {counts[0]} of {len(evaluation.examples)} evaluation rows are training rows too; "
                f"{counts[1]} have the prompt of one")
     held_out = evaluation.examples if evaluation else []
-    return train.examples, held_out, {"train": train.report, "eval": evaluation.report if evaluation else None}
+    reports = {"train": train.report, "eval": evaluation.report if evaluation else None}
+    return train.examples, held_out, reports
 
 
 def combine(parts, weights, seed):

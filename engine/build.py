@@ -40,7 +40,8 @@ def build(run_config, run: Run, start: str | None = None,
     for line in marked(train_set[0], tokenizer, most=400):
         run.notice(line)
     if policy is None:
-        policy = build_policy(start or common.model, tokenizer, common, trains_adapter=is_adapter(common.model))
+        trains_adapter = is_adapter(common.model)
+        policy = build_policy(start or common.model, tokenizer, common, trains_adapter=trains_adapter)
     check_policy(policy, train_set, common.share_prompt, run.notice)
     policy = with_heads(policy, algorithm.MODEL, common, config, tokenizer, start, run.notice)
     step = checkpoint.load_trainer(start)["step"] if start else 0
@@ -53,7 +54,8 @@ def build(run_config, run: Run, start: str | None = None,
     _, world = distributed()
     if world > 1:
         shard(policy)
-    engine = Engine(common, policy, tokenizer, train_set, eval_set, run, algorithm.DATA, algorithm.PROGRESS, start)
+    engine = Engine(
+        common, policy, tokenizer, train_set, eval_set, run, algorithm.DATA, algorithm.PROGRESS, start)
     return algorithm, config, engine
 
 
@@ -75,8 +77,8 @@ def with_heads(policy: Policy, kind: str, common, config, tokenizer, start: str 
         critic = critic_path(config.reward, tokenizer, notice)
         trunk = None
         if config.uses_critic():
-            is_trained = is_adapter(common.model)
-            trunk = build_policy(critic or common.model, tokenizer, common, frozen=True, trains_adapter=is_trained)
+            trunk = build_policy(critic or common.model, tokenizer, common, frozen=True,
+                                 trains_adapter=is_adapter(common.model))
         return build_actor_critic(policy, trunk, critic, start, common.seed, notice)
     return policy
 

@@ -1,4 +1,5 @@
-"""The frozen reference: offline a table of log-probs, computed once before training; online a second model."""
+"""The frozen reference: offline a table of log-probs, computed once before training; online a second
+model."""
 import os
 import time
 
@@ -27,10 +28,10 @@ SEAL_SECONDS = 120      # between two parts of the reference's log-probs
 
 
 def reference_table(engine, path: str | None, also: list[Example]) -> Reference:
-    """The log-probs of the frozen model at `path` (None: the start model), for every example of the run and
-    those in `also`. They are read from the store beside the runs; what is missing there is computed, before the
-    optimizer has any state, and the model is let go: training holds no second model, and later epochs and later
-    runs pay nothing for the reference."""
+    """The log-probs of the frozen model at `path` (None: the start model), for every example of the run
+    and those in `also`. They are read from the store beside the runs; what is missing there is computed,
+    before the optimizer has any state, and the model is let go: training holds no second model, and later
+    epochs and later runs pay nothing for the reference."""
     examples = used_examples(engine) + engine.eval_set + list(also)
     path = resolved(engine, path)
     is_start_model = path in (None, engine.config.model)
@@ -56,9 +57,12 @@ def reference_table(engine, path: str | None, also: list[Example]) -> Reference:
 
 
 def reference_model(engine, path: str | None):
-    """The frozen model at `path` (None: the start model); under a fresh adapter that is the policy without it."""
+    """The frozen model at `path` (None: the start model); under a fresh adapter that is the policy
+    without it."""
     path = resolved(engine, path)
-    if path in (None, engine.config.model) and lora.settings(engine.policy.lm) and not is_adapter(engine.config.model):
+    is_start_model = path in (None, engine.config.model)
+    has_fresh_adapter = lora.settings(engine.policy.lm) and not is_adapter(engine.config.model)
+    if is_start_model and has_fresh_adapter:
         return WithoutAdapter(engine.policy)
     model = load_frozen(engine, path).requires_grad_(False)
     return shard(model) if engine.world > 1 else model
@@ -74,8 +78,8 @@ def resolved(engine, path: str | None) -> str | None:
 
 def load_frozen(engine, path: str | None):
     config = engine.config
-    trains_adapter = is_adapter(config.model)
-    return build_policy(path or config.model, engine.tokenizer, config, frozen=True, trains_adapter=trains_adapter)
+    return build_policy(path or config.model, engine.tokenizer, config, frozen=True,
+                        trains_adapter=is_adapter(config.model))
 
 
 def used_examples(engine) -> list[Example]:
@@ -102,9 +106,9 @@ def stored_table(store: str, wanted: set, notice) -> dict:
 
 
 def frozen_logps(engine, model, examples: list[Example], store: str) -> dict:
-    """The log-probs of every response's trained tokens, by `response_key`, fp32 and on the CPU. They are written
-    to `store` in parts, one every SEAL_SECONDS and one at a stop, so that a pass that was stopped continues
-    where it was."""
+    """The log-probs of every response's trained tokens, by `response_key`, fp32 and on the CPU. They are
+    written to `store` in parts, one every SEAL_SECONDS and one at a stop, so that a pass that was stopped
+    continues where it was."""
     table, unsealed, size = {}, {}, engine.config.batch_size
     since = sealed = time.perf_counter()
     for start in range(0, len(examples), size):
@@ -135,7 +139,8 @@ def check_reference(engine, reference: Reference) -> None:
     difference = (engine.policy(batch) - reference(batch)).abs().max()
     if not difference <= engine.policy.tolerance:                                    # a NaN stops too
         raise RunError(f"policy and reference differ by {difference:.2g} per token before the first update, "
-                       f"though both are {engine.config.model}; fix: use a model whose forward is deterministic")
+                       f"though both are {engine.config.model}; "
+                       "fix: use a model whose forward is deterministic")
 
 
 class WithoutAdapter:

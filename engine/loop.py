@@ -68,7 +68,7 @@ class Engine:
         self.saver = Saver(self)
         self.signals = Signals(run)
 
-    # ---- what algorithms call --------------------------------------------------------------------------------
+    # ---- what algorithms call ------------------------------------------------------------------------
 
     def steps(self, rollout: Rollout | None = None, skip: list | None = None) -> Iterator[Step]:
         """Iterate the updates of the run, from the one after the checkpoint; or with a `rollout` those that
@@ -78,11 +78,11 @@ class Engine:
             return
         self.begin()
         if self.first == 0 and self.eval_set:
-            yield self.open(0, [])
+            yield self.open_step(0, [])
         for update in range(self.first + 1, self.plan.total + 1):
             examples = [self.train_set[row] for row in self.plan.rows(update)]
-            yield self.open(update, examples)
-        self.close()
+            yield self.open_step(update, examples)
+        self.close_step()
 
     def clip_gradients(self) -> None:
         """Scale the gradients to a norm of `max_grad_norm` at most. Stop the run, before the weights move, if
@@ -148,7 +148,7 @@ class Engine:
         """Tell the user once, on the console and in events.log."""
         self.run.notice(text)
 
-    # ---- what online algorithms call besides; see engine/rollouts.py -----------------------------------------
+    # ---- what online algorithms call besides; see engine/rollouts.py ---------------------------------
 
     def rollouts(self, config, num_samplings: int = 0) -> Iterator[Rollout]:
         self.online = Rollouts(self, config, num_samplings)
@@ -172,7 +172,7 @@ class Engine:
     def old_logps(self, batch: Batch, logps: torch.Tensor) -> torch.Tensor:
         return self.online.old_logps(batch, logps)
 
-    # ---- the bookkeeping of an update ------------------------------------------------------------------------
+    # ---- the bookkeeping of an update ----------------------------------------------------------------
 
     def begin(self) -> None:
         """Start the clock and the progress line of the updates."""
@@ -181,33 +181,33 @@ class Engine:
                             f"{self.plan.total} asked for; fix: raise max_steps")
         self.record.begin()
 
-    def open(self, update: int, examples: list[Example], metrics: dict | None = None) -> Step:
+    def open_step(self, update: int, examples: list[Example], metrics: dict | None = None) -> Step:
         """Close the update before, and begin this one; `metrics` join its row."""
-        self.close()
+        self.close_step()
         self.step, self.is_open = Step(self, update, examples), True
-        self.record.open(self.step, metrics or {})
+        self.record.open_step(self.step, metrics or {})
         if update:
             self.optimizer.set_learning_rate(self.plan.learning_rate(update))
         return self.step
 
-    def close(self, is_left: bool = False) -> None:
+    def close_step(self, is_left: bool = False) -> None:
         """Do the bookkeeping of the update that is open, if there is one. `is_left`: the algorithm has left
         its loop; an update that it had not made is no update then."""
         if not self.is_open:
             return
         self.is_open, step = False, self.step
         if step.index == 0:
-            self.record.evaluation(step)
+            self.record.log_evaluation(step)
         elif step.is_made:
             self.last = step.index
-            self.record.update(step, is_left)
+            self.record.close_step(step, is_left)
         elif not is_left:
             raise RunError(f"update {step.index} made no change; fix: add the line optimizer.step() after "
                            "engine.clip_gradients()")
 
     def finish(self) -> None:
         """Close the last update and write the final model. train.py calls it when the algorithm returns."""
-        self.close(is_left=True)
+        self.close_step(is_left=True)
         if not self.optimizer.state:
             raise RunError("nothing was trained, so there is no model to write; fix: iterate engine.steps() "
                            "until an update is made")
@@ -216,7 +216,7 @@ class Engine:
         self.run.erase()
         self.saver.save_final()
 
-    # ---- examples to ranks and micro-batches -----------------------------------------------------------------
+    # ---- examples to ranks and micro-batches ---------------------------------------------------------
 
     def deal(self, examples: list[Example]) -> list[list[Example]]:
         """This rank's micro-batches of these examples; every rank gets the same number of them."""
@@ -248,7 +248,7 @@ class Engine:
         if self.world > 1:
             self.policy.set_requires_gradient_sync(is_last)
 
-    # ---- checkpoints, samples, signals -----------------------------------------------------------------------
+    # ---- checkpoints, samples, signals ---------------------------------------------------------------
 
     def is_saved(self, update: int) -> bool:
         """Whether every run has a checkpoint after this update, stopped or not."""

@@ -1,11 +1,13 @@
-"""AdamW that knows its place in an update, so that a loop with a line too few, or in the wrong place, stops."""
+"""AdamW that knows its place in an update, so that a loop with a line too few, or in the wrong place,
+stops."""
 import torch
 
 from data.errors import RunError
 
 
 class Optimizer(torch.optim.AdamW):
-    """AdamW(0.9, 0.999, 1e-8) over the trained weights of `engine.policy`; norms and biases are not decayed."""
+    """AdamW(0.9, 0.999, 1e-8) over the trained weights of `engine.policy`; norms and biases are not
+    decayed."""
 
     def __init__(self, engine):
         self.engine, config = engine, engine.config
@@ -14,7 +16,9 @@ class Optimizer(torch.optim.AdamW):
             if parameter.requires_grad:
                 group = decayed if parameter.ndim > 1 else plain
                 group.append(parameter)
-        groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+        groups = [
+            {"params": decayed, "weight_decay": config.weight_decay},
+            {"params": plain, "weight_decay": 0.0}]
         # fused: one pass over the weights and no temporaries of their size
         super().__init__(groups, lr=config.lr, betas=(0.9, 0.999), eps=1e-8, fused=True)
 
@@ -38,8 +42,8 @@ class Optimizer(torch.optim.AdamW):
     def zero_grad(self, set_to_none: bool = True) -> None:
         step = self.engine.step
         if step and step.num_yielded and not step.is_made:
-            raise RunError(f"optimizer.zero_grad() came before optimizer.step() in update {step.index}, so its "
-                           "gradients would be lost; fix: add the line optimizer.step() before it, after "
+            raise RunError(f"optimizer.zero_grad() came before optimizer.step() in update {step.index}, so "
+                           "its gradients would be lost; fix: add the line optimizer.step() before it, after "
                            "engine.clip_gradients()")
         super().zero_grad(set_to_none)
 

@@ -1,4 +1,5 @@
-"""The plan of a run: which rows each update trains on, and at which learning rate. Pure functions of the keys."""
+"""The plan of a run: which rows each update trains on, and at which learning rate. Pure functions of the
+keys."""
 import math
 
 from data.packing import order

@@ -31,13 +31,13 @@ class Record:
         self.since = time.perf_counter()
         engine.run.console.start(engine.first, engine.plan.total)
 
-    def open(self, step: Step, rollout_metrics: dict) -> None:
+    def open_step(self, step: Step, rollout_metrics: dict) -> None:
         """An update begins."""
         self.started = time.perf_counter()
         self.rollout_metrics = rollout_metrics
         self.weights_before = self.some_weights() if step.index == 1 else None
 
-    def update(self, step: Step, is_left: bool) -> None:
+    def close_step(self, step: Step, is_left: bool) -> None:
         """Check, log, sample and save after an update that was made."""
         engine = self.engine
         config, total = engine.config, engine.plan.total
@@ -45,10 +45,10 @@ class Record:
         tokens = sum(example.size(engine.policy.share_prompt) for example in step.examples)
         self.tokens_seen += tokens
         is_logged = step.index % config.log_every == 0 or step.index in (1, total) or is_left
-        shown = self.row(step, tokens) if is_logged else {}
+        shown = self.log_update(step, tokens) if is_logged else {}
         rate = f"{per_second(self.tokens_seen, self.since):.0f} tokens/s"
         engine.run.console.progress(step.index, total, rate, shown, self.since, engine.first, line=is_logged)
-        self.evaluation(step)
+        self.log_evaluation(step)
         every = engine.sample_every
         if every and (step.index % every == 0 or step.index == total):
             engine.write_samples(step.index)
@@ -59,7 +59,7 @@ class Record:
         if is_stopped:
             raise Stopped(stop)
 
-    def row(self, step: Step, tokens: int) -> dict:
+    def log_update(self, step: Step, tokens: int) -> dict:
         """Write the row of an update into metrics.jsonl; the part of it that the console shows."""
         plan = self.engine.plan
         averages = step.averages("train") | self.rollout_metrics
@@ -70,7 +70,7 @@ class Record:
         self.engine.run.append("metrics.jsonl", position | averages | rest)
         return self.shown(averages)
 
-    def evaluation(self, step: Step) -> None:
+    def log_evaluation(self, step: Step) -> None:
         """Write the row of an evaluation, if held-out rows were logged in this step."""
         if not step.totals["eval"]:
             return
@@ -83,11 +83,11 @@ class Record:
         names = dict.fromkeys(["loss", self.progress])
         return {name: averages[name] for name in names if name in averages}
 
-    # ---- checks ------------------------------------------------------------------------------------------
+    # ---- checks --------------------------------------------------------------------------------------
 
     def check_finite(self, step: Step) -> None:
-        """RunError that names the rows, or the checkpoint right after a resume, where the loss or the gradient
-        norm of an update is not finite."""
+        """RunError that names the rows, or the checkpoint right after a resume, where the loss or the
+        gradient norm of an update is not finite."""
         engine, norm = self.engine, self.engine.grad_norm
         losses = [float(loss) for loss, _ in step.losses]
         loss, = sum_over_ranks([sum(losses)], engine.policy.device)

@@ -256,7 +256,8 @@ def sample_part(policy, tokenizer, examples: list, first: int, settings, results
         results.show(first * settings.n + done, line=False)
 
     completions = sample(policy, tokenizer, prompts, keys, settings.n, settings, report)
-    return Rollout(0, list(map(with_completions, examples, completions)))
+    rows = range(first, first + len(examples))
+    return Rollout(0, rows, list(map(with_completions, examples, completions)))
 
 
 def score_part(rollout: Rollout, rewards: list, reward_models: dict, tokenizer, timeout: float) -> None:

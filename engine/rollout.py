@@ -11,8 +11,12 @@ from model.sampler import Completion
 PerPrompt = list[torch.Tensor]      # a tensor per prompt: a number per completion (G,), or one per token
 
 
+OWN = ("number", "rows", "examples", "metrics", "kept", "attempts")      # what a Rollout holds beside numbers
+
+
 class Numbers:
-    """An attribute of a Rollout that is a PerPrompt, stored beside the prompts, where `batch.extra` finds it."""
+    """An attribute of a Rollout that is a PerPrompt, stored beside the prompts, where `batch.extra` finds
+    it."""
 
     def __init__(self, missing: str):
         self.missing = missing
@@ -35,13 +39,13 @@ class Rollout:
     """The completions of one batch of prompts. `examples`: one per prompt, with its group of G responses;
     `rows`: where these prompts stand in the data."""
 
-    truncated = Numbers("sample it with engine.rollouts")                 # (G,) bool: cut at max_completion_length
-    sampler_logps = Numbers("sample it with engine.rollouts")             # per token, under the sampler
-    rewards = Numbers("add the line engine.score(rollout) before")        # (G,); NaN: no reward scored it
-    scores = Numbers("set it from rollout.rewards")                       # (G,): rewards less a penalty
-    advantages = Numbers("set it from rollout.rewards")                   # (G,), or per token
-    returns = Numbers("set it beside the advantages")                     # per token
-    kl = Numbers("set it from old_logps and reference_logps")             # per token
+    truncated = Numbers("sample it with engine.rollouts")            # (G,) bool: at max_completion_length
+    sampler_logps = Numbers("sample it with engine.rollouts")        # per token, under the sampler
+    rewards = Numbers("add the line engine.score(rollout) before")   # (G,); NaN: no reward scored it
+    scores = Numbers("set it from rollout.rewards")                  # (G,): rewards less a penalty
+    advantages = Numbers("set it from rollout.rewards")              # (G,), or per token
+    returns = Numbers("set it beside the advantages")                # per token
+    kl = Numbers("set it from old_logps and reference_logps")        # per token
     old_logps = Numbers("rollout.once('old_logps', engine.logps, policy, rollout)")
     reference_logps = Numbers("rollout.once('reference_logps', engine.logps, reference, rollout)")
     old_values = Numbers("rollout.once(('old_logps', 'old_values'), engine.logps_and_values, rollout)")
@@ -53,8 +57,9 @@ class Rollout:
         self.attempts = 0                                 # of engine.resample so far
 
     def once(self, names: str | tuple[str, ...], function, *arguments) -> PerPrompt | list[PerPrompt]:
-        """`function(*arguments)`, called once per rollout: a resumed run finds the values in its checkpoint. They
-        become known to `batch.extra(name)`. With several `names` the function returns as many lists."""
+        """`function(*arguments)`, called once per rollout: a resumed run finds the values in its
+        checkpoint. They become known to `batch.extra(name)`. With several `names` the function returns as
+        many lists."""
         several = isinstance(names, tuple)
         names = names if several else (names,)
         if not all(map(self.knows, names)):
@@ -85,7 +90,7 @@ class Rollout:
         raise unknown(name)
 
     def __setattr__(self, name: str, value) -> None:
-        if not hasattr(type(self), name) and name not in ("number", "rows", "examples", "metrics", "kept", "attempts"):
+        if not hasattr(type(self), name) and name not in OWN:
             raise unknown(name)
         object.__setattr__(self, name, value)
 
@@ -112,9 +117,9 @@ def checked(name: str, value, example: Example) -> torch.Tensor:
     completions = len(example.responses)
     tokens = sum(len(response.tokens) for response in example.responses)
     if value.ndim != 1 or len(value) not in (completions, tokens):
-        raise RunError(f"{name} has the shape {tuple(value.shape)} for a prompt with {completions} completions of "
-                       f"{tokens} tokens together; fix: give one number per completion, ({completions},), or one "
-                       f"per token, ({tokens},)")
+        raise RunError(f"{name} has the shape {tuple(value.shape)} for a prompt with {completions} "
+                       f"completions and {tokens} tokens; fix: give one number per completion, "
+                       f"({completions},), or one per token, ({tokens},)")
     return value
 
 

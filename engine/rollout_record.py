@@ -34,10 +34,11 @@ class RolloutRecord:
             raise UserError(f"reward_timeout is {config.reward_timeout:g}, longer than the other processes "
                             f"wait for the first; fix: give {patience:g} or less")
 
-    # ---- metrics -----------------------------------------------------------------------------------------
+    # ---- metrics -------------------------------------------------------------------------------------
 
     def reward_metrics(self, rollout: Rollout) -> dict:
-        """What TRL logs of a rollout, under its names; completions without a reward are left out and counted."""
+        """What TRL logs of a rollout, under its names; completions without a reward are left out and
+        counted."""
         groups = [rewards[~rewards.isnan()] for rewards in rollout.rewards]
         rewards, lengths = torch.cat(groups), torch.cat(rollout.lengths)
         truncated = torch.cat(rollout.truncated)
@@ -88,12 +89,12 @@ class RolloutRecord:
         reward = rollout.metrics.get("reward", math.nan)
         unit = "prompt" if is_grouped else "rollout"
         self.engine.notice(
-            f"warning: in {self.updates_without_signal} updates all completions of a {unit} got the same reward "
-            f"(mean reward {reward:.4g}, {cut:.0%} cut at max_completion_length): there is little or no gradient; "
-            "try: read some of them (sample_every: 1), easier prompts, a larger num_generations, temperature or "
-            "max_completion_length, a reward with partial credit")
+            f"warning: in {self.updates_without_signal} updates all completions of a {unit} got the same "
+            f"reward (mean reward {reward:.4g}, {cut:.0%} cut at max_completion_length): there is little or "
+            "no gradient; try: read some of them (sample_every: 1), easier prompts, a larger num_generations, "
+            "temperature or max_completion_length, a reward with partial credit")
 
-    # ---- evaluation and samples --------------------------------------------------------------------------
+    # ---- evaluation and samples ----------------------------------------------------------------------
 
     def evaluate(self, update: int) -> None:
         """If an evaluation is due after `update`, the end of a rollout: one completion of every held-out
@@ -107,7 +108,10 @@ class RolloutRecord:
         rollout = self.rollouts.sample_held_out(update)
         self.rollouts.score(rollout)
         engine.run.append("metrics.jsonl", {"step": update, "split": "eval", **rollout.metrics})
-        rewards = [f"{name} {value:.4g}" for name, value in rollout.metrics.items() if name.startswith("reward")]
+        rewards = []
+        for name, value in rollout.metrics.items():
+            if name.startswith("reward"):
+                rewards.append(f"{name} {value:.4g}")
         engine.notice(f"held-out prompts at step {update}: {'  '.join(rewards)}")
 
     def evaluated(self) -> set[int]:

@@ -34,9 +34,9 @@ SAMPLER = "sampling/sampling_logp_difference/mean"
 
 
 class Rollouts:
-    """The rollouts of a run. `config.batch_size` prompts are drawn per rollout; an update is one mini-batch of
-    it, and `max_steps` counts updates. `num_samplings`: how often samples.jsonl gets completions in the run,
-    where sample_every does not say."""
+    """The rollouts of a run. `config.batch_size` prompts are drawn per rollout; an update is one
+    mini-batch of it, and `max_steps` counts updates. `num_samplings`: how often samples.jsonl gets
+    completions in the run, where sample_every does not say."""
 
     def __init__(self, engine, config, num_samplings: int):
         self.engine, self.config = engine, config
@@ -61,8 +61,8 @@ class Rollouts:
         """The run of `rm` that a reward names, frozen; it must have the policy's tokenizer."""
         engine = self.engine
         path = reward_model_path(run, engine.tokenizer, engine.notice)
-        trains_adapter = is_adapter(engine.config.model)
-        trunk = build_policy(path, engine.tokenizer, engine.config, frozen=True, trains_adapter=trains_adapter)
+        trunk = build_policy(path, engine.tokenizer, engine.config, frozen=True,
+                             trains_adapter=is_adapter(engine.config.model))
         return build_reward_model(trunk, path, engine.config.seed, engine.notice).requires_grad_(False)
 
     def iterate(self) -> Iterator[Rollout]:
@@ -74,19 +74,19 @@ class Rollouts:
         if rollout_state.was_left(engine.start):     # no more updates are made from it
             begun, within = begun + 1, 0
         for number in range(begun, math.ceil(self.plan.total / size)):
-            engine.close(is_left=True)               # the algorithm may have left the rollout before
+            engine.close_step(is_left=True)               # the algorithm may have left the rollout before
             if within and number == begun:
                 yield rollout_state.restored(engine.start, number, engine.train_set)
                 continue
             self.record.evaluate(number * size)
             yield self.sample_rollout(number)
-        engine.close(is_left=True)
+        engine.close_step(is_left=True)
         self.record.evaluate(self.plan.total)
         if not engine.optimizer.state:
-            raise RunError(f"nothing was trained in {self.plan.total} updates: no rollout had a completion to "
-                           f"train; fix: {FIX}")
+            raise RunError(f"nothing was trained in {self.plan.total} updates: no rollout had a completion "
+                           f"to train; fix: {FIX}")
 
-    # ---- 1 sample --------------------------------------------------------------------------------------------
+    # ---- 1 sample ------------------------------------------------------------------------------------
 
     def sample_rollout(self, number: int) -> Rollout:
         """Completions for the prompts of the `number`-th draw (from 0)."""
@@ -148,11 +148,11 @@ class Rollouts:
         rollout.attempts = attempt + 1
         rollout.metrics = self.record.reward_metrics(rollout)
 
-    # ---- 2 reward --------------------------------------------------------------------------------------------
+    # ---- 2 reward ------------------------------------------------------------------------------------
 
     def score(self, rollout: Rollout) -> None:
-        """Set rollout.rewards, (G,) per prompt: the weighted sum of all rewards, NaN where none of them scored
-        a completion. A checkpoint holds these sums, so that a penalty which an algorithm adds to
+        """Set rollout.rewards, (G,) per prompt: the weighted sum of all rewards, NaN where none of them
+        scored a completion. A checkpoint holds these sums, so that a penalty which an algorithm adds to
         rollout.rewards is added once, not once more after a resume."""
         named = [f"rewards/{reward.name}" for reward in self.rewards]
         rollout.once(("scored", *named), self.scores, rollout, named)
@@ -186,7 +186,7 @@ class Rollouts:
             raise failure
         return [rollout.rewards] + [rollout[name] for name in named]
 
-    # ---- 4 loss: the updates made from a rollout -------------------------------------------------------------
+    # ---- 4 loss: the updates made from a rollout -----------------------------------------------------
 
     def steps(self, rollout: Rollout, skip: PerPrompt | None) -> Iterator[Step]:
         """Iterate the updates made from a rollout, without completions that have no reward or that `skip`
@@ -210,8 +210,8 @@ class Rollouts:
         for update in updates:
             rows = self.mini_batch(rollout.number, update - first, len(examples))
             mine = [examples[row] for row in rows]
-            yield engine.open(update, self.divided(mine), rollout.metrics)
-        engine.close()
+            yield engine.open_step(update, self.divided(mine), rollout.metrics)
+        engine.close_step()
 
     def mini_batch(self, number: int, update: int, count: int) -> np.ndarray:
         """Which of the `count` prompts of rollout `number` its `update`-th update (from 0) trains."""
@@ -294,7 +294,7 @@ class Rollouts:
                            f"token of rollout {self.rollout.number + 1}; fix: use a model with ordinary "
                            "attention layers, or precision: fp32")
 
-    # ---- rollouts that train nothing -------------------------------------------------------------------------
+    # ---- rollouts that train nothing -----------------------------------------------------------------
 
     def pass_over(self, rollout: Rollout, updates: range) -> None:
         """The `updates` of a rollout with nothing to train: they count, are logged and saved, but no weight
@@ -310,15 +310,15 @@ class Rollouts:
             raise RunError(f"{fault}; so it was in {MANY} rollouts in a row; fix: {FIX}")
         self.engine.notice(f"{fault}; it is passed over")
         for update in updates:
-            step = self.engine.open(update, [], rollout.metrics)
+            step = self.engine.open_step(update, [], rollout.metrics)
             step.is_made, self.engine.grad_norm = True, 0.0
-        self.engine.close()
+        self.engine.close_step()
 
-    # ---- checkpoints -----------------------------------------------------------------------------------------
+    # ---- checkpoints ---------------------------------------------------------------------------------
 
     def state(self, update: int, is_left: bool) -> tuple[dict, dict]:
-        """(what trainer.json says beside the step, the tensors of the rollout): nothing after its last update.
-        Once the algorithm has left it, no more updates are made from it."""
+        """(what trainer.json says beside the step, the tensors of the rollout): nothing after its last
+        update. Once the algorithm has left it, no more updates are made from it."""
         if update % self.updates_per_rollout == 0:
             return {}, {}
         if is_left:

@@ -25,11 +25,11 @@ class Saver:
     def __init__(self, engine):
         self.engine = engine
 
-    # ---- before the first update ------------------------------------------------------------------------------
+    # ---- before the first update ---------------------------------------------------------------------
 
     def try_saving(self) -> None:
-        """Before the first update: write everything but the weights once, so that no run can end with nothing.
-        All that is saved gets the template's stop tokens."""
+        """Before the first update: write everything but the weights once, so that no run can end with
+        nothing. All that is saved gets the template's stop tokens."""
         engine = self.engine
         engine.policy.lm.generation_config.eos_token_id = stop_ids(engine.tokenizer)
         from_main(self.write_trial)
@@ -61,10 +61,11 @@ class Saver:
         free = shutil.disk_usage(directory).free
         if free < missing * one + final:
             free, one, final = (f"{size / 1e9:.3g} GB" for size in (free, one, final))
-            self.engine.notice(f"warning: the disk of {directory} has {free} left, but {missing} checkpoints of "
-                               f"{one} and {final} at the end do not fit; fix: free disk space, or lower keep")
+            self.engine.notice(f"warning: the disk of {directory} has {free} left, but {missing} "
+                               f"checkpoints of {one} and {final} at the end do not fit; "
+                               "fix: free disk space, or lower keep")
 
-    # ---- checkpoints ----------------------------------------------------------------------------------------------
+    # ---- checkpoints ---------------------------------------------------------------------------------
 
     def save(self, update: int, is_left: bool = False) -> None:
         """Write a checkpoint after an update. `is_left`: the algorithm has left its rollout, or its run."""
@@ -82,8 +83,8 @@ class Saver:
         for name, tensors in engine.remembered.items():
             for key, tensor in tensors.items():
                 remembered[f"{name}/{key}"] = tensor
-        checkpoint.save_checkpoint(directory, engine.policy, engine.tokenizer, engine.optimizer, trainer, stored,
-                                   remembered)
+        checkpoint.save_checkpoint(
+            directory, engine.policy, engine.tokenizer, engine.optimizer, trainer, stored, remembered)
         if engine.rank == 0:
             engine.run.replace(saved=directory)
             checkpoint.clean(engine.run.directory, keep=engine.config.keep)
@@ -123,7 +124,7 @@ class Saver:
         reshard(policy)
         return [] if answer.isfinite().all() else [f"the policy's answer to {example.where}"]
 
-    # ---- the final model --------------------------------------------------------------------------------------------
+    # ---- the final model -----------------------------------------------------------------------------
 
     def save_final(self) -> None:
         """`final/`, loadable by name; for a reward model also `classifier/`, for
@@ -168,7 +169,7 @@ class Saver:
             engine.run.finish()
         return copies * checkpoint.num_bytes(weights)
 
-    # ---- samples ------------------------------------------------------------------------------------------------------
+    # ---- samples -------------------------------------------------------------------------------------
 
     def write_samples(self, update: int) -> None:
         """One completion at temperature 1 for each of the first held-out (else training) prompts, keyed by

@@ -12,9 +12,9 @@ class Signals:
     """Catches the first SIGTERM or SIGINT, which asks for a stop after this update (or this part of the
     reference pass, or before a rollout's first update); the second one exits at once.
 
-    Under torchrun the second one may be the first again: a scheduler signals every process, and torchrun, which
-    got it too, passes it on. SIGTERM ends processes that a reward forks, as usual. They ignore a Ctrl-C, which
-    reaches them too: the run handles it."""
+    Under torchrun the second one may be the first again: a scheduler signals every process, and torchrun,
+    which got it too, passes it on. SIGTERM ends processes that a reward forks, as usual. They ignore a
+    Ctrl-C, which reaches them too: the run handles it."""
 
     def __init__(self, run):
         self.number, self.since, self.run = None, 0.0, run

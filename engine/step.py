@@ -9,8 +9,8 @@ class Step:
     """One optimizer update: an iterable of this rank's micro-batches.
 
     Its counts are those of the whole update, over all micro-batches and ranks, known before the first
-    forward, so that `losses.sum() / step.num_examples` is an exact mean. Step 0 has no micro-batches: there the
-    start model is evaluated, before anything is trained."""
+    forward, so that `losses.sum() / step.num_examples` is an exact mean. Step 0 has no micro-batches:
+    there the start model is evaluated, before anything is trained."""
 
     def __init__(self, engine, index: int, examples: list):
         self.engine, self.index, self.examples = engine, index, examples
@@ -19,7 +19,7 @@ class Step:
         self.num_responses = max(1, sum(len(example.responses) for example in examples))
         self.num_tokens = max(1, sum(example.num_trained for example in examples))
         self.micro_batches = engine.deal(examples) if index else []
-        self.totals = {"train": {}, "eval": {}}      # split -> metric -> a [sum, count] per part, on the device
+        self.totals = {"train": {}, "eval": {}}      # split -> metric -> a [sum, count] per part
         self.losses = []                             # per micro-batch: its summed loss and its examples
         self.split = "train"                         # what the micro-batch in work belongs to
         self.is_logged = False                       # whether the loss of the micro-batch in work is logged
@@ -48,13 +48,15 @@ class Step:
         self.split, self.is_logged = split, False
 
     def log(self, losses, metrics: dict, split: str = "train") -> None:
-        """Add one micro-batch: `losses` and every metric are unreduced tensors (a metric may be one number). Each
-        is averaged over all its entries in the update, or in the evaluation. A tuple of tensors stands for the
-        sum of their averages. A second call for the same micro-batch adds its metrics, but no loss."""
+        """Add one micro-batch: `losses` and every metric are unreduced tensors (a metric may be one
+        number). Each is averaged over all its entries in the update, or in the evaluation. A tuple of
+        tensors stands for the sum of their averages. A second call for the same micro-batch adds its
+        metrics, but no loss."""
         parts = losses if isinstance(losses, tuple) else (losses,)
         if any(part.ndim == 0 for part in parts):
-            raise RunError("step.log got a loss that is one number already, so its mean over micro-batches would "
-                           "be wrong; fix: pass the losses per example, response or token, without sum() or mean()")
+            raise RunError("step.log got a loss that is one number already, so its mean over micro-batches "
+                           "would be wrong; fix: pass the losses per example, response or token, without "
+                           "sum() or mean()")
         if split != self.split:
             raise RunError(f"step.log got split={split!r} within the micro-batches of {self.split!r}; "
                            f"fix: write step.log(losses, metrics, split={self.split!r})")
@@ -63,7 +65,8 @@ class Step:
             self.add({"loss": losses}, split)
             if split == "train":
                 total = sum(part.detach().sum() for part in parts)
-                self.losses.append((total, self.micro_batches[(self.num_yielded - 1) % len(self.micro_batches)]))
+                place = (self.num_yielded - 1) % len(self.micro_batches)
+                self.losses.append((total, self.micro_batches[place]))
         self.add(metrics, split)
 
     def check_logged(self) -> None:
@@ -71,8 +74,8 @@ class Step:
         count = len(self.micro_batches)
         missing = count - len(self.losses)
         if missing > 0:
-            raise RunError(f"{missing} of the {count} micro-batches of update {self.index} have no loss; fix: add "
-                           "the line step.log(losses, metrics) after backward(), for every batch")
+            raise RunError(f"{missing} of the {count} micro-batches of update {self.index} have no loss; "
+                           "fix: add the line step.log(losses, metrics) after backward(), for every batch")
 
     def add(self, metrics: dict, split: str = "train") -> None:
         for name, values in metrics.items():

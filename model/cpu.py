@@ -7,13 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-SLICE = 2048                           # rows of a weight, or logits of a row, that are handled together on a CPU
+SLICE = 2048                           # rows of a weight, or logits of a row, that are handled together
 
 FEW = 64                               # rows up to which weight @ x.T beats x @ weight.T on a CPU
 
 
 def return_freed_memory() -> None:
-    """Make glibc give freed activations back at once: kept in its heap they raise the peak of CPU training by a tenth."""
+    """Make glibc give freed activations back at once: kept in its heap they raise the peak of CPU
+    training by a tenth."""
     with contextlib.suppress(OSError, AttributeError):                  # another C library does as it likes
         ctypes.CDLL("libc.so.6").mallopt(-3, 2 << 20)                   # M_MMAP_THRESHOLD: 2 MiB
 
@@ -23,16 +24,21 @@ def on_plain_cpu(lm) -> bool:
 
 
 def few_rows_product(x, weight, buffer=None):
-    """x @ weight.T (n, N) for few rows x (n, K) on a CPU, as a view of `buffer`: weight @ x.T, by slices of the weight, is up to
-    twice as fast."""
-    result = x.new_empty(len(weight), len(x)) if buffer is None else buffer[:len(weight) * len(x)].view(len(weight), len(x))
+    """x @ weight.T (n, N) for few rows x (n, K) on a CPU, as a view of `buffer`: weight @ x.T, by slices
+    of the weight, is up to twice as fast."""
+    rows, columns = len(weight), len(x)
+    if buffer is None:
+        result = x.new_empty(rows, columns)
+    else:
+        result = buffer[:rows * columns].view(rows, columns)
     for start in range(0, len(weight), SLICE):
         torch.mm(weight[start:start + SLICE], x.T, out=result[start:start + SLICE])
     return result.T
 
 
 def fast_row_count(lm, rows: int) -> int:
-    """The number of rows, `rows` or a few more, that a CPU multiplies fastest: others take up to twice as long."""
+    """The number of rows, `rows` or a few more, that a CPU multiplies fastest: others take up to twice as
+    long."""
     if not on_plain_cpu(lm):
         return rows
     multiple = 4 if rows <= 4 else 16
@@ -40,8 +46,8 @@ def fast_row_count(lm, rows: int) -> int:
 
 
 class HeadLogits:
-    """`HeadLogits(lm, rows)(hidden)`: (n, D) -> logits (n, V) fp32 of the LM's head, for n of at most `rows`. On a CPU
-    each call overwrites the logits of the one before."""
+    """`HeadLogits(lm, rows)(hidden)`: (n, D) -> logits (n, V) fp32 of the LM's head, for n of at most
+    `rows`. On a CPU each call overwrites the logits of the one before."""
 
     def __init__(self, lm, rows: int):
         self.weight = lm.get_output_embeddings().weight
@@ -84,7 +90,8 @@ def cpu_linears(lm):
 
 
 def row_max(logits):
-    """(n, V) -> (n, 1): the maximum of each row. On a CPU element-wise maxima of halves are faster than `amax`."""
+    """(n, V) -> (n, 1): the maximum of each row. On a CPU element-wise maxima of halves are faster than
+    `amax`."""
     while logits.device.type == "cpu" and logits.shape[1] > SLICE and logits.shape[1] % 2 == 0:
         logits = torch.maximum(*logits.chunk(2, 1))
     return logits.amax(1, keepdim=True)

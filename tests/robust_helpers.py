@@ -133,7 +133,7 @@ def signal_in_reference_pass(number):
 
 
 def signal_while_loading(number):
-    from model import build
+    from engine import build
     before(build, "build_policy", send(number))
 
 

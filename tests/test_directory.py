@@ -517,18 +517,18 @@ def test_a_stopped_reference_pass_goes_on(model, tmp_path):
 
 
 def test_a_killed_reference_pass_keeps_its_parts(model, tmp_path):
-    from engine import loop
+    from engine import frozen
     child.project(tmp_path, "dpo", model)
     result = child.train(tmp_path, patch=seal_every_block_and_kill, arguments=(3,))
-    assert result.code == -signal.SIGKILL and loop.SEAL_SECONDS > 10
+    assert result.code == -signal.SIGKILL and frozen.SEAL_SECONDS > 10
     result = child.train(tmp_path)
     assert result.code == 0 and "reference log-probs: 16 of 28 responses" in result.err
     assert not list(tmp_path.rglob("*.tmp*"))
 
 
 def seal_every_block_and_kill(count):
-    from engine import loop
-    loop.SEAL_SECONDS = -1
+    from engine import frozen, loop
+    frozen.SEAL_SECONDS = -1
     calls = []
 
     def due(*_):

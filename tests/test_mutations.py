@@ -62,7 +62,7 @@ MUTATIONS = {    # name: (file, text, what it becomes, the tests that must fail)
     "labels flipped": (
         "data/formats.py", "    return bool(label)", "    return not label", [*exact("kto", "kto-weights"), *held_out("kto")]),
     "labels of pairs flipped": (
-        "data/dataset.py", "zip(example.responses, (True, False))", "zip(example.responses, (False, True))",
+        "data/dataset.py", "zip(pair.responses, (True, False))", "zip(pair.responses, (False, True))",
         ["test_kto.py::test_chosen_is_the_desirable_one"]),
     "a response to the same prompt for the KL": (
         "algorithms/kto.py", "prompts[i - k] != prompts[i] and ", "",
@@ -77,7 +77,8 @@ MUTATIONS = {    # name: (file, text, what it becomes, the tests that must fail)
         "data/tokenise.py", "return [*ids, self.eos]", "return ids",
         [*exact("sft", "dft"), *held_out("sft", "dft")]),
     "the sign of advantages": (
-        "engine/rollout.py", "example.extras[name] = value", "example.extras[name] = -value if name == 'advantages' else value",
+        "engine/rollout.py", "example.extras[name] = checked(name, value, example)",
+        "example.extras[name] = (-1 if name == 'advantages' else 1) * checked(name, value, example)",
         online(*GROUPS)),
     "log-probs at temperature 1": (
         "model/policy.py", "states = states / temperature", "pass", online("grpo", "rloo")),

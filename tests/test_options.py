@@ -162,7 +162,7 @@ def test_what_the_engine_is_told():
             values["reward"] = "gsm8k"
         return config_of(name)(**values)
 
-    with_reference = ("dpo", "rpo", "grpo", "ipo", "kto", "ppo", "reinforce_pp", "rloo")
+    with_reference = ("dpo", "grpo", "ipo", "kto", "ppo", "reinforce_pp", "rloo", "rpo")
     for name in NAMES:
         assert made(name).uses_reference() == (name in with_reference)
         assert made(name).uses_critic() == (name == "ppo")

@@ -27,7 +27,7 @@ from engine.logs import Run
 
 TRAIN_KEYS = {"step", "split", "epoch", "loss", "grad_norm", "lr", "tokens_per_second"}
 DPO_KEYS = {"rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen",
-            "logps/rejected", "nll_loss"}
+            "logps/rejected"}
 
 
 @pytest.fixture(scope="module")

@@ -54,12 +54,13 @@ def test_dry_run_counts_memory_by_parameters(tmp_path):
     o, the MLP and two norms."""
     from engine.config import Common
     from engine.dry_run import forecast
+    from engine.options import Options
     config = config_of(hidden_size=1024, intermediate_size=4096, num_attention_heads=8, head_dim=128)
     config.save_pretrained(tmp_path)
     attention = 1024 * 1024 + 1024 + 2 * (1024 * 256 + 256) + 1024 * 1024
     layer = attention + 3 * 1024 * 4096 + 2 * 1024
     parameters = 2 * 259 * 1024 + 2 * layer + 1024
-    lines = forecast(Common(algorithm="sft", model=str(tmp_path), data=""), None, [], tokens=100)
+    lines = forecast(Common(algorithm="sft", model=str(tmp_path), data=""), Options(), [], tokens=100)
     weights, gradients, optimizer, reference, *_, total = (float(line.split()[-2]) for line in lines)
     assert abs(weights - 4e-9 * parameters) < 0.006 and gradients == weights
     assert abs(optimizer - 8e-9 * parameters) < 0.006
@@ -67,10 +68,11 @@ def test_dry_run_counts_memory_by_parameters(tmp_path):
 
 
 def test_help_names_every_key():
-    done = run_train(["--help"])
-    assert done.returncode == 0
-    for key in ("micro_batch_tokens", "beta", "train_on", "resume"):
-        assert f"{key}:" in done.stdout
+    for words, keys in ((["--help"], ("micro_batch_tokens", "resume")), (["algorithm=dpo", "--help"], ("beta",))):
+        done = run_train(words)
+        assert done.returncode == 0
+        for key in keys:
+            assert f"{key}:" in done.stdout
 
 
 def chat(*arguments, text):
