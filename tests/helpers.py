@@ -166,8 +166,8 @@ OF_KIND = {"responses": sft_rows, "pairs": pair_rows, "labelled": labelled_rows,
 
 
 def rows_for(algorithm):
-    """The rows that any file of algorithms/ trains on, by its DATA; offline with a number in every column that
-    it reads through batch.extra."""
+    """The rows that any file of algorithms/ trains on, by its DATA; offline with a number in every column
+    that it reads through batch.extra."""
     module = importlib.import_module(f"algorithms.{algorithm}")
     make = OF_KIND[module.DATA]
     columns = re.findall(r'batch\.extra\("(\w+)"\)', Path(module.__file__).read_text(encoding="utf-8"))
@@ -183,8 +183,8 @@ def rows_for(algorithm):
 
 
 def keys_for(algorithm):
-    """Keys for any file of algorithms/: an online one makes four updates per rollout, as far as its Config has
-    the options for that."""
+    """Keys for any file of algorithms/: an online one makes four updates per rollout, as far as its Config
+    has the options for that."""
     module = importlib.import_module(f"algorithms.{algorithm}")
     if module.DATA != "prompts":
         return {}

@@ -1,4 +1,5 @@
-"""Each English page and its Chinese one say the same things in the same order, and what they name exists and runs."""
+"""Each English page and its Chinese one say the same things in the same order, and what they name exists and
+runs."""
 import re
 import subprocess
 
@@ -50,7 +51,10 @@ def structure(text):
 
 def files_of(text, algorithm):
     """The files from which an algorithm is understood, as the page lists them."""
-    lines = [line for line in text.splitlines() if f"`algorithms/{algorithm}.py`" in line and "`data/pack.py`" in line]
+    lines = []
+    for line in text.splitlines():
+        if f"`algorithms/{algorithm}.py`" in line and "`data/pack.py`" in line:
+            lines.append(line)
     assert len(lines) == 1
     return re.findall(r"`([\w/]+\.py)`", lines[0])
 
@@ -71,7 +75,8 @@ def test_what_is_named_exists_and_nothing_is_left_to_fill_in(page):
     text = read(page)
     assert "@@" not in text
     rooms = "algorithms|engine|model|rewards|data|docs|tests|example|benchmark"
-    named = set(re.findall(rf"(?<![\w/-])(?:{rooms})/[\w/.-]+\.(?:py|yml|md)\b", text)) - {"algorithms/my_dpo.py"}
+    pattern = rf"(?<![\w/-])(?:{rooms})/[\w/.-]+\.(?:py|yml|md)\b"
+    named = set(re.findall(pattern, text)) - {"algorithms/my_dpo.py"}      # the user's own
     assert named and [name for name in named if not (ROOT / name).exists()] == []
     for target in re.findall(r"\]\(([^)#:]+)\)", text):
         assert (page.parent / target).exists(), target
@@ -111,7 +116,8 @@ def test_a_file_that_is_still_being_written_is_not_tracked(tmp_path, monkeypatch
 
 @pytest.fixture
 def train(tmp_path, monkeypatch):
-    """train(name, source, rows, key=value, ...) -> the metrics of a run of algorithms/<name>.py with that source."""
+    """train(name, source, rows, key=value, ...) -> the metrics of a run of algorithms/<name>.py with that
+    source."""
     folder = tmp_path / "algorithms"
     folder.mkdir()
     monkeypatch.setattr(definition, "ROOT", tmp_path)
@@ -119,8 +125,11 @@ def train(tmp_path, monkeypatch):
 
     def train(name, source, rows, **values):
         (folder / f"{name}.py").write_text(source)
-        keys = dict(algorithm=name, model=tiny_model(tmp_path / "model"), data=write_jsonl(tmp_path / "rows.jsonl", rows),
-                    output=tmp_path / name, batch_size=5, max_length=200, lr=1e-3, shuffle="false", save_every="null")
+        model = tiny_model(tmp_path / "model")
+        data = write_jsonl(tmp_path / "rows.jsonl", rows)
+        keys = dict(
+            algorithm=name, model=model, data=data, output=tmp_path / name, batch_size=5, max_length=200, lr=1e-3,
+            shuffle="false", save_every="null")
         train_here(write_config(tmp_path / f"{name}.yml", **keys | values))
         return metrics(tmp_path / name)
     return train
@@ -155,6 +164,7 @@ def test_the_online_lines_of_the_guide_run(train):
     added = "".join(f"{cleared.group(1)}{line}\n" for line in follow)
     edited = source.replace(cleared.group(), cleared.group() + added.replace("0.01", "1.0"))
     edited = edited.replace(reference, f"    {created}\n    {remembered}\n")
-    keys = ONLINE["grpo"] | {"num_iterations": 1, "num_mini_batches": 1, "beta": 0.5, "max_steps": 3, "batch_size": 2}
-    fixed, following = train("fixed", source, prompt_rows(6), **keys), train("following", edited, prompt_rows(6), **keys)
+    keys = ONLINE["grpo"] | dict(num_iterations=1, num_mini_batches=1, beta=0.5, max_steps=3, batch_size=2)
+    fixed = train("fixed", source, prompt_rows(6), **keys)
+    following = train("following", edited, prompt_rows(6), **keys)
     assert fixed[2]["kl"] > 1e-6 > abs(following[2]["kl"])
