@@ -147,8 +147,8 @@ def dft_loss_of(rows, policy, reference):
 
 def over_pairs(reward, loss, average=False, nll=None):
     """`reward(logp, reference_logp)` of a response, both summed or averaged over its tokens;
-    `loss(chosen, rejected)` of a pair's rewards; `nll`: the weight of the chosen tokens' mean negative log-prob
-    (None: it is not even logged)."""
+    `loss(chosen, rejected)` of a pair's rewards; `nll`: the weight of the chosen tokens' mean negative
+    log-prob (None: it is not even logged)."""
     def total(logps):
         return mean(logps) if average else sum(logps)
 
