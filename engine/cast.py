@@ -32,7 +32,7 @@ def cast(text: str | list, kind) -> Any:
     `str | list[str]`. Ranges in `kind` are not tested. ValueError says what is expected."""
     if list[str] in get_args(kind):
         return cast_texts(text)
-    if isinstance(text, list):             # of data sources, which read_sources has checked
+    if isinstance(text, list):             # data sources, which read_sources has checked
         return text
     word = text.strip().lower()
     if NoneType in get_args(kind) and word in NULL:

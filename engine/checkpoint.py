@@ -27,8 +27,8 @@ from model.state import each_once, inside_lm, precision, written
 
 MANIFEST = "manifest.json"
 WEIGHTS = ".safetensors"
-ROLLOUT = "rollout.safetensors"              # of a checkpoint between two updates of the same rollout
-REMEMBERED = "remembered.safetensors"        # of a checkpoint: what the algorithm keeps between updates
+ROLLOUT = "rollout.safetensors"              # in a checkpoint between two updates of the same rollout
+REMEMBERED = "remembered.safetensors"        # in a checkpoint: what the algorithm keeps between updates
 MOMENTS = "exp_avg", "exp_avg_sq"            # AdamW's names
 
 

@@ -54,7 +54,7 @@ class Rollout:
         self.number, self.rows, self.examples = number, list(rows), examples
         self.metrics: dict = {}                           # joins the metrics of this rollout's updates
         self.kept = ["sampler_logps", "truncated"]        # the names that a checkpoint holds
-        self.attempts = 0                                 # of engine.resample so far
+        self.attempts = 0                                 # calls of engine.resample so far
 
     def once(self, names: str | tuple[str, ...], function, *arguments) -> PerPrompt | list[PerPrompt]:
         """`function(*arguments)`, called once per rollout: a resumed run finds the values in its

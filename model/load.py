@@ -19,14 +19,14 @@ from data.templates import set_template
 
 RUNS = "runs"                        # where runs are by default; no owner of models is meant by it
 HUB_MODEL = re.compile(f"({NAME}/)?{NAME}")
-# of files, which are no models
+# endings of files that are no models
 FILES = (*SUFFIXES, ".gguf", ".safetensors", ".bin", ".pt", ".pth", ".yml", ".yaml", ".py")
 ADAPTER = "adapter_config.json"      # in a directory with a LoRA adapter, in peft's format
 MODES = {"do_sample", "num_beams", "use_cache", "return_dict_in_generate"}    # other settings depend on these
 SETTINGS = ("config.json", "generation_config.json", "tokenizer_config.json")
 COUNTS = re.compile(r"\w*(layers?|experts?|blocks|labels)")     # keys of config.json that count modules
 MOST = 10_000                        # limit of these counts; the largest models have hundreds
-logging.disable_progress_bar()       # of loading and saving weights: our console is one progress line
+logging.disable_progress_bar()       # our console shows the progress
 
 
 def is_adapter(path: str) -> bool:
@@ -72,7 +72,7 @@ def check_path(name: str, key: str = "model") -> None:
     if os.path.exists(name):
         raise UserError(f"{key}: {name} is a file, not a directory with a model; "
                         "fix: pass a model directory or a hub name owner/name")
-    others = sorted(glob.glob(os.path.join(glob.escape(folder), "*", "config.*")))      # of runs and models
+    others = sorted(glob.glob(os.path.join(glob.escape(folder), "*", "config.*")))      # runs and models
     names = list(dict.fromkeys(os.path.basename(os.path.dirname(other)) for other in others))
     shown = names[:8] if folder == RUNS else difflib.get_close_matches(os.path.basename(name), names)
     hint = f" ({folder} holds {', '.join(shown)})" if shown else ""

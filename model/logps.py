@@ -39,7 +39,7 @@ def target_logits(hidden, weight, target):
     """The targets' logits (N, 1), and log Z (N, 1): the log of each row's sum of exp(logits). The largest
     logit so far is subtracted before `exp`, and the sum so far is rescaled where a slice has a larger
     one."""
-    total = torch.zeros_like(target[:, None]).float()        # of exp(logits - maximum)
+    total = torch.zeros_like(target[:, None]).float()        # sum of exp(logits - maximum)
     chosen = torch.zeros_like(total)
     maximum = total - torch.inf
     for logits, column, hit, *_ in logit_slices(hidden, weight, target):
