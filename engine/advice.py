@@ -24,7 +24,7 @@ SAME = {
     "algorithm of grpo dr_grpo (grpo divides by the standard deviation of a group's rewards, dr_grpo does not)":
         "scale_rewards use_std_normalization norm_adv_by_std_in_grpo normalize_by_std scale_advantages "
         "std_normalization no_advantage_std_norm",
-    "algorithm of grpo dr_grpo gspo cispo (dapo has mask_truncated_completions)":
+    "algorithm of grpo dr_grpo gspo cispo: dapo (it has mask_truncated_completions)":
         "mask_truncated_completions overlong_filter overlong_filtering mask_truncated",
     "algorithm of grpo dr_grpo dapo gspo cispo rloo reinforce_pp ppo (gspo has one ratio per completion)":
         "importance_sampling_level",
