@@ -21,8 +21,9 @@ from engine.rollout_record import RolloutRecord
 from engine.score import reward_model_path, score_rollout
 from engine.signals import Stopped
 from engine.step import Step
-from model.build import build_policy
+from model.build import build_policy, reshard
 from model.load import is_adapter
+from model.policy import Policy
 from model.reward_model import build_reward_model
 from model.sampler import sample
 from rewards.functions import load_reward, score_all
@@ -252,7 +253,10 @@ class Rollouts:
     def logps(self, model, rollout: Rollout) -> PerPrompt:
         """Per prompt: the log-probs of its completions' tokens under `model`, at the sampling temperature."""
         temperature = self.config.temperature
-        return self.engine.collect(lambda batch: model(batch, temperature), rollout.examples, num_trained)
+        found = self.engine.collect(lambda batch: model(batch, temperature), rollout.examples, num_trained)
+        if isinstance(model, Policy):
+            reshard(model)      # what this forward has gathered would hide a change of the model's weights
+        return found
 
     def logps_and_values(self, rollout: Rollout) -> tuple[PerPrompt, PerPrompt]:
         """Per prompt the log-probs, and the values, of its completions' tokens under a policy with a critic,

@@ -2,8 +2,11 @@
 says which line to add. Nothing that was trained is lost."""
 import itertools
 import math
+import os
 import shutil
 import signal
+import subprocess
+import sys
 
 import pytest
 from helpers import (
@@ -247,6 +250,31 @@ def test_a_resumed_run_ends_as_one_without_a_stop(edit, algorithm, edits, values
         assert metrics(part) == metrics(whole)
         assert_same_weights(final_weights(part), final_weights(whole))
     assert metrics(plain("plain", **values)) != metrics(whole)      # the edit does something
+
+
+def test_an_averaged_reference_resumes_on_two_ranks(edit, tmp_path):
+    """Sharded: what a forward has gathered must not hide that the reference has changed."""
+    run = edit("grpo", *AVERAGED)
+    directory = run("run", max_steps=1, beta=0.5)        # writes the configuration
+    shutil.rmtree(directory)
+    config = tmp_path / "run.yml"
+    config.write_text(config.read_text().replace("max_steps: 1", "max_steps: 6"))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+               "tests/own_algorithm.py", str(tmp_path / "project"), str(config)]
+
+    def train():
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        subprocess.run(command, cwd=ROOT, env=environment, timeout=200, capture_output=True, check=True)
+        return metrics(directory), final_weights(directory)
+
+    rows, weights = train()
+    shutil.rmtree(directory / "final")
+    for update in (4, 5, 6):
+        shutil.rmtree(directory / "checkpoints" / f"step-{update:06d}")
+    again, weights_again = train()
+    assert "step-000003" in told(directory)
+    assert again == rows
+    assert_same_weights(weights_again, weights)
 
 
 # ---- more than the paper -------------------------------------------------------------------------------
