@@ -10,9 +10,9 @@ import os
 import re
 from typing import NamedTuple
 
-# "our key of users: value (note)": what other projects call it. `users` are the algorithms or programs in which
-# it means the same, all that have the key if there are none. Of several entries with a name, the first one
-# that can be used counts.
+# "our key of users: value (note)": what other projects call it. `users` are the algorithms or programs in
+# which it means the same, all that have the key if there are none. Of several entries with a name,
+# the first one that can be used counts.
 SAME = {
     "algorithm":
         "loss_type loss_name loss loss.name rlhf_type rlhf stage trainer rl pref_loss dpo_loss_type "
@@ -21,7 +21,8 @@ SAME = {
     "algorithm of dpo: ipo": "ipo",
     "algorithm of dpo: rpo (its rpo_alpha is the weight of the chosen responses' likelihood)":
         "rpo_alpha pref_ftx cpo_alpha sft_weight nll_weight nll_loss_coef sft_loss_weight sft_coef dpo_ftx",
-    "algorithm of grpo dr_grpo (grpo divides by the standard deviation of a group's rewards, dr_grpo does not)":
+    "algorithm of grpo dr_grpo (grpo divides by the standard deviation of a group's rewards, dr_grpo does "
+    "not)":
         "scale_rewards use_std_normalization norm_adv_by_std_in_grpo normalize_by_std scale_advantages "
         "std_normalization no_advantage_std_norm",
     "algorithm of grpo dr_grpo gspo cispo: dapo (it has mask_truncated_completions)":
@@ -319,6 +320,7 @@ NEUTRAL = set(
     "rollout optim optimizer loss policy_loss algorithm algo generation sampling logging trl lora peft grpo "
     "dpo sft ppo kto orpo run checkpoint scheduler sampling_params training_args hyperparameters".split())
 
+ENTRY = re.compile(r"(\w+(?: and \w+)?)(?: of ([\w .]+?))?((?:: \w+)?(?: \(.*\))?)")      # a key of SAME
 SECRET = re.compile(r"(token|secret|password|api_?key)(?![a-z])", re.IGNORECASE)    # not tokens, tokenizer
 TEXT_TOKEN = re.compile(      # of a text: stop_token, token_level
     r"(^|_)(stop|eos|bos|pad|unk|sep|mask|end|start|special|image|video|audio|think|per|next|last|first)"
@@ -345,7 +347,7 @@ def read_tables() -> tuple[dict[str, list[Meaning]], dict[str, str]]:
     """SAME and NOT_NEEDED by the plain names of others."""
     meanings, reasons = {}, {}
     for entry, names in SAME.items():
-        key, users, note = re.fullmatch(r"(\w+(?: and \w+)?)(?: of ([\w .]+?))?((?:: \w+)?(?: \(.*\))?)", entry).groups()
+        key, users, note = ENTRY.fullmatch(entry).groups()
         meaning = Meaning(key, (users or "").split(), note or "")
         for name in names.split():
             meanings.setdefault(plain(name), []).append(meaning)

@@ -128,8 +128,8 @@ def train(tmp_path, monkeypatch):
         model = tiny_model(tmp_path / "model")
         data = write_jsonl(tmp_path / "rows.jsonl", rows)
         keys = dict(
-            algorithm=name, model=model, data=data, output=tmp_path / name, batch_size=5, max_length=200, lr=1e-3,
-            shuffle="false", save_every="null")
+            algorithm=name, model=model, data=data, output=tmp_path / name, batch_size=5, max_length=200,
+            lr=1e-3, shuffle="false", save_every="null")
         train_here(write_config(tmp_path / f"{name}.yml", **keys | values))
         return metrics(tmp_path / name)
     return train
