@@ -10,15 +10,23 @@ import os
 import re
 from typing import NamedTuple
 
-# "our key of users (note)": what other projects call it. `users` are the algorithms or programs in which it
-# means the same, all that have the key if there are none. Of several entries with a name, the first one
-# that can be used counts.
+# "our key of users: value (note)": what other projects call it. `users` are the algorithms or programs in
+# which it means the same, all that have the key if there are none. Of several entries with a name,
+# the first one that can be used counts.
 SAME = {
     "algorithm":
         "loss_type loss_name loss loss.name rlhf_type rlhf stage trainer rl pref_loss dpo_loss_type "
         "advantage_estimator adv_estimator policy_loss_type loss_mode policy_loss.loss_mode algo "
         "algorithm.name trainer_type training_type",
-    "algorithm (ipo)": "ipo",
+    "algorithm of dpo: ipo": "ipo",
+    "algorithm of dpo: rpo (its rpo_alpha is the weight of the chosen responses' likelihood)":
+        "rpo_alpha pref_ftx cpo_alpha sft_weight nll_weight nll_loss_coef sft_loss_weight sft_coef dpo_ftx",
+    "algorithm of grpo dr_grpo (grpo divides by the standard deviation of a group's rewards, dr_grpo does "
+    "not)":
+        "scale_rewards use_std_normalization norm_adv_by_std_in_grpo normalize_by_std scale_advantages "
+        "std_normalization no_advantage_std_norm",
+    "algorithm of grpo dr_grpo gspo cispo: dapo (it has mask_truncated_completions)":
+        "mask_truncated_completions overlong_filter overlong_filtering mask_truncated",
     "algorithm of grpo dr_grpo dapo gspo cispo rloo reinforce_pp ppo (gspo has one ratio per completion)":
         "importance_sampling_level",
     "algorithm of grpo dr_grpo dapo gspo cispo rloo reinforce_pp ppo (dr_grpo divides by a constant "
@@ -81,7 +89,7 @@ SAME = {
         "max_seq_length max_seq_len max_sequence_length cutoff_len sequence_len seq_length seq_len "
         "max_len model_max_length context_length max_context_length",
     "epochs": "n_epochs num_train_epochs num_epochs total_epochs num_episodes train_epochs",
-    "epochs of sft dft dpo ipo kto orpo simpo cpo rm": "max_epochs",
+    "epochs of sft dft dpo rpo ipo kto orpo simpo cpo rm": "max_epochs",
     "max_steps":
         "max_train_steps total_steps num_steps n_steps train_steps num_train_steps num_training_steps "
         "training_steps total_training_steps max_iters max_iterations n_grpo_steps n_sft_steps "
@@ -136,7 +144,7 @@ SAME = {
     "train_on (all trains the prompts too)": "train_on_prompt train_on_inputs train_on_prompts",
 
     # preferences
-    "beta of dpo ipo kto orpo simpo cpo": "pref_beta rl_beta dpo_beta",
+    "beta of dpo rpo ipo kto orpo simpo cpo": "pref_beta rl_beta dpo_beta",
     "beta of kto": "kto_beta",
     "beta of simpo": "simpo_beta",
     "beta of cpo": "cpo_beta",
@@ -196,10 +204,6 @@ SAME = {
     "lam": "lambda lambd gae_lambda gae_lam",
     "gamma": "discount discount_factor gae_gamma",
     "whiten_rewards": "ppo_whiten_rewards",
-    "scale_rewards (group, batch or none)":
-        "use_std_normalization norm_adv_by_std_in_grpo normalize_by_std scale_advantages "
-        "std_normalization",
-    "scale_rewards (none)": "no_advantage_std_norm",
     "baseline": "use_baseline",
     "mask_truncated_completions": "overlong_filter overlong_filtering mask_truncated",
     "dynamic_sample": "dynamic_sampling dynamic_filtering filter_groups filter_groups.enable",
@@ -316,6 +320,7 @@ NEUTRAL = set(
     "rollout optim optimizer loss policy_loss algorithm algo generation sampling logging trl lora peft grpo "
     "dpo sft ppo kto orpo run checkpoint scheduler sampling_params training_args hyperparameters".split())
 
+ENTRY = re.compile(r"(\w+(?: and \w+)?)(?: of ([\w .]+?))?((?:: \w+)?(?: \(.*\))?)")      # a key of SAME
 SECRET = re.compile(r"(token|secret|password|api_?key)(?![a-z])", re.IGNORECASE)    # not tokens, tokenizer
 TEXT_TOKEN = re.compile(      # of a text: stop_token, token_level
     r"(^|_)(stop|eos|bos|pad|unk|sep|mask|end|start|special|image|video|audio|think|per|next|last|first)"
@@ -325,7 +330,7 @@ TEXT_TOKEN = re.compile(      # of a text: stop_token, token_level
 class Meaning(NamedTuple):
     key: str            # ours
     users: list[str]    # in which it means the same; [] = in all that have it
-    note: str           # " (...)", or ""
+    note: str           # ": value", " (...)", both or ""
 
 
 def is_secret(name: str) -> bool:
@@ -342,7 +347,7 @@ def read_tables() -> tuple[dict[str, list[Meaning]], dict[str, str]]:
     """SAME and NOT_NEEDED by the plain names of others."""
     meanings, reasons = {}, {}
     for entry, names in SAME.items():
-        key, users, note = re.fullmatch(r"(\w+(?: and \w+)?)(?: of ([\w .]+?))?( \(.*\))?", entry).groups()
+        key, users, note = ENTRY.fullmatch(entry).groups()
         meaning = Meaning(key, (users or "").split(), note or "")
         for name in names.split():
             meanings.setdefault(plain(name), []).append(meaning)

@@ -1,9 +1,12 @@
-"""What tests share: a tokenizer and tiny models built in memory, small data files, runs of train.py here or as a process."""
+"""What tests share: a tokenizer and tiny models built in memory, small data files, runs of train.py here or
+as a process."""
 import dataclasses
 import importlib
 import json
 import math
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,12 +23,15 @@ from data.errors import UserError
 ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)    # more threads only cost time on matrices this small
 
-CHATML = ("{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
-          "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+CHATML = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
 
 
 def byte_tokenizer(chat_template=True):
-    """Byte-level tokenizer without merges: an id per UTF-8 byte; 256 <|endoftext|> (pad), 257 <|im_start|>, 258 <|im_end|> (eos).
+    """Byte-level tokenizer without merges: an id per UTF-8 byte; 256 <|endoftext|> (pad), 257 <|im_start|>,
+    258 <|im_end|> (eos).
 
     `chat_template`: True (ChatML), False (none) or a template's text.
     """
@@ -34,8 +40,9 @@ def byte_tokenizer(chat_template=True):
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>",
-                                   additional_special_tokens=["<|im_start|>"], clean_up_tokenization_spaces=False)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>",
+        additional_special_tokens=["<|im_start|>"], clean_up_tokenization_spaces=False)
     if chat_template:
         fast.chat_template = CHATML if chat_template is True else chat_template
     return fast
@@ -43,14 +50,16 @@ def byte_tokenizer(chat_template=True):
 
 def config_of(config_class=Qwen2Config, **values):
     """A configuration of two layers, width 32, for the byte tokenizer."""
-    tiny = dict(vocab_size=259, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-                num_key_value_heads=2, head_dim=8, max_position_embeddings=512, initializer_range=0.2, tie_word_embeddings=False,
-                bos_token_id=None, eos_token_id=258, pad_token_id=256)
+    tiny = dict(
+        vocab_size=259, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, max_position_embeddings=512, initializer_range=0.2,
+        tie_word_embeddings=False, bos_token_id=None, eos_token_id=258, pad_token_id=256)
     return config_class(**tiny | values)
 
 
 def random_lm(config, seed=0, **options):
-    """The model of a configuration with random weights, biases and norms too, in eval mode; the same for the same seed."""
+    """The model of a configuration in eval mode, with random weights, biases and norms, the same for the same
+    seed."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         lm = AutoModelForCausalLM.from_config(config, **options).eval()
@@ -68,7 +77,8 @@ def tiny_model(directory, seed=0, chat_template=True, **config):
 
 
 def write_jsonl(path, rows):
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    path.write_text("".join(lines), encoding="utf-8")
     return str(path)
 
 
@@ -86,17 +96,24 @@ def messages(*turns):
 
 def pair_rows(count, first=0):
     """Pairs with prompts and answers of varying lengths."""
-    return [{"prompt": messages(f"Q{i}: " + "what is it? " * (i % 3 + 1)),
-             "chosen": [{"role": "assistant", "content": f"it is {i} " * (i % 4 + 1)}],
-             "rejected": [{"role": "assistant", "content": "no " * (5 - i % 5) + str(i)}]} for i in range(first, first + count)]
+    rows = []
+    for i in range(first, first + count):
+        prompt = messages(f"Q{i}: " + "what is it? " * (i % 3 + 1))
+        chosen = assistant(f"it is {i} " * (i % 4 + 1))
+        rejected = assistant("no " * (5 - i % 5) + str(i))
+        rows.append({"prompt": prompt, "chosen": [chosen], "rejected": [rejected]})
+    return rows
 
 
 def sft_rows(count, first=0):
     """Conversations of one and of two turns, and plain strings, of varying lengths."""
-    forms = [lambda i: {"messages": messages(f"Say {i}", f"{i} " * (i % 4 + 1))},
-             lambda i: {"messages": messages(f"Add {i}.", f"Done, {i}.", "And again" + "!" * (i % 5), f"Now {2 * i}.")},
-             lambda i: {"prompt": f"{i} plus {i} = " * (i % 2 + 1), "response": f"{2 * i}"}]
-    return [forms[i % 3](i) for i in range(first, first + count)]
+    rows = []
+    for i in range(first, first + count):
+        one = messages(f"Say {i}", f"{i} " * (i % 4 + 1))
+        two = messages(f"Add {i}.", f"Done, {i}.", "And again" + "!" * (i % 5), f"Now {2 * i}.")
+        plain = {"prompt": f"{i} plus {i} = " * (i % 2 + 1), "response": f"{2 * i}"}
+        rows.append([{"messages": one}, {"messages": two}, plain][i % 3])
+    return rows
 
 
 def labelled_rows(count, first=0):
@@ -104,14 +121,19 @@ def labelled_rows(count, first=0):
     rows = []
     for i in range(count):
         pair, = pair_rows(1, first + i // 3 * 2 + i % 3 // 2)
-        rows.append({"prompt": pair["prompt"], "completion": pair[("chosen", "rejected")[i % 2]], "label": i % 2 == 0})
+        is_good = i % 2 == 0
+        completion = pair["chosen"] if is_good else pair["rejected"]
+        rows.append({"prompt": pair["prompt"], "completion": completion, "label": is_good})
     return rows
 
 
 def prompt_rows(count, first=0):
     """Conversations and plain strings of varying lengths, with the answer that rewards read."""
-    return [{"prompt": messages(f"Add {i}." + " Go!" * (i % 4)) if i % 3 else f"{i} plus {i} = ", "answer": str(i)}
-            for i in range(first, first + count)]
+    rows = []
+    for i in range(first, first + count):
+        prompt = messages(f"Add {i}." + " Go!" * (i % 4)) if i % 3 else f"{i} plus {i} = "
+        rows.append({"prompt": prompt, "answer": str(i)})
+    return rows
 
 
 def refused(function, *arguments, **options):
@@ -122,14 +144,20 @@ def refused(function, *arguments, **options):
     return str(caught.value)
 
 
-ALGORITHMS = {"sft": sft_rows, "dft": sft_rows, "kto": labelled_rows,      # name -> the rows it trains on
-              **dict.fromkeys(("dpo", "ipo", "orpo", "simpo", "cpo", "rm"), pair_rows)}
+ALGORITHMS = {    # name -> the rows it trains on
+    "sft": sft_rows,
+    "dft": sft_rows,
+    "kto": labelled_rows,
+    **dict.fromkeys(("dpo", "rpo", "ipo", "orpo", "simpo", "cpo", "rm"), pair_rows),
+}
 REWARDS = f"{ROOT}/tests/some_rewards.py"
 SAMPLED = dict(reward=f"{REWARDS}:varied", max_completion_length=10)
 GROUPS = dict(SAMPLED, num_generations=4, num_iterations=2, num_mini_batches=2)
-ONLINE = {"ppo": dict(SAMPLED, num_ppo_epochs=2, num_mini_batches=2),      # name -> keys with which it makes four updates per rollout
-          **dict.fromkeys(("grpo", "dr_grpo", "gspo", "cispo", "rloo", "reinforce_pp"), GROUPS),
-          "dapo": GROUPS | dict(reward=f"{REWARDS}:coarse", soft_overlong_cache=6)}
+ONLINE = {    # name -> keys with which it makes four updates per rollout
+    "ppo": dict(SAMPLED, num_ppo_epochs=2, num_mini_batches=2),
+    **dict.fromkeys(("grpo", "dr_grpo", "gspo", "cispo", "rloo", "reinforce_pp"), GROUPS),
+    "dapo": GROUPS | dict(reward=f"{REWARDS}:coarse", soft_overlong_cache=6),
+}
 ROWS = ALGORITHMS | dict.fromkeys(ONLINE, prompt_rows)
 CLOCK = "tokens_per_second", "eps"      # what metrics.jsonl holds of it
 
@@ -138,13 +166,25 @@ OF_KIND = {"responses": sft_rows, "pairs": pair_rows, "labelled": labelled_rows,
 
 
 def rows_for(algorithm):
-    """The rows that any file of algorithms/ trains on, by its DATA."""
-    return OF_KIND[importlib.import_module(f"algorithms.{algorithm}").DATA]
+    """The rows that any file of algorithms/ trains on, by its DATA; offline with a number in every column
+    that it reads through batch.extra."""
+    module = importlib.import_module(f"algorithms.{algorithm}")
+    make = OF_KIND[module.DATA]
+    columns = re.findall(r'batch\.extra\("(\w+)"\)', Path(module.__file__).read_text(encoding="utf-8"))
+    if module.DATA == "prompts":
+        return make
+
+    def rows(count, first=0):
+        made = make(count, first)
+        for i, row in enumerate(made):
+            row.update(dict.fromkeys(columns, 1 + i % 3))
+        return made
+    return rows
 
 
 def keys_for(algorithm):
-    """Keys for any file of algorithms/: an online one makes four updates per rollout, as far as its Config has the
-    options for that."""
+    """Keys for any file of algorithms/: an online one makes four updates per rollout, as far as its Config
+    has the options for that."""
     module = importlib.import_module(f"algorithms.{algorithm}")
     if module.DATA != "prompts":
         return {}
@@ -153,8 +193,21 @@ def keys_for(algorithm):
     return {name: value for name, value in wanted.items() if name in options}
 
 
+def tracked(pattern):
+    """The files of this project that match a pattern such as "algorithms/*.py" and that git tracks, so that a
+    file which is still being written breaks no test; all that match where git does not know this project."""
+    names = []
+    if shutil.which("git"):
+        command = ["git", "ls-files", "-z", f":(glob){pattern}"]
+        listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        names = listed.stdout.split("\0")[:-1]
+    paths = [ROOT / name for name in names] or list(ROOT.glob(pattern))
+    return sorted(path for path in paths if path.exists())
+
+
 def write_config(path, **values):
-    path.write_text("".join(f"{key}: {value}\n" for key, value in values.items()))
+    lines = [f"{key}: {value}\n" for key, value in values.items()]
+    path.write_text("".join(lines))
     return str(path)
 
 
@@ -163,24 +216,31 @@ def train_here(*arguments):
     from train import main
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        main(list(map(str, arguments)))
+        main([str(argument) for argument in arguments])
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
 
 
 def run_train(arguments, processes=1, timeout=120, **environment):
-    """Run `python train.py ...` as a user does, under torchrun for more than one process. -> CompletedProcess with texts."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
+    """Run `python train.py ...` as a user does, under torchrun for more than one process. -> CompletedProcess
+    with texts."""
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command += ["train.py", *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", **environment}
-    return subprocess.run([sys.executable, *launcher, "train.py", *map(str, arguments)], cwd=ROOT, env=environment,
-                          timeout=timeout, capture_output=True, text=True)
+    return subprocess.run(command, cwd=ROOT, env=environment, timeout=timeout, capture_output=True, text=True)
 
 
 def metrics(run, split="train"):
     """The rows of a run's metrics.jsonl, without what depends on the clock."""
-    rows = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key not in CLOCK} for row in rows if row["split"] == split]
+    rows = []
+    for line in (Path(run) / "metrics.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        if row["split"] == split:
+            rows.append({key: value for key, value in row.items() if key not in CLOCK})
+    return rows
 
 
 def final_weights(run):
@@ -216,8 +276,10 @@ def watch_updates(monkeypatch):
     def clip_gradients(engine):
         clip(engine)
         if engine.step.index:
-            trained = {name_in_final(name): parameter for name, parameter in engine.policy.named_parameters()
-                       if parameter.grad is not None}
+            trained = {}
+            for name, parameter in engine.policy.named_parameters():
+                if parameter.grad is not None:
+                    trained[name_in_final(name)] = parameter
             start = {name: parameter.detach().clone() for name, parameter in trained.items()}
             _, gradients = seen.setdefault(Path(engine.run.directory), (start, []))
             gradients.append({name: parameter.grad.clone() for name, parameter in trained.items()})
@@ -236,7 +298,7 @@ def saved_gradients(run, updates):
         for name, tensor in state.items():
             if name.endswith(":exp_avg"):
                 moments[name_in_final(name.removesuffix(":exp_avg"))] = tensor.double()
-        gradients.append({name: 10 * tensor - 9 * before.get(name, 0.0) for name, tensor in moments.items()})
+        gradients.append({name: 10 * moment - 9 * before.get(name, 0.0) for name, moment in moments.items()})
         before = moments
     return gradients
 
@@ -247,7 +309,8 @@ def assert_same_gradients(ours, theirs, first=1e-6, later=1e-5, least=0.0):
     ones from weights that AdamW has moved apart, above all those that the loss hardly sees."""
     assert len(ours) == len(theirs)
     for update, (one, other) in enumerate(zip(ours, theirs), 1):
-        norm = math.sqrt(sum(float((gradient.double() ** 2).sum()) for gradient in other.values()))
+        squares = [float((gradient.double() ** 2).sum()) for gradient in other.values()]
+        norm = math.sqrt(sum(squares))
         bound = max(least, norm * (first if update == 1 else later))
         assert_same_weights(one, other, bound, f"gradients of update {update}, whose norm is {norm:g}")
 
@@ -279,6 +342,9 @@ def assert_adam_made(weights, start, gradients, lr=1e-3, decay=0.0):
 def assert_same_weights(ours, theirs, tolerance=0.0, what=""):
     """Of two dictionaries; without a tolerance bit for bit."""
     assert ours.keys() == theirs.keys()
-    differences = {name: float((ours[name] - theirs[name]).abs().max()) for name in ours}
-    wrong = {name: difference for name, difference in differences.items() if not difference <= tolerance}
+    wrong = {}
+    for name in ours:
+        difference = float((ours[name] - theirs[name]).abs().max())
+        if not difference <= tolerance:
+            wrong[name] = difference
     assert not wrong, (what, wrong)

@@ -169,6 +169,7 @@ def test_what_the_engine_is_told():
         assert made(name).allows_dropout == (name in ("sft", "dft"))
     assert not made("dpo", reference_free=True).uses_reference()
     assert not made("grpo", beta=0.0).uses_reference()
+    assert made("dr_grpo", beta=0.1).uses_reference()
     assert not made("rloo", kl_coef=0.0).uses_reference()
     assert not made("reinforce_pp", kl_coef=0.0).uses_reference()
     assert not made("ppo", share_value_trunk=True).uses_critic()

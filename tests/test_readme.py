@@ -1,35 +1,170 @@
-"""README.md and README_zh.md say the same things in the same order, and what they name exists."""
+"""Each English page and its Chinese one say the same things in the same order, and what they name exists and
+runs."""
 import re
-from pathlib import Path
+import subprocess
 
 import pytest
-from helpers import ROOT
+from helpers import (
+    ONLINE,
+    ROOT,
+    metrics,
+    pair_rows,
+    prompt_rows,
+    tiny_model,
+    tracked,
+    train_here,
+    write_config,
+    write_jsonl,
+)
 
-ENGLISH, CHINESE = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "README_zh.md"))
+import algorithms
+from engine import definition
+
+ENGLISH, CHINESE = ROOT / "README.md", ROOT / "README_zh.md"
+GUIDE = ROOT / "docs" / "adding-an-algorithm.md"
+PAIRS = [(ENGLISH, CHINESE)]
+for page in sorted(ROOT.glob("docs/*_zh.md")):
+    PAIRS.append((page.with_name(page.name.replace("_zh", "")), page))
+PAGES = [path for pair in PAIRS for path in pair]
+
+
+def read(path):
+    return path.read_text(encoding="utf-8")
+
+
+def blocks(text):
+    """The code blocks, verbatim."""
+    return re.findall(r"^```.*?^```", text, re.MULTILINE | re.DOTALL)
 
 
 def structure(text):
-    """Headings' levels, code blocks (verbatim) and, of every table row, the number of cells and its code spans."""
-    blocks = re.findall(r"^```.*?^```", text, re.MULTILINE | re.DOTALL)
+    """Headings' levels, code blocks and, of every table row, the number of cells and its code spans."""
     outside = re.sub(r"^```.*?^```", "```", text, flags=re.MULTILINE | re.DOTALL)
-    rows = [(line.count("|"), re.findall(r"`[^`]+`", line)) for line in outside.splitlines() if line.startswith("|")]
-    return [line.split(" ")[0] for line in outside.splitlines() if line.startswith("#")], blocks, rows
+    headings, rows = [], []
+    for line in outside.splitlines():
+        if line.startswith("#"):
+            headings.append(line.split(" ")[0])
+        if line.startswith("|"):
+            rows.append((line.count("|"), re.findall(r"`[^`]+`", line)))
+    return headings, blocks(text), rows
 
 
-def test_both_have_the_same_structure():
-    for ours, theirs in zip(structure(ENGLISH), structure(CHINESE)):
+def files_of(text, algorithm):
+    """The files from which an algorithm is understood, as the page lists them."""
+    lines = []
+    for line in text.splitlines():
+        if f"`algorithms/{algorithm}.py`" in line and "`data/pack.py`" in line:
+            lines.append(line)
+    assert len(lines) == 1
+    return re.findall(r"`([\w/]+\.py)`", lines[0])
+
+
+def test_every_page_has_both_languages():
+    assert set(ROOT.glob("docs/*.md")) <= set(PAGES)
+    assert GUIDE in PAGES
+
+
+@pytest.mark.parametrize("english, chinese", PAIRS, ids=lambda path: path.name)
+def test_both_have_the_same_structure(english, chinese):
+    for ours, theirs in zip(structure(read(english)), structure(read(chinese)), strict=True):
         assert ours == theirs
 
 
-@pytest.mark.parametrize("text", [ENGLISH, CHINESE])
-def test_what_is_named_exists_and_nothing_is_left_to_fill_in(text):
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_what_is_named_exists_and_nothing_is_left_to_fill_in(page):
+    text = read(page)
     assert "@@" not in text
-    named = re.findall(r"\b(?:algorithms|engine|data|tests|example|benchmark)/[\w/.-]+\.(?:py|yml|md)\b", text)
+    rooms = "algorithms|engine|model|rewards|data|docs|tests|example|benchmark"
+    pattern = rf"(?<![\w/-])(?:{rooms})/[\w/.-]+\.(?:py|yml|md)\b"
+    named = set(re.findall(pattern, text)) - {"algorithms/my_dpo.py"}      # the user's own
     assert named and [name for name in named if not (ROOT / name).exists()] == []
     for target in re.findall(r"\]\(([^)#:]+)\)", text):
-        assert (ROOT / target).exists(), target
+        assert (page.parent / target).exists(), target
 
 
 def test_every_algorithm_is_in_the_table():
-    for path in Path(ROOT, "algorithms").glob("[a-z]*.py"):
-        assert f"`algorithms/{path.name}`" in ENGLISH
+    """And each has its examples."""
+    names = [path.stem for path in tracked("algorithms/*.py") if not path.stem.startswith("_")]
+    assert len(names) >= 18
+    for name in names:
+        row = f"| [`algorithms/{name}.py`](algorithms/{name}.py) |"
+        assert read(ENGLISH).count(row) == read(CHINESE).count(row) == 1
+        assert (ROOT / "example" / f"tiny-{name}.yml").exists()
+        assert (ROOT / "example" / f"qwen2.5-{name}.yml").exists()
+
+
+@pytest.mark.parametrize("algorithm", ["dpo", "grpo"])
+def test_both_list_the_same_files_to_read(algorithm):
+    assert files_of(read(ENGLISH), algorithm) == files_of(read(CHINESE), algorithm)
+
+
+def test_a_file_that_is_still_being_written_is_not_tracked(tmp_path, monkeypatch):
+    """With git it is left out; without git every file counts."""
+    import helpers
+    monkeypatch.setattr(helpers, "ROOT", tmp_path)
+    (tmp_path / "algorithms").mkdir()
+    done, draft = tmp_path / "algorithms" / "done.py", tmp_path / "algorithms" / "draft.py"
+    done.touch()
+    draft.touch()
+    assert tracked("algorithms/*.py") == [done, draft]
+    subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
+    subprocess.run(["git", "add", "algorithms/done.py"], cwd=tmp_path, check=True)
+    assert tracked("algorithms/*.py") == [done]
+
+
+# ---- docs/adding-an-algorithm.md ----
+
+@pytest.fixture
+def train(tmp_path, monkeypatch):
+    """train(name, source, rows, key=value, ...) -> the metrics of a run of algorithms/<name>.py with that
+    source."""
+    folder = tmp_path / "algorithms"
+    folder.mkdir()
+    monkeypatch.setattr(definition, "ROOT", tmp_path)
+    monkeypatch.setattr(algorithms, "__path__", [*algorithms.__path__, str(folder)])
+
+    def train(name, source, rows, **values):
+        (folder / f"{name}.py").write_text(source)
+        model = tiny_model(tmp_path / "model")
+        data = write_jsonl(tmp_path / "rows.jsonl", rows)
+        keys = dict(
+            algorithm=name, model=model, data=data, output=tmp_path / name, batch_size=5, max_length=200,
+            lr=1e-3, shuffle="false", save_every="null")
+        train_here(write_config(tmp_path / f"{name}.yml", **keys | values))
+        return metrics(tmp_path / name)
+    return train
+
+
+def code(number):
+    """The guide's Python block of this number, from 0."""
+    found = [block for block in blocks(read(GUIDE)) if block.startswith("```python")]
+    return found[number].removeprefix("```python\n").removesuffix("```")
+
+
+def test_the_whole_file_of_the_guide_runs(train):
+    """At step 0 all margins are 0, so that the loss is the mean weight, less the bonus."""
+    rows = [row | {"weight": 1 + i % 3} for i, row in enumerate(pair_rows(10))]
+    held_out = write_jsonl(definition.ROOT / "held-out.jsonl", rows[:4])
+    plain = train("from_the_guide", code(0), rows, entropy_coef=0, eval_data=held_out)
+    assert [row["step"] for row in plain] == [1, 2]
+    assert plain[0]["loss"] == pytest.approx((1 + 2 + 3 + 1 + 2) / 5, rel=1e-6)
+    with_bonus = train("with_bonus", code(0), rows, entropy_coef=0.5)
+    assert plain[0]["loss"] - 0.5 * 6 < with_bonus[0]["loss"] < plain[0]["loss"] - 0.5
+
+
+def test_the_online_lines_of_the_guide_run(train):
+    """In a copy of grpo.py: a reference that follows the policy has a smaller KL than one that stays."""
+    source = read(ROOT / "algorithms" / "grpo.py")
+    once, extra = code(1).splitlines()
+    for line in (once, extra):
+        assert re.sub(r" +#.*", "", line) in source.replace(" if reference else None", "")
+    created, remembered, *follow = code(2).splitlines()
+    reference = re.search(r"^    reference = .*\n", source, re.MULTILINE).group()
+    cleared = re.search(r"^( +)optimizer.zero_grad\(\)\n", source, re.MULTILINE)
+    added = "".join(f"{cleared.group(1)}{line}\n" for line in follow)
+    edited = source.replace(cleared.group(), cleared.group() + added.replace("0.01", "1.0"))
+    edited = edited.replace(reference, f"    {created}\n    {remembered}\n")
+    keys = ONLINE["grpo"] | dict(num_iterations=1, num_mini_batches=1, beta=0.5, max_steps=3, batch_size=2)
+    fixed = train("fixed", source, prompt_rows(6), **keys)
+    following = train("following", edited, prompt_rows(6), **keys)
+    assert fixed[2]["kl"] > 1e-6 > abs(following[2]["kl"])

@@ -12,6 +12,7 @@ from algorithms.ipo import ipo_loss
 from algorithms.kto import kto_loss
 from algorithms.orpo import orpo_loss
 from algorithms.rm import rm_loss
+from algorithms.rpo import rpo_loss
 from algorithms.simpo import simpo_loss
 
 trl = pytest.importorskip("trl", reason="trl is not installed: pip install -r requirements-dev.txt")
@@ -65,13 +66,13 @@ def by_trl(logps, mask, reference, **options):
 
 
 @pytest.mark.parametrize("beta", [0.1, 0.7])
-@pytest.mark.parametrize("rpo_alpha", [0.0, 0.5])
-def test_dpo(beta, rpo_alpha):
+@pytest.mark.parametrize("loss_of, rpo_alpha", [(dpo_loss, 0.0), (rpo_loss, 0.5)])
+def test_dpo_and_rpo(beta, loss_of, rpo_alpha):
     (logps, mask), (reference, _) = responses(12, 0), responses(12, 1)
-    theirs, metrics = by_trl(logps, mask, reference * mask[:, 1:], beta=beta,
-                             **{"loss_types": ["sigmoid", "sft"], "loss_weights": [1.0, rpo_alpha]} if rpo_alpha else {})
+    options = {"loss_types": ["sigmoid", "sft"], "loss_weights": [1.0, rpo_alpha]} if rpo_alpha else {}
+    theirs, metrics = by_trl(logps, mask, reference * mask[:, 1:], beta=beta, **options)
     reference = (reference * mask[:, 1:]).detach()
-    losses, ours = dpo_loss(*logps.sum(1).chunk(2), *reference.sum(1).chunk(2), beta)
+    losses, ours = loss_of(*logps.sum(1).chunk(2), *reference.sum(1).chunk(2), beta)
     chosen = mask[:6, 1:].bool()
     assert_same(losses.mean() - rpo_alpha * logps[:6][chosen].mean(), theirs, logps, ours, metrics)
 
