@@ -90,6 +90,6 @@ def train(engine: Engine, config: Config):
                 losses, metrics = cispo_loss(logps, old_logps, advantages, config.epsilon_high)
                 (losses.sum() / step.num_tokens).backward()        # mean over the tokens of the whole update
                 step.log(losses, metrics)
-            engine.clip_gradients()                                # 5 update; stops if loss or norm is not finite
+            engine.clip_gradients()                            # 5 update; stops if loss or norm is not finite
             optimizer.step()
             optimizer.zero_grad()

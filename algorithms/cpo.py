@@ -51,7 +51,7 @@ def cpo_loss(policy_chosen_logps, policy_rejected_logps, beta=0.1, label_smoothi
     chosen_rewards = beta * policy_chosen_logps                                         # (B,)
     rejected_rewards = beta * policy_rejected_logps                                     # (B,)
     margins = chosen_rewards - rejected_rewards                                         # (B,)
-    losses = (-(1 - label_smoothing) * F.logsigmoid(margins)                            # (B,) eq. 5, first term
+    losses = (-(1 - label_smoothing) * F.logsigmoid(margins)                          # (B,) eq. 5, first term
               - label_smoothing * F.logsigmoid(-margins))                               # the labels swapped
     metrics = {
         "rewards/chosen": chosen_rewards,
@@ -72,14 +72,14 @@ def train(engine: Engine, config: Config):
         policy_chosen_logps, policy_rejected_logps = batch.pairs(batch.sum(logps))      # (B,), (B,)
         losses, metrics = cpo_loss(policy_chosen_logps, policy_rejected_logps, config.beta,
                                    config.label_smoothing, policy.tolerance)
-        nll = -batch.chosen(logps)                                                      # (tokens of the chosen responses,)
+        nll = -batch.chosen(logps)                                         # (tokens of the chosen responses,)
         return losses, nll, metrics | {"nll_loss": nll}
 
     for step in engine.steps():                                    # one optimizer update
         for batch in step:                                         # one micro-batch
             losses, nll, metrics = forward(batch)
             loss = losses.sum() / step.num_examples                # mean over the pairs of the whole update
-            nll_loss = nll.sum() / step.num_chosen_tokens          # mean over the chosen tokens of the whole update
+            nll_loss = nll.sum() / step.num_chosen_tokens    # mean over the chosen tokens of the whole update
             (loss + config.cpo_alpha * nll_loss).backward()
             step.log((losses, config.cpo_alpha * nll), metrics)
         engine.clip_gradients()                                    # stops here if loss or norm is not finite

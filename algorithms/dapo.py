@@ -1,5 +1,5 @@
-"""DAPO: Decoupled Clip and Dynamic Sampling Policy Optimization - GRPO with four changes that keep long training
-alive.
+"""DAPO: Decoupled Clip and Dynamic Sampling Policy Optimization - GRPO with four changes that keep long
+training alive.
 
 Paper:    Yu et al. 2025, arXiv 2503.14476: the objective is eq. 8, the advantage eq. 9; clip-higher 3.1,
           dynamic sampling 3.2, token-level loss 3.3, overlong filtering and penalty 3.4 (eq. 13)
@@ -111,12 +111,12 @@ def train(engine: Engine, config: Config):
         for attempt in range(config.max_resample_times if config.dynamic_sample else 0):
             flat = [i for i, group in enumerate(rollout.rewards) if alike(group)]
             if flat:
-                engine.resample(rollout, flat, attempt)            # other prompts in their place, sampled and scored
+                engine.resample(rollout, flat, attempt)     # other prompts in their place, sampled and scored
         rewards = rollout.rewards
         if config.soft_overlong_cache:
-            penalties = []
+            penalties, longest = [], config.max_completion_length
             for lengths in rollout.lengths:
-                penalties.append(soft_overlong(lengths, config.max_completion_length, config.soft_overlong_cache))
+                penalties.append(soft_overlong(lengths, longest, config.soft_overlong_cache))
             rewards = [group + penalty for group, penalty in zip(rewards, penalties)]
             rollout.metrics["rewards/soft_overlong/mean"] = float(torch.cat(penalties).mean())
         rollout.advantages = group_advantages(rewards)             # 3 advantage
@@ -129,6 +129,6 @@ def train(engine: Engine, config: Config):
                 losses, metrics = dapo_loss(logps, old_logps, advantages, config.epsilon, config.epsilon_high)
                 (losses.sum() / step.num_tokens).backward()        # mean over the tokens of the whole update
                 step.log(losses, metrics)
-            engine.clip_gradients()                                # 5 update; stops if loss or norm is not finite
+            engine.clip_gradients()                            # 5 update; stops if loss or norm is not finite
             optimizer.step()
             optimizer.zero_grad()

@@ -48,8 +48,12 @@ class Config(Options):
         return not self.reference_free
 
 
-def dpo_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps,
-             beta=0.1, label_smoothing=0.0, tie=0.0):
+def dpo_loss(
+    policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps,
+    beta=0.1,
+    label_smoothing=0.0,
+    tie=0.0,
+):
     """Four (B,) summed log-probs -> (losses (B,), metrics); nothing is reduced.
     `tie`: log-ratios that differ by less are equal."""
     chosen_logratios = policy_chosen_logps - reference_chosen_logps                     # (B,)
@@ -58,7 +62,7 @@ def dpo_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps,
     rejected_rewards = beta * rejected_logratios                                        # (B,)
     margins = chosen_rewards - rejected_rewards                                         # (B,)
     losses = (-(1 - label_smoothing) * F.logsigmoid(margins)                            # (B,) eq. 7
-              - label_smoothing * F.logsigmoid(-margins))                               # cDPO: the labels swapped
+              - label_smoothing * F.logsigmoid(-margins))                           # cDPO: the labels swapped
     metrics = {
         "rewards/chosen": chosen_rewards,
         "rewards/rejected": rejected_rewards,
@@ -75,12 +79,18 @@ def train(engine: Engine, config: Config):
     reference = None if config.reference_free else engine.reference(config.reference)
 
     def forward(batch: Batch):
+        per_response = batch.sum                                                        # (N,) -> (2 B,)
+        tie = policy.tolerance                                                          # for a sum
         logps = policy(batch)                                                           # (N,)
         reference_logps = reference(batch) if reference else 0 * logps.detach()         # (N,)
-        policy_chosen_logps, policy_rejected_logps = batch.pairs(batch.sum(logps))      # (B,), (B,)
-        reference_chosen_logps, reference_rejected_logps = batch.pairs(batch.sum(reference_logps))
-        return dpo_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps,
-                        reference_rejected_logps, config.beta, config.label_smoothing, policy.tolerance)
+        policy_chosen_logps, policy_rejected_logps = batch.pairs(per_response(logps))   # (B,), (B,)
+        reference_chosen_logps, reference_rejected_logps = batch.pairs(per_response(reference_logps))
+        return dpo_loss(
+            policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps,
+            config.beta,
+            config.label_smoothing,
+            tie,
+        )
 
     for step in engine.steps():                                    # one optimizer update
         for batch in step:                                         # one micro-batch

@@ -1,5 +1,5 @@
-"""Dr. GRPO: GRPO Done Right - without the two divisions that favour long wrong answers and prompts that are too
-easy or too hard.
+"""Dr. GRPO: GRPO Done Right - without the two divisions that favour long wrong answers and prompts that are
+too easy or too hard.
 
 Paper:    Liu et al. 2025 (Understanding R1-Zero-Like Training), arXiv 2503.20783, section 3.2
 Formula:  L = 1/G sum over o_i of 1/M sum_t [ -min( rho A_i, clip(rho, 1 - eps, 1 + eps_high) A_i )
@@ -115,10 +115,11 @@ def train(engine: Engine, config: Config):
                 advantages = batch.expand(batch.extra("advantages"))      # (S,) -> (N,)
                 reference_logps = batch.extra("reference_logps") if reference else None
                 losses, metrics = dr_grpo_loss(
-                    logps, old_logps, advantages, reference_logps, config.epsilon, config.epsilon_high, config.beta)
-                losses = batch.sum(losses) / config.max_completion_length      # (S,) by a constant, not by length
-                (losses.sum() / step.num_responses).backward()     # mean over the completions of the whole update
+                    logps, old_logps, advantages, reference_logps,
+                    config.epsilon, config.epsilon_high, config.beta)
+                losses = batch.sum(losses) / config.max_completion_length  # (S,) by a constant, not by length
+                (losses.sum() / step.num_responses).backward()     # mean over completions of the whole update
                 step.log(losses, metrics)
-            engine.clip_gradients()                                # 5 update; stops if loss or norm is not finite
+            engine.clip_gradients()                            # 5 update; stops if loss or norm is not finite
             optimizer.step()
             optimizer.zero_grad()

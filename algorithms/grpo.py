@@ -19,8 +19,8 @@ Trains:   the policy: every weight, or with lora_r an adapter. The reference is 
 Data:     {"prompt": ..., "answer": ...}: a prompt, plus the columns that the reward reads
 Normalised by: each completion by its tokens, their sum by the completions of the whole update, over all
           micro-batches and ranks
-Metrics:  loss                       0 in the first update from a rollout with beta 0: a group's advantages sum
-                                     to 0 and every ratio is 1, but the gradient is not 0. It is not a
+Metrics:  loss                       0 in the first update from a rollout with beta 0: a group's advantages
+                                     sum to 0 and every ratio is 1, but the gradient is not 0. It is not a
                                      progress measure; watch `reward`
           reward, reward_std         mean over all completions; mean over the groups of their standard
                                      deviation
@@ -117,10 +117,11 @@ def train(engine: Engine, config: Config):
                 advantages = batch.expand(batch.extra("advantages"))      # (S,) -> (N,)
                 reference_logps = batch.extra("reference_logps") if reference else None
                 losses, metrics = grpo_loss(
-                    logps, old_logps, advantages, reference_logps, config.epsilon, config.epsilon_high, config.beta)
-                losses = batch.mean(losses)                        # (S,) mean over the tokens of each completion
-                (losses.sum() / step.num_responses).backward()     # mean over the completions of the whole update
+                    logps, old_logps, advantages, reference_logps,
+                    config.epsilon, config.epsilon_high, config.beta)
+                losses = batch.mean(losses)                     # (S,) mean over the tokens of each completion
+                (losses.sum() / step.num_responses).backward()     # mean over completions of the whole update
                 step.log(losses, metrics)
-            engine.clip_gradients()                                # 5 update; stops if loss or norm is not finite
+            engine.clip_gradients()                            # 5 update; stops if loss or norm is not finite
             optimizer.step()
             optimizer.zero_grad()

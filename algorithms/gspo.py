@@ -1,5 +1,5 @@
-"""GSPO: Group Sequence Policy Optimization - the ratio and its clipping belong to the whole completion, as the
-reward does.
+"""GSPO: Group Sequence Policy Optimization - the ratio and its clipping belong to the whole completion, as
+the reward does.
 
 Paper:    Zheng et al. 2025, arXiv 2507.18071: the objective is eq. 5, the advantage eq. 6, the ratio eq. 7
 Formula:  L = mean over o_i of -min( s_i A_i, clip(s_i, 1 - eps, 1 + eps_high) A_i )
@@ -104,8 +104,8 @@ def train(engine: Engine, config: Config):
                 advantages = batch.extra("advantages")             # (S,)
                 losses, metrics = gspo_loss(
                     logps, old_logps, advantages, batch.lengths, config.epsilon, config.epsilon_high)
-                (losses.sum() / step.num_responses).backward()     # mean over the completions of the whole update
+                (losses.sum() / step.num_responses).backward()     # mean over completions of the whole update
                 step.log(losses, metrics)
-            engine.clip_gradients()                                # 5 update; stops if loss or norm is not finite
+            engine.clip_gradients()                            # 5 update; stops if loss or norm is not finite
             optimizer.step()
             optimizer.zero_grad()

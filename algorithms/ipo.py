@@ -11,7 +11,7 @@ Trains:   the policy: every weight, or with lora_r an adapter. The reference is 
           computed once, before the first update, so that no second model is in memory.
 Data:     {"prompt": ..., "chosen": ..., "rejected": ...}, strings or messages; HH-RLHF transcripts
 Normalised by: the pairs of the whole update, over all micro-batches and ranks
-Metrics:  loss                                1 / (2 beta)^2 at step 0, where policy = reference: 25 for beta 0.1
+Metrics:  loss                                1 / (2 beta)^2 at step 0, where policy = reference: 25 with 0.1
           rewards/chosen, rewards/rejected    beta * log-ratio, with means as in the loss; 0 at step 0
           rewards/margins                     chosen - rejected; 0 at step 0; the loss pulls it to 0.5
           rewards/accuracies                  share of pairs with margin > beta * 1e-4 (bf16: beta * 0.05)
@@ -21,8 +21,8 @@ Metrics:  loss                                1 / (2 beta)^2 at step 0, where po
           logps/chosen, logps/rejected        mean log-probs under the policy
 Step 0:   has no micro-batches: the start model is evaluated on the held-out rows, nothing is trained
 Differences from the paper: it sums over tokens (average_log_prob: false); its authors advise means, so
-          that the margin does not depend on length. With means 1 / (2 beta) is in nats per token: beta 0.1 asks
-          for 5 of them, so that 0.1 to 1 is the useful range
+          that the margin does not depend on length. With means 1 / (2 beta) is in nats per token: beta 0.1
+          asks for 5 of them, so that 0.1 to 1 is the useful range
 Run:      python train.py example/tiny-ipo.yml
 """
 from dataclasses import dataclass
@@ -47,8 +47,11 @@ class Config(Options):
         return True
 
 
-def ipo_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps,
-             beta=0.1, tie=0.0):
+def ipo_loss(
+    policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps,
+    beta=0.1,
+    tie=0.0,
+):
     """Four (B,) mean (or summed) log-probs -> (losses (B,), metrics); nothing is reduced.
     `tie`: log-ratios that differ by less are equal."""
     chosen_logratios = policy_chosen_logps - reference_chosen_logps                     # (B,)
@@ -61,7 +64,7 @@ def ipo_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps,
         "rewards/chosen": chosen_rewards,
         "rewards/rejected": rejected_rewards,
         "rewards/margins": margins,
-        "rewards/accuracies": chosen_logratios - rejected_logratios > tie,
+        "rewards/accuracies": margins > beta * tie,
         "logps/chosen": policy_chosen_logps,
         "logps/rejected": policy_rejected_logps,
     }
@@ -74,13 +77,18 @@ def train(engine: Engine, config: Config):
 
     def forward(batch: Batch):
         per_response = batch.mean if config.average_log_prob else batch.sum             # (N,) -> (2 B,)
+        tie = sum(batch.pairs(batch.per_token(policy.tolerance)))                       # (B,) for two means
+        if not config.average_log_prob:
+            tie = policy.tolerance                                                      # for a sum
         logps = policy(batch)                                                           # (N,)
         reference_logps = reference(batch)                                              # (N,)
         policy_chosen_logps, policy_rejected_logps = batch.pairs(per_response(logps))   # (B,), (B,)
         reference_chosen_logps, reference_rejected_logps = batch.pairs(per_response(reference_logps))
-        ties = sum(batch.pairs(batch.per_token(policy.tolerance)))                      # (B,) for two means
-        return ipo_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps,
-                        reference_rejected_logps, config.beta, ties if config.average_log_prob else policy.tolerance)
+        return ipo_loss(
+            policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps,
+            config.beta,
+            tie,
+        )
 
     for step in engine.steps():                                    # one optimizer update
         for batch in step:                                         # one micro-batch

@@ -23,9 +23,9 @@ Metrics:  loss                                0.5 at step 0 with both weights 1,
           logps/chosen, logps/rejected        summed log-probs under the policy, for each
 Step 0:   has no micro-batches: the start model is evaluated on the held-out rows, nothing is trained
 Differences from the paper: y' never comes from the same prompt (the paper's code takes a neighbour's, which
-          in unpacked pairs often is the same): it is the response of the nearest row before in the update that
-          has another prompt (before the first row comes the last). An update whose rows all have one prompt
-          takes it from all training rows
+          in unpacked pairs often is the same): it is the response of the nearest row before in the update
+          that has another prompt (before the first row comes the last). An update whose rows all have one
+          prompt takes it from all training rows
 Run:      python train.py example/tiny-kto.yml
 """
 from collections.abc import Iterable
@@ -55,7 +55,8 @@ class Config(Options):
         return True
 
 
-def kto_loss(policy_logps, reference_logps, labels, kl, beta=0.1, desirable_weight=1.0, undesirable_weight=1.0):
+def kto_loss(policy_logps, reference_logps, labels, kl,
+             beta=0.1, desirable_weight=1.0, undesirable_weight=1.0):
     """(B,), (B,) summed log-probs, (B,) bool, () -> (losses (B,), metrics); nothing is reduced."""
     logratios = policy_logps - reference_logps                                          # (B,) r of eq. 7
     gains = torch.where(labels, logratios - kl, kl - logratios)                         # (B,)
@@ -126,8 +127,8 @@ def advise_weights(train_set: list[Example], config: Config) -> str:
     is_inside = least <= config.desirable_weight <= 4 / 3 * least
     counts = f"{desirable} desirable and {undesirable} undesirable rows"
     best = f"desirable_weight is best between {least:.3g} and {4 / 3 * least:.3g}"
-    return (f"{'' if is_inside else 'warning: '}{counts}: with undesirable_weight {config.undesirable_weight:g}, "
-            f"{best}, and it is {config.desirable_weight:g}")
+    return (f"{'' if is_inside else 'warning: '}{counts}: with undesirable_weight "
+            f"{config.undesirable_weight:g}, {best}, and it is {config.desirable_weight:g}")
 
 
 def train(engine: Engine, config: Config):
@@ -164,7 +165,7 @@ def train(engine: Engine, config: Config):
         kl = estimate_kl(engine.batches(others))                   # first pass, without gradients
         for batch in step:                                         # one micro-batch
             losses, metrics = forward(batch, kl)
-            (losses.sum() / step.num_examples).backward()          # mean over the examples of the whole update
+            (losses.sum() / step.num_examples).backward()         # mean over the examples of the whole update
             step.log(losses, metrics)
         engine.clip_gradients()                                    # stops here if loss or norm is not finite
         optimizer.step()

@@ -24,8 +24,8 @@ Metrics:  loss                                both terms
           logps/chosen, logps/rejected        mean log-probs under the policy
 Step 0:   has no micro-batches: the start model is evaluated on the held-out rows, nothing is trained
 Differences from the paper: the likelihood is the response's, as in eq. 2; the authors' code (and TRL) add
-          the prompt's tokens by default. 1 - P is computed as log1mexp in fp32 with P below 1 - 1e-7, so that a
-          certain response gives no infinity
+          the prompt's tokens by default. 1 - P is computed as log1mexp in fp32 with P below 1 - 1e-7, so that
+          a certain response gives no infinity
 Run:      python train.py example/tiny-orpo.yml
 """
 from dataclasses import dataclass
@@ -61,7 +61,7 @@ def orpo_loss(policy_chosen_logps, policy_rejected_logps, beta=0.1, tie=0.0):
     `tie`: log-probs that differ by less are equal."""
     log_odds_chosen = log_odds(policy_chosen_logps) - log_odds(policy_rejected_logps)   # (B,) eq. 4
     log_odds_ratio = F.logsigmoid(log_odds_chosen)                                      # (B,)
-    losses = -beta * log_odds_ratio                                                     # (B,) eq. 7, weighted as in eq. 6
+    losses = -beta * log_odds_ratio                                         # (B,) eq. 7, weighted as in eq. 6
     metrics = {
         "log_odds_chosen": log_odds_chosen,
         "log_odds_ratio": log_odds_ratio,
@@ -83,14 +83,14 @@ def train(engine: Engine, config: Config):
         policy_chosen_logps, policy_rejected_logps = batch.pairs(batch.mean(logps))     # (B,), (B,)
         ties = sum(batch.pairs(batch.per_token(policy.tolerance)))                      # (B,) for two means
         losses, metrics = orpo_loss(policy_chosen_logps, policy_rejected_logps, config.beta, ties)
-        nll = -batch.chosen(logps)                                                      # (tokens of the chosen responses,)
+        nll = -batch.chosen(logps)                                         # (tokens of the chosen responses,)
         return losses, nll, metrics | {"nll_loss": nll}
 
     for step in engine.steps():                                    # one optimizer update
         for batch in step:                                         # one micro-batch
             losses, nll, metrics = forward(batch)
             loss = losses.sum() / step.num_examples                # mean over the pairs of the whole update
-            nll_loss = nll.sum() / step.num_chosen_tokens          # mean over the chosen tokens of the whole update
+            nll_loss = nll.sum() / step.num_chosen_tokens    # mean over the chosen tokens of the whole update
             (loss + nll_loss).backward()
             step.log((losses, nll), metrics)
         engine.clip_gradients()                                    # stops here if loss or norm is not finite

@@ -1,9 +1,9 @@
-"""PPO: Proximal Policy Optimization - a critic predicts the return; tokens with a positive advantage become more
-likely.
+"""PPO: Proximal Policy Optimization - a critic predicts the return; tokens with a positive advantage become
+more likely.
 
 Paper:    Schulman et al. 2017, arXiv 1707.06347, eq. 7; for language models Ouyang et al. 2022 (InstructGPT),
-          arXiv 2203.02155, section 3.5; the advantage is Schulman et al. 2016 (GAE), arXiv 1506.02438, eq. 16;
-          value clipping, whitening and where the critic starts are as in Huang et al. 2024 (The N+
+          arXiv 2203.02155, section 3.5; the advantage is Schulman et al. 2016 (GAE), arXiv 1506.02438, eq.
+          16; value clipping, whitening and where the critic starts are as in Huang et al. 2024 (The N+
           Implementation Details of RLHF with PPO), arXiv 2403.17031
 Formula:  r_t = -beta k_t + [t = T] score,    d = log pi_old - log pi_ref
           k1 = d,    k2 = d^2 / 2,    k3 = exp(-d) - 1 + d
@@ -20,9 +20,9 @@ Symbols:  log pi(o_t), V_t      logps, values             each token of a comple
           beta, eps, eps_v      kl_coef, cliprange, cliprange_value
 Shapes:   (N,) sampled tokens of a micro-batch, (L,) tokens of one completion; a prompt has one completion
 Trains:   the policy and a critic: a trunk of its own under a linear head (with lora_r an adapter in both
-          trunks). The critic starts as the reward model where the reward is one, else as the start model under
-          a head of 0. final/ is the policy alone. With the reward and the frozen reference these are the four
-          models of PPO
+          trunks). The critic starts as the reward model where the reward is one, else as the start model
+          under a head of 0. final/ is the policy alone. With the reward and the frozen reference these are
+          the four models of PPO
 Data:     {"prompt": ..., "answer": ...}: a prompt, plus the columns that the reward reads
 Normalised by: the tokens of the whole update, both terms, over all micro-batches and ranks; an update is
           one mini-batch
@@ -47,7 +47,8 @@ Metrics:  objective/scores, /rlhf_reward    mean score; mean of score and KL pen
 Step 0:   before the first rollout the held-out prompts are sampled and scored
 Differences from the paper: (from TRL's last PPO) the score stands on the last token, not one after it;
           sampling ends at the stop token; pi_old comes from the training forward; every mini-batch is
-          an optimizer step; whitening and means go over all micro-batches and ranks, and there is no padding in them
+          an optimizer step; whitening and means go over all micro-batches and ranks, and no padding is in
+          them
 Run:      python train.py example/tiny-ppo.yml
 """
 from dataclasses import dataclass
@@ -96,7 +97,8 @@ class Config(Sampling):            # reward, temperature, max_completion_length,
 
 
 def token_rewards(score, log_ratios, kl_coef=0.05, kl_estimator="k1"):
-    """For one completion: score (1,), log pi_old - log pi_ref (L,) -> rewards (L,); all NaN where the score is."""
+    """For one completion: score (1,), log pi_old - log pi_ref (L,) -> rewards (L,); all NaN where the score
+    is."""
     if kl_estimator == "k1":
         kl = log_ratios
     elif kl_estimator == "k2":
@@ -121,8 +123,9 @@ def gae(rewards, values, gamma=1.0, lam=0.95):
 
 
 def whiten(parts, shift_mean=True):
-    """A list of (L,) -> the same, over all entries together with variance 1 (the unbiased one: REINFORCE++'s is
-    biased), and with mean 0 or the mean they have. NaN, for completions without a reward, counts nowhere."""
+    """A list of (L,) -> the same, over all entries together with variance 1 (the unbiased one: REINFORCE++'s
+    is biased), and with mean 0 or the mean they have. NaN, for completions without a reward, counts
+    nowhere."""
     known = torch.cat(parts)
     known = known[~known.isnan()]
     if alike(known):
@@ -162,7 +165,7 @@ def ppo_value_loss(values, old_values, returns, cliprange_value=0.2):
 
 
 def rollout_metrics(rollout, rewards, advantages) -> dict:
-    """What is known of a rollout before its first update; rewards and advantages as they are before whitening."""
+    """What is known of a rollout before its first update; rewards and advantages before whitening."""
     def sums(parts):
         return torch.stack([part.sum() for part in parts])
 
@@ -177,7 +180,7 @@ def rollout_metrics(rollout, rewards, advantages) -> dict:
         "val/mean": torch.cat(rollout.old_values).mean(),
         "val/num_eos_tokens": (~torch.cat(rollout.truncated)).sum(),
     }
-    known = ~returns.isnan()                                       # a completion without a reward has no return
+    known = ~returns.isnan()                                     # a completion without a reward has no return
     if known.sum() > 1 and returns[known].var() > 0:
         metrics["val/explained_variance"] = 1 - advantages[known].var() / returns[known].var()
     return {name: float(value) for name, value in metrics.items() if not value.isnan()}      # means over none
@@ -218,6 +221,6 @@ def train(engine: Engine, config: Config):
                 losses = policy_losses + config.vf_coef * value_losses
                 (losses.sum() / step.num_tokens).backward()        # mean over the tokens of the whole update
                 step.log(losses, metrics | value_metrics)
-            engine.clip_gradients()                                # 5 update; stops if loss or norm is not finite
+            engine.clip_gradients()                            # 5 update; stops if loss or norm is not finite
             optimizer.step()
             optimizer.zero_grad()

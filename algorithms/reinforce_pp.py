@@ -83,18 +83,18 @@ def center(group):
 
 
 def token_returns(rewards, kl, lengths, kl_coef=0.01):
-    """(G,), per token (N,), (G,) tokens -> (N,): a completion's reward less kl_coef times the KL from each token to
-    its end."""
+    """(G,), per token (N,), (G,) tokens -> (N,): a completion's reward less kl_coef times the KL from each
+    token to its end."""
     returns = []
     for reward, tokens in zip(rewards, kl.double().split([int(length) for length in lengths])):
-        ahead = tokens.flip(0).cumsum(0).flip(0)                                        # (L,) KL from here to the end
+        ahead = tokens.flip(0).cumsum(0).flip(0)                                # (L,) KL from here to the end
         returns.append(reward - kl_coef * ahead)
     return torch.cat(returns)                                                           # (N,) R
 
 
 def whiten(returns):
-    """Per prompt (N,) -> per prompt (N,), over all of them together with mean 0 and variance 1 (the biased one:
-    PPO's is unbiased). NaN marks tokens without a reward; they count nowhere."""
+    """Per prompt (N,) -> per prompt (N,), over all of them together with mean 0 and variance 1 (the biased
+    one: PPO's is unbiased). NaN marks tokens without a reward; they count nowhere."""
     known = torch.cat(returns)
     known = known[~known.isnan()]
     if alike(known):
@@ -147,6 +147,6 @@ def train(engine: Engine, config: Config):
                 step.log(losses, metrics)
                 if reference:
                     step.log(losses, {"kl": batch.extra("kl")})
-            engine.clip_gradients()                                # 5 update; stops if loss or norm is not finite
+            engine.clip_gradients()                            # 5 update; stops if loss or norm is not finite
             optimizer.step()
             optimizer.zero_grad()

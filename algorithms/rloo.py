@@ -70,14 +70,15 @@ class Config(Sampling):            # reward, temperature, max_completion_length,
 
 
 def kl_rewards(rewards, kl, lengths, kl_coef=0.05):
-    """(G,), per token (N,), (G,) tokens -> (G,): each reward less kl_coef times the KL summed over its completion."""
+    """(G,), per token (N,), (G,) tokens -> (G,): each reward less kl_coef times the KL summed over its
+    completion."""
     parts = kl.double().split([int(length) for length in lengths])
     return rewards - kl_coef * torch.stack([tokens.sum() for tokens in parts])          # R
 
 
 def leave_one_out(rewards):
-    """(G,) -> (G,) advantages: each reward less the mean of the others; 0 without others. NaN marks a completion
-    without a reward; it counts nowhere."""
+    """(G,) -> (G,) advantages: each reward less the mean of the others; 0 without others. NaN marks a
+    completion without a reward; it counts nowhere."""
     if alike(rewards):
         return 0 * rewards
     others = (~rewards.isnan()).sum() - 1
@@ -119,10 +120,10 @@ def train(engine: Engine, config: Config):
                 old_logps = engine.old_logps(batch, logps)         # (N,) when they were sampled
                 losses, metrics = rloo_loss(batch.sum(logps), batch.sum(old_logps), batch.extra("advantages"),
                                             config.epsilon, config.epsilon_high)
-                (losses.sum() / step.num_responses).backward()     # mean over the completions of the whole update
+                (losses.sum() / step.num_responses).backward()     # mean over completions of the whole update
                 step.log(losses, metrics | {"entropy": -logps})
                 if reference:
                     step.log(losses, {"kl": batch.extra("kl")})
-            engine.clip_gradients()                                # 5 update; stops if loss or norm is not finite
+            engine.clip_gradients()                            # 5 update; stops if loss or norm is not finite
             optimizer.step()
             optimizer.zero_grad()

@@ -9,8 +9,8 @@ Symbols:  r(x,y_w)      chosen_rewards       a linear head without bias on the r
           lambda        center_rewards_coefficient
 Shapes:   (S,) responses of a micro-batch, (B,) its pairs; S = 2 B
 Trains:   the trunk (every weight, or with lora_r an adapter) and the head
-Data:     {"prompt": ..., "chosen": ..., "rejected": ...}, strings or messages, optional "margin": 0.5; HH-RLHF
-          transcripts
+Data:     {"prompt": ..., "chosen": ..., "rejected": ...}, strings or messages, optional "margin": 0.5;
+          HH-RLHF transcripts
 Normalised by: the pairs of the whole update, over all micro-batches and ranks
 Metrics:  loss                                near log 2 = 0.6931 at step 0: the head starts small and random
           accuracy                            share of pairs with r(x,y_w) - r(x,y_l) > 1e-4 (bf16: 0.05):

@@ -53,8 +53,12 @@ class Config(Options):
         return True
 
 
-def rpo_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps,
-             beta=0.1, label_smoothing=0.0, tie=0.0):
+def rpo_loss(
+    policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps,
+    beta=0.1,
+    label_smoothing=0.0,
+    tie=0.0,
+):
     """Four (B,) summed log-probs -> (losses (B,), metrics); nothing is reduced.
     `train` adds the likelihood term.
     `tie`: log-ratios that differ by less are equal."""
@@ -64,7 +68,7 @@ def rpo_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps,
     rejected_rewards = beta * rejected_logratios                                        # (B,)
     margins = chosen_rewards - rejected_rewards                                         # (B,)
     losses = (-(1 - label_smoothing) * F.logsigmoid(margins)                            # (B,) eq. 7
-              - label_smoothing * F.logsigmoid(-margins))                               # cDPO: the labels swapped
+              - label_smoothing * F.logsigmoid(-margins))                           # cDPO: the labels swapped
     metrics = {
         "rewards/chosen": chosen_rewards,
         "rewards/rejected": rejected_rewards,
@@ -81,20 +85,26 @@ def train(engine: Engine, config: Config):
     reference = engine.reference(config.reference)
 
     def forward(batch: Batch):
+        per_response = batch.sum                                                        # (N,) -> (2 B,)
+        tie = policy.tolerance                                                          # for a sum
         logps = policy(batch)                                                           # (N,)
         reference_logps = reference(batch)                                              # (N,)
-        policy_chosen_logps, policy_rejected_logps = batch.pairs(batch.sum(logps))      # (B,), (B,)
-        reference_chosen_logps, reference_rejected_logps = batch.pairs(batch.sum(reference_logps))
-        losses, metrics = rpo_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps,
-                                   reference_rejected_logps, config.beta, config.label_smoothing, policy.tolerance)
-        nll = -batch.chosen(logps)                                                      # (tokens of the chosen responses,)
+        policy_chosen_logps, policy_rejected_logps = batch.pairs(per_response(logps))   # (B,), (B,)
+        reference_chosen_logps, reference_rejected_logps = batch.pairs(per_response(reference_logps))
+        losses, metrics = rpo_loss(
+            policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps,
+            config.beta,
+            config.label_smoothing,
+            tie,
+        )
+        nll = -batch.chosen(logps)                                         # (tokens of the chosen responses,)
         return losses, nll, metrics | {"nll_loss": nll}
 
     for step in engine.steps():                                    # one optimizer update
         for batch in step:                                         # one micro-batch
             losses, nll, metrics = forward(batch)
             loss = losses.sum() / step.num_examples                # mean over the pairs of the whole update
-            nll_loss = nll.sum() / step.num_chosen_tokens          # mean over the chosen tokens of the whole update
+            nll_loss = nll.sum() / step.num_chosen_tokens    # mean over the chosen tokens of the whole update
             (loss + config.rpo_alpha * nll_loss).backward()
             step.log((losses, config.rpo_alpha * nll), metrics)
         engine.clip_gradients()                                    # stops here if loss or norm is not finite

@@ -50,7 +50,7 @@ def train(engine: Engine, config: Config):
     for step in engine.steps():                                    # one optimizer update
         for batch in step:                                         # one micro-batch
             losses, metrics = forward(batch)
-            (losses.sum() / step.num_tokens).backward()            # mean over the trained tokens of the whole update
+            (losses.sum() / step.num_tokens).backward()     # mean over the trained tokens of the whole update
             step.log(losses, metrics)
         engine.clip_gradients()                                    # stops here if loss or norm is not finite
         optimizer.step()

@@ -75,14 +75,14 @@ def train(engine: Engine, config: Config):
         ties = sum(batch.pairs(batch.per_token(policy.tolerance)))                      # (B,) for two means
         losses, metrics = simpo_loss(policy_chosen_logps, policy_rejected_logps, config.beta,
                                      config.simpo_gamma, config.label_smoothing, ties)
-        nll = -batch.chosen(logps)                                                      # (tokens of the chosen responses,)
+        nll = -batch.chosen(logps)                                         # (tokens of the chosen responses,)
         return losses, nll, metrics | {"nll_loss": nll}
 
     for step in engine.steps():                                    # one optimizer update
         for batch in step:                                         # one micro-batch
             losses, nll, metrics = forward(batch)
             loss = losses.sum() / step.num_examples                # mean over the pairs of the whole update
-            nll_loss = nll.sum() / step.num_chosen_tokens          # mean over the chosen tokens of the whole update
+            nll_loss = nll.sum() / step.num_chosen_tokens    # mean over the chosen tokens of the whole update
             (loss + config.cpo_alpha * nll_loss).backward()
             step.log((losses, config.cpo_alpha * nll), metrics)
         engine.clip_gradients()                                    # stops here if loss or norm is not finite
