@@ -91,8 +91,8 @@ class RolloutRecord:
         self.engine.notice(
             f"warning: in {self.updates_without_signal} updates all completions of a {unit} got the same "
             f"reward (mean reward {reward:.4g}, {cut:.0%} cut at max_completion_length): there is little or "
-            "no gradient; try: read some of them (sample_every: 1), easier prompts, a larger num_generations, "
-            "temperature or max_completion_length, a reward with partial credit")
+            "no gradient; try: read some of them (sample_every: 1), easier prompts, a larger "
+            "num_generations, temperature or max_completion_length, a reward with partial credit")
 
     # ---- evaluation and samples ----------------------------------------------------------------------
 
