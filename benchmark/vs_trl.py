@@ -75,18 +75,18 @@ PEERS = {
 
 # ---- the same model and the same text for both sides ----
 
-def synthetic_pairs(count: int, seed: int = 0) -> list[dict]:
-    """Rows in the form of HH-RLHF, with its spread of lengths when a byte is a token; for a clone without the data."""
+def synthetic_pairs(count: int, seed: int = 0) -> list[tuple]:
+    """(where, row) as read_rows gives them, in the form of HH-RLHF, with its spread of lengths when a byte is a token; for a clone without the data."""
     rng = random.Random(seed)
 
     def text(low, high):
         return " ".join("".join(rng.choices("etaoinshrdlu", k=rng.randint(2, 7))) for _ in range(rng.randint(low, high)))
 
     rows = []
-    for _ in range(count):
+    for number in range(count):
         prompt = "".join(f"\n\nHuman: {text(2, 20)}\n\nAssistant: {text(2, 20)}" for _ in range(rng.randint(0, 2)))
         prompt += f"\n\nHuman: {text(2, 20)}\n\nAssistant:"
-        rows.append({side: f"{prompt} {text(2, 24)}" for side in ("chosen", "rejected")})
+        rows.append((f"made-up:{number + 1}", {side: f"{prompt} {text(2, 24)}" for side in ("chosen", "rejected")}))
     return rows
 
 
@@ -126,7 +126,7 @@ def prepare(job: dict) -> None:
         return [{"role": "user" if speaker == "Human" else "assistant", "content": text.strip()}
                 for speaker, text in zip(turns[::2], turns[1::2])]
 
-    rows = read_rows(job["data"]) if job["data"] else enumerate(synthetic_pairs(2 * job["pairs"]))
+    rows = read_rows(job["data"]) if job["data"] else synthetic_pairs(2 * job["pairs"])
     ours, theirs, seen = [], [], set()
     for where, row in rows:
         if len(ours) == job["pairs"]:
@@ -158,36 +158,21 @@ def prepare(job: dict) -> None:
 def our_engine(job: dict, keys: dict):
     """(algorithm, its Config, engine, when the clock started): what train.py builds, with the weights loaded before the clock starts and
     nothing saved at the end. `keys`: of the configuration, beside those that all benchmarks share."""
-    from data.dataset import load_datasets
-    from engine import logs
-    from engine.config import as_yaml, load_config
-    from engine.loop import Engine
-    from engine.rollouts import OnlineEngine
-    from model import load
+    from engine.build import build
+    from engine.config import load_config
+    from engine.logs import Run
     from model.build import build_policy
-    from model.check import check_policy
-    from model.reward_model import build_reward_model
+    from model.load import load_tokenizer
 
     config_file = Path(job["work"]) / "benchmark.yml"
     config_file.write_text(json.dumps({"algorithm": job["algorithm"]}))                # JSON is YAML
     keys = SETTINGS | keys | {"model": job["model"], "output": str(Path(job["work"]) / "run"), "lr": job["lr"], "save_every": "null",
                               "share_prompt": "true"}                # not auto: falling back would be an error here
     run_config = load_config([str(config_file), *(f"{key}={value}" for key, value in keys.items()), *job["overrides"]])
-    common, config = run_config.common, run_config.config
-    algorithm = importlib.import_module(f"algorithms.{common.algorithm}")
-    tokenizer, run = load.load_tokenizer(common.model), logs.Run(common.output)
-    policy = build_policy(common.model, tokenizer, common, trains_adapter=load.is_adapter(common.model))
+    common = run_config.common
+    policy = build_policy(common.model, load_tokenizer(common.model), common)
     started = time.perf_counter()
-    train_set, eval_set, report = load_datasets(
-        common, algorithm.DATA, tokenizer, run.notice,
-        config.train_on, config.prompt_template, config.max_completion_length)
-    check_policy(policy, train_set, common.share_prompt, run.notice)
-    if algorithm.MODEL == "reward":
-        policy = build_reward_model(policy, common.model, common.seed)
-    run.begin(as_yaml(common, config), report, {}, 0)
-    kind = OnlineEngine if algorithm.DATA == "prompts" else Engine
-    engine = kind(common, policy, tokenizer, train_set, eval_set, run, algorithm.PROGRESS)
-    engine.save_final = lambda: None
+    algorithm, config, engine = build(run_config, Run(common.output), policy=policy)
     return algorithm, config, engine, started
 
 

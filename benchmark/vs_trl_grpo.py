@@ -31,7 +31,7 @@ def prepare(job: dict) -> None:
 
     tokenizer = vs_trl.write_model(job, stops_of(job) or None)
     wanted, prompts = job["prompts"] * job["rollouts"], {}
-    for where, row in read_rows(job["data"]) if job["data"] else enumerate(vs_trl.synthetic_pairs(4 * wanted)):
+    for where, row in read_rows(job["data"]) if job["data"] else vs_trl.synthetic_pairs(4 * wanted):
         text = parse(row, where, "pairs")
         if not isinstance(text, str):
             prompts[tokenizer.apply_chat_template(text.prompt, tokenize=False, add_generation_prompt=True)] = None
