@@ -1,0 +1,265 @@
+"""What the benchmarks beside TRL share: the model, the text, our engine, fresh processes, options, medians.
+
+torch and the project are imported in functions that only child processes call: a child's peak memory starts
+at its parent's size, so the parent stays small.
+"""
+import argparse
+import json
+import os
+import random
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+SHAPE = {
+    "hidden_size": 896,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 14,
+    "num_key_value_heads": 2,
+    "intermediate_size": 4864,
+    "vocab_size": 151936,
+}
+MAX_LENGTH = 2048      # no HH pair is longer: TRL would truncate what we drop
+TOLERANCE = 1e-4
+SETTINGS = {
+    "schedule": "constant",
+    "warmup": 0,
+    "weight_decay": 0.0,
+    "max_grad_norm": 1.0,
+    "shuffle": False,
+    "epochs": 1,
+    "seed": 0,
+    "max_length": MAX_LENGTH,
+}
+
+
+# ---- the same model and the same text for both sides -------------------------------------------------
+
+def made_up_text(rng: random.Random, low: int, high: int) -> str:
+    """`low` to `high` words of random letters."""
+    words = []
+    for _ in range(rng.randint(low, high)):
+        letters = rng.choices("etaoinshrdlu", k=rng.randint(2, 7))
+        words.append("".join(letters))
+    return " ".join(words)
+
+
+def made_up_pair(rng: random.Random) -> dict:
+    """One row in the form of HH-RLHF, with its spread of lengths when a byte is a token."""
+    prompt = ""
+    for _ in range(rng.randint(0, 2)):
+        question = made_up_text(rng, 2, 20)
+        answer = made_up_text(rng, 2, 20)
+        prompt += f"\n\nHuman: {question}\n\nAssistant: {answer}"
+    prompt += f"\n\nHuman: {made_up_text(rng, 2, 20)}\n\nAssistant:"
+    chosen = made_up_text(rng, 2, 24)
+    rejected = made_up_text(rng, 2, 24)
+    return {"chosen": f"{prompt} {chosen}", "rejected": f"{prompt} {rejected}"}
+
+
+def hh_rows(path: str | None, count: int):
+    """Yield (where, row) of an HH-RLHF file; without one, `count` made-up pairs."""
+    from data.files import read_rows
+
+    if path:
+        yield from read_rows(path)
+        return
+    rng = random.Random(0)
+    for number in range(1, count + 1):
+        yield f"made-up:{number}", made_up_pair(rng)
+
+
+def write_rows(path: str, rows) -> None:
+    """A .jsonl file of these rows."""
+    lines = [json.dumps(row) + "\n" for row in rows]
+    Path(path).write_text("".join(lines))
+
+
+def read_jsonl(path: str) -> list[dict]:
+    lines = Path(path).read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def write_model(job: dict, stops: list | None = None):
+    """The tokenizer, after it and a model with random weights are written to job["model"]. `stops`: ids at
+    which TRL ends a text besides the tokenizer's eos."""
+    import torch
+    from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+
+    from tests.helpers import byte_tokenizer
+
+    if job["tokenizer"]:
+        tokenizer = AutoTokenizer.from_pretrained(job["tokenizer"])
+    else:
+        tokenizer = byte_tokenizer()
+    torch.manual_seed(0)
+    lm = Qwen2ForCausalLM(Qwen2Config(**job["shape"], tie_word_embeddings=True))
+    lm.generation_config.eos_token_id = stops
+    lm.save_pretrained(job["model"])
+    tokenizer.save_pretrained(job["model"])
+    return tokenizer
+
+
+# ---- both sides, each timed from "weights in memory" to "last update done" ---------------------------
+
+def our_engine(job: dict, keys: dict):
+    """(algorithm, its Config, engine, when the clock started): what train.py builds, with the weights loaded
+    before the clock starts. `keys`: the configuration, beside what all benchmarks share."""
+    from engine.build import build
+    from engine.config import load_config
+    from engine.logs import Run
+    from model.build import build_policy
+    from model.load import load_tokenizer
+
+    work = Path(job["work"])
+    config_file = work / "benchmark.yml"
+    config_file.write_text(json.dumps({"algorithm": job["algorithm"]}))      # JSON is YAML
+    own = {
+        "model": job["model"],
+        "output": str(work / "run"),
+        "lr": job["lr"],
+        "save_every": "null",
+        "share_prompt": "true",      # not auto: a fallback would be an error here
+    }
+    keys = SETTINGS | keys | own
+    words = [f"{key}={value}" for key, value in keys.items()]
+    run_config = load_config([str(config_file), *words, *job["overrides"]])
+    common = run_config.common
+    policy = build_policy(common.model, load_tokenizer(common.model), common)
+    started = time.perf_counter()
+    run = Run(common.output)
+    algorithm, config, engine = build(run_config, run, policy=policy)
+    return algorithm, config, engine, started
+
+
+def our_metrics(engine) -> list[dict]:
+    """The metrics of our run, an update each."""
+    return [json.loads(line) for line in engine.run.rows("metrics.jsonl")]
+
+
+def trl_arguments(job: dict) -> dict:
+    """What every Config of TRL is given here."""
+    return {
+        "output_dir": job["work"],
+        "learning_rate": job["lr"],
+        "lr_scheduler_type": "constant",
+        "warmup_steps": 0,
+        "weight_decay": 0.0,
+        "max_grad_norm": 1.0,
+        "num_train_epochs": 1,
+        "seed": 0,
+        "per_device_train_batch_size": job["per_device"],
+        "optim": "adamw_torch_fused",
+        "gradient_checkpointing": False,
+        "bf16": False,
+        "use_cpu": True,
+        "dataloader_pin_memory": False,
+        "logging_steps": 1,
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "eval_strategy": "no",
+        "report_to": "none",
+    }
+
+
+def trl_metrics(trainer) -> list[dict]:
+    """The metrics of TRL's run, an update each."""
+    return [row for row in trainer.state.log_history if "loss" in row]
+
+
+def measured(started: float) -> dict:
+    """Seconds since `started`, and this process's largest resident set in GB (Linux counts it in KiB)."""
+    seconds = time.perf_counter() - started
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return {"seconds": seconds, "peak": usage.ru_maxrss * 1024 / 1e9}
+
+
+# ---- fresh processes ---------------------------------------------------------------------------------
+
+def start(children: dict, main: Callable) -> None:
+    """Run `main`; in a process that `child` started, the one of `children` that it named."""
+    if sys.argv[1:2] != ["--child"]:
+        return main()
+    role, job = sys.argv[2:]
+    result = children[role](json.loads(job))
+    print(json.dumps(result))
+
+
+def child(script: str, role: str, job: dict):
+    """The result of one of the script's children, run in a fresh process with job["threads"] threads."""
+    threads = str(job["threads"])
+    environment = os.environ | {
+        "OMP_NUM_THREADS": threads,
+        "MKL_NUM_THREADS": threads,
+        "TOKENIZERS_PARALLELISM": "false",
+        "CUDA_VISIBLE_DEVICES": "",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    }
+    with tempfile.TemporaryDirectory(dir=job["work"]) as work:
+        words = [role, json.dumps(job | {"work": work})]
+        command = [sys.executable, script, "--child", *words]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{done.stderr}\nerror: the {role} side failed, see above")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+# ---- options and medians -----------------------------------------------------------------------------
+
+def new_parser(text: str) -> argparse.ArgumentParser:
+    layout = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(description=text, formatter_class=layout)
+
+
+def add_options(parser: argparse.ArgumentParser, repeats: int) -> None:
+    """The options that all comparisons have; last, since `overrides` takes the words that are left."""
+    parser.add_argument("--data", help="HH-RLHF file; without it, text is made up")
+    parser.add_argument(
+        "--tokenizer",
+        help="directory or hub name of Qwen2.5's tokenizer; without it, bytes are tokens")
+    parser.add_argument("--lr", type=float, default=1e-5)
+    parser.add_argument("--repeats", type=int, default=repeats)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--layers", type=int, default=SHAPE["num_hidden_layers"])
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        help="key=value for our side, such as micro_batch_tokens=1024")
+
+
+def run_comparison(args: argparse.Namespace, compare: Callable, own: dict) -> None:
+    """Exit with 0 if `compare(job)` finds that both sides agree, else with 1. `own`: more of the job."""
+    runs = ROOT / "runs"
+    runs.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=runs, prefix="vs-trl-") as work:
+        job = vars(args) | own | {
+            "shape": SHAPE | {"num_hidden_layers": args.layers},
+            "work": work,
+            "model": f"{work}/model",
+            "ours_rows": f"{work}/ours.jsonl",
+            "trl_rows": f"{work}/trl.jsonl",
+        }
+        agreed = compare(job)
+    sys.exit(0 if agreed else 1)
+
+
+def medians(runs: dict, keys: list[str]) -> dict:
+    """{name: {key: median over the results of this name}}, from {name: results}."""
+    found = {}
+    for name, results in runs.items():
+        found[name] = {}
+        for key in keys:
+            values = [result[key] for result in results]
+            found[name][key] = statistics.median(values)
+    return found
+
+
+def least(median: dict, names, key: str) -> str:
+    """The one of these names with the smallest median."""
+    return min(names, key=lambda name: median[name][key])
