@@ -232,7 +232,7 @@ CONTROLLER = [
         OFFLINE_LOOP,
         "    import torch\n",
         "    state = engine.remember('controller', {'beta': torch.tensor(config.beta)})\n"),
-    ("rejected_logps, config.beta, config.label", "rejected_logps, float(state['beta']), config.label"),
+    ("            config.beta,\n", "            float(state['beta']),\n"),
     after(ZERO, "        state['beta'] *= 1.5\n")]
 
 
