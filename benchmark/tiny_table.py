@@ -64,8 +64,6 @@ SLOW = ["lr=1e-4", "batch_size=16", "eval_every=1000", "max_steps=16"]
 REPEATED = [*SLOW, "max_steps=64", "num_iterations=4"]
 ABLATIONS = {      # of grpo: what studies of it on GSM8K switch on and off
     "grpo, slow": ("grpo", SLOW),
-    "no baseline": ("grpo", [*SLOW, "baseline=false"]),
-    "std off": ("grpo", [*SLOW, "scale_rewards=none"]),
     "std off, over a constant": ("dr_grpo", SLOW),
     "4 updates per rollout": ("grpo", REPEATED),
     "4 updates, no clipping": ("grpo", [*REPEATED, "epsilon=1000", "epsilon_high=1000"]),
