@@ -234,12 +234,17 @@ def add_options(parser: argparse.ArgumentParser, repeats: int) -> None:
 
 
 def run_comparison(args: argparse.Namespace, compare: Callable, own: dict) -> None:
-    """Exit with 0 if `compare(job)` finds that both sides agree, else with 1. `own`: more of the job."""
+    """Exit with 0 if `compare(job)` finds that both sides agree, else with 1. `own`: more of the job;
+    a "vocab_size" in it replaces that of SHAPE."""
+    shape = SHAPE | {
+        "num_hidden_layers": args.layers,
+        "vocab_size": own.get("vocab_size", SHAPE["vocab_size"]),
+    }
     runs = ROOT / "runs"
     runs.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=runs, prefix="vs-trl-") as work:
         job = vars(args) | own | {
-            "shape": SHAPE | {"num_hidden_layers": args.layers},
+            "shape": shape,
             "work": work,
             "model": f"{work}/model",
             "ours_rows": f"{work}/ours.jsonl",

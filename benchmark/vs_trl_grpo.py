@@ -17,6 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmark import shared  # noqa: E402
 
+BYTE_VOCABULARY = 260      # bytes and the special tokens
+
 
 def stops_of(job: dict) -> list[int]:
     """Every n-th id of the vocabulary, so that a random model ends a text with probability 1 / n at each
@@ -264,6 +266,9 @@ def agree(job: dict, theirs: dict) -> bool:
     overrides = [*job["overrides"], "max_steps=1"]
     changes = {"replay": theirs["completions"], "overrides": overrides}
     ours = shared.child(__file__, "ours", job | changes)
+    if not theirs["grad_norm"]:
+        sys.exit("error: all rewards of TRL's first rollout are equal, so there is no gradient to compare; "
+                 "fix: raise --group or --length")
     error = abs(ours["grad_norm"] - theirs["grad_norm"]) / theirs["grad_norm"]
     is_equal = ours["prompts"] == theirs["prompts"]
     print(
@@ -282,7 +287,11 @@ def main() -> None:
     parser.add_argument("--stop-share", type=float, default=0.0)
     shared.add_options(parser, repeats=1)
     args = parser.parse_intermixed_args()
-    shared.run_comparison(args, compare, {"algorithm": "grpo"})
+    own = {"algorithm": "grpo"}
+    if not args.tokenizer:
+        # a random model with Qwen's vocabulary would hardly ever sample a byte: all texts would be empty
+        own["vocab_size"] = BYTE_VOCABULARY
+    shared.run_comparison(args, compare, own)
 
 
 if __name__ == "__main__":
