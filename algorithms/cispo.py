@@ -35,8 +35,6 @@ Run:      python train.py example/tiny-cispo.yml
 from dataclasses import dataclass
 from typing import Annotated
 
-import torch
-
 from engine.loop import Engine
 from engine.options import Count, Range, Sampling, TwoOrMore
 from engine.rollout import alike
@@ -57,13 +55,15 @@ class Config(Sampling):            # reward, temperature, max_completion_length,
 
 
 def group_advantages(rewards):
-    """Per prompt (G,) rewards -> per prompt (G,) advantages, exactly 0 where the rewards are all alike. NaN
-    marks a completion without a reward; it counts nowhere."""
+    """Per prompt (G,) rewards -> per prompt (G,) advantages, exactly 0 where the rewards are all equal. NaN
+    marks a completion without a reward; it is left out of mean and std."""
     advantages = []
     for group in rewards:
-        known = group[~group.isnan()]
-        std = known.std() if len(known) > 1 else torch.tensor(0.0)
-        centered = group - group.nanmean() if not alike(group) else 0 * group
+        if alike(group):
+            advantages.append(0 * group)
+            continue
+        centered = group - group.nanmean()
+        std = group[~group.isnan()].std()
         advantages.append(centered / (std + 1e-4))
     return advantages
 

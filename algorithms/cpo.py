@@ -19,7 +19,7 @@ Metrics:  loss                                both terms
                                               a smaller one is rounding, a tie. Not 0.5 at step 0: sums
                                               favour short responses
           logps/chosen, logps/rejected        summed log-probs under the policy
-Step 0:   has no micro-batches: the start model is evaluated on the held-out rows, nothing is trained
+Step 0:   step 0 has no micro-batches: only eval_batches evaluates the start model
 Differences from the paper: none in the loss; like the authors' code, sums in the first term and a token mean
           in the second
 Run:      python train.py example/tiny-cpo.yml

@@ -1,5 +1,5 @@
 """DAPO: Decoupled Clip and Dynamic Sampling Policy Optimization - GRPO with four changes that keep long
-training alive.
+training stable.
 
 Paper:    Yu et al. 2025, arXiv 2503.14476: the objective is eq. 8, the advantage eq. 9; clip-higher 3.1,
           dynamic sampling 3.2, token-level loss 3.3, overlong filtering and penalty 3.4 (eq. 13)
@@ -35,9 +35,9 @@ Metrics:  loss                       0 in the first update from a rollout only w
                                      max_completion_length
           sampling/sampling_logp_difference/mean    sampler against training forward: rounding
 Step 0:   before the first rollout the held-out prompts are sampled and scored
-Differences from the paper: a fixed number of attempts instead of sampling until the batch is full. Groups are
-          compared before the penalty, as with the paper's accuracy of 0 or 1; the standard deviation is
-          unbiased (n - 1), plus 1e-4
+Differences from the paper: dynamic sampling makes a fixed number of attempts instead of sampling until the
+          batch is full. It compares the rewards of a group before the penalty, which is the paper's accuracy
+          of 0 or 1; the standard deviation is unbiased (n - 1), plus 1e-4
 Run:      python train.py example/tiny-dapo.yml
 """
 from dataclasses import dataclass
@@ -70,13 +70,15 @@ class Config(Sampling):            # reward, temperature, max_completion_length,
 
 
 def group_advantages(rewards):
-    """Per prompt (G,) rewards -> per prompt (G,) advantages, exactly 0 where the rewards are all alike. NaN
-    marks a completion without a reward; it counts nowhere."""
+    """Per prompt (G,) rewards -> per prompt (G,) advantages, exactly 0 where the rewards are all equal. NaN
+    marks a completion without a reward; it is left out of mean and std."""
     advantages = []
     for group in rewards:
-        known = group[~group.isnan()]
-        std = known.std() if len(known) > 1 else torch.tensor(0.0)
-        centered = group - group.nanmean() if not alike(group) else 0 * group
+        if alike(group):
+            advantages.append(0 * group)
+            continue
+        centered = group - group.nanmean()
+        std = group[~group.isnan()].std()
         advantages.append(centered / (std + 1e-4))
     return advantages
 
@@ -114,7 +116,8 @@ def train(engine: Engine, config: Config):
                 engine.resample(rollout, flat, attempt)     # other prompts in their place, sampled and scored
         rewards = rollout.rewards
         if config.soft_overlong_cache:
-            penalties, longest = [], config.max_completion_length
+            longest = config.max_completion_length
+            penalties = []
             for lengths in rollout.lengths:
                 penalties.append(soft_overlong(lengths, longest, config.soft_overlong_cache))
             rewards = [group + penalty for group, penalty in zip(rewards, penalties)]
@@ -126,7 +129,10 @@ def train(engine: Engine, config: Config):
                 logps = policy(batch, config.temperature)          # (N,) under the current policy
                 old_logps = engine.old_logps(batch, logps)         # (N,) when they were sampled
                 advantages = batch.expand(batch.extra("advantages"))      # (S,) -> (N,)
-                losses, metrics = dapo_loss(logps, old_logps, advantages, config.epsilon, config.epsilon_high)
+                losses, metrics = dapo_loss(
+                    logps, old_logps, advantages,
+                    config.epsilon, config.epsilon_high,
+                )
                 (losses.sum() / step.num_tokens).backward()        # mean over the tokens of the whole update
                 step.log(losses, metrics)
             engine.clip_gradients()                            # 5 update; stops if loss or norm is not finite

@@ -16,7 +16,7 @@ Normalised by: the trained tokens of the whole update, over all micro-batches an
 Metrics:  loss                token mean of -p log p; it is small for unlikely and for certain tokens alike
                               (0.3679 at most), so that it does not show progress
           nll_loss            token mean of -logps, SFT's loss
-Step 0:   has no micro-batches: the start model is evaluated on the held-out rows, nothing is trained
+Step 0:   step 0 has no micro-batches: only eval_batches evaluates the start model
 Differences from the paper: -
 Run:      python train.py example/tiny-dft.yml
 """

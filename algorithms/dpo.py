@@ -16,12 +16,12 @@ Metrics:  loss                                log 2 = 0.6931 at step 0, where po
           rewards/chosen, rewards/rejected    implicit rewards; 0 at step 0
           rewards/margins                     chosen - rejected; 0 at step 0
           rewards/accuracies                  share of pairs with margin > beta * 1e-4 (bf16: beta * 0.05):
-                                              a smaller one is rounding, a tie; 0 at step 0, but for the
+                                              a smaller one is rounding, a tie; 0 at step 0, except for
                                               rounding of sums above 1,000 nats and of bf16
           logps/chosen, logps/rejected        summed log-probs under the policy. Both usually fall: the loss
                                               only widens their distance (rpo keeps the chosen ones up)
-Step 0:   has no micro-batches: the start model is evaluated on the held-out rows, nothing is trained
-Differences from the paper: AdamW with a linear schedule where its code uses RMSprop; label smoothing
+Step 0:   step 0 has no micro-batches: only eval_batches evaluates the start model
+Differences from the paper: AdamW with a linear schedule, where its code uses RMSprop; label smoothing (cDPO)
 Run:      python train.py example/tiny-dpo.yml
 """
 from dataclasses import dataclass
@@ -76,20 +76,20 @@ def dpo_loss(
 
 def train(engine: Engine, config: Config):
     policy, optimizer = engine.policy, engine.optimizer
-    reference = None if config.reference_free else engine.reference(config.reference)
+    reference = None
+    if not config.reference_free:
+        reference = engine.reference(config.reference)
 
     def forward(batch: Batch):
-        per_response = batch.sum                                                        # (N,) -> (2 B,)
-        tie = policy.tolerance                                                          # for a sum
-        logps = policy(batch)                                                           # (N,)
-        reference_logps = reference(batch) if reference else 0 * logps.detach()         # (N,)
-        policy_chosen_logps, policy_rejected_logps = batch.pairs(per_response(logps))   # (B,), (B,)
-        reference_chosen_logps, reference_rejected_logps = batch.pairs(per_response(reference_logps))
+        logps = batch.sum(policy(batch))                                                # (N,) -> (S,)
+        reference_logps = batch.sum(reference(batch)) if reference else 0 * logps.detach()
+        policy_chosen_logps, policy_rejected_logps = batch.pairs(logps)                 # (B,), (B,)
+        reference_chosen_logps, reference_rejected_logps = batch.pairs(reference_logps)
         return dpo_loss(
             policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps,
             config.beta,
             config.label_smoothing,
-            tie,
+            policy.tolerance,
         )
 
     for step in engine.steps():                                    # one optimizer update

@@ -69,11 +69,14 @@ class Config(Sampling):            # reward, temperature, max_completion_length,
 
 
 def group_advantages(rewards):
-    """Per prompt (G,) rewards -> per prompt (G,) advantages, exactly 0 where the rewards are all alike. NaN
-    marks a completion without a reward; it counts nowhere."""
+    """Per prompt (G,) rewards -> per prompt (G,) advantages, exactly 0 where the rewards are all equal. NaN
+    marks a completion without a reward; it is left out of the mean."""
     advantages = []
     for group in rewards:
-        centered = group - group.nanmean() if not alike(group) else 0 * group
+        if alike(group):
+            advantages.append(0 * group)
+            continue
+        centered = group - group.nanmean()
         advantages.append(centered)
     return advantages
 
@@ -115,8 +118,11 @@ def train(engine: Engine, config: Config):
                 advantages = batch.expand(batch.extra("advantages"))      # (S,) -> (N,)
                 reference_logps = batch.extra("reference_logps") if reference else None
                 losses, metrics = dr_grpo_loss(
-                    logps, old_logps, advantages, reference_logps,
-                    config.epsilon, config.epsilon_high, config.beta)
+                    logps, old_logps, advantages,
+                    reference_logps,
+                    config.epsilon, config.epsilon_high,
+                    config.beta,
+                )
                 losses = batch.sum(losses) / config.max_completion_length  # (S,) by a constant, not by length
                 (losses.sum() / step.num_responses).backward()     # mean over completions of the whole update
                 step.log(losses, metrics)

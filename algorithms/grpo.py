@@ -69,13 +69,15 @@ class Config(Sampling):            # reward, temperature, max_completion_length,
 
 
 def group_advantages(rewards):
-    """Per prompt (G,) rewards -> per prompt (G,) advantages, exactly 0 where the rewards are all alike. NaN
-    marks a completion without a reward; it counts nowhere."""
+    """Per prompt (G,) rewards -> per prompt (G,) advantages, exactly 0 where the rewards are all equal. NaN
+    marks a completion without a reward; it is left out of mean and std."""
     advantages = []
     for group in rewards:
-        known = group[~group.isnan()]
-        std = known.std() if len(known) > 1 else torch.tensor(0.0)
-        centered = group - group.nanmean() if not alike(group) else 0 * group
+        if alike(group):
+            advantages.append(0 * group)
+            continue
+        centered = group - group.nanmean()
+        std = group[~group.isnan()].std()
         advantages.append(centered / (std + 1e-4))
     return advantages
 
@@ -117,8 +119,11 @@ def train(engine: Engine, config: Config):
                 advantages = batch.expand(batch.extra("advantages"))      # (S,) -> (N,)
                 reference_logps = batch.extra("reference_logps") if reference else None
                 losses, metrics = grpo_loss(
-                    logps, old_logps, advantages, reference_logps,
-                    config.epsilon, config.epsilon_high, config.beta)
+                    logps, old_logps, advantages,
+                    reference_logps,
+                    config.epsilon, config.epsilon_high,
+                    config.beta,
+                )
                 losses = batch.mean(losses)                     # (S,) mean over the tokens of each completion
                 (losses.sum() / step.num_responses).backward()     # mean over completions of the whole update
                 step.log(losses, metrics)

@@ -60,13 +60,15 @@ class Config(Sampling):            # reward, temperature, max_completion_length,
 
 
 def group_advantages(rewards):
-    """Per prompt (G,) rewards -> per prompt (G,) advantages, exactly 0 where the rewards are all alike. NaN
-    marks a completion without a reward; it counts nowhere."""
+    """Per prompt (G,) rewards -> per prompt (G,) advantages, exactly 0 where the rewards are all equal. NaN
+    marks a completion without a reward; it is left out of mean and std."""
     advantages = []
     for group in rewards:
-        known = group[~group.isnan()]
-        std = known.std() if len(known) > 1 else torch.tensor(0.0)
-        centered = group - group.nanmean() if not alike(group) else 0 * group
+        if alike(group):
+            advantages.append(0 * group)
+            continue
+        centered = group - group.nanmean()
+        std = group[~group.isnan()].std()
         advantages.append(centered / (std + 1e-4))                                      # eq. 6
     return advantages
 
@@ -103,7 +105,10 @@ def train(engine: Engine, config: Config):
                 old_logps = engine.old_logps(batch, logps)         # (N,) when they were sampled
                 advantages = batch.extra("advantages")             # (S,)
                 losses, metrics = gspo_loss(
-                    logps, old_logps, advantages, batch.lengths, config.epsilon, config.epsilon_high)
+                    logps, old_logps, advantages,
+                    batch.lengths,
+                    config.epsilon, config.epsilon_high,
+                )
                 (losses.sum() / step.num_responses).backward()     # mean over completions of the whole update
                 step.log(losses, metrics)
             engine.clip_gradients()                            # 5 update; stops if loss or norm is not finite

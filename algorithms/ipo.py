@@ -15,11 +15,11 @@ Metrics:  loss                                1 / (2 beta)^2 at step 0, where po
           rewards/chosen, rewards/rejected    beta * log-ratio, with means as in the loss; 0 at step 0
           rewards/margins                     chosen - rejected; 0 at step 0; the loss pulls it to 0.5
           rewards/accuracies                  share of pairs with margin > beta * 1e-4 (bf16: beta * 0.05)
-                                              * (1 / |y_w| + 1 / |y_l|), but for sums: a smaller one is
-                                              rounding, a tie; 0 at step 0, but for the rounding of sums
-                                              above 1,000 nats and of bf16
+                                              * (1 / |y_w| + 1 / |y_l|), for sums without this factor; a
+                                              smaller one is rounding, a tie; 0 at step 0, except for
+                                              rounding of sums above 1,000 nats and of bf16
           logps/chosen, logps/rejected        mean log-probs under the policy
-Step 0:   has no micro-batches: the start model is evaluated on the held-out rows, nothing is trained
+Step 0:   step 0 has no micro-batches: only eval_batches evaluates the start model
 Differences from the paper: it sums over tokens (average_log_prob: false); its authors advise means, so
           that the margin does not depend on length. With means 1 / (2 beta) is in nats per token: beta 0.1
           asks for 5 of them, so that 0.1 to 1 is the useful range
@@ -76,18 +76,16 @@ def train(engine: Engine, config: Config):
     reference = engine.reference(config.reference)
 
     def forward(batch: Batch):
-        per_response = batch.mean if config.average_log_prob else batch.sum             # (N,) -> (2 B,)
-        tie = sum(batch.pairs(batch.per_token(policy.tolerance)))                       # (B,) for two means
-        if not config.average_log_prob:
-            tie = policy.tolerance                                                      # for a sum
-        logps = policy(batch)                                                           # (N,)
-        reference_logps = reference(batch)                                              # (N,)
-        policy_chosen_logps, policy_rejected_logps = batch.pairs(per_response(logps))   # (B,), (B,)
-        reference_chosen_logps, reference_rejected_logps = batch.pairs(per_response(reference_logps))
+        per_response = batch.mean if config.average_log_prob else batch.sum             # (N,) -> (S,)
+        logps = per_response(policy(batch))                                             # (S,)
+        reference_logps = per_response(reference(batch))                                # (S,)
+        policy_chosen_logps, policy_rejected_logps = batch.pairs(logps)                 # (B,), (B,)
+        reference_chosen_logps, reference_rejected_logps = batch.pairs(reference_logps)
+        ties = sum(batch.pairs(batch.per_token(policy.tolerance)))                      # (B,) for two means
         return ipo_loss(
             policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps,
             config.beta,
-            tie,
+            ties if config.average_log_prob else policy.tolerance,
         )
 
     for step in engine.steps():                                    # one optimizer update

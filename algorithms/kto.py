@@ -19,13 +19,14 @@ Metrics:  loss                                0.5 at step 0 with both weights 1,
           kl                                  z0; 0 at step 0
           rewards/chosen, rewards/rejected    beta * r of the desirable and the undesirable responses; 0 at
                                               step 0
-          rewards/margins                     their difference
-          logps/chosen, logps/rejected        summed log-probs under the policy, for each
-Step 0:   has no micro-batches: the start model is evaluated on the held-out rows, nothing is trained
+          rewards/margins                     their difference; 0 at step 0
+          logps/chosen, logps/rejected        summed log-probs under the policy of the desirable and the
+                                              undesirable responses
+Step 0:   step 0 has no micro-batches: only eval_batches evaluates the start model
 Differences from the paper: y' never comes from the same prompt (the paper's code takes a neighbour's, which
-          in unpacked pairs often is the same): it is the response of the nearest row before in the update
-          that has another prompt (before the first row comes the last). An update whose rows all have one
-          prompt takes it from all training rows
+          in unpacked pairs often is the same): y' is the response of the nearest earlier row of the update
+          that has another prompt (the last row comes before the first). An update whose rows all have one
+          prompt takes y' from all training rows
 Run:      python train.py example/tiny-kto.yml
 """
 from collections.abc import Iterable
@@ -106,8 +107,8 @@ def lenders_of_data(engine: Engine) -> dict[int, Example]:
 def mismatched(examples: list[Example], max_length: int, of_data: dict[int, Example]) -> list[Example]:
     """Every prompt of an update (or of the held-out rows) with its lender's response: the lender among these
     examples, and where all of them have one prompt, as in an update of a single row, the one among the data.
-    Where the two together exceed max_length, the prompt loses its beginning: prompt and response were
-    length-checked with other partners."""
+    Where the two together exceed max_length, the prompt loses its beginning: both were checked
+    against max_length with other partners."""
     others = lenders(examples)
     if None in others:
         others = [of_data[id(example)] for example in examples]
@@ -120,7 +121,7 @@ def mismatched(examples: list[Example], max_length: int, of_data: dict[int, Exam
 
 
 def advise_weights(train_set: list[Example], config: Config) -> str:
-    """The counts of both labels and the weights that the paper's section 4.2 admits for them."""
+    """The counts of both labels and the weights that the paper's section 4.2 recommends for them."""
     desirable = sum(example.extras["label"] for example in train_set)
     undesirable = len(train_set) - desirable
     least = config.undesirable_weight * undesirable / desirable

@@ -22,7 +22,7 @@ Metrics:  loss                                both terms
           rewards/accuracies                  share of pairs with margin > beta * 1e-4 (bf16: beta * 0.05)
                                               * (1 / |y_w| + 1 / |y_l|): a smaller one is rounding, a tie
           logps/chosen, logps/rejected        mean log-probs under the policy
-Step 0:   has no micro-batches: the start model is evaluated on the held-out rows, nothing is trained
+Step 0:   step 0 has no micro-batches: only eval_batches evaluates the start model
 Differences from the paper: the likelihood is the response's, as in eq. 2; the authors' code (and TRL) add
           the prompt's tokens by default. 1 - P is computed as log1mexp in fp32 with P below 1 - 1e-7, so that
           a certain response gives no infinity

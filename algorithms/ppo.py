@@ -40,15 +40,14 @@ Metrics:  objective/scores, /rlhf_reward    mean score; mean of score and KL pen
           val/explained_variance            1 - var(R - V_old) / var(R): 1 is a perfect critic; 0 at step 0
                                             under a head of 0
           val/mean                          mean of V_old
-          val/num_eos_tokens                completions of the rollout that ended by themselves
+          val/num_eos_tokens                completions of the rollout that were not truncated
           episode, eps                      completions so far; per second
           reward, completions/..., sampling/...    mean reward; lengths in tokens; sampler against training
                                             forward: rounding
 Step 0:   before the first rollout the held-out prompts are sampled and scored
-Differences from the paper: (from TRL's last PPO) the score stands on the last token, not one after it;
-          sampling ends at the stop token; pi_old comes from the training forward; every mini-batch is
-          an optimizer step; whitening and means go over all micro-batches and ranks, and no padding is in
-          them
+Differences from the paper: (compared with TRL's last PPO) the score stands on the last token, not one after
+          it; sampling ends at the stop token; pi_old comes from the training forward; every mini-batch is an
+          optimizer step; whitening and means go over all micro-batches and ranks and include no padding
 Run:      python train.py example/tiny-ppo.yml
 """
 from dataclasses import dataclass
@@ -165,7 +164,7 @@ def ppo_value_loss(values, old_values, returns, cliprange_value=0.2):
 
 
 def rollout_metrics(rollout, rewards, advantages) -> dict:
-    """What is known of a rollout before its first update; rewards and advantages before whitening."""
+    """The metrics of a rollout before its first update; `rewards` and `advantages` are not whitened."""
     def sums(parts):
         return torch.stack([part.sum() for part in parts])
 

@@ -14,7 +14,8 @@ Symbols:  log pi(o_t)        logps            each token of a completion, at the
           R, A               returns, advantages    one per token
           beta               kl_coef
           eps, eps_high      epsilon, epsilon_high
-Shapes:   (N,) sampled tokens of a micro-batch, (S,) its completions, (G,) completions of one prompt
+Shapes:   (N,) sampled tokens of a micro-batch, (G,) completions of one prompt, (L,) tokens of one
+          completion; in token_returns and whiten (N,) are the tokens of a prompt's G completions
 Trains:   the policy: every weight, or with lora_r an adapter. The reference is frozen, and only loaded if
           kl_coef > 0
 Data:     {"prompt": ..., "answer": ...}: a prompt, plus the columns that the reward reads

@@ -12,7 +12,8 @@ Symbols:  log pi(o_i)        sequence_logps   sum over a completion's tokens, at
           r, A               rewards, advantages    one per completion
           beta               kl_coef
           eps, eps_high      epsilon, epsilon_high
-Shapes:   (N,) sampled tokens of a micro-batch, (S,) its completions, (G,) completions of one prompt
+Shapes:   (N,) sampled tokens of a micro-batch, (S,) its completions, (G,) completions of one prompt;
+          in kl_rewards (N,) are the tokens of these G completions
 Trains:   the policy: every weight, or with lora_r an adapter. The reference is frozen, and only loaded if
           kl_coef > 0
 Data:     {"prompt": ..., "answer": ...}: a prompt, plus the columns that the reward reads

@@ -18,7 +18,7 @@ Metrics:  loss                                near log 2 = 0.6931 at step 0: the
           margin                              r(x,y_w) - r(x,y_l)
           mean_reward                         mean over all responses
           rewards/chosen, rewards/rejected    r(x,y_w), r(x,y_l)
-Step 0:   has no micro-batches: the start model is evaluated on the held-out rows, nothing is trained
+Step 0:   step 0 has no micro-batches: only eval_batches evaluates the start model
 Differences from the paper: every pair counts the same, where InstructGPT weighs all pairs of a prompt as one
 Run:      python train.py example/tiny-rm.yml
 """

@@ -21,12 +21,13 @@ Metrics:  loss                                log 2 + rpo_alpha * nll_loss at st
           rewards/chosen, rewards/rejected    implicit rewards; 0 at step 0
           rewards/margins                     chosen - rejected; 0 at step 0
           rewards/accuracies                  share of pairs with margin > beta * 1e-4 (bf16: beta * 0.05):
-                                              a smaller one is rounding, a tie; 0 at step 0, but for the
+                                              a smaller one is rounding, a tie; 0 at step 0, except for
                                               rounding of sums above 1,000 nats and of bf16
           logps/chosen, logps/rejected        summed log-probs under the policy
-Step 0:   has no micro-batches: the start model is evaluated on the held-out rows, nothing is trained
-Differences from the paper: the likelihood is a mean over the tokens of the update, not over each
-          response; label smoothing (cDPO)
+Step 0:   step 0 has no micro-batches: only eval_batches evaluates the start model
+Differences from the paper: the likelihood is a mean over the chosen tokens of the update, where the paper
+          takes a mean over each response's tokens; label smoothing (cDPO). The paper samples the pairs from
+          the model and repeats the training from its result; here the pairs are given
 Run:      python train.py example/tiny-rpo.yml
 """
 from dataclasses import dataclass
@@ -85,19 +86,18 @@ def train(engine: Engine, config: Config):
     reference = engine.reference(config.reference)
 
     def forward(batch: Batch):
-        per_response = batch.sum                                                        # (N,) -> (2 B,)
-        tie = policy.tolerance                                                          # for a sum
-        logps = policy(batch)                                                           # (N,)
-        reference_logps = reference(batch)                                              # (N,)
-        policy_chosen_logps, policy_rejected_logps = batch.pairs(per_response(logps))   # (B,), (B,)
-        reference_chosen_logps, reference_rejected_logps = batch.pairs(per_response(reference_logps))
+        token_logps = policy(batch)                                                     # (N,)
+        logps = batch.sum(token_logps)                                                  # (S,)
+        reference_logps = batch.sum(reference(batch))                                   # (S,)
+        policy_chosen_logps, policy_rejected_logps = batch.pairs(logps)                 # (B,), (B,)
+        reference_chosen_logps, reference_rejected_logps = batch.pairs(reference_logps)
         losses, metrics = rpo_loss(
             policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps,
             config.beta,
             config.label_smoothing,
-            tie,
+            policy.tolerance,
         )
-        nll = -batch.chosen(logps)                                         # (tokens of the chosen responses,)
+        nll = -batch.chosen(token_logps)                                   # (tokens of the chosen responses,)
         return losses, nll, metrics | {"nll_loss": nll}
 
     for step in engine.steps():                                    # one optimizer update

@@ -12,7 +12,7 @@ Data:     {"messages": [{"role": "user", "content": ...}, {"role": "assistant", 
 Normalised by: the trained tokens of the whole update, over all micro-batches and ranks (a mean of means would
           weigh the tokens of short micro-batches more)
 Metrics:  loss                token mean of -logps; near log(vocabulary) for random weights at step 0
-Step 0:   has no micro-batches: the start model is evaluated on the held-out rows, nothing is trained
+Step 0:   step 0 has no micro-batches: only eval_batches evaluates the start model
 Differences from the paper: -
 Run:      python train.py example/tiny-sft.yml
 """

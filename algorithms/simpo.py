@@ -19,7 +19,7 @@ Metrics:  loss                                1.3133 where both means are equal,
           rewards/accuracies                  share of pairs with margin > beta * 1e-4 (bf16: beta * 0.05)
                                               * (1 / |y_w| + 1 / |y_l|): a smaller one is rounding, a tie
           logps/chosen, logps/rejected        mean log-probs under the policy
-Step 0:   has no micro-batches: the start model is evaluated on the held-out rows, nothing is trained
+Step 0:   step 0 has no micro-batches: only eval_batches evaluates the start model
 Differences from the paper: label smoothing and cpo_alpha are later additions; both are off. The paper tunes
           gamma as a share of beta (0.3 to 0.6)
 Run:      python train.py example/tiny-simpo.yml

@@ -194,7 +194,7 @@ def test_a_weighted_dpo_is_one_changed_line(tmp_path, monkeypatch):
     text = (ROOT / "algorithms" / "dpo.py").read_text()
     assert text.count("        return dpo_loss(") == 1
     text = text.replace("        return dpo_loss(", "        return weigh(batch, *dpo_loss(")
-    text = text.replace("            tie,\n        )\n", "            tie,\n        ))\n")
+    text = text.replace("            policy.tolerance,\n        )\n", "            policy.tolerance,\n        ))\n")
     folder = tmp_path / "algorithms"
     folder.mkdir()
     (folder / "weighted_dpo.py").write_text(text + WEIGHTED)
