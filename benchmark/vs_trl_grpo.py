@@ -12,6 +12,7 @@ norms agree to 1e-4.
 import sys
 import time
 from pathlib import Path
+from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -103,13 +104,12 @@ def train_ours(job: dict) -> dict:
     from model.sampler import Stops
 
     stops = set(stops_of(job))
-    Stops.__call__ = lambda self, tokens: int(tokens[-1]) in stops
+    timer = Timer(rollouts.sample)
+    old_logps = rollouts.Rollouts.old_logps
     if job.get("replay"):
         timer = Timer(replay(job["replay"]))
-        rollouts.Rollouts.old_logps = lambda self, batch, logps: logps.detach()
-    else:
-        timer = Timer(rollouts.sample)
-    rollouts.sample = timer
+        # the sampler's log-probs are not known, so they cannot be compared
+        old_logps = lambda self, batch, logps: logps.detach()  # noqa: E731
     keys = {
         "data": job["ours_rows"],
         "batch_size": job["prompts"],
@@ -119,9 +119,14 @@ def train_ours(job: dict) -> dict:
         "reward": f"{__file__}:reward",
         "precision": "fp32",
     }
-    grpo, config, engine, started = shared.our_engine(job, keys)
-    grpo.train(engine, config)
-    result = shared.measured(started)
+    with (
+        patch.object(Stops, "__call__", lambda self, tokens: int(tokens[-1]) in stops),
+        patch.object(rollouts, "sample", timer),
+        patch.object(rollouts.Rollouts, "old_logps", old_logps),
+    ):
+        grpo, config, engine, started = shared.our_engine(job, keys)
+        grpo.train(engine, config)
+        result = shared.measured(started)
     tokens = 0
     for groups in timer.results:
         for group in groups:
