@@ -76,9 +76,9 @@ def group_advantages(rewards):
 def gspo_loss(logps, old_logps, advantages, lengths, epsilon=3e-4, epsilon_high=4e-4):
     """(N,), (N,), (S,), S lengths -> (losses (S,), metrics); nothing is reduced over completions."""
     log_ratios = logps - old_logps                                                      # (N,)
-    if len(lengths):
-        means = [tokens.mean() for tokens in log_ratios.split(list(map(int, lengths)))]
-        log_ratios = torch.stack(means)                                                 # (S,)
+    if len(lengths):                                                # a micro-batch may hold no completion
+        parts = log_ratios.split([int(length) for length in lengths])
+        log_ratios = torch.stack([tokens.mean() for tokens in parts])                   # (S,)
     ratios = log_ratios.exp()                                                           # (S,) s, eq. 7
     clipped = ratios.clamp(1 - epsilon, 1 + epsilon_high)
     losses = -torch.min(ratios * advantages, clipped * advantages)                      # (S,) eq. 5

@@ -111,7 +111,8 @@ def token_rewards(score, log_ratios, kl_coef=0.05, kl_estimator="k1"):
 
 def gae(rewards, values, gamma=1.0, lam=0.95):
     """For one completion: rewards (L,), values (L,) -> (advantages (L,), returns (L,))."""
-    advantages, advantage, next_value = [], 0.0, 0.0
+    advantages = []
+    advantage = next_value = 0.0
     for reward, value in zip(reversed(rewards.tolist()), reversed(values.tolist())):
         delta = reward + gamma * next_value - value
         advantage = delta + gamma * lam * advantage                # eq. 16 of GAE, from the end
@@ -168,8 +169,11 @@ def rollout_metrics(rollout, rewards, advantages) -> dict:
     def sums(parts):
         return torch.stack([part.sum() for part in parts])
 
-    scores, rlhf_rewards, old_logps = torch.cat(rollout.scores), sums(rewards), sums(rollout.old_logps)
-    returns, advantages = torch.cat(rollout.returns), torch.cat(advantages)
+    scores = torch.cat(rollout.scores)
+    rlhf_rewards = sums(rewards)
+    old_logps = sums(rollout.old_logps)
+    returns = torch.cat(rollout.returns)
+    advantages = torch.cat(advantages)
     metrics = {
         "objective/scores": scores.nanmean(),
         "objective/rlhf_reward": rlhf_rewards.nanmean(),
@@ -201,13 +205,15 @@ def train(engine: Engine, config: Config):
             scores.append(score)
             log_ratios = old_logps - reference_logps                                         # (L,)
             rewards.append(token_rewards(score, log_ratios, config.kl_coef, config.kl_estimator))
-        returned = whiten(rewards, shift_mean=False) if config.whiten_rewards else rewards
+        scaled = whiten(rewards, shift_mean=False) if config.whiten_rewards else rewards
         advantages, returns = [], []
-        for token_reward, old_values in zip(returned, rollout.old_values):                   # 3 advantage
+        for token_reward, old_values in zip(scaled, rollout.old_values):                     # 3 advantage
             advantage, value_target = gae(token_reward, old_values, config.gamma, config.lam)
             advantages.append(advantage)
             returns.append(value_target)
-        rollout.scores, rollout.returns, rollout.advantages = scores, returns, whiten(advantages)
+        rollout.scores = scores
+        rollout.returns = returns
+        rollout.advantages = whiten(advantages)
         rollout.metrics |= rollout_metrics(rollout, rewards, advantages) | engine.episodes(rollout)
         for step in engine.steps(rollout):
             for batch in step:                                     # 4 loss, one micro-batch

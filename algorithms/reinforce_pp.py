@@ -86,8 +86,9 @@ def center(group):
 def token_returns(rewards, kl, lengths, kl_coef=0.01):
     """(G,), per token (N,), (G,) tokens -> (N,): a completion's reward less kl_coef times the KL from each
     token to its end."""
+    parts = kl.double().split([int(length) for length in lengths])
     returns = []
-    for reward, tokens in zip(rewards, kl.double().split([int(length) for length in lengths])):
+    for reward, tokens in zip(rewards, parts):
         ahead = tokens.flip(0).cumsum(0).flip(0)                                # (L,) KL from here to the end
         returns.append(reward - kl_coef * ahead)
     return torch.cat(returns)                                                           # (N,) R
