@@ -78,15 +78,22 @@ class Example:
                 extras[name] = torch.cat([numbers[i] for i in which])
         return Example(self.prompt, responses, self.where, extras)
 
-    def per_response(self, name: str, value: torch.Tensor):
-        """A tensor of `extras` as K tensors. Raises RunError for one of a wrong length."""
+    def sizes_in(self, value: torch.Tensor) -> list[int] | None:
+        """How many of the numbers in `value` belong to each response: one, or one per trained token. None
+        where it has another shape."""
         lengths = [response.num_trained for response in self.responses]
         if value.shape == (len(lengths),):
-            return value.split(1)
-        if value.shape == (sum(lengths),):
-            return value.split(lengths)
-        raise RunError(f"{name} of {self.where} has {value.numel()} numbers, neither {len(lengths)} (one per "
-                       f"response) nor {sum(lengths)} (one per trained token); fix: store one of these two")
+            return [1] * len(lengths)
+        return lengths if value.shape == (sum(lengths),) else None
+
+    def per_response(self, name: str, value: torch.Tensor):
+        """A tensor of `extras` as K tensors. Raises RunError for one of a wrong length."""
+        sizes = self.sizes_in(value)
+        if sizes is None:
+            raise RunError(f"{name} of {self.where} has {value.numel()} numbers, neither "
+                           f"{len(self.responses)} (one per response) nor {self.num_trained} (one per "
+                           "trained token); fix: store one of these two")
+        return value.split(sizes)
 
 
 @dataclass

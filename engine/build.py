@@ -4,22 +4,20 @@ from dataclasses import asdict, replace
 from types import ModuleType
 from typing import Any
 
-from data.dataset import load_datasets
 from engine import checkpoint
 from engine.config import as_yaml
-from engine.dry_run import marked
 from engine.fingerprint import fingerprints
+from engine.inputs import marked, read_inputs
 from engine.logs import Run
 from engine.loop import Engine
 from engine.ranks import distributed, from_main
 from engine.score import critic_path
 from model.actor_critic import build_actor_critic
-from model.build import build_policy, shard
+from model.build import build_policy, build_second_model, shard
 from model.check import check_policy
-from model.load import check_path, is_adapter, load_tokenizer_for
+from model.load import is_adapter
 from model.policy import Policy
 from model.reward_model import build_reward_model
-from rewards.functions import check_rewards
 
 
 def build(run_config, run: Run, start: str | None = None,
@@ -32,9 +30,7 @@ def build(run_config, run: Run, start: str | None = None,
     algorithm = importlib.import_module(f"algorithms.{common.algorithm}")
     # until here it is an object of the class alone, without its file
     config = algorithm.Config(**asdict(run_config.config))
-    tokenizer = load_tokenizer_for(common, common.model, run.notice)
-    check_path(config.reference or common.model, "reference")
-    train_set, eval_set, report = read_data(common, config, algorithm.DATA, tokenizer, run.notice)
+    tokenizer, train_set, eval_set, report = read_inputs(common, config, algorithm.DATA, run.notice)
     if start:
         from_main(run.check_data, report)
     for line in marked(train_set[0], tokenizer, most=400):
@@ -44,7 +40,7 @@ def build(run_config, run: Run, start: str | None = None,
         policy = build_policy(start or common.model, tokenizer, common, trains_adapter=trains_adapter)
     check_policy(policy, train_set, common.share_prompt, run.notice)
     policy = with_heads(policy, algorithm.MODEL, common, config, tokenizer, start, run.notice)
-    step = checkpoint.load_trainer(start)["step"] if start else 0
+    step = checkpoint.load_trainer(start)["step"]
     # once more: loading may have fetched another commit of a hub model
     digests = from_main(fingerprints, asdict(common) | asdict(config))
     if start:
@@ -59,16 +55,6 @@ def build(run_config, run: Run, start: str | None = None,
     return algorithm, config, engine
 
 
-def read_data(common, config, kind: str, tokenizer, notice) -> tuple[list, list, dict]:
-    """(training examples, held-out examples, their reports); UserError where a reward cannot score them."""
-    train_set, eval_set, report = load_datasets(
-        common, kind, tokenizer, notice,
-        config.train_on, config.prompt_template, config.max_completion_length)
-    if kind == "prompts":
-        check_rewards(config, train_set + eval_set)
-    return train_set, eval_set, report
-
-
 def with_heads(policy: Policy, kind: str, common, config, tokenizer, start: str | None, notice) -> Policy:
     """The policy, or what an algorithm's MODEL makes of it: a reward model, or a policy with its critic."""
     if kind == "reward":
@@ -77,8 +63,7 @@ def with_heads(policy: Policy, kind: str, common, config, tokenizer, start: str 
         critic = critic_path(config.reward, tokenizer, notice)
         trunk = None
         if config.uses_critic():
-            trunk = build_policy(critic or common.model, tokenizer, common, frozen=True,
-                                 trains_adapter=is_adapter(common.model))
+            trunk = build_second_model(critic or common.model, tokenizer, common)
         return build_actor_critic(policy, trunk, critic, start, common.seed, notice)
     return policy
 

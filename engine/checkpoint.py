@@ -467,6 +467,9 @@ def instead_of(directory: str) -> str:
     return "start again in another output"
 
 
-def load_trainer(directory: str) -> dict:
+def load_trainer(directory: str | None) -> dict:
+    """What a checkpoint says of the run's position; the start of a run where there is none."""
+    if directory is None:
+        return {"step": 0}
     with open(os.path.join(directory, "trainer.json")) as file:
         return json.load(file)

@@ -1,22 +1,22 @@
 """`--dry-run`: everything a run would do, printed before it does anything. It reads the data and the
 tokenizer, not the weights."""
-import math
 from dataclasses import replace
 
 import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
-from data.dataset import doubts, load_datasets
+from data.dataset import doubts
 from data.errors import printable
 from data.pack import Example, Response
-from data.packing import order, pack
+from data.packing import pack
 from engine.checkpoint import model_path
 from engine.config import describe
+from engine.inputs import marked, read_inputs
+from engine.plan import Plan
 from model import lora
-from model.load import base_of, check_path, is_adapter, load_config, load_tokenizer_for, unloadable
+from model.load import base_of, is_adapter, load_config, unloadable
 from model.logps import LOGITS_AT_ONCE
-from rewards.functions import check_rewards
 
 BYTES_IN_4_BIT = 0.52      # per weight, with the scales
 
@@ -29,13 +29,7 @@ def dry_run(run_config, kind: str, world: int = 1) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     lora.quantization(common, device, torch.bfloat16)
     section("configuration", describe(run_config))
-    tokenizer = load_tokenizer_for(common, common.model, notice)
-    check_path(config.reference or common.model, "reference")
-    train_set, eval_set, reports = load_datasets(
-        common, kind, tokenizer, notice,
-        config.train_on, config.prompt_template, config.max_completion_length)
-    if kind == "prompts":
-        check_rewards(config, train_set + eval_set)
+    tokenizer, train_set, _, reports = read_inputs(common, config, kind, notice)
     for name, report in reports.items():
         if report:
             section(f"{name} data", audit(report))
@@ -46,15 +40,14 @@ def dry_run(run_config, kind: str, world: int = 1) -> None:
     updates_per_rollout = passes * updates_per_pass
     if online:
         train_set = with_longest_completions(train_set, config)
-    plan = order(len(train_set), common.batch_size, common.seed, 0, common.shuffle)
+    plan = Plan(common, len(train_set), updates_per_rollout)
     sizes = micro_batch_sizes(common, train_set, plan, world)
-    total = common.max_steps or math.ceil(common.epochs * len(plan) * updates_per_rollout)
     unit = "rollout" if online else "update"
     each = f", {updates_per_rollout} updates from each" if online else ""
     section("batches", [
-        f"{len(train_set)} examples / batch_size {common.batch_size} = {len(plan)} {unit}s per epoch{each}, "
-        f"{total} updates in all",
-        f"{len(sizes) / len(plan):.1f} micro-batches per {unit}, of {max(sizes)} tokens at most "
+        f"{len(train_set)} examples / batch_size {common.batch_size} = {plan.draws_per_epoch} {unit}s per "
+        f"epoch{each}, {plan.total} updates in all",
+        f"{len(sizes) / plan.draws_per_epoch:.1f} micro-batches per {unit}, of {max(sizes)} tokens at most "
         f"(micro_batch_tokens {common.micro_batch_tokens})",
         f"prompts shared: {tokens_of(train_set, True)} tokens per epoch; one copy per response: "
         f"{tokens_of(train_set, False)}",
@@ -85,33 +78,6 @@ def audit(report: dict) -> list[str]:
     return lines
 
 
-def marked(example, tokenizer, most: int | None = None) -> list[str]:
-    """Prompt and responses as text, runs of trained tokens between [[ and ]]; in a text longer than `most`
-    characters the middle is left out."""
-    texts = [("prompt", tokenizer.decode(example.prompt))]
-    for response in example.responses:
-        texts.append(("response", marked_text(response, tokenizer)))
-    lines = []
-    for name, text in texts:
-        if most and len(text) > most:
-            text = f"{text[:most // 2]} … {text[-most // 2:]}"
-        lines.append(f"{name:<9} {text!r}")
-    return lines
-
-
-def marked_text(response, tokenizer) -> str:
-    text = ""
-    start = 0
-    count = len(response.tokens)
-    for end in range(1, count + 1):
-        if end < count and response.trained[end] == response.trained[start]:
-            continue
-        piece = tokenizer.decode(response.tokens[start:end])
-        text += f"[[{piece}]]" if response.trained[start] else piece
-        start = end
-    return text
-
-
 # ---- batches ---------------------------------------------------------------------------------------------
 
 def with_longest_completions(prompts: list, config) -> list[Example]:
@@ -126,12 +92,12 @@ def tokens_of(examples: list[Example], share: bool) -> int:
     return sum(example.size(share) for example in examples)
 
 
-def micro_batch_sizes(common, train_set: list, plan: list, world: int) -> list[int]:
-    """The tokens of every micro-batch of an epoch on the first device."""
+def micro_batch_sizes(common, train_set: list, plan: Plan, world: int) -> list[int]:
+    """The tokens of every micro-batch of the first epoch on the first device."""
     share = common.share_prompt != "false"
     sizes = []
-    for indices in plan:
-        lengths = [train_set[i].size(share) for i in indices]
+    for draw in range(1, plan.draws_per_epoch + 1):
+        lengths = [train_set[row].size(share) for row in plan.rows(draw)]
         for members in pack(lengths, common.micro_batch_tokens, world)[0]:
             sizes.append(sum(lengths[i] for i in members))
     return sizes

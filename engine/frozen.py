@@ -21,7 +21,7 @@ from engine.reference import (
 )
 from engine.signals import Stopped
 from model import lora
-from model.build import build_policy, shard
+from model.build import build_second_model, shard
 from model.load import is_adapter
 
 SEAL_SECONDS = 120      # between two parts of the reference's log-probs
@@ -46,7 +46,7 @@ def reference_table(engine, path: str | None, also: list[Example]) -> Reference:
     if missing:
         model = engine.policy
         if not is_start_model or engine.first > 0:
-            model = load_frozen(engine, path)
+            model = load_reference(engine, path)
         computed = frozen_logps(engine, model, missing, store)
         # another run may have stored the same meanwhile: then both use what a resumed run will find
         table = computed | stored_table(store, wanted, engine.notice)
@@ -64,7 +64,7 @@ def reference_model(engine, path: str | None):
     has_fresh_adapter = lora.settings(engine.policy.lm) and not is_adapter(engine.config.model)
     if is_start_model and has_fresh_adapter:
         return WithoutAdapter(engine.policy)
-    model = load_frozen(engine, path).requires_grad_(False)
+    model = load_reference(engine, path).requires_grad_(False)
     return shard(model) if engine.world > 1 else model
 
 
@@ -76,10 +76,8 @@ def resolved(engine, path: str | None) -> str | None:
     return from_main(checkpoint.model_path, path, engine.notice)
 
 
-def load_frozen(engine, path: str | None):
-    config = engine.config
-    return build_policy(path or config.model, engine.tokenizer, config, frozen=True,
-                        trains_adapter=is_adapter(config.model))
+def load_reference(engine, path: str | None):
+    return build_second_model(path or engine.config.model, engine.tokenizer, engine.config)
 
 
 def used_examples(engine) -> list[Example]:
@@ -115,7 +113,7 @@ def frozen_logps(engine, model, examples: list[Example], store: str) -> dict:
         block = examples[start:start + size]
         collected = engine.collect(model, block, lambda example: example.num_trained)
         for example, logps in zip(block, collected):
-            lengths = [int(response.trained.sum()) for response in example.responses]
+            lengths = [response.num_trained for response in example.responses]
             unsealed.update(zip(response_keys(example), logps.split(lengths)))
         done = start + len(block)
         is_told = done == len(examples) or start // size % 100 == 99

@@ -52,7 +52,7 @@ class Engine:
         self.run, self.start = run, start
         self.is_online = kind == "prompts"
         self.rank, self.world = distributed()
-        self.first = checkpoint.load_trainer(start)["step"] if start else 0      # the last update made before
+        self.first = checkpoint.load_trainer(start)["step"]      # the last update made before
         self.plan = Plan(config, len(train_set))
         self.sample_every = config.sample_every
         self.step: Step | None = None                # the last step that was opened
@@ -257,10 +257,6 @@ class Engine:
 
     def save(self, update: int, is_left: bool = False) -> None:
         self.saver.save(update, is_left)
-
-    def write_samples(self, update: int) -> None:
-        writer = self.online.record if self.online else self.saver
-        writer.write_samples(update)
 
     def stop_requested(self) -> int | None:
         """The signal that asks this run to stop, if any rank got one: all ranks leave together."""

@@ -51,7 +51,7 @@ class Record:
         self.log_evaluation(step)
         every = engine.sample_every
         if every and (step.index % every == 0 or step.index == total):
-            engine.write_samples(step.index)
+            engine.saver.write_samples(step.index)
         stop = engine.stop_requested()
         is_stopped = bool(stop) and step.index < total
         if engine.is_saved(step.index) or is_stopped:

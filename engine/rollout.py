@@ -114,9 +114,8 @@ def unknown(name: str) -> RunError:
 def checked(name: str, value, example: Example) -> torch.Tensor:
     """`value` as a tensor; RunError if it is neither per completion nor per token."""
     value = torch.as_tensor(value)
-    completions = len(example.responses)
-    tokens = sum(len(response.tokens) for response in example.responses)
-    if value.ndim != 1 or len(value) not in (completions, tokens):
+    if example.sizes_in(value) is None:
+        completions, tokens = len(example.responses), example.num_trained
         raise RunError(f"{name} has the shape {tuple(value.shape)} for a prompt with {completions} "
                        f"completions and {tokens} tokens; fix: give one number per completion, "
                        f"({completions},), or one per token, ({tokens},)")

@@ -9,12 +9,11 @@ from engine.console import per_second
 from engine.ranks import PATIENCE, from_main
 from engine.rollout import Rollout, alike
 
-MANY = 10        # updates in a row without a signal, after which a warning is given
-SAMPLES = 4      # completions in samples.jsonl at a time
+MANY = 10      # updates in a row without a signal, after which a warning is given
 
 
 class RolloutRecord:
-    """The metrics, held-out evaluations, samples and warnings of a run's rollouts."""
+    """The metrics, held-out evaluations and warnings of a run's rollouts."""
 
     def __init__(self, rollouts):
         self.rollouts, self.engine, self.config = rollouts, rollouts.engine, rollouts.config
@@ -94,7 +93,7 @@ class RolloutRecord:
             "no gradient; try: read some of them (sample_every: 1), easier prompts, a larger "
             "num_generations, temperature or max_completion_length, a reward with partial credit")
 
-    # ---- evaluation and samples ----------------------------------------------------------------------
+    # ---- evaluation ----------------------------------------------------------------------------------
 
     def evaluate(self, update: int) -> None:
         """If an evaluation is due after `update`, the end of a rollout: one completion of every held-out
@@ -122,15 +121,6 @@ class RolloutRecord:
             if row.get("split") == "eval":
                 found.add(row["step"])
         return found
-
-    def write_samples(self, update: int) -> None:
-        """The first completion of the rollout's first prompts, with its reward."""
-        decode = self.engine.tokenizer.decode
-        for example in self.rollouts.rollout.examples[:SAMPLES]:
-            completion = decode(example.responses[0].tokens)
-            row = {"step": update, "prompt": decode(example.prompt), "completion": completion}
-            row["reward"] = float(example.extras["rewards"][0])
-            self.engine.run.append("samples.jsonl", row)
 
 
 def spread(rewards: torch.Tensor) -> torch.Tensor:

@@ -56,4 +56,4 @@ def restored(directory: str, number: int, prompts: list[Example]) -> Rollout:
 
 
 def was_left(directory: str | None) -> bool:
-    return bool(directory) and checkpoint.load_trainer(directory).get(LEFT, False)
+    return checkpoint.load_trainer(directory).get(LEFT, False)

@@ -21,8 +21,7 @@ from engine.rollout_record import RolloutRecord
 from engine.score import reward_model_path, score_rollout
 from engine.signals import Stopped
 from engine.step import Step
-from model.build import build_policy, reshard
-from model.load import is_adapter
+from model.build import build_second_model, reshard
 from model.policy import Policy
 from model.reward_model import build_reward_model
 from model.sampler import sample
@@ -48,10 +47,9 @@ class Rollouts:
         for reward in self.rewards:
             if reward.path:
                 self.reward_models[reward.name] = self.load_reward_model(reward.path)
-        self.plan = Plan(engine.config, len(engine.train_set), self.updates_per_rollout)
-        engine.plan = self.plan
+        engine.plan = Plan(engine.config, len(engine.train_set), self.updates_per_rollout)
         if num_samplings and not engine.sample_every:
-            num_rollouts = self.plan.total / self.updates_per_rollout
+            num_rollouts = engine.plan.total / self.updates_per_rollout
             engine.sample_every = self.updates_per_rollout * math.ceil(num_rollouts / num_samplings)
         self.rollout: Rollout | None = None
         self.rollouts_without_training = 0
@@ -62,8 +60,7 @@ class Rollouts:
         """The run of `rm` that a reward names, frozen; it must have the policy's tokenizer."""
         engine = self.engine
         path = reward_model_path(run, engine.tokenizer, engine.notice)
-        trunk = build_policy(path, engine.tokenizer, engine.config, frozen=True,
-                             trains_adapter=is_adapter(engine.config.model))
+        trunk = build_second_model(path, engine.tokenizer, engine.config)
         return build_reward_model(trunk, path, engine.config.seed, engine.notice).requires_grad_(False)
 
     def iterate(self) -> Iterator[Rollout]:
@@ -74,7 +71,7 @@ class Rollouts:
         begun, within = divmod(engine.first, size)
         if rollout_state.was_left(engine.start):     # no more updates are made from it
             begun, within = begun + 1, 0
-        for number in range(begun, math.ceil(self.plan.total / size)):
+        for number in range(begun, math.ceil(engine.plan.total / size)):
             engine.close_step(is_left=True)               # the algorithm may have left the rollout before
             if within and number == begun:
                 yield rollout_state.restored(engine.start, number, engine.train_set)
@@ -82,16 +79,16 @@ class Rollouts:
             self.record.evaluate(number * size)
             yield self.sample_rollout(number)
         engine.close_step(is_left=True)
-        self.record.evaluate(self.plan.total)
+        self.record.evaluate(engine.plan.total)
         if not engine.optimizer.state:
-            raise RunError(f"nothing was trained in {self.plan.total} updates: no rollout had a completion "
+            raise RunError(f"nothing was trained in {engine.plan.total} updates: no rollout had a completion "
                            f"to train; fix: {FIX}")
 
     # ---- 1 sample ------------------------------------------------------------------------------------
 
     def sample_rollout(self, number: int) -> Rollout:
         """Completions for the prompts of the `number`-th draw (from 0)."""
-        rows, key = self.plan.rows(number + 1), (TRAINING, number)
+        rows, key = self.engine.plan.rows(number + 1), (TRAINING, number)
         label = f"rollout {number + 1}"
         examples = self.complete(rows, self.engine.train_set, key, self.group_size, label)
         return Rollout(number, rows, examples)
@@ -196,7 +193,7 @@ class Rollouts:
         self.rollout = rollout
         kept = self.kept(rollout, skip)
         first = rollout.number * self.updates_per_rollout + 1
-        end = min(first + self.updates_per_rollout, self.plan.total + 1)
+        end = min(first + self.updates_per_rollout, engine.plan.total + 1)
         updates = range(max(first, engine.first + 1), end)
         if not any(kept):
             return self.pass_over(rollout, updates)
@@ -253,7 +250,8 @@ class Rollouts:
     def logps(self, model, rollout: Rollout) -> PerPrompt:
         """Per prompt: the log-probs of its completions' tokens under `model`, at the sampling temperature."""
         temperature = self.config.temperature
-        found = self.engine.collect(lambda batch: model(batch, temperature), rollout.examples, num_trained)
+        found = self.engine.collect(
+            lambda batch: model(batch, temperature), rollout.examples, lambda example: example.num_trained)
         if isinstance(model, Policy):
             reshard(model)      # what this forward has gathered would hide a change of the model's weights
         return found
@@ -328,7 +326,3 @@ class Rollouts:
         if is_left:
             return {rollout_state.LEFT: True}, {}
         return {}, rollout_state.stored(self.rollout)
-
-
-def num_trained(example: Example) -> int:
-    return example.num_trained

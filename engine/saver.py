@@ -9,6 +9,7 @@ from data.tokenise import stop_ids
 from engine import checkpoint
 from engine.options import Sampling
 from engine.ranks import from_main, sum_over_ranks
+from engine.rollout import with_completions
 from model import lora
 from model.build import reshard
 from model.classifier import save_classifier, why_no_classifier
@@ -172,7 +173,18 @@ class Saver:
     # ---- samples -------------------------------------------------------------------------------------
 
     def write_samples(self, update: int) -> None:
-        """One completion at temperature 1 for each of the first held-out (else training) prompts, keyed by
+        """Append SAMPLES prompts and completions to samples.jsonl; those of a rollout with their reward."""
+        engine, decode = self.engine, self.engine.tokenizer.decode
+        examples = engine.online.rollout.examples if engine.online else self.sampled(update)
+        for example in examples[:SAMPLES]:
+            completion = decode(example.responses[0].tokens)
+            row = {"step": update, "prompt": decode(example.prompt), "completion": completion}
+            if engine.online:
+                row["reward"] = float(example.extras["rewards"][0])
+            engine.run.append("samples.jsonl", row)
+
+    def sampled(self, update: int) -> list[Example]:
+        """The first held-out (else training) prompts with one completion each, at temperature 1 and keyed by
         (seed, update). All ranks generate the same, so that sharded forwards stay in step."""
         engine = self.engine
         examples = (engine.eval_set or engine.train_set)[:SAMPLES]
@@ -180,8 +192,4 @@ class Saver:
         prompts = [example.prompt for example in examples]
         keys = [(engine.config.seed, update, number) for number in range(len(examples))]
         found = sample(engine.policy, engine.tokenizer, prompts, keys, 1, sampling)
-        for example, (completion,) in zip(examples, found):
-            engine.run.append("samples.jsonl", {
-                "step": update,
-                "prompt": engine.tokenizer.decode(example.prompt),
-                "completion": engine.tokenizer.decode(completion.tokens)})
+        return [with_completions(example, completions) for example, completions in zip(examples, found)]

@@ -29,7 +29,7 @@ class Step:
     @property
     def num_chosen_tokens(self) -> int:
         """The trained tokens of the first responses; in a pair that is the chosen one."""
-        return sum(int(example.responses[0].trained.sum()) for example in self.examples)
+        return sum(example.responses[0].num_trained for example in self.examples)
 
     def __iter__(self):
         engine, count = self.engine, len(self.micro_batches)

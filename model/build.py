@@ -55,6 +55,13 @@ def build_policy(
     return Policy(lm, precision, share_prompt=keys.share_prompt != "false")
 
 
+def build_second_model(path: str, tokenizer, config) -> Policy:
+    """Another model of the run beside its policy (a reference, a reward model, a critic's trunk): without a
+    fresh adapter, and in the dtype that `config` gives the run's models."""
+    trains_adapter = is_adapter(config.model)
+    return build_policy(path, tokenizer, config, frozen=True, trains_adapter=trains_adapter)
+
+
 def this_device() -> torch.device:
     """This process's GPU, else the CPU."""
     if not torch.cuda.is_available():

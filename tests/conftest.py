@@ -2,7 +2,8 @@
 
 
 def pytest_addoption(parser):
-    parser.addoption("--algorithm", help="the name of a file in algorithms/: test that its runs resume exactly")
+    what = "the name of a file in algorithms/: test that its runs resume exactly"
+    parser.addoption("--algorithm", help=what)
 
 
 def pytest_generate_tests(metafunc):

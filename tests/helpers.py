@@ -18,7 +18,9 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
 
+import algorithms
 from data.errors import UserError
+from engine import definition
 
 ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)    # more threads only cost time on matrices this small
@@ -74,6 +76,15 @@ def tiny_model(directory, seed=0, chat_template=True, **config):
     random_lm(config_of(**config), seed).save_pretrained(directory)
     byte_tokenizer(chat_template).save_pretrained(directory)
     return str(directory)
+
+
+def algorithms_of(project, monkeypatch):
+    """An empty folder `project`/algorithms, whose files train.py finds beside ours; its path."""
+    folder = project / "algorithms"
+    folder.mkdir(parents=True)
+    monkeypatch.setattr(definition, "ROOT", project)
+    monkeypatch.setattr(algorithms, "__path__", [str(folder), *algorithms.__path__])
+    return folder
 
 
 def write_jsonl(path, rows):

@@ -1,4 +1,4 @@
-"""`torchrun tests/own_algorithm.py FOLDER x.yml`: train.py with the algorithms in FOLDER/algorithms/ beside ours."""
+"""`torchrun tests/own_algorithm.py FOLDER x.yml`: train.py, with the files in FOLDER/algorithms/ too."""
 import sys
 from pathlib import Path
 

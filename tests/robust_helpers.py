@@ -143,7 +143,11 @@ def full_disk(step):
 
     from engine.loop import Engine
     limit = (20_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1])
-    before(Engine, "save", lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit), lambda engine, index, *_: index == step)
+
+    def shrink():
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+
+    before(Engine, "save", shrink, lambda engine, index, *_: index == step)
 
 
 def full_disk_for_metrics(step):

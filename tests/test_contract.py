@@ -15,6 +15,7 @@ from helpers import (
     REWARDS,
     ROOT,
     ROWS,
+    algorithms_of,
     assert_same_weights,
     final_weights,
     metrics,
@@ -26,9 +27,7 @@ from helpers import (
 )
 from safetensors.torch import load_file
 
-import algorithms
 from data.errors import RunError
-from engine import definition
 from engine.loop import Engine
 
 NAME, NUMBERS = "my_algorithm", itertools.count()
@@ -43,10 +42,7 @@ def model(tmp_path_factory):
 def edit(model, tmp_path, monkeypatch):
     """edit(name, (text, other), ...) -> run(output, key=value, ...): a run of a copy of algorithms/<name>.py,
     under another name, in which each `text`, found once, is replaced. Without edits the copy itself runs."""
-    folder = tmp_path / "project" / "algorithms"
-    folder.mkdir(parents=True)
-    monkeypatch.setattr(definition, "ROOT", folder.parent)
-    monkeypatch.setattr(algorithms, "__path__", [str(folder), str(ROOT / "algorithms")])
+    folder = algorithms_of(tmp_path / "project", monkeypatch)
 
     def edit(name, *edits):
         source = (ROOT / "algorithms" / f"{name}.py").read_text()

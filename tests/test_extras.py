@@ -1,16 +1,17 @@
 """Columns of numbers in the data reach `batch.extra`, each number at its own response or token."""
 import json
 import math
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers import (
     ROOT,
+    algorithms_of,
     assistant,
     byte_tokenizer,
     labelled_rows,
+    metrics,
     pair_rows,
     refused,
     tiny_model,
@@ -20,11 +21,9 @@ from helpers import (
     write_jsonl,
 )
 
-import algorithms
 from data.dataset import build_dataset, combine, load_datasets, split_off
 from data.pack import collate
 from data.packing import order, pack
-from engine import definition
 
 TOKENIZER = byte_tokenizer()
 
@@ -55,7 +54,8 @@ def row_of(example):
 def test_pairs(tmp_path):
     rows = pair_rows(10)
     for i, row in enumerate(rows):
-        row |= {"weight": i + 0.5, "sure": i % 2 == 0, "score": [i, -i], "chosen_len": 2 * i, "rejected_len": 7}
+        row |= {"weight": i + 0.5, "sure": i % 2 == 0, "score": [i, -i]}
+        row |= {"chosen_len": 2 * i, "rejected_len": 7}
     for batch in shuffled_batches(build(written(tmp_path, rows), "pairs").examples):
         numbers = [row_of(example) for example in batch.examples]
         assert batch.extra("weight").tolist() == [i + 0.5 for i in numbers for _ in range(2)]
@@ -91,10 +91,12 @@ def test_a_number_per_token(tmp_path):
     rows = []
     for i in range(8):
         response = "answer"[:i % 5 + 1]
-        rows.append({"prompt": f"q{i}", "response": response, "mask": [i + k / 8 for k in range(len(response) + 1)]})
+        mask = [i + k / 8 for k in range(len(response) + 1)]
+        rows.append({"prompt": f"q{i}", "response": response, "mask": mask})
     for batch in shuffled_batches(build(written(tmp_path, rows), "responses").examples):
         masks = [torch.tensor(rows[row_of(example)]["mask"]) for example in batch.examples]
-        assert [len(mask) for mask in masks] == batch.lengths and torch.equal(batch.extra("mask"), torch.cat(masks))
+        assert [len(mask) for mask in masks] == batch.lengths
+        assert torch.equal(batch.extra("mask"), torch.cat(masks))
     rows[3]["mask"].append(1.0)
     message = refused(build, written(tmp_path, rows), "responses")
     assert "the column 'mask' has 6 numbers for 5 trained tokens" in message and "x.jsonl:4" in message
@@ -118,11 +120,13 @@ def test_the_turns_of_a_conversation_have_their_share(tmp_path):
 
 def test_raw_text(tmp_path):
     """A number goes with every piece; a list cannot be cut with the text."""
-    examples = build(written(tmp_path, [{"text": "abcdefgh", "weight": 2}]), "responses", max_length=5).examples
+    path = written(tmp_path, [{"text": "abcdefgh", "weight": 2}])
+    examples = build(path, "responses", max_length=5).examples
     assert [example.extras["weight"].tolist() for example in examples] == [[2.0], [2.0]]
     whole = build(written(tmp_path, [{"text": "abcd", "mask": [1, 2, 3, 4]}]), "responses").examples
     assert whole[0].extras["mask"].tolist() == [1, 2, 3, 4]
-    message = refused(build, written(tmp_path, [{"text": "abcdefgh", "mask": [1] * 7}]), "responses", max_length=5)
+    path = written(tmp_path, [{"text": "abcdefgh", "mask": [1] * 7}])
+    message = refused(build, path, "responses", max_length=5)
     assert "cut into pieces" in message and "x.jsonl:1" in message
 
 
@@ -145,7 +149,8 @@ def test_what_is_no_number_in_every_row_is_ignored_with_a_word(tmp_path):
     assert all(example.extras.keys() == {"one", "two"} for example in dataset.examples)
     said, gap, mixed = dataset.notices
     assert said == f"{path}: the columns one, two are numbers and reach batch.extra"
-    assert "'gap' is ignored" in gap and f"{path}:3)" in gap and "'mixed' is ignored" in mixed and f"{path}:2)" in mixed
+    assert "'gap' is ignored" in gap and f"{path}:3)" in gap
+    assert "'mixed' is ignored" in mixed and f"{path}:2)" in mixed
     for value in "1.5", math.nan, 1e40, [], ["a"], {"a": 1}:
         text = json.dumps(rows[0] | {"weight": value}).replace("NaN", '"nan"')
         (tmp_path / "y.jsonl").write_text(text + "\n")
@@ -158,21 +163,26 @@ def test_what_is_no_number_in_every_row_is_ignored_with_a_word(tmp_path):
 def test_numbers_per_token_in_some_rows_only_are_ignored(tmp_path):
     rows = [{"prompt": "q", "response": "abc", "weight": value} for value in (1, [1, 2, 3, 4])]
     dataset = build(written(tmp_path, rows), "responses")
-    assert [example.extras for example in dataset.examples] == [{}, {}] and "'weight' is ignored" in dataset.notices[1]
+    assert [example.extras for example in dataset.examples] == [{}, {}]
+    assert "'weight' is ignored" in dataset.notices[1]
 
 
 def test_several_sources(tmp_path):
     """What one of them lacks is no extra; what all have stays, weighted and split."""
-    both = written(tmp_path, [row | {"weight": i, "other": 1} for i, row in enumerate(pair_rows(6))], "a.jsonl")
-    one = written(tmp_path, [row | {"weight": -i} for i, row in enumerate(pair_rows(6, 9))], "b.jsonl")
+    with_both = [row | {"weight": i, "other": 1} for i, row in enumerate(pair_rows(6))]
+    with_one = [row | {"weight": -i} for i, row in enumerate(pair_rows(6, 9))]
+    both = written(tmp_path, with_both, "a.jsonl")
+    one = written(tmp_path, with_one, "b.jsonl")
     dataset = combine([build(both, "pairs"), build(one, "pairs")], [2, 1], seed=0)
     assert len(dataset.examples) == 18 and "'other' is ignored" in dataset.notices[0]
     for part in split_off(dataset, 0.3, seed=1):
         for example in part.examples:
             sign = 1 if "a.jsonl" in example.where else -1
-            assert example.extras.keys() == {"weight"} and example.extras["weight"].tolist() == [sign * row_of(example)] * 2
-    config = SimpleNamespace(data=[{"path": both}, {"path": one}], eval_data=None, eval_fraction=0, max_length=1000,
-                             truncate="none", hh="messages", seed=0, system_prompt=None)
+            assert example.extras.keys() == {"weight"}
+            assert example.extras["weight"].tolist() == [sign * row_of(example)] * 2
+    config = SimpleNamespace(
+        data=[{"path": both}, {"path": one}], eval_data=None, eval_fraction=0, max_length=1000,
+        truncate="none", hh="messages", seed=0, system_prompt=None)
     notices = []
     load_datasets(config, "pairs", TOKENIZER, notices.append)
     assert sum("'other' is ignored" in notice for notice in notices) == 1
@@ -190,21 +200,20 @@ def weigh(batch, losses, metrics):
 
 
 def test_a_weighted_dpo_is_one_changed_line(tmp_path, monkeypatch):
-    """A copy of dpo.py outside the repository: every update's loss is the weighted mean of its pairs' losses."""
+    """A copy of dpo.py outside the repository: the loss of an update is the weighted mean of its pairs'."""
     text = (ROOT / "algorithms" / "dpo.py").read_text()
     assert text.count("        return dpo_loss(") == 1
     text = text.replace("        return dpo_loss(", "        return weigh(batch, *dpo_loss(")
-    text = text.replace("            policy.tolerance,\n        )\n", "            policy.tolerance,\n        ))\n")
-    folder = tmp_path / "algorithms"
-    folder.mkdir()
+    last_argument = "            policy.tolerance,\n"
+    text = text.replace(f"{last_argument}        )\n", f"{last_argument}        ))\n")
+    folder = algorithms_of(tmp_path, monkeypatch)
     (folder / "weighted_dpo.py").write_text(text + WEIGHTED)
-    monkeypatch.setattr(definition, "ROOT", tmp_path)
-    monkeypatch.setattr(algorithms, "__path__", [*algorithms.__path__, str(folder)])
     rows = [row | {"weight": i / 4} for i, row in enumerate(pair_rows(10))]
     path = written(tmp_path, rows)
-    config = write_config(tmp_path / "run.yml", algorithm="weighted_dpo", model=tiny_model(tmp_path / "model"), data=path,
-                          output=tmp_path / "run", batch_size=5, micro_batch_tokens=256, lr=1e-2, max_length=256, epochs=2,
-                          save_every="null")
+    config = write_config(
+        tmp_path / "run.yml", algorithm="weighted_dpo", model=tiny_model(tmp_path / "model"), data=path,
+        output=tmp_path / "run", batch_size=5, micro_batch_tokens=256, lr=1e-2, max_length=256, epochs=2,
+        save_every="null")
     train_here(config)
     from algorithms import weighted_dpo
     seen = weighted_dpo.SEEN
@@ -215,7 +224,7 @@ def test_a_weighted_dpo_is_one_changed_line(tmp_path, monkeypatch):
         assert weights[::2] == weights[1::2] == expected
         losses += [weight * value for weight, value in zip(expected, values)]
         count += len(places)
-    logged = [json.loads(line)["loss"] for line in (Path(tmp_path) / "run" / "metrics.jsonl").read_text().splitlines()]
+    logged = [row["loss"] for row in metrics(tmp_path / "run")]
     assert count == 20 and len(logged) == 4
     for update, loss in enumerate(logged):
         assert loss == pytest.approx(sum(losses[5 * update:5 * update + 5]) / 5, rel=1e-5)

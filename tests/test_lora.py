@@ -343,7 +343,8 @@ def test_quantization_is_asked_of_bitsandbytes(monkeypatch):
     ("lora_alpha=8", "lora_alpha .command line. belongs to LoRA, which lora_r turns on; fix: add lora_r"),
     ("lora_dropout=0.1", "lora_dropout .* lora_r"), ("lora_targets=q_proj", "lora_targets .* lora_r"),
     ("load_in_4bit=true", "load_in_4bit .* lora_r"), ("merge=true", "merge .* lora_r"),
-    ("lora_r=4 lora_dropout=0.1", "with allows_dropout = True only: dpo"), ("lora_r=-1", "lora_r .* 0 or more"),
+    ("lora_r=4 lora_dropout=0.1", "with allows_dropout = True only: dpo"),
+    ("lora_r=-1", "lora_r .* 0 or more"),
     ("lora_r=4 lora_alpha=0", "lora_alpha .* above 0"), ("lora_r=4 lora_dropout=1", "lora_dropout .* below 1"),
     ("lora_rank=4", "write lora_r"), ("target_modules=q_proj", "write lora_targets"),
 ])

@@ -106,7 +106,8 @@ def centered(group):
 def test_worked_advantages():
     rewards = tensors(GROUPS[:2], torch.float32)
     for algorithm, expected in ((grpo, .865875), (dr_grpo, .5)):
-        assert_groups(algorithm.group_advantages(rewards), [[expected, -expected, -expected, expected], [0] * 4])
+        by_hand = [[expected, -expected, -expected, expected], [0] * 4]
+        assert_groups(algorithm.group_advantages(rewards), by_hand)
 
 
 @pytest.mark.parametrize("name", ["grpo", "dapo", "gspo", "cispo"])
@@ -303,7 +304,8 @@ class Engine:
         self.optimizer, self.calls = self, []
 
     def rollouts(self, config):
-        assert config.rollout_shape() == (config.num_generations, config.num_iterations, config.num_mini_batches)
+        shape = (config.num_generations, config.num_iterations, config.num_mini_batches)
+        assert config.rollout_shape() == shape
         yield self.rollout
 
     def score(self, rollout):
@@ -453,7 +455,7 @@ def test_groups_without_signal(rewards, flat):
 @pytest.mark.parametrize("options, expected", [
     ({}, [([0, 2], 0), ([2], 1)]),
     ({"max_resample_times": 1}, [([0, 2], 0)]),
-    ({"soft_overlong_cache": 5}, [([0, 2], 0), ([2], 1)]),              # before the penalty, which makes them differ
+    ({"soft_overlong_cache": 5}, [([0, 2], 0), ([2], 1)]),      # before the penalty, which makes them differ
     ({"dynamic_sample": False}, [])])
 def test_dynamic_sampling(options, expected):
     config = dapo.Config(reward="gsm8k", temperature=TEMPERATURE, max_completion_length=LONGEST, **options)
@@ -462,7 +464,8 @@ def test_dynamic_sampling(options, expected):
     dapo.train(engine, config)
     assert engine.resampled == expected
     rewards = [group.tolist() for group in engine.rollout.rewards]
-    assert rewards[2] == {0: [1.] * 4, 1: [1.] * 4, 2: [0., 1., 1., 1.]}[len(expected)]      # the penalty is not stored
+    after = {0: [1.] * 4, 1: [1.] * 4, 2: [0., 1., 1., 1.]}      # the penalty is not stored
+    assert rewards[2] == after[len(expected)]
     if options.get("soft_overlong_cache"):
         assert engine.rollout.metrics["rewards/soft_overlong/mean"] == pytest.approx(-24 / 5 / 12)
 

@@ -360,9 +360,15 @@ def test_num_sample_generations(base, run):
 @pytest.mark.parametrize("key", ["rollout_batch_size", "local_rollout_forward_batch_size"])
 def test_rollout_batch_size_and_its_alias(files, base, run, updates, key, monkeypatch):
     sizes, decode = [], sampler.decode
-    monkeypatch.setattr(sampler, "decode", lambda lm, prompts, *rest: sizes.append(len(prompts)) or decode(lm, prompts, *rest))
-    assert load_config([write_config(files.folder / "alias.yml", **options_of(files, **{key: 2}))]).config.rollout_batch_size == 2
-    assert load_config([str(files.folder / "alias.yml"), f"{key}=3"]).config.rollout_batch_size == 3
+
+    def counted(lm, prompts, *rest):
+        sizes.append(len(prompts))
+        return decode(lm, prompts, *rest)
+
+    monkeypatch.setattr(sampler, "decode", counted)
+    path = write_config(files.folder / "alias.yml", **options_of(files, **{key: 2}))
+    assert load_config([path]).config.rollout_batch_size == 2
+    assert load_config([path, f"{key}=3"]).config.rollout_batch_size == 3
     again = run(f"size-{key}", **{key: 2})
     assert sizes == [2, 2, 1] * 2
     assert_same_gradients(updates[again][1], updates[base][1])

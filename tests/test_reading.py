@@ -10,7 +10,8 @@ import pytest
 from helpers import ROOT, tracked
 
 FOLDERS = ("algorithms", "engine", "model", "rewards", "data", "benchmark", "")
-SPACE = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
+SPACE = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE,
+         tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 DOCUMENTED = (ast.Module, ast.FunctionDef, ast.ClassDef)
 HEADINGS = ("Paper", "Formula", "Symbols", "Shapes", "Trains", "Data", "Normalised by", "Metrics", "Step 0",
@@ -119,7 +120,8 @@ def added(old, new):
 
 
 @pytest.mark.parametrize("old, new, most", [
-    ("grpo", "dr_grpo", 6), ("dpo", "ipo", 12), ("grpo", "gspo", 13), ("grpo", "cispo", 10), ("sft", "dft", 6)])
+    ("grpo", "dr_grpo", 6), ("dpo", "ipo", 12), ("grpo", "gspo", 13), ("grpo", "cispo", 10),
+    ("sft", "dft", 6)])
 def test_a_diff_is_short(old, new, most):
     assert len(added(old, new)) <= most, added(old, new)
 
@@ -140,8 +142,8 @@ RPO = {
 
 @pytest.mark.parametrize("old, new, changes", [("grpo", "dapo", DAPO), ("dpo", "rpo", RPO)])
 def test_a_diff_is_the_paper(old, new, changes):
-    """Every added line belongs to a named change, and every change is there. The loss's name and the imports of
-    option types differ besides."""
+    """Every added line belongs to a named change, and every change is there. The loss's name and the imports
+    of option types differ besides."""
     lines = [line for line in added(old, new) if not line.startswith("from engine . options")]
     found = set()
     for line in lines:

@@ -7,6 +7,7 @@ import pytest
 from helpers import (
     ONLINE,
     ROOT,
+    algorithms_of,
     metrics,
     pair_rows,
     prompt_rows,
@@ -17,7 +18,6 @@ from helpers import (
     write_jsonl,
 )
 
-import algorithms
 from engine import definition
 
 ENGLISH, CHINESE = ROOT / "README.md", ROOT / "README_zh.md"
@@ -118,10 +118,7 @@ def test_a_file_that_is_still_being_written_is_not_tracked(tmp_path, monkeypatch
 def train(tmp_path, monkeypatch):
     """train(name, source, rows, key=value, ...) -> the metrics of a run of algorithms/<name>.py with that
     source."""
-    folder = tmp_path / "algorithms"
-    folder.mkdir()
-    monkeypatch.setattr(definition, "ROOT", tmp_path)
-    monkeypatch.setattr(algorithms, "__path__", [*algorithms.__path__, str(folder)])
+    folder = algorithms_of(tmp_path, monkeypatch)
 
     def train(name, source, rows, **values):
         (folder / f"{name}.py").write_text(source)

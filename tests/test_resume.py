@@ -129,8 +129,8 @@ def test_stopped_and_continued_with_a_rollout(algorithm, train):
 
 
 def test_a_chosen_algorithm_resumes_exactly(chosen_algorithm, train):
-    """Of any file in algorithms/: stopped after each of the first updates, and within a rollout's reuse, it ends
-    bit for bit as without a stop."""
+    """Of any file in algorithms/: stopped after each of the first updates, and within a rollout's reuse, it
+    ends bit for bit as without a stop."""
     keys = dict(epochs=2, max_steps=6, save_every=1, keep=10)
     whole = train("whole", chosen_algorithm, **keys)
     for last in (1, 3, 4):

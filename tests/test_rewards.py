@@ -91,7 +91,7 @@ def test_hostile_text_takes_linear_time_and_scores_0(text):
     forms = [text, f"</think> <answer>{text}</answer>", f"</think> <answer>\\boxed{{{text}}}</answer>", f"</think> <answer>{text}"]
     for completion in forms:
         assert gsm8k([""], [completion], answer=["18"]) == r1_zero([""], [completion], answer=["18"]) == [0.0]
-    assert time.process_time() - started < 4                          # eight verdicts, of a fraction of a second each
+    assert time.process_time() - started < 4      # eight verdicts, of a fraction of a second each
 
 
 # ---- gold answers ----

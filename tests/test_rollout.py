@@ -243,7 +243,9 @@ def random_weights(rng, rows, size):
 def inverted(weights, uniforms):
     """`inverse_cdf` with the sums it needs, over blocks of BLOCK tokens."""
     padded = torch.nn.functional.pad(weights.double(), (0, -weights.shape[1] % BLOCK))
-    return inverse_cdf(weights, padded.unflatten(1, (-1, BLOCK)).sum(2), torch.as_tensor(uniforms, dtype=torch.float64)).tolist()
+    sums = padded.unflatten(1, (-1, BLOCK)).sum(2)
+    uniforms = torch.as_tensor(uniforms, dtype=torch.float64)
+    return inverse_cdf(weights, sums, uniforms).tolist()
 
 
 @pytest.mark.parametrize("size", [1, 3, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK, 3 * BLOCK + 7])

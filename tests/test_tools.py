@@ -68,7 +68,8 @@ def test_dry_run_counts_memory_by_parameters(tmp_path):
 
 
 def test_help_names_every_key():
-    for words, keys in ((["--help"], ("micro_batch_tokens", "resume")), (["algorithm=dpo", "--help"], ("beta",))):
+    asked = [(["--help"], ["micro_batch_tokens", "resume"]), (["algorithm=dpo", "--help"], ["beta"])]
+    for words, keys in asked:
         done = run_train(words)
         assert done.returncode == 0
         for key in keys:

@@ -1,0 +1,44 @@
+"""What a run reads before its model, and a dry run instead of it: the tokenizer and the data."""
+from data.dataset import load_datasets
+from model.load import check_path, load_tokenizer_for
+from rewards.functions import check_rewards
+
+
+def read_inputs(common, config, kind: str, notice) -> tuple:
+    """(tokenizer, training examples, held-out examples, their reports). UserError where one of them cannot be
+    read, the reference is not there or a reward cannot score the examples. `kind`: the algorithm's DATA."""
+    tokenizer = load_tokenizer_for(common, common.model, notice)
+    check_path(config.reference or common.model, "reference")
+    train_set, eval_set, reports = load_datasets(
+        common, kind, tokenizer, notice,
+        config.train_on, config.prompt_template, config.max_completion_length)
+    if kind == "prompts":
+        check_rewards(config, train_set + eval_set)
+    return tokenizer, train_set, eval_set, reports
+
+
+def marked(example, tokenizer, most: int | None = None) -> list[str]:
+    """Prompt and responses as text, runs of trained tokens between [[ and ]]; in a text longer than `most`
+    characters the middle is left out."""
+    texts = [("prompt", tokenizer.decode(example.prompt))]
+    for response in example.responses:
+        texts.append(("response", marked_text(response, tokenizer)))
+    lines = []
+    for name, text in texts:
+        if most and len(text) > most:
+            text = f"{text[:most // 2]} … {text[-most // 2:]}"
+        lines.append(f"{name:<9} {text!r}")
+    return lines
+
+
+def marked_text(response, tokenizer) -> str:
+    text = ""
+    start = 0
+    count = len(response.tokens)
+    for end in range(1, count + 1):
+        if end < count and response.trained[end] == response.trained[start]:
+            continue
+        piece = tokenizer.decode(response.tokens[start:end])
+        text += f"[[{piece}]]" if response.trained[start] else piece
+        start = end
+    return text
