@@ -110,7 +110,7 @@ def train(engine: Engine, config: Config):
         engine.score(rollout)                                      # 2 reward
         rollout.advantages = group_advantages(rollout.rewards)     # 3 advantage
         if reference:
-            rollout.once("reference_logps", engine.logps, reference, rollout)
+            rollout.once("reference_logps", engine.logps, reference, rollout)      # for batch.extra below
         for step in engine.steps(rollout):
             for batch in step:                                     # 4 loss, one micro-batch
                 logps = policy(batch, config.temperature)          # (N,) under the current policy
