@@ -35,6 +35,7 @@ def job_of(algorithm, directory):
         "algorithm": algorithm,
         "data": None,
         "tokenizer": None,
+        "source": None,
         "pairs": 12,
         "batch": 4,
         "lr": 1e-3,
