@@ -27,7 +27,7 @@ SHAPE = {
     "intermediate_size": 4864,
     "vocab_size": 151936,
 }
-MAX_LENGTH = 2048      # no HH pair is longer: TRL would truncate what we drop
+MAX_LENGTH = 2048      # no HH pair is longer
 TOLERANCE = 1e-4
 SETTINGS = {
     "schedule": "constant",
@@ -37,7 +37,6 @@ SETTINGS = {
     "shuffle": False,
     "epochs": 1,
     "seed": 0,
-    "max_length": MAX_LENGTH,
 }
 
 
@@ -89,7 +88,8 @@ def read_jsonl(path: str) -> list[dict]:
 
 
 def shape_of(directory: str) -> dict:
-    """The keys of SHAPE, and head_dim, from the configuration of a model; an error names the one it lacks."""
+    """The keys of SHAPE, head_dim and max_position_embeddings, from the configuration of a model; an error
+    names the key of SHAPE that it lacks."""
     path = Path(directory) / "config.json"
     if not path.is_file():
         sys.exit(f"error: {path} is not there; fix: give --model a directory with a model")
@@ -105,6 +105,7 @@ def shape_of(directory: str) -> dict:
         shape[key] = value
     size = shape["hidden_size"] // shape["num_attention_heads"]
     shape["head_dim"] = config.get("head_dim") or size
+    shape["max_position_embeddings"] = config.get("max_position_embeddings") or MAX_LENGTH
     return shape
 
 
@@ -134,10 +135,11 @@ def write_model(job: dict, stops: list | None = None):
 
 def link_files(source: str, directory: str) -> None:
     """A directory with links to the files of another one, beside which more can be written."""
-    os.makedirs(directory)
+    os.makedirs(directory, exist_ok=True)
     for file in Path(source).resolve().iterdir():
-        if file.is_file():
-            os.symlink(file, Path(directory) / file.name)
+        link = Path(directory) / file.name
+        if file.is_file() and not link.exists():
+            os.symlink(file, link)
 
 
 def end_of_turn(tokenizer) -> str:
@@ -172,6 +174,7 @@ def our_engine(job: dict, keys: dict):
         "model": job["model"],
         "output": str(work / "run"),
         "lr": job["lr"],
+        "max_length": job["max_length"],
         "save_every": "null",
         "share_prompt": "true",      # not auto: a fallback would be an error here
     }
@@ -260,6 +263,18 @@ def child(script: str, role: str, job: dict):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def store(path: Path, value) -> None:
+    """Write a JSON file in one step: it is whole, or not there."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(value))
+    os.replace(temporary, path)
+
+
+def say(text: str) -> None:
+    """A line about progress: stdout is for the report."""
+    print(text, file=sys.stderr, flush=True)
+
+
 # ---- options and medians -----------------------------------------------------------------------------
 
 def new_parser(text: str) -> argparse.ArgumentParser:
@@ -267,8 +282,9 @@ def new_parser(text: str) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(description=text, formatter_class=layout)
 
 
-def add_options(parser: argparse.ArgumentParser, repeats: int) -> None:
-    """The options that all comparisons have; last, since `overrides` takes the words that are left."""
+def add_options(parser: argparse.ArgumentParser, repeats: int | None) -> None:
+    """The options that all comparisons have (`repeats`: its default, None = no such option); last, since
+    `overrides` takes the words that are left."""
     parser.add_argument(
         "--model",
         help="directory of a model, with its tokenizer; without it, random weights of Qwen2's form")
@@ -277,7 +293,8 @@ def add_options(parser: argparse.ArgumentParser, repeats: int) -> None:
         "--tokenizer",
         help="directory or hub name of Qwen2.5's tokenizer; without it, bytes are tokens")
     parser.add_argument("--lr", type=float, default=1e-5)
-    parser.add_argument("--repeats", type=int, default=repeats)
+    if repeats:
+        parser.add_argument("--repeats", type=int, default=repeats)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--layers", type=int, default=SHAPE["num_hidden_layers"])
     parser.add_argument(
@@ -307,6 +324,7 @@ def job_of(args: argparse.Namespace, own: dict, work: str) -> dict:
         shape = shape_of(args.model)
     return vars(args) | own | {
         "shape": shape,
+        "max_length": min(MAX_LENGTH, shape.get("max_position_embeddings", MAX_LENGTH)),
         "source": args.model,
         "work": work,
         "model": f"{work}/model",

@@ -23,7 +23,7 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmark import shared  # noqa: E402
-from benchmark.shared import MAX_LENGTH, SETTINGS, TOLERANCE  # noqa: E402
+from benchmark.shared import SETTINGS, TOLERANCE  # noqa: E402
 
 HEAD = "value_head.safetensors"      # what a reward model starts from, on both sides
 HEAD_WEIGHT = "v_head.summary.weight"
@@ -103,7 +103,9 @@ def prepare(job: dict) -> None:
     end = shared.end_of_turn(tokenizer)
     if algorithm == "rm":
         write_head(job)
-    ours, theirs, seen = [], [], set()
+    ours = []
+    theirs = []
+    seen = set()
     for where, row in shared.hh_rows(job["data"], 2 * job["pairs"]):
         if len(ours) == job["pairs"]:
             break
@@ -121,8 +123,11 @@ def prepare(job: dict) -> None:
             ours.append({"prompt": turns, "response": response, "label": label})
             theirs.append({"prompt": prompt, "completion": response + end, "label": label})
             continue
-        ours.append({"chosen": row["chosen"], "rejected": row["rejected"]})
         responses = {"chosen": chosen["content"] + end, "rejected": rejected["content"] + end}
+        longest = max(len(tokenizer(prompt + text).input_ids) for text in responses.values())
+        if longest > job["max_length"]:      # TRL would truncate what we drop
+            continue
+        ours.append({"chosen": row["chosen"], "rejected": row["rejected"]})
         if algorithm == "sft":
             responses = {"completion": responses["chosen"]}
         theirs.append({"prompt": prompt} | responses)
@@ -154,6 +159,8 @@ def train_ours(job: dict) -> dict:
     algorithm, config, engine, started = shared.our_engine(job, keys)
     algorithm.train(engine, config)
     result = shared.measured(started)
+    if job.get("final"):
+        engine.policy.lm.save_pretrained(job["final"])
     ids = []
     for example in engine.train_set:
         parts = [example.prompt.tolist()]
@@ -166,7 +173,7 @@ def train_ours(job: dict) -> dict:
 
 def train_trl(job: dict) -> dict:
     """TRL's own trainer with job["per_device"] rows per forward and, if there is a reference, its log-probs
-    precomputed or not."""
+    precomputed or not. Both sides save their model in job["final"], if there is such a key."""
     from datasets import Dataset
     from transformers import AutoTokenizer
 
@@ -184,7 +191,7 @@ def train_trl(job: dict) -> dict:
         **shared.trl_arguments(job),
         **settings,
         gradient_accumulation_steps=job["batch"] // job["per_device"],
-        max_length=MAX_LENGTH,
+        max_length=job["max_length"],
         train_sampling_strategy="sequential")
     policy = load_for_trl(job)
     models = {"model": policy}
@@ -195,6 +202,8 @@ def train_trl(job: dict) -> dict:
     trainer = trainer_class(**models, args=arguments, train_dataset=rows, processing_class=tokenizer)
     trainer.train()
     result = shared.measured(started)
+    if job.get("final"):
+        trainer.save_model(job["final"])
     ids = []
     for row, text in zip(trainer.train_dataset, rows, strict=True):
         ids.append(ids_of(row, text, peer, tokenizer))
@@ -397,8 +406,7 @@ def run(runs: dict, name: str, role: str, job: dict) -> None:
     """Add the result of one more run to runs[name]."""
     result = shared.child(__file__, role, job)
     runs.setdefault(name, []).append(result)
-    line = f"{name}: {result['seconds']:.1f} s, {result['peak']:.2f} GB"
-    print(line, file=sys.stderr, flush=True)
+    shared.say(f"{name}: {result['seconds']:.1f} s, {result['peak']:.2f} GB")
 
 
 def unit_of(job: dict) -> str:
@@ -408,7 +416,8 @@ def unit_of(job: dict) -> str:
 def print_header(job: dict, limit: dict, gflop: float) -> None:
     source = job["data"] or "made-up text"
     overrides = " ".join(job["overrides"]) or "defaults"
-    settings = [f"{key} {value}" for key, value in SETTINGS.items()]
+    same = SETTINGS | {"max_length": job["max_length"]}
+    settings = [f"{key} {value}" for key, value in same.items()]
     print(
         f"\n{job['algorithm']}: {job['pairs']} {unit_of(job)} of {source}, {job['batch']} per update, "
         f"{job['threads']} threads")

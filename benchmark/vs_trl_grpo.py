@@ -223,11 +223,9 @@ def run(runs: dict, name: str, role: str, job: dict) -> None:
     """Add the result of one more run to runs[name]."""
     result = shared.child(__file__, role, job)
     runs.setdefault(name, []).append(result)
-    print(
+    shared.say(
         f"{name}: {result['seconds']:.1f} s, sampling {result['sampling']:.1f} s, "
-        f"{result['tokens']} tokens, {result['peak']:.2f} GB",
-        file=sys.stderr,
-        flush=True)
+        f"{result['tokens']} tokens, {result['peak']:.2f} GB")
 
 
 def print_header(job: dict) -> None:

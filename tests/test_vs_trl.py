@@ -40,6 +40,7 @@ def job_of(algorithm, directory):
         "batch": 4,
         "lr": 1e-3,
         "shape": SHAPE,
+        "max_length": 2048,
         "work": str(directory),
         "model": f"{directory}/model",
         "ours_rows": f"{directory}/ours.jsonl",
