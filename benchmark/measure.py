@@ -24,6 +24,8 @@ from rewards.functions import load_reward  # noqa: E402
 from sample import sft_row, usable  # noqa: E402
 
 TEXT = ROOT / "benchmark" / "ordinary_text.txt"
+LENIENT = "gsm8k"      # the last number is right
+STRICT = "strict"      # the name of a recipe's own measure
 
 
 def measure(job: dict) -> dict:
@@ -38,10 +40,10 @@ def measure(job: dict) -> dict:
     numbers = {"text loss": -total(response_scores(policy, texts)) / count}
     answers = None
     if job["sampling"]:
-        answers = sampled_answers(policy, tokenizer, job, 1.0)
-        greedy = sampled_answers(policy, tokenizer, job, 0.0)
-        numbers |= shares(answers)
-        for name, share in shares(greedy).items():
+        answers, strict = sampled_answers(policy, tokenizer, job, 1.0)
+        greedy, _ = sampled_answers(policy, tokenizer, job, 0.0)
+        numbers |= shares(answers, strict)
+        for name, share in shares(greedy, strict).items():
             if name != "tokens":
                 numbers[f"greedy {name}"] = share
     if start and job["pairs"]:
@@ -73,7 +75,8 @@ def text_examples(tokenizer) -> list:
 
 
 def sampled_answers(policy, tokenizer, job: dict, temperature: float):
-    """A rollout with an answer to each held-out problem, scored by the recipe's reward and by gsm8k."""
+    """(A rollout with an answer to each held-out problem, scored by the recipe's rewards and by gsm8k; the
+    name of the strict one among them)."""
     keys = {"prompt_template": None, "stop": None} | job["sampling"]
     settings = evaluate.Config(
         model=job["model"], limit=job["limit"], seed=job["seed"], temperature=temperature, **keys)
@@ -87,21 +90,21 @@ def sampled_answers(policy, tokenizer, job: dict, temperature: float):
     completions = sample(policy, tokenizer, prompts, draws, 1, settings)
     rollout = Rollout(0, range(len(examples)), list(map(with_completions, examples, completions)))
     rewards = load_reward(settings.reward)
-    if settings.reward != "gsm8k":
-        rewards += load_reward("gsm8k", "0")
+    names = [reward.name for reward in rewards]
+    if LENIENT not in names:
+        rewards += load_reward(LENIENT)
     score_part(rollout, rewards, {}, tokenizer, settings.reward_timeout)
-    return rollout
+    return rollout, f"rewards/{STRICT if STRICT in names else names[0]}"
 
 
-def shares(answers) -> dict:
-    """Strict and lenient accuracy and the mean length of a rollout's answers."""
-    has_lenient = answers.knows("rewards/gsm8k")
-    lenient = answers["rewards/gsm8k"] if has_lenient else answers.rewards
+def shares(answers, strict: str) -> dict:
+    """Strict and lenient accuracy and the mean length of a rollout's answers; `strict`: the name of what
+    decides the first."""
     count = len(answers.examples)
     found = {"strict": 0.0, "lenient": 0.0, "tokens": 0.0}
-    for reward, number, truncated, length in zip(
-            answers.rewards, lenient, answers.truncated, answers.lengths):
-        found["strict"] += float(reward >= 1 and not truncated) / count
+    for right, number, truncated, length in zip(
+            answers[strict], answers[f"rewards/{LENIENT}"], answers.truncated, answers.lengths):
+        found["strict"] += float(right >= 1 and not truncated) / count
         found["lenient"] += float(number == 1) / count
         found["tokens"] += float(length) / count
     return found

@@ -10,8 +10,8 @@ left out. key=value goes to every training. Columns, as means over the seeds wit
 t):
 
     seconds     of training; without an interval, since they depend on what else the machine does
-    strict      share of the held-out problems that are solved, as the recipe's reward says, by an answer that
-                ended by itself; sampled at temperature 1, and greedy
+    strict      share of the held-out problems that are solved by an answer that ended by itself, as the
+                recipe's reward named "strict" says, else its first one; sampled at temperature 1, and greedy
     lenient     share of them whose answer's last number is right; sampled, and greedy
     tokens      of a sampled answer
     pairs       share of the held-out pairs whose chosen answer gained more log-prob over the start model than
@@ -49,6 +49,7 @@ MEASURE = str(ROOT / "benchmark" / "measure.py")
 PREFERENCE = "preference.jsonl"
 OFFLINE = ("sft", "dft", "dpo", "rpo", "ipo", "kto", "orpo", "simpo", "cpo", "rm")
 ONLINE = ("grpo", "dapo", "dr_grpo", "gspo", "cispo", "rloo", "reinforce_pp", "ppo")
+PROMPTING = ("prompt_template", "stop")      # keys of a recipe that say how its problems are asked
 WEIGHTED = ("dpo", "orpo")      # rows with several weights of the loss
 # the embedded model learns its task in a few updates: so that the differences show before all are at the top
 SLOW = {"tiny": ["lr=1e-4", "batch_size=16", "eval_every=1000", "max_steps=16"]}
@@ -200,7 +201,7 @@ class Table:
         if kind.needs_rm:
             if self.run("rm", seed) is None:
                 raise Failed("the reward model is missing")
-            words.append(f"reward={self.path('rm', seed)}")
+            words += [f"reward={self.path('rm', seed)}", "reward_weights=null"]
         was_there = folder.exists()
         started = time.perf_counter()
         config = f"example/{self.args.recipe}-{kind.algorithm}.yml"
@@ -241,7 +242,7 @@ class Table:
             if not (folder / "random.jsonl").exists():
                 own = recipe_of(self.args, "grpo")
                 words = [f"data={self.file(own['data'])}", f"n={self.args.k}", f"seed={seed}"]
-                for key in ("reward", "max_completion_length", "prompt_template", "stop"):
+                for key in ("reward", "reward_weights", "max_completion_length", *PROMPTING):
                     if key in own:
                         words.append(f"{key}={own[key]}")
                 self.call(["sample.py", self.base, f"output={folder}", *words])
@@ -256,7 +257,7 @@ class Table:
         own = recipe_of(self.args, "grpo")
         sampling = {"data": self.file("eval-prompts.jsonl"), "reward": own["reward"]}
         sampling["max_completion_length"] = self.args.length or int(own["max_completion_length"])
-        for key in ("prompt_template", "stop"):
+        for key in PROMPTING:
             if key in own:
                 sampling[key] = own[key]
         return job | {"pairs": self.file(f"eval-{PREFERENCE}"), "sampling": sampling}

@@ -90,7 +90,7 @@ def test_strict_and_lenient_accuracy(monkeypatch, tmp_path):
     monkeypatch.setattr(measure, "sample", sample)
     sampling = {"data": str(data), "reward": "r1_zero", "max_completion_length": 60}
     job = {"model": MODEL, "seed": 0, "limit": None, "sampling": sampling}
-    found = measure.shares(measure.sampled_answers(None, tokenizer, job, 1.0))
+    found = measure.shares(*measure.sampled_answers(None, tokenizer, job, 1.0))
     assert (found["strict"], found["lenient"]) == (0.25, 0.75)
 
 
