@@ -36,8 +36,7 @@ def measure(job: dict) -> dict:
     start = None
     if job["model"] != job["start"]:
         start = load_frozen(job["start"], tokenizer, texts, shared.say)
-    count = sum(example.num_trained for example in texts)
-    numbers = {"text loss": -total(response_scores(policy, texts)) / count}
+    numbers = {"text loss": text_loss(policy, texts)}
     answers = None
     if job["sampling"]:
         answers, strict = sampled_answers(policy, tokenizer, job, 1.0)
@@ -52,15 +51,26 @@ def measure(job: dict) -> dict:
         numbers["pairs"] = share_of_gains(policy, start, tokenizer, job["pairs"], max_length)
     if start and answers:
         # at temperature 1 the sampler's log-probs are the policy's
-        of_policy = sum(float(logps.sum()) for logps in answers.sampler_logps)
+        of_policy = total(answers.sampler_logps)
         of_start = total(response_scores(start, answers.examples))
         numbers["KL"] = (of_policy - of_start) / len(answers.examples)
     return numbers
 
 
-def total(scores: list) -> float:
+def total(tensors: list) -> float:
     """The sum of all numbers in a list of tensors."""
-    return sum(float(each.double().sum()) for each in scores)
+    found = 0.0
+    for tensor in tensors:
+        found += float(tensor.double().sum())
+    return found
+
+
+def text_loss(policy, texts: list) -> float:
+    """Nats per token."""
+    count = 0
+    for example in texts:
+        count += example.num_trained
+    return -total(response_scores(policy, texts)) / count
 
 
 def text_examples(tokenizer) -> list:

@@ -6,8 +6,8 @@ the first evaluation whose reward reaches --target. What is printed, in seconds:
     total       from the start of the process to the end of that evaluation: imports, loading, sampling,
                 updates and all evaluations
     training    the same without the evaluations
-    loading     until the first evaluation: imports, data, model, checks
-    sampling, scoring, update, saving, evaluation: the phases of the run; they add up to the total with loading
+    loading     the phase until the first evaluation: imports, data, model, checks
+    sampling, scoring, update, saving, evaluation: the phases of the run, which add up to the total
 
 The evaluation is the run's own: one answer to every held-out problem, sampled at the run's temperature,
 always with the same random numbers. An evaluation more often finds the moment more exactly, and more chances

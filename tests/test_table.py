@@ -1,4 +1,4 @@
-"""`benchmark/table.py`: its rows, its intervals, and what it measures of a model, against plain formulations."""
+"""`benchmark/table.py`: its rows, its intervals, and what it measures, against plain formulations."""
 import json
 import subprocess
 import sys
@@ -9,7 +9,7 @@ import torch
 from helpers import ROOT, metrics
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmark import measure, table
+from benchmark import measure, shared, table
 from model.sampler import Completion
 
 MODEL = str(ROOT / "example" / "tiny" / "model")
@@ -74,7 +74,7 @@ def test_strict_and_lenient_accuracy(monkeypatch, tmp_path):
     for name in ("Tom", "Ann", "Eva", "Leo"):
         rows.append({"prompt": [{"role": "user", "content": f"{name}: 2 + 2?"}], "answer": "4"})
     data = tmp_path / "problems.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shared.write_rows(data, rows)
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
 
     def sample(policy, _, prompts, keys, copies, sampling):
@@ -124,8 +124,8 @@ def test_parts_are_kept_and_a_table_goes_on(tmp_path):
     assert rows["sft, best of 2"][0].keys() >= {"strict", "greedy lenient", "pairs", "KL", "seconds"}
     folder = output / "sft-best_of_2-0"
     assert metrics(folder)[-1]["step"] == 2 and not (folder / "final").exists()
-    best = [json.loads(line) for line in (output / "samples-0" / "best.jsonl").read_text().splitlines()]
-    other = [json.loads(line) for line in (output / "samples-0" / "random.jsonl").read_text().splitlines()]
+    best = shared.read_jsonl(output / "samples-0" / "best.jsonl")
+    other = shared.read_jsonl(output / "samples-0" / "random.jsonl")
     for good, drawn in zip(best, other, strict=True):
         assert good["messages"][0] == drawn["messages"][0] and good["reward"] >= drawn["reward"]
     done = run_table(*words, "base", "lr=1")
