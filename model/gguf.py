@@ -1,5 +1,7 @@
 """A GGUF file, llama.cpp's format, becomes an ordinary model directory."""
+import contextlib
 import importlib.util
+import io
 import os
 import tempfile
 
@@ -42,16 +44,11 @@ def convert(file: str, directory: str, notice) -> None:
 
 def read(file: str, notice) -> tuple:
     """(tokenizer, model in fp32) of a GGUF file."""
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()      # it would list every key of the file that it does not use
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            # transformers also reads what lies beside the file, so the file is read from an empty directory
-            os.symlink(os.path.abspath(file), os.path.join(folder, "model.gguf"))
-            tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file="model.gguf")
-            loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file="model.gguf", dtype=torch.float32)
-    finally:
-        logging.set_verbosity(verbosity)
+    # transformers also reads what lies beside the file, so the file is read from an empty directory
+    with tempfile.TemporaryDirectory() as folder, silence():
+        os.symlink(os.path.abspath(file), os.path.join(folder, "model.gguf"))
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file="model.gguf")
+        loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file="model.gguf", dtype=torch.float32)
     set_splitting(tokenizer, file, notice)
     lm = plain(loaded)
     lm.generation_config = GenerationConfig(
@@ -59,6 +56,18 @@ def read(file: str, notice) -> tuple:
         eos_token_id=stop_ids(tokenizer),
         pad_token_id=tokenizer.pad_token_id)
     return tokenizer, lm
+
+
+@contextlib.contextmanager
+def silence():
+    """Without transformers' progress bar, and its list of every key of the file that it does not use."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def plain(loaded):
