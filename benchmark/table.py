@@ -6,10 +6,11 @@ Every row runs `train.py example/<recipe>-<algorithm>.yml` with every seed, `--j
 each, and measures the final model. `--model` is another start model; `--data` another directory with files of
 the same names as those in example/<recipe>/ (sft.jsonl, preference.jsonl, prompts.jsonl, eval-prompts.jsonl,
 ...), or one file of pairs, with `--eval-data` a file of held-out pairs: then the rows that need problems are
-left out. key=value goes to every training. Columns, as means over the seeds with 95 % intervals (Student's
-t):
+left out. key=value goes to every training (such as max_length=512 for long pairs). Columns, as means over the
+seeds with 95 % intervals (Student's t):
 
-    seconds     of training; without an interval, since they depend on what else the machine does
+    seconds     of the training, with loading and, for rm and online runs, their own evaluations; without an
+                interval, since they depend on what else the machine does
     strict      share of the held-out problems that are solved by an answer that ended by itself, as the
                 recipe's reward named "strict" says, else its first one; sampled at temperature 1, and greedy
     lenient     share of them whose answer's last number is right; sampled, and greedy
@@ -88,8 +89,7 @@ def rows_of(args: argparse.Namespace) -> dict[str, Row]:
     for algorithm in OFFLINE:
         rows[algorithm] = Row(algorithm)
         if algorithm == "sft" and not is_file(args.data):
-            # a control: as many tokens as pairs
-            rows["sft, on the chosen answers"] = Row("sft", ("epochs=2",), data=PREFERENCE)
+            rows["sft, on the chosen answers"] = Row("sft", as_long_as_dpo(args), data=PREFERENCE)
         if algorithm in WEIGHTED:
             own = float(recipe_of(args, algorithm).get("beta", "nan"))
             for weight in args.weights:
@@ -120,6 +120,15 @@ def ablations_of(args: argparse.Namespace) -> dict[str, Row]:
         "4 updates per rollout": Row("grpo", tuple(repeated)),
         "4 updates, no clipping": Row("grpo", (*repeated, *UNCLIPPED)),
     }
+
+
+def as_long_as_dpo(args: argparse.Namespace) -> tuple:
+    """What lets sft see about as many tokens of one response of each pair as dpo sees of both."""
+    own = recipe_of(args, "dpo")
+    words = [f"epochs={2 * int(own.get('epochs', 1))}", f"batch_size={own['batch_size']}"]
+    if "max_steps" in own:      # it wins over epochs
+        words.append(f"max_steps={2 * int(own['max_steps'])}")
+    return tuple(words)
 
 
 def is_file(data: str | None) -> bool:
@@ -183,12 +192,12 @@ class Table:
         if self.rows[row].algorithm:
             numbers = self.train(row, seed)
             model = str(folder / "final")
-        if self.rows[row].algorithm == "rm":      # it writes no text
+        if self.rows[row].algorithm == "rm":      # it writes no text, and another row needs its model
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
             return numbers | {"pairs": last_evaluation(folder)["accuracy"]}
         numbers |= json.loads(self.call([MEASURE, "measure", json.dumps(self.job(model, seed))]))
-        if self.rows[row].algorithm:
-            for name in ("final", "checkpoints"):
-                shutil.rmtree(folder / name, ignore_errors=True)
+        for name in ("final", "checkpoints"):
+            shutil.rmtree(folder / name, ignore_errors=True)
         return numbers
 
     def train(self, row: str, seed: int) -> dict:
@@ -218,11 +227,11 @@ class Table:
         """The words of the command line that name the data, where they are not those of the YAML."""
         own = recipe_of(self.args, kind.algorithm)
         if is_file(self.args.data):
-            return [f"data={self.args.data}", f"eval_data={self.args.eval_data}"]
-        words = []
-        for key in ("data", "eval_data"):
-            if key in own:
-                words.append(f"{key}={self.file(own[key])}")
+            held_out = self.args.eval_data if kind.algorithm == "rm" else "null"
+            return [f"data={self.args.data}", f"eval_data={held_out}"]
+        words = [f"data={self.file(own['data'])}", f"eval_data={self.file(own['eval_data'])}"]
+        if kind.algorithm in OFFLINE and kind.algorithm != "rm":
+            words[1] = "eval_data=null"      # it is measured afterwards
         if kind.data:
             words.append(f"data={self.file(kind.data)}")
         if kind.selects:

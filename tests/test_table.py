@@ -22,6 +22,7 @@ def run_table(*words):
 
 
 def test_every_algorithm_has_a_row_and_two_have_weights():
+    assert table.rows_of(table.read_args([])).keys() >= {"base", "sft, on the chosen answers", "ppo"}
     rows = table.rows_of(table.read_args(TINY))
     files = {path.stem for path in (ROOT / "algorithms").glob("*.py")} - {"__init__"}
     assert {row.algorithm for row in rows.values()} - {None} == files
@@ -37,14 +38,15 @@ def test_a_file_of_pairs_needs_no_problems(tmp_path):
     rows = table.rows_of(args)
     assert "grpo" not in rows and "sft, best of 8" not in rows and "orpo" in rows
     words = table.Table(args).data_words(rows["sft"], 0)
-    assert words == [f"data={pairs}", f"eval_data={pairs}"]
+    assert words == [f"data={pairs}", "eval_data=null"]
 
 
 def test_a_directory_of_data_replaces_the_files_of_the_recipe(tmp_path):
     args = table.read_args([*TINY, "--data", str(tmp_path)])
     made = table.Table(args)
-    words = made.data_words(made.rows["kto"], 0)
-    assert words == [f"data={tmp_path}/feedback.jsonl", f"eval_data={tmp_path}/eval-feedback.jsonl"]
+    words = made.data_words(made.rows["ppo"], 0)
+    assert words == [f"data={tmp_path}/prompts.jsonl", f"eval_data={tmp_path}/eval-prompts.jsonl"]
+    assert made.data_words(made.rows["kto"], 0)[0] == f"data={tmp_path}/feedback.jsonl"
     assert made.job("m", 3)["sampling"]["data"] == f"{tmp_path}/eval-prompts.jsonl"
 
 
