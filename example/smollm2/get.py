@@ -57,7 +57,7 @@ def main(argv: list[str]) -> None:
         tokenizer, lm = gguf.load(file, notice)
         write_sealed(directory, lambda temporary: gguf.save(tokenizer, lm, temporary))
         print(f"wrote {directory}")
-    generate.write()
+    generate.write(HERE)
     print(f"wrote the data of task 1 into {HERE}")
 
 
