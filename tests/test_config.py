@@ -209,7 +209,7 @@ def test_choices_and_algorithm_keys():
     ("seed: 99999999999999999999", "whole"),
     ("shuffle: maybe", "true, yes, on"), ("shuffle: 2", "true, yes"),
     ("schedule: linaer", "give linear (choices: linear, cosine, constant)"),
-    ("hh: xyz", "choices: messages, text"), ("attn_implementation:", "choices: segments"),
+    ("hh: xyz", "choices: messages, text"), ("attn_implementation:", "choices: auto, segments"),
     ("resume:", "text"),
     ("resume: |\n  a\n  b", "one line"),
     ("lr: 0", "above 0"), ("lr: -1e-5", "above 0"), ("max_grad_norm: 0", "above 0"),
