@@ -98,7 +98,7 @@ def set_splitting(tokenizer, file: str, notice) -> None:
 
 def splitting(file: str) -> str:
     """The name that a GGUF file gives to its way of splitting text."""
-    import gguf      # optional
+    import gguf  # optional
 
     field = gguf.GGUFReader(file).get_field("tokenizer.ggml.pre")
     return field.contents() if field else ""

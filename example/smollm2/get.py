@@ -59,7 +59,7 @@ def main(argv: list[str]) -> None:
     else:
         write_sealed(directory, write)
         print(f"wrote {directory}")
-    generate.write()
+    generate.write(HERE)
     print(f"wrote the data of task 1 into {HERE}")
 
 
