@@ -43,7 +43,8 @@ def router_loss(lm, asked: float | None) -> RouterLoss | None:
     """The auxiliary loss with the coefficient that is asked for, else that of the LM's configuration; None
     where that is 0, or the LM has no router."""
     settings = lm.config.get_text_config()
-    if not hasattr(settings, "output_router_logits"):
+    has_experts = any("expert" in name for name, _ in lm.named_parameters())
+    if not has_experts or not hasattr(settings, "output_router_logits"):
         return None
     coefficient = getattr(settings, "router_aux_loss_coef", 0.0) if asked is None else asked
     for key in EXPERTS_PER_TOKEN:

@@ -81,12 +81,26 @@ def linear_layers(lm) -> dict:
     inside = set(text_part(lm).modules())
     layers = {}
     for name, module in lm.named_modules():
-        if isinstance(module, (nn.Linear, Conv1D)) and module in inside and module is not head:
-            kind = type(module)
-            is_in_4_bit = kind.__module__.startswith("bitsandbytes")
-            if is_in_4_bit or kind.forward in (nn.Linear.forward, Conv1D.forward):      # unlike some routers
-                layers[name] = module
+        if module in inside and module is not head and is_linear(module):
+            layers[name] = module
     return layers
+
+
+@torch.no_grad()
+def is_linear(module) -> bool:
+    """Whether a module computes what a linear layer does; some routers are subclasses of nn.Linear that
+    return more."""
+    if not isinstance(module, (nn.Linear, Conv1D)):
+        return False
+    kind = type(module)
+    if kind.forward in (nn.Linear.forward, Conv1D.forward) or kind.__module__.startswith("bitsandbytes"):
+        return True
+    row = torch.randn(1, module.in_features).to(module.weight)
+    output = module(row)
+    if not torch.is_tensor(output):
+        return False
+    expected = nn.functional.linear(row, module.weight, module.bias)
+    return output.is_meta or torch.allclose(output, expected, rtol=1e-3, atol=1e-5)
 
 
 def in_text_part(lm, names: list[str]) -> list[str] | str:

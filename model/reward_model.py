@@ -57,7 +57,8 @@ def linear_head(weight: torch.Tensor, device) -> nn.Linear:
 
 
 def hidden_size(policy: Policy) -> int:
-    return policy.lm.config.get_text_config().hidden_size
+    """The width D of the last hidden states, which is not that of the layers in OPT-350M."""
+    return policy.lm.get_output_embeddings().weight.shape[1]
 
 
 def is_reward_model(path: str) -> bool:
