@@ -188,6 +188,11 @@ FAMILIES = {                       # name: (transformers' model_type, the keys t
 VISION = dict(
     hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, patch_size=14,
     image_size=28, depth=1, num_heads=4, out_hidden_size=32, head_dim=8)
+GEMMA_3N_PARTS = {                 # they take the package timm
+    "vision_config": dict(architecture="test_byobnet", hidden_size=32),
+    "audio_config": dict(
+        hidden_size=32, conf_num_hidden_layers=1, conf_num_attention_heads=4, sscp_conv_channel_size=[8, 4]),
+}
 NOT_OF_THE_TEXT = ("model_type", "architectures", "transformers_version", "dtype")
 
 
@@ -211,11 +216,11 @@ def with_vision(config_class, family: str, text, tied: bool):
     if family == "qwen2_5_vl":
         text_values["rope_parameters"] = QWEN_VL_ROPE
     parts = {"text_config": text_values, "vision_config": VISION}
-    if family == "gemma3n_full":   # a model of the package timm
-        parts["vision_config"] = {}
     for name in config_class.sub_configs:
         if name.startswith("audio"):
             parts[name] = None
+    if family == "gemma3n_full":
+        parts |= GEMMA_3N_PARTS
     return config_class(**parts, tie_word_embeddings=tied)
 
 

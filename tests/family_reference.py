@@ -10,25 +10,19 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-VALUE_HEAD = "v_head.summary.weight"
-
 
 def load(directory, adapter=None):
     """The model in eval mode, by the class that its checkpoint names; with a peft adapter that can be
     trained."""
     model_class = class_named_by(directory)
+    options = {"dtype": torch.float32}
     try:
-        lm = model_class.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager")
+        lm = model_class.from_pretrained(directory, attn_implementation="eager", **options)
     except (ValueError, ImportError):           # it has no attention
-        lm = model_class.from_pretrained(directory, dtype=torch.float32)
+        lm = model_class.from_pretrained(directory, **options)
     if adapter:
         lm = PeftModel.from_pretrained(lm, adapter, is_trainable=True)
     return lm.eval()
-
-
-def value_head(directory) -> torch.Tensor:
-    """(1, D), with a gradient."""
-    return load_file(Path(directory) / "value_head.safetensors")[VALUE_HEAD].float().requires_grad_()
 
 
 class Texts:
@@ -37,23 +31,24 @@ class Texts:
     def __init__(self, directory):
         self.tokenizer = AutoTokenizer.from_pretrained(directory)
 
-    def prompt(self, row) -> list[int]:
-        return self.tokenizer(row["prompt"], add_special_tokens=False).input_ids
+    def ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False).input_ids
 
-    def response(self, row, name="response") -> list[int]:
-        ids = self.tokenizer(row[name], add_special_tokens=False).input_ids
-        return [*ids, self.tokenizer.eos_token_id]
+    def pair(self, row: dict, name: str = "response") -> tuple[list, list]:
+        response = self.ids(row[name]) + [self.tokenizer.eos_token_id]
+        return self.ids(row["prompt"]), response
 
-    def completion(self, ids) -> str:
+    def completion(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
 
 def logps(lm, prompt, response) -> torch.Tensor:
     """(L,) log-probs of the response's tokens."""
     ids = torch.tensor([[*prompt, *response]])
-    logits = lm(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0].float()
+    mask = torch.ones_like(ids)
+    logits = lm(input_ids=ids, attention_mask=mask, use_cache=False).logits[0]
     assert len(logits) == ids.shape[1], "the class gives no logits of the prompt"
-    predicting = logits[len(prompt) - 1:-1]
+    predicting = logits[len(prompt) - 1:-1].float()
     targets = ids[0, len(prompt):, None]
     return predicting.log_softmax(-1).gather(1, targets)[:, 0]
 
@@ -61,98 +56,116 @@ def logps(lm, prompt, response) -> torch.Tensor:
 def states(lm, prompt, response) -> torch.Tensor:
     """(T, D) last hidden states of prompt and response."""
     ids = torch.tensor([[*prompt, *response]])
-    trunk = lm.base_model if lm.base_model is not lm else lm.model
-    return trunk(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)[0][0].float()
+    mask = torch.ones_like(ids)
+    trunk = lm.base_model
+    if trunk is lm:
+        trunk = lm.model
+    output = trunk(input_ids=ids, attention_mask=mask, use_cache=False)
+    return output[0][0].float()
 
 
 def norm(loss, *owners) -> float:
     """The norm of a loss's gradient over the parameters of models and tensors."""
     parameters = []
     for owner in owners:
-        parameters += [owner] if isinstance(owner, torch.Tensor) else list(owner.parameters())
+        is_tensor = isinstance(owner, torch.Tensor)
+        parameters += [owner] if is_tensor else owner.parameters()
     for parameter in parameters:
         parameter.grad = None
     loss.backward()
-    squares = [parameter.grad.double().square().sum() for parameter in parameters if parameter.grad is not None]
-    return float(torch.stack(squares).sum().sqrt())
-
-
-def number(tensor) -> float:
-    return float(tensor.detach())
+    total = 0.0
+    for parameter in parameters:
+        if parameter.grad is not None:
+            total += float(parameter.grad.double().square().sum())
+    return total ** 0.5
 
 
 # ---- losses ----------------------------------------------------------------------------------------------
 
 def sft_loss(lm, texts, rows) -> torch.Tensor:
     """The mean over all tokens of all responses."""
-    found = [logps(lm, texts.prompt(row), texts.response(row)) for row in rows]
+    found = [logps(lm, *texts.pair(row)) for row in rows]
     return -torch.cat(found).mean()
 
 
-def pair_logps(lm, texts, rows) -> list[torch.Tensor]:
-    """Summed log-probs (B,) of the chosen and of the rejected responses."""
+def both_sides(function, texts, rows) -> list[torch.Tensor]:
+    """`function(prompt, response)` of the chosen and of the rejected responses, (B,) each."""
     sides = []
-    for side in ("chosen", "rejected"):
-        sums = [logps(lm, texts.prompt(row), texts.response(row, side)).sum() for row in rows]
-        sides.append(torch.stack(sums))
+    for name in ("chosen", "rejected"):
+        numbers = [function(*texts.pair(row, name)) for row in rows]
+        sides.append(torch.stack(numbers))
     return sides
 
 
-def dpo_loss(policy, reference, beta) -> torch.Tensor:
-    chosen, rejected = policy
-    reference_chosen, reference_rejected = reference
-    margins = (chosen - reference_chosen) - (rejected - reference_rejected)
-    return -F.logsigmoid(beta * margins).mean()
+def pair_logps(lm, texts, rows) -> list[torch.Tensor]:
+    """Summed log-probs."""
+    return both_sides(lambda *row: logps(lm, *row).sum(), texts, rows)
 
 
 def pair_scores(lm, head, texts, rows) -> list[torch.Tensor]:
-    """A reward model's scores (B,) of the chosen and of the rejected responses: at their last tokens."""
-    sides = []
-    for side in ("chosen", "rejected"):
-        scores = [score(lm, head, texts.prompt(row), texts.response(row, side)) for row in rows]
-        sides.append(torch.stack(scores))
-    return sides
+    """A reward model's scores."""
+    return both_sides(lambda *row: score(lm, head, *row), texts, rows)
+
+
+def dpo_loss(chosen_ratios, rejected_ratios, beta) -> torch.Tensor:
+    """Two (B,): log-probs less those of the reference."""
+    margins = chosen_ratios - rejected_ratios
+    return -F.logsigmoid(beta * margins).mean()
+
+
+def value_head(directory) -> torch.Tensor:
+    """(D,), with a gradient."""
+    tensors = load_file(Path(directory) / "value_head.safetensors")
+    return tensors["v_head.summary.weight"][0].float().requires_grad_()
 
 
 def score(lm, head, prompt, response) -> torch.Tensor:
-    return (states(lm, prompt, response)[-1] * head[0]).sum()
+    """At the last token."""
+    return states(lm, prompt, response)[-1] @ head
 
 
 def values(lm, head, prompt, response) -> torch.Tensor:
     """(L,) a critic's values of the states before the response's tokens."""
     found = states(lm, prompt, response)
-    return found[len(prompt) - 1:-1] @ head[0]
+    return found[len(prompt) - 1:-1] @ head
 
 
 def group_advantages(rewards: list[float], size: int) -> list[float]:
     """GRPO's, of rewards in groups of `size`."""
     advantages = []
     for group in torch.tensor(rewards, dtype=torch.float64).split(size):
-        advantages += ((group - group.mean()) / (group.std() + 1e-4)).tolist()
+        centered = group - group.mean()
+        scale = group.std() + 1e-4
+        advantages += (centered / scale).tolist()
     return advantages
 
 
-def grpo_loss(lm, rollout, advantages, start_logps, epsilon, beta):
-    """-> (loss, mean of k3 over the tokens) of a rollout whose log-probs were `start_logps` at sampling, under
-    the start model, which is the reference too."""
+def grpo_loss(lm, rollout, advantages, old_logps, epsilon, beta):
+    """-> (loss, mean of k3 over the tokens). The model that sampled is the reference too."""
     losses, all_kl = [], []
-    for (prompt, completion), advantage, old in zip(rollout, advantages, start_logps):
-        new = logps(lm, prompt, completion)
+    for row, advantage, old in zip(rollout, advantages, old_logps):
+        new = logps(lm, *row)
         ratios = (new - old).exp()
-        kl = (old - new).exp() - (old - new) - 1
-        gains = torch.min(ratios * advantage, ratios.clamp(1 - epsilon, 1 + epsilon) * advantage)
+        clipped = ratios.clamp(1 - epsilon, 1 + epsilon)
+        kl = 1 / ratios - (old - new) - 1
+        gains = torch.min(ratios * advantage, clipped * advantage)
         losses.append((beta * kl - gains).mean())
         all_kl.append(kl)
     return torch.stack(losses).mean(), torch.cat(all_kl).mean()
 
 
-def returns_of(rewards, old_values, lam) -> tuple[torch.Tensor, torch.Tensor]:
-    """(advantages (L,), returns (L,)) of one completion, by the sum that defines GAE with gamma 1."""
-    following = torch.cat([old_values[1:], old_values.new_zeros(1)])
+def advantages_and_returns(score, old_values, lam) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two (L,) of one completion with a score at its end and no KL yet: the sum that defines GAE, with gamma
+    1."""
+    length = len(old_values)
+    rewards = torch.zeros_like(old_values)
+    rewards[-1] = score
+    following = torch.zeros_like(old_values)
+    following[:-1] = old_values[1:]
     deltas = rewards + following - old_values
-    advantages = torch.zeros_like(deltas)
-    for t in range(len(deltas)):
-        powers = lam ** torch.arange(len(deltas) - t, dtype=torch.float64)
+    advantages = torch.zeros_like(old_values)
+    for t in range(length):
+        powers = lam ** torch.arange(length - t)
         advantages[t] = (powers * deltas[t:]).sum()
     return advantages, advantages + old_values
 
@@ -161,18 +174,25 @@ def returns_of(rewards, old_values, lam) -> tuple[torch.Tensor, torch.Tensor]:
 
 def metrics(run, split="train") -> dict[int, dict]:
     """{step: row}"""
-    rows = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
-    return {row["step"]: row for row in rows if row["split"] == split}
+    found = {}
+    for line in (Path(run) / "metrics.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        if row["split"] == split:
+            found[row["step"]] = row
+    return found
+
+
+def checkpoint(run) -> Path:
+    """That of update 1."""
+    return Path(run) / "checkpoints" / "step-000001"
 
 
 def stored_rollout(run, texts, rows):
     """-> ([(prompt, completion)] as token ids, the tensors) of the rollout in the checkpoint of update 1."""
-    tensors = load_file(Path(run) / "checkpoints" / "step-000001" / "rollout.safetensors")
+    tensors = load_file(checkpoint(run) / "rollout.safetensors")
     prompts = []
     for row, size in zip(tensors["rows"].tolist(), tensors["groups"].tolist()):
-        prompts += [texts.prompt(rows[row])] * size
-    completions = tensors["tokens"].split(tensors["lengths"].tolist())
-    pairs = []
-    for prompt, completion in zip(prompts, completions):
-        pairs.append((prompt, completion.tolist()))
-    return pairs, tensors
+        prompts += [texts.ids(rows[row]["prompt"])] * size
+    lengths = tensors["lengths"].tolist()
+    completions = [completion.tolist() for completion in tensors["tokens"].split(lengths)]
+    return list(zip(prompts, completions)), tensors

@@ -1,8 +1,8 @@
 """One family of models per mechanism; `python tests/families.py` tests all of them, in every cell."""
 import os
 
-import families
 import pytest
+from family_runs import Family, is_right, prepare, write_data
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
@@ -24,25 +24,25 @@ QUICK = {
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    families.prepare()
+    prepare()
     folder = tmp_path_factory.mktemp("families")
-    families.write_data(folder)
+    write_data(folder)
     return folder
 
 
 @pytest.mark.parametrize("name", QUICK)
 def test_every_number_is_that_of_the_models_own_class(data, name):
-    family = families.Family(name, data)
+    family = Family(name, data)
     cells = {cell: family.cell(cell) for cell in QUICK[name].split()}
-    assert families.is_right(cells), cells
+    assert is_right(cells), cells
 
 
 def test_long_rows_among_short_ones(data):
     """Positions above 32 change the rotation of every token of a row, and of that row alone."""
-    family = families.Family("phi3_longrope", data, title="long")
+    family = Family("phi3_longrope", data, title="long")
     assert family.cell("mixed") == "ok"
 
 
 def test_bf16_does_not_let_rows_leak_into_each_other(data):
-    family = families.Family("lfm2", data, title="bf16")
+    family = Family("lfm2", data, title="bf16")
     assert family.cell("bf16") == "ok"
