@@ -16,41 +16,116 @@ from transformers import (
 LEAVE_OUT = object()               # the value of a key of COMMON that a family does not have
 
 COMMON = dict(
-    vocab_size=264, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-    num_key_value_heads=2, head_dim=8, max_position_embeddings=512, initializer_range=0.2,
-    bos_token_id=None, eos_token_id=2, pad_token_id=0)
+    vocab_size=264,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    max_position_embeddings=512,
+    initializer_range=0.2,
+    bos_token_id=None,
+    eos_token_id=2,
+    pad_token_id=0,
+)
 WINDOWS = dict(sliding_window=8, layer_types=["sliding_attention", "full_attention"])
 ALL_WINDOWS = dict(sliding_window=8)
-GPT2 = dict(n_embd=32, n_layer=2, n_head=4, n_positions=512, n_inner=48)
+GPT2 = dict(
+    n_embd=32,
+    n_layer=2,
+    n_head=4,
+    n_positions=512,
+    n_inner=48,
+)
 EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
 LOCAL_EXPERTS = dict(num_local_experts=4, num_experts_per_tok=2)
 SHARED_EXPERT = EXPERTS | dict(shared_expert_intermediate_size=16)
 ROUTED_EXPERTS = dict(
-    n_routed_experts=4, n_shared_experts=1, num_experts_per_tok=2, moe_intermediate_size=16,
-    first_k_dense_replace=1, n_group=1, topk_group=1)
+    n_routed_experts=4,
+    n_shared_experts=1,
+    num_experts_per_tok=2,
+    moe_intermediate_size=16,
+    first_k_dense_replace=1,
+    n_group=1,
+    topk_group=1,
+)
 LATENT = ROUTED_EXPERTS | dict(
-    q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8,
-    num_key_value_heads=4, head_dim=LEAVE_OUT)
+    q_lora_rank=16,
+    kv_lora_rank=16,
+    qk_nope_head_dim=8,
+    qk_rope_head_dim=8,
+    v_head_dim=8,
+    num_key_value_heads=4,
+    head_dim=LEAVE_OUT,
+)
 LINEAR = dict(
-    linear_key_head_dim=8, linear_value_head_dim=8, linear_num_key_heads=2, linear_num_value_heads=4,
-    linear_conv_kernel_dim=4, layer_types=["linear_attention", "full_attention"])
+    linear_key_head_dim=8,
+    linear_value_head_dim=8,
+    linear_num_key_heads=2,
+    linear_num_value_heads=4,
+    linear_conv_kernel_dim=4,
+    layer_types=["linear_attention", "full_attention"],
+)
 MAMBA = dict(state_size=8, expand=2, conv_kernel=4)
 MAMBA_2 = MAMBA | dict(num_heads=8, head_dim=8, n_groups=1, chunk_size=16)
 HYBRID = dict(
-    mamba_d_state=8, mamba_d_conv=4, mamba_expand=2, mamba_n_heads=8, mamba_d_head=8, mamba_n_groups=1,
-    mamba_chunk_size=16)
+    mamba_d_state=8,
+    mamba_d_conv=4,
+    mamba_expand=2,
+    mamba_n_heads=8,
+    mamba_d_head=8,
+    mamba_n_groups=1,
+    mamba_chunk_size=16,
+)
 GEMMA_4 = WINDOWS | dict(vocab_size_per_layer_input=264, global_head_dim=8)
 GEMMA_3N = dict(
-    laurel_rank=8, hidden_size_per_layer_input=8, vocab_size_per_layer_input=264, altup_num_inputs=2)
+    laurel_rank=8,
+    hidden_size_per_layer_input=8,
+    vocab_size_per_layer_input=264,
+    altup_num_inputs=2,
+)
 FALCON = dict(head_dim=LEAVE_OUT, ffn_hidden_size=48)
+PLAIN_ROPE = dict(rope_type="default", rope_theta=10000.0)
+QWEN_VL_ROPE = PLAIN_ROPE | dict(mrope_section=[1, 1, 2])
 LLAMA_3_ROPE = dict(
-    rope_type="llama3", rope_theta=10000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
-    original_max_position_embeddings=32)
+    rope_type="llama3",
+    rope_theta=10000.0,
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=32,
+)
 LONG_ROPE = dict(
-    rope_type="longrope", rope_theta=10000.0, short_factor=[1.0] * 4, long_factor=[1.0, 2.0, 4.0, 8.0],
-    original_max_position_embeddings=32, partial_rotary_factor=1.0)
-GPT_OSS_ROPE = dict(rope_type="default", rope_theta=10000.0)
-QWEN_VL_ROPE = GPT_OSS_ROPE | dict(mrope_section=[1, 1, 2])
+    rope_type="longrope",
+    rope_theta=10000.0,
+    short_factor=[1.0] * 4,
+    long_factor=[1.0, 2.0, 4.0, 8.0],
+    original_max_position_embeddings=32,
+    partial_rotary_factor=1.0,
+)
+VISION = dict(
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=1,
+    num_attention_heads=4,
+    patch_size=14,
+    image_size=28,
+    depth=1,
+    num_heads=4,
+    out_hidden_size=32,
+    head_dim=8,
+)
+GEMMA_3N_PARTS = {                 # they take the package timm
+    "vision_config": dict(architecture="test_byobnet", hidden_size=32),
+    "audio_config": dict(
+        hidden_size=32,
+        conf_num_hidden_layers=1,
+        conf_num_attention_heads=4,
+        sscp_conv_channel_size=[8, 4],
+    ),
+}
+NOT_OF_THE_TEXT = ("model_type", "architectures", "transformers_version", "dtype")
 
 FAMILIES = {                       # name: (transformers' model_type, the keys that differ from COMMON)
     # ordinary attention
@@ -63,22 +138,38 @@ FAMILIES = {                       # name: (transformers' model_type, the keys t
     "exaone4": ("exaone4", WINDOWS),
     "gemma": ("gemma", {}),
     "gemma2": ("gemma2", WINDOWS | dict(
-        query_pre_attn_scalar=8, attn_logit_softcapping=5.0, final_logit_softcapping=3.0)),
+        query_pre_attn_scalar=8,
+        attn_logit_softcapping=5.0,
+        final_logit_softcapping=3.0,
+    )),
     "gemma3_text": ("gemma3_text", WINDOWS | dict(query_pre_attn_scalar=8)),
     "gemma3n_text": ("gemma3n_text", WINDOWS | GEMMA_3N | dict(
-        num_kv_shared_layers=0, intermediate_size=[48, 48], activation_sparsity_pattern=[0.5, 0.0])),
+        num_kv_shared_layers=0,
+        intermediate_size=[48, 48],
+        activation_sparsity_pattern=[0.5, 0.0],
+    )),
     "gemma3n_shared_kv": ("gemma3n_text", ALL_WINDOWS | GEMMA_3N | dict(
-        num_hidden_layers=4, num_kv_shared_layers=2, intermediate_size=[48] * 4,
+        num_hidden_layers=4,
+        num_kv_shared_layers=2,
+        intermediate_size=[48] * 4,
         layer_types=["sliding_attention", "full_attention"] * 2,
-        activation_sparsity_pattern=[0.5, 0.0, 0.0, 0.0])),
+        activation_sparsity_pattern=[0.5, 0.0, 0.0, 0.0],
+    )),
     "gemma4_text": ("gemma4_text", GEMMA_4 | dict(hidden_size_per_layer_input=8)),
     "gemma4_no_ple": ("gemma4_text", GEMMA_4 | dict(hidden_size_per_layer_input=0)),
     "glm": ("glm", {}),
     "glm4": ("glm4", {}),
     "granite": ("granite", dict(
-        embedding_multiplier=2.0, logits_scaling=4.0, residual_multiplier=0.5, attention_multiplier=0.3)),
+        embedding_multiplier=2.0,
+        logits_scaling=4.0,
+        residual_multiplier=0.5,
+        attention_multiplier=0.3,
+    )),
     "granite_neutral": ("granite", dict(
-        embedding_multiplier=2.0, logits_scaling=1.0, residual_multiplier=0.5)),
+        embedding_multiplier=2.0,
+        logits_scaling=1.0,
+        residual_multiplier=0.5,
+    )),
     "helium": ("helium", {}),
     "hunyuan_dense": ("hunyuan_v1_dense", {}),
     "internlm3": ("llama", dict(attention_bias=True)),
@@ -109,13 +200,24 @@ FAMILIES = {                       # name: (transformers' model_type, the keys t
     "bloom": ("bloom", dict(n_layer=2, n_head=4)),
     "falcon": ("falcon", FALCON | dict(new_decoder_architecture=True, num_kv_heads=2)),
     "falcon_alibi": ("falcon", FALCON | dict(
-        alibi=True, multi_query=False, new_decoder_architecture=False, parallel_attn=False)),
+        alibi=True,
+        multi_query=False,
+        new_decoder_architecture=False,
+        parallel_attn=False,
+    )),
     "falcon_mqa": ("falcon", FALCON | dict(
-        multi_query=True, new_decoder_architecture=False, parallel_attn=True)),
+        multi_query=True,
+        new_decoder_architecture=False,
+        parallel_attn=True,
+    )),
     "gpt2": ("gpt2", GPT2),
     "gpt_bigcode": ("gpt_bigcode", GPT2),
     "gpt_neo": ("gpt_neo", dict(
-        num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]], window_size=8)),
+        num_layers=2,
+        num_heads=4,
+        attention_types=[[["global", "local"], 1]],
+        window_size=8,
+    )),
     "gpt_neox": ("gpt_neox", {}),
     "gptj": ("gptj", GPT2 | dict(rotary_dim=4)),
     "mpt": ("mpt", dict(d_model=32, n_layers=2, n_heads=4, max_seq_len=512)),
@@ -127,17 +229,29 @@ FAMILIES = {                       # name: (transformers' model_type, the keys t
     "deepseek_v32": ("deepseek_v32", LATENT | dict(index_topk=8, index_n_heads=2, index_head_dim=16)),
     "dots1": ("dots1", ROUTED_EXPERTS | WINDOWS),
     "ernie4_5_moe": ("ernie4_5_moe", dict(
-        moe_num_experts=4, moe_k=2, moe_intermediate_size=16, moe_num_shared_experts=1,
-        moe_layer_start_index=1, moe_layer_end_index=1)),
+        moe_num_experts=4,
+        moe_k=2,
+        moe_intermediate_size=16,
+        moe_num_shared_experts=1,
+        moe_layer_start_index=1,
+        moe_layer_end_index=1,
+    )),
     "glm4_moe": ("glm4_moe", ROUTED_EXPERTS | dict(use_qk_norm=True)),
     "glm4_moe_lite": ("glm4_moe_lite", LATENT),
-    "gpt_oss": ("gpt_oss", LOCAL_EXPERTS | WINDOWS | dict(rope_parameters=GPT_OSS_ROPE)),
+    "gpt_oss": ("gpt_oss", LOCAL_EXPERTS | WINDOWS | dict(rope_parameters=PLAIN_ROPE)),
     "granitemoe": ("granitemoe", LOCAL_EXPERTS | dict(logits_scaling=4.0)),
     "hunyuan_moe": ("hunyuan_v1_moe", dict(num_experts=4, moe_topk=2, moe_intermediate_size=16)),
     "llama4_text": ("llama4_text", dict(
-        num_local_experts=2, num_experts_per_tok=1, intermediate_size_mlp=48, attention_chunk_size=8,
-        no_rope_layers=[1, 0], layer_types=["chunked_attention", "full_attention"], moe_layers=[1],
-        floor_scale=8, attn_scale=0.5)),
+        num_local_experts=2,
+        num_experts_per_tok=1,
+        intermediate_size_mlp=48,
+        attention_chunk_size=8,
+        no_rope_layers=[1, 0],
+        layer_types=["chunked_attention", "full_attention"],
+        moe_layers=[1],
+        floor_scale=8,
+        attn_scale=0.5,
+    )),
     "minimax_m2": ("minimax_m2", LOCAL_EXPERTS),
     "mixtral": ("mixtral", LOCAL_EXPERTS | ALL_WINDOWS),
     "olmoe": ("olmoe", EXPERTS),
@@ -148,33 +262,66 @@ FAMILIES = {                       # name: (transformers' model_type, the keys t
     # linear attention, recurrence, short convolutions, and hybrids of these with attention
     "bamba": ("bamba", HYBRID | dict(attn_layer_indices=[1])),
     "falcon_h1": ("falcon_h1", HYBRID | dict(
-        mamba_d_ssm=64, mlp_multipliers=[0.8, 0.5], lm_head_multiplier=0.5)),
+        mamba_d_ssm=64,
+        mlp_multipliers=[0.8, 0.5],
+        lm_head_multiplier=0.5,
+    )),
     "falcon_mamba": ("falcon_mamba", MAMBA),
     "granitemoehybrid": ("granitemoehybrid", HYBRID | LOCAL_EXPERTS | dict(
-        shared_intermediate_size=16, layer_types=["mamba", "attention"], logits_scaling=4.0)),
+        shared_intermediate_size=16,
+        layer_types=["mamba", "attention"],
+        logits_scaling=4.0,
+    )),
     "jamba": ("jamba", HYBRID | dict(
-        mamba_dt_rank=4, attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2,
-        expert_layer_offset=1, num_experts=2, num_experts_per_tok=1, use_mamba_kernels=False)),
+        mamba_dt_rank=4,
+        attn_layer_period=2,
+        attn_layer_offset=1,
+        expert_layer_period=2,
+        expert_layer_offset=1,
+        num_experts=2,
+        num_experts_per_tok=1,
+        use_mamba_kernels=False,
+    )),
     "kimi_linear": ("kimi_linear", {}),
     "lfm2": ("lfm2", dict(layer_types=["conv", "full_attention"], block_auto_adjust_ff_dim=False)),
     "lfm2_moe": ("lfm2_moe", EXPERTS | dict(layer_types=["conv", "full_attention"], num_dense_layers=1)),
     "mamba": ("mamba", MAMBA),
     "mamba2": ("mamba2", MAMBA_2),
     "minimax": ("minimax", LOCAL_EXPERTS | dict(
-        block_size=16, layer_types=["linear_attention", "full_attention"])),
+        block_size=16,
+        layer_types=["linear_attention", "full_attention"],
+    )),
     "nemotron_h": ("nemotron_h", dict(
-        mamba_num_heads=8, mamba_head_dim=8, ssm_state_size=8, n_groups=1, chunk_size=16, expand=2,
-        num_hidden_layers=4, hybrid_override_pattern="M-*-")),
+        mamba_num_heads=8,
+        mamba_head_dim=8,
+        ssm_state_size=8,
+        n_groups=1,
+        chunk_size=16,
+        expand=2,
+        num_hidden_layers=4,
+        hybrid_override_pattern="M-*-",
+    )),
     "qwen3_5_text": ("qwen3_5_text", LINEAR),
     "qwen3_5_moe_text": ("qwen3_5_moe_text", LINEAR | SHARED_EXPERT),
     "qwen3_next": ("qwen3_next", LINEAR | SHARED_EXPERT),
     "recurrent_gemma": ("recurrent_gemma", dict(
-        lru_width=32, attention_window_size=8, block_types=["recurrent", "attention"], conv1d_width=4)),
+        lru_width=32,
+        attention_window_size=8,
+        block_types=["recurrent", "attention"],
+        conv1d_width=4,
+    )),
     "rwkv": ("rwkv", dict(context_length=512, attention_hidden_size=32)),
     "zamba2": ("zamba2", HYBRID | dict(
-        mamba_headdim=8, n_mamba_heads=8, mamba_ngroups=1, chunk_size=16, num_mem_blocks=1,
-        layers_block_type=["mamba", "hybrid"], attention_head_dim=16, num_key_value_heads=4,
-        adapter_rank=4)),
+        mamba_headdim=8,
+        n_mamba_heads=8,
+        mamba_ngroups=1,
+        chunk_size=16,
+        num_mem_blocks=1,
+        layers_block_type=["mamba", "hybrid"],
+        attention_head_dim=16,
+        num_key_value_heads=4,
+        adapter_rank=4,
+    )),
     # as published: with a vision part (its family in FAMILIES is that of the text part)
     "gemma3_full": ("gemma3", "gemma3_text"),
     "gemma3n_full": ("gemma3n", "gemma3n_shared_kv"),
@@ -185,15 +332,6 @@ FAMILIES = {                       # name: (transformers' model_type, the keys t
     "qwen3_5_full": ("qwen3_5", "qwen3_5_text"),
     "qwen3_vl": ("qwen3_vl", "qwen3"),
 }
-VISION = dict(
-    hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, patch_size=14,
-    image_size=28, depth=1, num_heads=4, out_hidden_size=32, head_dim=8)
-GEMMA_3N_PARTS = {                 # they take the package timm
-    "vision_config": dict(architecture="test_byobnet", hidden_size=32),
-    "audio_config": dict(
-        hidden_size=32, conf_num_hidden_layers=1, conf_num_attention_heads=4, sscp_conv_channel_size=[8, 4]),
-}
-NOT_OF_THE_TEXT = ("model_type", "architectures", "transformers_version", "dtype")
 
 
 def configuration(family: str, tied: bool = False, **changed):
