@@ -21,8 +21,8 @@ def load(directory, adapter=None):
     except (ValueError, ImportError):           # it has no attention
         lm = model_class.from_pretrained(directory, **options)
     if getattr(lm.config, "alibi", False):
-        # Falcon's eager attention adds ALiBi to the scores, and once more with the mask, which holds it
-        lm.set_attn_implementation("sdpa")
+        # Falcon's eager attention adds ALiBi to the scores and, with the mask, which holds it, once more
+        lm = model_class.from_pretrained(directory, attn_implementation="sdpa", **options)
     if adapter:
         lm = PeftModel.from_pretrained(lm, adapter, is_trainable=True)
     return lm.eval()
