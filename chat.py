@@ -48,7 +48,7 @@ class Speaker:
         self.tokeniser = Tokeniser(self.tokenizer)
         self.stops = stop_ids(self.tokenizer)
         self.messages = []
-        self.lm = load_lm(base_of(path), "auto", None).eval()
+        self.lm = load_lm(base_of(path), "auto").eval()
         if is_adapter(path):
             lora.attach_saved(self.lm, path)
         self.lm.to("cuda" if torch.cuda.is_available() else "cpu")

@@ -12,6 +12,7 @@ from engine.logs import Run
 from engine.loop import Engine
 from engine.ranks import distributed, from_main
 from engine.score import critic_path
+from model import lora
 from model.actor_critic import build_actor_critic
 from model.build import build_policy, build_second_model, shard
 from model.check import check_policy
@@ -38,8 +39,10 @@ def build(run_config, run: Run, start: str | None = None,
     if policy is None:
         trains_adapter = is_adapter(common.model)
         policy = build_policy(start or common.model, tokenizer, common, trains_adapter=trains_adapter)
-    check_policy(policy, train_set, common.share_prompt, run.notice)
-    policy = with_heads(policy, algorithm.MODEL, common, config, tokenizer, start, run.notice)
+    check_policy(policy, train_set, common, run.notice)
+    if lora.settings(policy.lm) and lora.left_out(policy.lm):
+        run.notice(lora.left_out(policy.lm))
+    policy = with_heads(policy, algorithm.MODEL, common, config, tokenizer, start, train_set, run.notice)
     step = checkpoint.load_trainer(start)["step"]
     # once more: loading may have fetched another commit of a hub model
     digests = from_main(fingerprints, asdict(common) | asdict(config))
@@ -55,7 +58,8 @@ def build(run_config, run: Run, start: str | None = None,
     return algorithm, config, engine
 
 
-def with_heads(policy: Policy, kind: str, common, config, tokenizer, start: str | None, notice) -> Policy:
+def with_heads(policy: Policy, kind: str, common, config, tokenizer, start: str | None, examples,
+               notice) -> Policy:
     """The policy, or what an algorithm's MODEL makes of it: a reward model, or a policy with its critic."""
     if kind == "reward":
         return build_reward_model(policy, start or common.model, common.seed, notice)
@@ -63,7 +67,7 @@ def with_heads(policy: Policy, kind: str, common, config, tokenizer, start: str 
         critic = critic_path(config.reward, tokenizer, notice)
         trunk = None
         if config.uses_critic():
-            trunk = build_second_model(critic or common.model, tokenizer, common)
+            trunk = build_second_model(critic or common.model, tokenizer, common, examples, notice)
         return build_actor_critic(policy, trunk, critic, start, common.seed, notice)
     return policy
 

@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM
 
 from data.dataset import doubts
 from data.errors import printable
@@ -15,7 +14,7 @@ from engine.config import describe
 from engine.inputs import marked, read_inputs
 from engine.plan import Plan
 from model import lora
-from model.load import base_of, is_adapter, load_config, unloadable
+from model.load import base_of, empty_lm, is_adapter, load_config
 from model.logps import LOGITS_AT_ONCE
 
 BYTES_IN_4_BIT = 0.52      # per weight, with the scales
@@ -108,8 +107,9 @@ def micro_batch_sizes(common, train_set: list, plan: Plan, world: int) -> list[i
 def forecast(common, config, train_set: list, tokens: int, online: bool = False) -> list[str]:
     """Weights, gradients, optimizer, reference and the largest micro-batch, in GB, from the model's
     configuration alone."""
-    settings = load_config(base_of(common.model))
-    trained, frozen, quantized = count_parameters(common, settings)
+    whole = load_config(base_of(common.model))
+    settings = whole.get_text_config()
+    trained, frozen, quantized = count_parameters(common, whole)
     every = trained + frozen
     is_bf16 = torch.cuda.is_available() and common.precision != "fp32"
     width = 2 if is_bf16 else 4      # bytes of a frozen weight that is not in 4 bits
@@ -143,11 +143,7 @@ def forecast(common, config, train_set: list, tokens: int, online: bool = False)
 
 def count_parameters(common, settings) -> tuple[int, int, int]:
     """(trained, frozen, those of the frozen that are kept in 4 bits)."""
-    try:
-        with torch.device("meta"):
-            lm = AutoModelForCausalLM.from_config(settings)
-    except Exception as error:  # noqa: BLE001  somebody else's file: anything may be raised
-        raise unloadable(base_of(common.model), error) from error
+    lm = empty_lm(settings, base_of(common.model))
     quantized = 0
     if common.load_in_4bit:
         quantized = sum(layer.weight.numel() for layer in lora.linear_layers(lm).values())
@@ -172,7 +168,9 @@ def activation_bytes(common, settings, tokens: int) -> int:
     """What a micro-batch keeps for the backward, in fp32. Per token and layer: two norms (input and output),
     q k v and rotated q k, attention output, and the MLP's gate and up."""
     hidden = settings.hidden_size
-    inner = getattr(settings, "intermediate_size", 4 * hidden)
+    inner = getattr(settings, "intermediate_size", None) or 4 * hidden
+    if isinstance(inner, list):                    # Gemma 3n has one per layer
+        inner = max(inner)
     per_layer = 4 * hidden if common.gradient_checkpointing else 4 * (10 * hidden + 2 * inner)
     return tokens * (settings.num_hidden_layers * per_layer + 4 * 4 * hidden)
 

@@ -6,6 +6,7 @@ from data.packing import pack
 from engine.config import Common
 from model.build import build_policy
 from model.check import check_policy
+from model.keys import ModelKeys
 from model.load import is_adapter
 from model.reward_model import RewardModel, build_reward_model, is_reward_model
 
@@ -14,7 +15,7 @@ def load_frozen(path: str, tokenizer, examples: list[Example], notice):
     """The model at `path`, frozen, as a Policy, or as a RewardModel if it is one; checked on some of
     `examples`."""
     policy = build_policy(path, tokenizer, frozen=True, trains_adapter=is_adapter(path)).requires_grad_(False)
-    check_policy(policy, examples, "auto", notice)
+    check_policy(policy, examples, ModelKeys(), notice)
     if not is_reward_model(path):
         return policy
     return build_reward_model(policy, path, 0, notice).requires_grad_(False)

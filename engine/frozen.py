@@ -77,7 +77,8 @@ def resolved(engine, path: str | None) -> str | None:
 
 
 def load_reference(engine, path: str | None):
-    return build_second_model(path or engine.config.model, engine.tokenizer, engine.config)
+    path = path or engine.config.model
+    return build_second_model(path, engine.tokenizer, engine.config, engine.train_set, engine.notice)
 
 
 def used_examples(engine) -> list[Example]:

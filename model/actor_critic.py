@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from data.errors import UserError
 from data.pack import Batch
 from model import lora
-from model.policy import Policy
+from model.policy import Policy, trunk_of
 from model.reward_model import hidden_size, linear_head, saved_head
 
 CRITIC = "critic.safetensors"      # in a checkpoint of a policy with a critic: the critic's trained weights
@@ -23,7 +23,10 @@ class ActorCritic(Policy):
     One module: under `torchrun` it is the FSDP root of both, with one optimizer and one gradient norm."""
 
     def __init__(self, policy: Policy, head: torch.Tensor, trunk: Policy | None = None):
-        super().__init__(policy.lm, policy.precision, policy.share_prompt)
+        form = policy.form
+        if trunk is not None and not trunk.share_prompt:
+            form = form._replace(share_prompt=False)
+        super().__init__(policy.lm, policy.precision, form)
         self.critic_trunk = trunk              # None: the policy's
         self.critic_head = linear_head(head, policy.device)
 
@@ -65,12 +68,12 @@ def build_actor_critic(policy: Policy, trunk: Policy | None, reward_model: str |
     return model
 
 
-def headless(trunk: Policy, policy: Policy, seed: int) -> Policy:
-    """`trunk` without its head, with the settings of `policy`, and with an adapter where `policy` has one."""
+def headless(critic: Policy, policy: Policy, seed: int) -> Policy:
+    """`critic` without its head, with the settings of `policy`, and with an adapter where `policy` has one."""
     adapter = lora.settings(policy.lm)
-    if adapter and not lora.settings(trunk.lm):
-        lora.attach(trunk.lm, copy.deepcopy(adapter), seed)
-    return Policy(trunk.lm.base_model, policy.precision, policy.share_prompt)
+    if adapter and not lora.settings(critic.lm):
+        lora.attach(critic.lm, copy.deepcopy(adapter), seed)
+    return Policy(trunk_of(critic.lm), policy.precision, critic.form)
 
 
 def load_critic(model: ActorCritic, file: str) -> None:

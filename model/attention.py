@@ -4,14 +4,18 @@ import torch.nn.functional as F
 from torch.nn.attention.bias import causal_lower_right
 from transformers import AttentionInterface
 
+from model.scores import capped_attention, with_sink
+
 
 def segments_attention(module, query, key, value, attention_mask, scaling=None, segments=None,
-                       sliding_window=None, **_):
+                       sliding_window=None, softcap=None, s_aux=None, **_):
     """Attention over a flat row, one call of SDPA per prompt with its first response, and one per further
     response: its queries over the keys of the prompt and its own. Memory is linear in the row's length.
 
-    query (1, heads, T, head_dim); key, value (1, kv_heads, T, head_dim); segments as in `Batch.segments`.
-    Returns (1, T, heads, head_dim), as transformers' attention functions do."""
+    query (1, heads, T, head_dim); key, value (1, kv_heads, T, head_dim); segments as in `Batch.segments`;
+    softcap: a cap on the scores (Gemma 2); s_aux (heads,): sinks (gpt-oss), both as in scores.py. Returns
+    (1, T, heads, head_dim), as transformers' attention functions do."""
+    options = (scaling, sliding_window, softcap, s_aux)
     query = query.to(value.dtype)          # under autocast, rotary embeddings return fp32
     key = key.to(value.dtype)
     units = []                             # lengths of the parts of the row with a call each
@@ -25,34 +29,42 @@ def segments_attention(module, query, key, value, attention_mask, scaling=None, 
     attended = []
     first = 0                              # the unit of a prompt with its first response
     for prompt, responses in segments:
-        output = attend(queries[first], keys[first], values[first], scaling, sliding_window)
+        output = attend(queries[first], keys[first], values[first], *options)
         attended.append(output)
         for unit in range(first + 1, first + len(responses)):
             prompt_keys = keys[first][:, :, :prompt]
             prompt_values = values[first][:, :, :prompt]
             unit_keys = torch.cat([prompt_keys, keys[unit]], 2)
             unit_values = torch.cat([prompt_values, values[unit]], 2)
-            output = attend(queries[unit], unit_keys, unit_values, scaling, sliding_window)
+            output = attend(queries[unit], unit_keys, unit_values, *options)
             attended.append(output)
         first += max(1, len(responses))
     return torch.cat(attended, 1), None
 
 
-def attend(query, key, value, scaling, sliding_window):
+def attend(query, key, value, scaling, sliding_window, softcap=None, sinks=None):
     """Causal attention of L queries that stand at the last of K keys' places -> (1, L, heads, head_dim)"""
+    head_dim = value.shape[3]
+    if sinks is not None and not softcap:
+        query, key, value = with_sink(query, key, value, sinks, scaling)
     queries = query.shape[2]
     keys = key.shape[2]
     before = keys - queries                # keys before the first query
     mask = None
-    if sliding_window is not None and keys > sliding_window:
+    if softcap or (sliding_window is not None and keys > sliding_window):
         mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device)
         mask = mask.tril(before)
-        mask = mask.triu(before - sliding_window + 1)
+        if sliding_window is not None:
+            mask = mask.triu(before - sliding_window + 1)
+            if sinks is not None:
+                mask[:, 0] = True          # every query sees the sink
     elif before:
         mask = causal_lower_right(queries, keys)
+    if softcap:
+        return capped_attention(query, key, value, mask, scaling, softcap)
     output = F.scaled_dot_product_attention(
         query, key, value, mask, is_causal=mask is None, scale=scaling, enable_gqa=True)
-    return output.transpose(1, 2)
+    return output[..., :head_dim].transpose(1, 2)
 
 
 AttentionInterface.register("segments", segments_attention)

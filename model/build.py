@@ -8,6 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from data.errors import UserError
 from model import attention, dense, lora  # noqa: F401  the forms of attention are registered
+from model.check import check_policy
 from model.cpu import return_freed_memory
 from model.keys import ModelKeys
 from model.load import base_of, is_adapter, load_lm
@@ -36,7 +37,7 @@ def build_policy(
     if (trains_adapter or keys.lora_r > 0) and precision == "bf16" and device.type == "cuda":
         dtype = torch.bfloat16
     quantized = lora.quantization(keys, device, dtype)
-    lm = load_lm(base_of(path), dtype, keys.attn_implementation, **quantized).eval()
+    lm = load_lm(base_of(path), dtype, **quantized).eval()
     if not quantized:
         lm.to(device)
     if device.type == "cpu" and lm.num_parameters() > 2 ** 26:      # small ones keep it: a third faster
@@ -48,18 +49,17 @@ def build_policy(
         lora.attach(lm, lora.new_settings(keys, lm), keys.seed)
     patch_gated_mlps(lm)
     if keys.gradient_checkpointing:
-        lm.gradient_checkpointing_enable({"use_reentrant": False})
-        for module in lm.modules():
-            # transformers checkpoints in train mode only; everything else stays in eval, without dropout
-            module.training = getattr(module, "gradient_checkpointing", False)
-    return Policy(lm, precision, share_prompt=keys.share_prompt != "false")
+        checkpoint_layers(lm, path)
+    return Policy(lm, precision)
 
 
-def build_second_model(path: str, tokenizer, config) -> Policy:
-    """Another model of the run beside its policy (a reference, a reward model, a critic's trunk): without a
-    fresh adapter, and in the dtype that `config` gives the run's models."""
+def build_second_model(path: str, tokenizer, config, examples, notice) -> Policy:
+    """Another model of the run beside its policy (a reference, a reward model, a critic's trunk), checked on
+    some of `examples`: without a fresh adapter, and in the dtype that `config` gives the run's models."""
     trains_adapter = is_adapter(config.model)
-    return build_policy(path, tokenizer, config, frozen=True, trains_adapter=trains_adapter)
+    policy = build_policy(path, tokenizer, config, frozen=True, trains_adapter=trains_adapter)
+    check_policy(policy, examples, config, notice)
+    return policy
 
 
 def this_device() -> torch.device:
@@ -92,12 +92,43 @@ def check_sizes(lm, path: str, tokenizer, max_length: int | None) -> None:
                         "fix: lower max_length")
 
 
+def checkpoint_layers(lm, path: str) -> None:
+    """Recompute the layers of an LM in the backward; UserError where it cannot."""
+    try:
+        lm.gradient_checkpointing_enable({"use_reentrant": False})
+    except ValueError as error:
+        raise UserError(f"gradient_checkpointing: {path} is a {lm.config.model_type}, whose layers cannot be "
+                        "recomputed; fix: gradient_checkpointing=false") from error
+    for module in lm.modules():
+        # transformers checkpoints in train mode only; everything else stays in eval, without dropout
+        module.training = getattr(module, "gradient_checkpointing", False)
+        if not module.training:
+            continue
+        for name, value in list(vars(module).items()):     # OPT's layers read these rates themselves
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
 def patch_gated_mlps(lm) -> None:
-    """Give every gated MLP of an LM the forward below."""
+    """Give the gated MLPs of an LM the forward below, those whose own forward computes the same (not so in
+    BitNet, Gemma 3n or Falcon-H1)."""
     for module in lm.modules():
         names = {name for name, _ in module.named_children()}
-        if {"gate_proj", "up_proj", "down_proj"} <= names and hasattr(module, "act_fn"):
+        if {"gate_proj", "up_proj", "down_proj"} <= names and hasattr(module, "act_fn") and is_gated(module):
             module.forward = types.MethodType(gated_mlp, module)
+
+
+@torch.no_grad()
+def is_gated(module) -> bool:
+    """Whether a module computes `gated_mlp`, tried on four random rows."""
+    generator = torch.Generator().manual_seed(0)
+    try:
+        weight = module.gate_proj.weight
+        dtype = weight.dtype if weight.is_floating_point() else torch.bfloat16
+        rows = torch.randn(4, module.gate_proj.in_features, generator=generator).to(weight.device, dtype)
+        return torch.allclose(gated_mlp(module, rows), module(rows), rtol=1e-3, atol=1e-5)
+    except (RuntimeError, TypeError, AttributeError):
+        return False
 
 
 def gated_mlp(self, x):
@@ -135,4 +166,7 @@ def shard(policy: Policy):
         fully_shard(module, ignored_params=whole)
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)       # without it gloo fails: it has no PREMUL_SUM
+    for module in policy.modules():
+        if isinstance(module, Policy):
+            module.is_sharded = True
     return policy

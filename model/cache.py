@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from transformers import AttentionInterface
 
 from model.attention import segments_attention
+from model.scores import scored_attention
 
 CACHE_BYTES = 2 ** 31                  # keys and values at a time on a CPU; on a GPU half of its free memory
 
@@ -12,9 +13,9 @@ CACHE_BYTES = 2 ** 31                  # keys and values at a time on a CPU; on 
 def rows_in_memory(lm, length: int) -> int:
     """How many rows of `length` tokens the memory for keys and values holds; at least 1."""
     config = lm.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None)
-    head_dim = head_dim or config.hidden_size // config.num_attention_heads
+    query_heads = getattr(config, "num_attention_heads", None) or 1              # Mamba has none
+    heads = getattr(config, "num_key_value_heads", None) or query_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // query_heads
     per_token = config.num_hidden_layers * 2 * heads * head_dim * lm.dtype.itemsize
     room = CACHE_BYTES
     if lm.device.type == "cuda":
@@ -105,6 +106,8 @@ def rollout_attention(
     cache=None,
     segments=None,
     sliding_window=None,
+    softcap=None,
+    s_aux=None,
     **_,
 ):
     """Attention while sampling: within whole prompts (`segments`), or of one new token per row over what
@@ -112,7 +115,8 @@ def rollout_attention(
     key = key.to(value.dtype)                                      # as in segments_attention
     if segments is not None:
         cache.store_prompts(module.layer_idx, key, value)
-        return segments_attention(module, query, key, value, None, scaling, segments, sliding_window)
+        return segments_attention(
+            module, query, key, value, None, scaling, segments, sliding_window, softcap, s_aux)
     key, value = cache.append(module.layer_idx, key, value)
     end = key.shape[2]
     start = 0 if sliding_window is None else max(0, end - sliding_window)
@@ -122,7 +126,11 @@ def rollout_attention(
     grouped = query.to(value.dtype).view(rows, key.shape[1], -1, head_dim)
     key = key[:, :, start:]
     value = value[:, :, start:]
-    attended = F.scaled_dot_product_attention(grouped, key, value, mask, scale=scaling)
+    if softcap or s_aux is not None:
+        sinks = None if s_aux is None else s_aux.view(1, key.shape[1], -1, 1)
+        attended = scored_attention(grouped, key, value, mask, scaling, softcap, sinks)
+    else:
+        attended = F.scaled_dot_product_attention(grouped, key, value, mask, scale=scaling)
     return attended.reshape(rows, 1, -1, head_dim), None
 
 

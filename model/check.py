@@ -1,16 +1,23 @@
-"""Before anything is trained: do flat rows give the model's own log-probs?"""
+"""Before anything is trained: which form of the forward gives the model's own log-probs?
+
+    segments, prompts shared     flat rows, each prompt laid out once for all its responses
+    segments                     flat rows, each prompt laid out once per response
+    plain                        a row per response, through the model's own attention
+"""
+import contextlib
+from types import SimpleNamespace
+
+import numpy as np
 import torch
 
 from data.errors import UserError
 from data.pack import Example, Response
 from model.generating import generating
-from model.policy import Policy
+from model.plain import PADDING, decode_plain
+from model.policy import PLAIN, Form, Policy
 
-FORMS = {                          # values of `share_prompt` that each mode tries
-    "auto": (True, False),
-    "true": (True,),
-    "false": (False,),
-}
+TOLERANCE = 1e-3                   # of a log-prob, in fp32
+IN_4_BIT = 0.25                    # weights in 4 bits are multiplied in bf16, which rounds to this
 
 
 def probe(prompt: Example) -> Example:
@@ -21,43 +28,167 @@ def probe(prompt: Example) -> Example:
 
 
 @torch.no_grad()
-def check_policy(policy: Policy, examples, mode: str, notice) -> None:
-    """Compare the log-probs of the two shortest examples with the LM's own forward. With `mode` "auto" the
-    policy falls back to a copy of the prompt per response (`share_prompt` is False) where only that agrees.
+def check_policy(policy: Policy, examples, keys, notice) -> None:
+    """Compare log-probs with the LM's own forward, and give the policy the first form that agrees on the two
+    shortest examples and the longest (windows and rotary scalings show in long rows only). `keys`: a
+    ModelKeys, or a run's configuration, whose share_prompt and attn_implementation say which forms are
+    allowed. A notice names a form that is not the fastest.
 
-    Raises UserError where neither agrees: the layers are recurrent, or the LM changes its logits after the
-    head."""
-    shortest = sorted(examples, key=Example.size)[:2]
-    shortest = [example if example.responses else probe(example) for example in shortest]
-    own = own_logps(policy, shortest)
-    if not own.isfinite().all():               # `load_lm` has checked that the weights are finite
-        raise UserError(f"model: its log-probs of {shortest[0].where} are NaN or infinite, so its "
-                        "activations overflow; fix: precision=fp32, or another model")
-    tolerance = 1e-3 if policy.precision == "fp32" else 0.25
-    for share in FORMS[mode]:
-        policy.share_prompt = share
-        difference = (policy(policy.collate(shortest)) - own).abs().max()
-        if difference <= tolerance:
-            if mode == "auto" and not share:
-                notice("share_prompt: prompts are laid out once per response, this model's layers do not "
-                       "allow sharing them")
-            return
-    raise UserError(f"model: log-probs of flat rows differ from the model's own by {difference:.2g} "
-                    "(recurrent layers, or logits changed after the head); fix: use a model with ordinary "
-                    "attention layers")
+    Raises UserError where no form agrees, or the log-probs are not finite."""
+    ordered = sorted(examples, key=Example.size)
+    checked = ordered[:2] + ordered[2:][-1:]
+    checked = [example if example.responses else probe(example) for example in checked]
+    kind = policy.lm.config.model_type
+    with in_fp32(policy):
+        own = own_logps(policy, checked)
+        if not own.isfinite().all():           # `load_lm` has checked that the weights are finite
+            raise UserError(f"model: its log-probs of {checked[0].where} are NaN or infinite, so its "
+                            "activations overflow; fix: precision=fp32, or another model")
+        tolerance = TOLERANCE if policy.precision == "fp32" else IN_4_BIT
+        difference = torch.inf
+        for form in forms_of(keys, policy.lm):
+            policy.use(form)
+            difference = difference_to(own, policy, checked)
+            if difference <= tolerance:
+                break
+    if not difference <= tolerance:
+        raise UserError(f"model: the log-probs of a {kind} differ by {difference:.2g} from its own in every "
+                        "form of rows that share_prompt and attn_implementation allow; fix: leave both at "
+                        "auto, or use another model")
+    if form.attention == PLAIN:
+        exact = all(has_exact_cache(policy, example) for example in checked)
+        policy.use(form._replace(padding=min(form.padding, PADDING), has_exact_cache=exact))
+        if keys.attn_implementation != PLAIN:
+            notice(f"rows: one response per row, through the model's own attention: flat rows are wrong for "
+                   f"a {kind}; this is exact, but slower")
+        if not exact:
+            notice(f"sampling: the cache of a {kind} gives other log-probs than its forward, so every token "
+                   "is sampled from the whole row; this is exact, but slow")
+    elif not form.share_prompt and keys.share_prompt == "auto":
+        notice("share_prompt: prompts are laid out once per response, this model's layers do not allow "
+               "sharing them")
+
+
+def forms_of(keys, lm) -> list[Form]:
+    """The forms to try, the fastest first. Plain rows are padded as far as possible first, then not at all:
+    there are rotary embeddings that depend on the length of the row."""
+    asked = keys.attn_implementation
+    sharing = {"auto": (True, False), "true": (True,), "false": (False,)}[keys.share_prompt]
+    forms = []
+    if asked != PLAIN and lm._can_set_attn_implementation():
+        flat = "segments" if asked == "auto" else asked
+        for shared in sharing:
+            forms.append(Form(flat, shared))
+    if asked in ("auto", PLAIN) and False in sharing:
+        forms += [Form(PLAIN, False, padding=torch.inf), Form(PLAIN, False, padding=1.0)]
+    return forms
+
+
+def difference_to(own, policy: Policy, examples) -> float:
+    """The largest difference of the policy's log-probs of `examples` to `own` (N,); infinite where this form
+    cannot be computed."""
+    try:
+        logps = policy(policy.collate(examples))
+    except Exception:  # noqa: BLE001  somebody else's layers: they need not know our attention
+        if policy.form.attention == PLAIN:
+            raise
+        return torch.inf
+    return float((logps - own).abs().max())
+
+
+def has_exact_cache(policy: Policy, example: Example) -> bool:
+    """Whether the log-probs of two completions that the LM generates together with its cache are those of its
+    forward, to 1e-4 where the run has fp32, else to 1e-3."""
+    length = 16
+    tolerance = policy.tolerance if policy.precision == "fp32" else TOLERANCE
+    sampling = SimpleNamespace(temperature=1.0, top_p=1.0, top_k=0, max_completion_length=length)
+    uniforms = np.random.default_rng(0).random((2, length))
+    with in_fp32(policy):
+        try:
+            with generating(policy) as lm:
+                drawn = decode_plain(lm, [example.prompt] * 2, uniforms, sampling, stops=lambda tokens: False)
+        except Exception:  # noqa: BLE001  somebody else's cache
+            return False
+        responses = [Response.all_trained(completion.tokens) for completion in drawn]
+        logps = policy(policy.collate([Example(example.prompt, responses, example.where)])).cpu()
+    generated = np.concatenate([completion.logps for completion in drawn])
+    return bool((logps - torch.from_numpy(generated)).abs().max() <= tolerance)
 
 
 def own_logps(policy: Policy, examples) -> torch.Tensor:
-    """Log-probs (N,) of the trained tokens by the LM's own forward, one response at a time."""
+    """Log-probs (N,) of the trained tokens by the LM's own forward, one response at a time. Raises UserError
+    where a later token changes what is predicted before it."""
     found = []
-    with generating(policy) as lm:
+    with generating(policy) as lm, unpatched(lm):
         for example in examples:
+            prompt = len(example.prompt)
             for response in example.responses:
                 row = torch.tensor([[*example.prompt, *response.tokens]], device=policy.device)
-                predicting = len(response.tokens) + 1
-                logits = lm(row, use_cache=False, logits_to_keep=predicting).logits[0, :-1]
-                targets = row[0, len(example.prompt):, None]
-                logps = logits.float().log_softmax(-1).gather(1, targets)[:, 0]
+                logits = own_logits(lm, row, prompt)
+                if not found:
+                    other = row.clone()
+                    other[0, -1] = row[0, -1] - 1 if row[0, -1] > 0 else 1
+                    change = (own_logits(lm, other, prompt) - logits).abs().max()
+                    if change > TOLERANCE:
+                        raise UserError(f"model: a {lm.config.model_type} is no causal language model here: "
+                                        "later tokens change its predictions; fix: pass a causal LM")
+                logps = logits.log_softmax(-1).gather(1, row[0, prompt:, None])[:, 0]
                 trained = torch.from_numpy(response.trained).to(policy.device)
                 found.append(logps[trained])
     return torch.cat(found)
+
+
+def own_logits(lm, row, start: int):
+    """The logits (L, V) fp32 that predict the tokens of a row (1, T) from `start` on."""
+    predicting = row.shape[1] - start + 1
+    mask = torch.ones_like(row)
+    logits = lm(row, attention_mask=mask, use_cache=False, logits_to_keep=predicting).logits[0]
+    return logits[-predicting:-1].float()          # some families keep all
+
+
+@contextlib.contextmanager
+def unpatched(lm):
+    """The LM with the forwards of its own classes, without those that we gave to its modules."""
+    patched = {module: vars(module).pop("forward") for module in lm.modules() if "forward" in vars(module)}
+    try:
+        yield
+    finally:
+        for module, forward in patched.items():
+            module.forward = forward
+
+
+@contextlib.contextmanager
+def in_fp32(policy: Policy):
+    """The policy with products and weights in fp32: bf16 would hide a leak from one example to the next. A
+    weight that is kept in bf16 is cast while its module runs. Weights in 4 bits stay."""
+    parameters = list(policy.lm.parameters())
+    if not all(parameter.is_floating_point() for parameter in parameters):
+        yield
+        return
+    kept = {}
+    hooks = []
+
+    def cast(module, _):
+        for parameter in module.parameters(recurse=False):
+            kept[parameter] = parameter.data
+            parameter.data = parameter.data.float()
+
+    def restore(module, *_):
+        for parameter in module.parameters(recurse=False):
+            parameter.data = kept.pop(parameter)
+
+    for module in policy.lm.modules():
+        own = list(module.parameters(recurse=False))
+        if any(parameter.dtype != torch.float32 for parameter in own):
+            hooks.append(module.register_forward_pre_hook(cast))
+            hooks.append(module.register_forward_hook(restore))
+    precision = policy.precision
+    policy.precision = "fp32"
+    try:
+        yield
+    finally:
+        policy.precision = precision
+        for hook in hooks:
+            hook.remove()
+        for parameter, data in kept.items():       # a module that raised an error
+            parameter.data = data

@@ -45,20 +45,6 @@ def fast_row_count(lm, rows: int) -> int:
     return -(-rows // multiple) * multiple
 
 
-class HeadLogits:
-    """`HeadLogits(lm, rows)(hidden)`: (n, D) -> logits (n, V) fp32 of the LM's head, for n of at most
-    `rows`. On a CPU each call overwrites the logits of the one before."""
-
-    def __init__(self, lm, rows: int):
-        self.weight = lm.get_output_embeddings().weight
-        self.buffer = torch.empty(rows * len(self.weight)) if on_plain_cpu(lm) else None
-
-    def __call__(self, hidden):
-        if self.buffer is None:
-            return F.linear(hidden, self.weight).float()
-        return few_rows_product(hidden, self.weight, self.buffer)
-
-
 def slices(logits):
     """(n, V) -> parts of its columns: on a CPU so few that they stay in its cache, else all of them."""
     return logits.split(SLICE if logits.device.type == "cpu" else logits.shape[1], 1)
@@ -69,7 +55,7 @@ def few_rows_linear(self, x):
     rows = x.reshape(-1, x.shape[-1])
     if len(rows) > FEW:
         return F.linear(x, self.weight, self.bias)
-    result = few_rows_product(rows, self.weight)
+    result = few_rows_product(rows, self.weight).contiguous()      # DeepSeek takes a complex view of it
     return (result if self.bias is None else result + self.bias).reshape(*x.shape[:-1], -1)
 
 

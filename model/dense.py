@@ -1,7 +1,8 @@
 """The rule of flat rows as a (T, T) mask: `attn_implementation: dense`, and the oracle of the tests."""
 import torch
-import torch.nn.functional as F
 from transformers import AttentionInterface
+
+from model.scores import scored_attention
 
 
 def visible(segments, sliding_window=None, device=None):
@@ -30,12 +31,15 @@ def visible(segments, sliding_window=None, device=None):
 
 
 def dense_attention(module, query, key, value, attention_mask, scaling=None, segments=None,
-                    sliding_window=None, **_):
+                    sliding_window=None, softcap=None, s_aux=None, **_):
     query = query.to(value.dtype)
     key = key.to(value.dtype)
+    copies = query.shape[1] // key.shape[1]        # query heads per key
+    key = key.repeat_interleave(copies, 1)
+    value = value.repeat_interleave(copies, 1)
     mask = visible(segments, sliding_window, query.device)
-    output = F.scaled_dot_product_attention(
-        query, key, value, mask, scale=scaling, enable_gqa=True)
+    sinks = None if s_aux is None else s_aux[None, :, None, None]
+    output = scored_attention(query, key, value, mask, scaling, softcap, sinks)
     return output.transpose(1, 2), None
 
 

@@ -4,11 +4,14 @@ import contextlib
 import torch
 from torch.distributed.fsdp import FSDPModule
 
+from model.policy import PLAIN, ordinary_attention
+
 
 @contextlib.contextmanager
 def generating(policy, attention: str | None = None):
     """Yield the LM inside `policy`, without gradients, with every sharded weight gathered, and with ordinary
-    attention that takes a KV cache (or the registered form of attention `attention`)."""
+    attention that takes a KV cache (or the registered form of attention `attention`). Where the policy has
+    plain rows, that is the attention it has already."""
     lm = policy.lm
     sharded = [module for module in policy.modules() if isinstance(module, FSDPModule)]
     if sharded:
@@ -17,9 +20,9 @@ def generating(policy, attention: str | None = None):
         policy.set_reshard_after_forward(False)
         with torch.no_grad():
             policy(policy.collate([]))
-    ordinary = "sdpa" if lm._supports_sdpa else "eager"        # eager: Gemma 2
     implementation = lm.config._attn_implementation
-    lm.set_attn_implementation(attention or ordinary)
+    if policy.form.attention != PLAIN:
+        lm.set_attn_implementation(attention or ordinary_attention(lm))
     # LoRA's dropout is in train mode, and so are checkpointed layers, which would ignore the cache.
     training = [module for module in lm.modules() if module.training]
     for module in training:
@@ -28,7 +31,8 @@ def generating(policy, attention: str | None = None):
         with torch.no_grad(), policy.autocast():
             yield lm
     finally:
-        lm.set_attn_implementation(implementation)
+        if policy.form.attention != PLAIN:
+            lm.set_attn_implementation(implementation)
         for module in training:
             module.training = True
         for module in sharded:

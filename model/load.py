@@ -7,6 +7,7 @@ import re
 from pickle import UnpicklingError
 
 import torch
+import transformers
 from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedConfig
@@ -80,27 +81,20 @@ def check_path(name: str, key: str = "model") -> None:
                     "fix: correct the path, or pass a hub name owner/name")
 
 
-def load_lm(path: str, dtype=torch.float32, attn_implementation: str = "segments", **options):
-    """A causal LM from a local directory or the hub; UserError for what is not one. `dtype` is fp32 for
-    weights that are trained; `options` are more of from_pretrained's."""
+def load_lm(path: str, dtype=torch.float32, **options):
+    """A causal LM from a local directory or the hub, with the attention that transformers chooses; UserError
+    for what is not one. `dtype` is fp32 for weights that are trained; `options` are more of
+    from_pretrained's. Only its text part has gradients."""
     if is_adapter(path):
         raise UserError(f"{path} holds a LoRA adapter, not a model; "
                         "fix: pass its base model, or a run of it with merge: true")
     config = load_config(path)
-    kinds = config.architectures
-    kinds = kinds if kinds and isinstance(kinds, list) else ["CausalLM"]
-    if getattr(config, "quantization_config", None):
-        raise UserError(f"model: {path} is quantized and cannot be trained; fix: pass the unquantized model")
-    known = type(config) in AutoModelForCausalLM._model_mapping
-    if not known or not any("CausalLM" in kind or "LMHead" in kind for kind in kinds):
-        raise UserError(f"model: {path} is a {config.model_type} ({kinds[0]}), not a causal language model; "
-                        "fix: pass a causal LM")
+    loader = lm_class(config, path)
     settings, changed = generation_settings(path)
     if changed:
         options["generation_config"] = GenerationConfig(**settings)
     try:
-        lm, info = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, attn_implementation=attn_implementation, output_loading_info=True, **options)
+        lm, info = loader.from_pretrained(path, dtype=dtype, output_loading_info=True, **options)
     except Exception as error:  # noqa: BLE001  somebody else's files: anything may be raised
         raise unloadable(path, error) from error
     missing = sorted(info["missing_keys"])
@@ -109,7 +103,60 @@ def load_lm(path: str, dtype=torch.float32, attn_implementation: str = "segments
         raise UserError(f"model: {path} lacks {len(missing)} weights of a {kind} ({missing[0]}, ...); "
                         "fix: pass a complete causal LM")
     check_finite(lm.named_parameters(), path)
+    freeze_other_parts(lm)
     return lm
+
+
+def lm_class(config, path: str):
+    """The class that loads a causal LM with this configuration: the one that the checkpoint names where it
+    reads more than text (`...ForConditionalGeneration`). UserError for what is no causal LM, or is
+    quantized."""
+    if getattr(config, "quantization_config", None):
+        raise UserError(f"model: {path} is quantized and cannot be trained; fix: pass the unquantized model")
+    kinds = config.architectures
+    kinds = kinds if kinds and isinstance(kinds, list) else ["CausalLM"]
+    reads_more = kinds[0].endswith("ForConditionalGeneration")
+    is_causal = any("CausalLM" in kind or "LMHead" in kind for kind in kinds)
+    if reads_more and not config.is_encoder_decoder and hasattr(transformers, kinds[0]):
+        return getattr(transformers, kinds[0])
+    if is_causal and type(config) in AutoModelForCausalLM._model_mapping:
+        return AutoModelForCausalLM
+    raise UserError(f"model: {path} is a {config.model_type} ({kinds[0]}), not a causal language model; "
+                    "fix: pass a causal LM")
+
+
+def empty_lm(config, path: str):
+    """The LM of a configuration without the numbers of its weights; UserError where it cannot be built."""
+    loader = lm_class(config, path)
+    try:
+        with torch.device("meta"):
+            if loader is AutoModelForCausalLM:
+                lm = loader.from_config(config, dtype=torch.float32)
+            else:
+                lm = loader._from_config(config, dtype=torch.float32)
+    except Exception as error:  # noqa: BLE001  somebody else's file: anything may be raised
+        raise unloadable(path, error) from error
+    freeze_other_parts(lm)
+    return lm.eval()
+
+
+def text_part(lm):
+    """The module inside an LM that reads text: the LM itself, unless it reads images or audio, too."""
+    if lm.config.get_text_config() is lm.config:
+        return lm
+    return lm.get_decoder()
+
+
+def freeze_other_parts(lm) -> None:
+    """Train only the text part and the head of an LM that reads more than text."""
+    text = text_part(lm)
+    if text is lm:
+        return
+    parts = [text, lm.get_input_embeddings(), lm.get_output_embeddings()]
+    lm.requires_grad_(False)
+    for part in parts:
+        for parameter in part.parameters():
+            parameter.requires_grad_(parameter.is_floating_point())
 
 
 def generation_settings(path: str) -> tuple[dict, str]:

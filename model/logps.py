@@ -14,8 +14,9 @@ def plain_logps(hidden, weight, target):
     return logps.gather(1, target[:, None])[:, 0]
 
 
-def logit_slices(hidden, weight, target):
-    """Yield the logits, a slice of the vocabulary at a time, in one buffer of at most LOGITS_AT_ONCE numbers:
+def logit_slices(hidden, weight, target, bias=None, cap=None):
+    """Yield the logits, a slice of the vocabulary at a time, in one buffer of at most LOGITS_AT_ONCE numbers.
+    `bias` (V,) fp32 and `cap` as in head.Head.
 
     logits   (N, slice) fp32; the caller may overwrite them
     column   (N, 1): the target's place in this slice, or any place where the target is in another slice
@@ -32,17 +33,21 @@ def logit_slices(hidden, weight, target):
         column = offset % len(head)
         out = buffer[:, :len(head)]
         logits = torch.mm(hidden, head.T, out=out).float()
+        if bias is not None:
+            logits += bias[rows]
+        if cap is not None:
+            cap.apply_(logits)
         yield logits, column, column == offset, rows, head
 
 
-def target_logits(hidden, weight, target):
+def target_logits(slices, target):
     """The targets' logits (N, 1), and log Z (N, 1): the log of each row's sum of exp(logits). The largest
     logit so far is subtracted before `exp`, and the sum so far is rescaled where a slice has a larger
     one."""
     total = torch.zeros_like(target[:, None]).float()        # sum of exp(logits - maximum)
     chosen = torch.zeros_like(total)
     maximum = total - torch.inf
-    for logits, column, hit, *_ in logit_slices(hidden, weight, target):
+    for logits, column, hit, *_ in slices:
         chosen += hit * logits.gather(1, column)
         higher = torch.maximum(maximum, logits.amax(1, keepdim=True))
         logits.sub_(higher).exp_()
@@ -54,7 +59,7 @@ def target_logits(hidden, weight, target):
 
 class ChunkedLogps(torch.autograd.Function):
     """`plain_logps` in slices of the vocabulary: each slice of the rows would read the whole head. `dtype` is
-    that of the matrix products; everything else is fp32.
+    that of the matrix products; everything else is fp32. `bias` and `cap` as in `logit_slices`.
 
     The forward keeps log Z of each row. The backward computes each slice's logits again, and writes the
     gradient of each row of the head once. With p = softmax(logits) of one row of hidden states:
@@ -65,24 +70,29 @@ class ChunkedLogps(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, target, dtype):
+    def forward(ctx, hidden, weight, target, dtype, bias=None, cap=None):
         hidden = hidden.to(dtype)
-        chosen, log_z = target_logits(hidden, weight, target)
-        ctx.save_for_backward(hidden, weight, target, log_z)
+        chosen, log_z = target_logits(logit_slices(hidden, weight, target, bias, cap), target)
+        ctx.save_for_backward(hidden, weight, target, log_z, bias)
+        ctx.cap = cap
         return (chosen - log_z)[:, 0]
 
     @staticmethod
     def backward(ctx, grad_logps):
-        hidden, weight, target, log_z = ctx.saved_tensors
-        slope = -grad_logps[:, None]                      # the minus makes the error below p - 1[j = target]
-        scaled = (hidden * slope).to(hidden.dtype)        # N x D products here instead of N x V in the loop
+        hidden, weight, target, log_z, bias = ctx.saved_tensors
+        factor = -grad_logps[:, None]                     # the minus makes the error below p - 1[j = target]
+        scaled = (hidden * factor).to(hidden.dtype)       # N x D products here instead of N x V in the loop
         grad_hidden = torch.zeros_like(hidden).float()
-        grad_weight = None
-        if ctx.needs_input_grad[1]:
-            grad_weight = torch.empty_like(weight)
-        for logits, column, hit, rows, head in logit_slices(hidden, weight, target):
+        grad_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+        grad_bias = None if bias is None else torch.empty_like(bias)
+        for logits, column, hit, rows, head in logit_slices(hidden, weight, target, bias, ctx.cap):
+            slope = None if ctx.cap is None else ctx.cap.slope(logits)
             error = logits.sub_(log_z).exp_()
             error.scatter_add_(1, column, -hit.float())
+            if slope is not None:
+                error *= slope
+            if grad_bias is not None:
+                grad_bias[rows] = (error * factor).sum(0)
             error = error.to(hidden.dtype)
             grad_hidden += error @ head
             if grad_weight is None:
@@ -91,4 +101,4 @@ class ChunkedLogps(torch.autograd.Function):
                 torch.mm(error.T, scaled, out=grad_weight[rows])
             else:
                 grad_weight[rows] = error.T @ scaled
-        return grad_hidden * slope, grad_weight, None, None
+        return grad_hidden * factor, grad_weight, None, None, grad_bias, None

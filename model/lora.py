@@ -8,17 +8,28 @@ import contextlib
 import copy
 import importlib.util
 import os
+import re
 import warnings
 
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
 from data.errors import RunError, UserError
 from model.keys import ModelKeys
-from model.load import ADAPTER, MOST, check_finite, first_line, load_lm, unloadable
+from model.load import (
+    ADAPTER,
+    MOST,
+    check_finite,
+    empty_lm,
+    first_line,
+    load_config,
+    load_lm,
+    text_part,
+    unloadable,
+)
 from model.state import each_once, inside_lm, written
 
 PREFIX = "base_model.model."         # peft's names in files begin so: it names weights inside its PeftModel
@@ -43,7 +54,7 @@ def new_settings(keys, lm):
     """The LoraConfig that the configuration's lora_ keys ask for."""
     return library().LoraConfig(
         r=keys.lora_r, lora_alpha=keys.lora_alpha or 2 * keys.lora_r, lora_dropout=keys.lora_dropout,
-        target_modules=target_names(lm, keys.lora_targets), task_type="CAUSAL_LM")
+        target_modules=in_text_part(lm, target_names(lm, keys.lora_targets)), task_type="CAUSAL_LM")
 
 
 def saved_settings(path: str, keys):
@@ -65,19 +76,50 @@ def saved_settings(path: str, keys):
 
 
 def linear_layers(lm) -> dict:
-    """Name -> module of an LM's linear layers, without the head."""
+    """Name -> module of the linear layers of an LM's text part, without the head."""
     head = lm.get_output_embeddings()
+    inside = set(text_part(lm).modules())
     layers = {}
     for name, module in lm.named_modules():
-        if isinstance(module, (nn.Linear, Conv1D)) and module is not head:
+        if isinstance(module, (nn.Linear, Conv1D)) and module is not head and module in inside:
             layers[name] = module
     return layers
+
+
+def in_text_part(lm, names: list[str]) -> list[str] | str:
+    """peft's target_modules for linear layers with these last names: in an LM that reads more than text, a
+    pattern that only names of its text part match."""
+    text = text_part(lm)
+    if text is lm:
+        return names
+    prefix = next(name for name, module in lm.named_modules() if module is text)
+    return rf"{re.escape(prefix)}\..*\b({'|'.join(names)})"
+
+
+def left_out(lm) -> str | None:
+    """A sentence about the experts that an adapter does not reach, as they are no linear layers; None where
+    it reaches all matrices."""
+    fused = set()
+    for name, parameter in lm.named_parameters():
+        if parameter.ndim == 3 and not parameter.requires_grad and "expert" in name:
+            fused.add(name.rpartition(".")[2])
+    if not fused:
+        return None
+    reached = found_in(lm)["lora_targets"]
+    return (f"lora: the adapter is on {reached}; the experts' fused matrices ({', '.join(sorted(fused))}) "
+            "stay as they are")
+
+
+def last_name(name: str) -> str:
+    """The last part of a module's name, with its list's where that is a number."""
+    parts = name.split(".")
+    return ".".join(parts[-2:]) if parts[-1].isdigit() else parts[-1]
 
 
 def target_names(lm, wanted: str) -> list[str]:
     """The last parts of the names of the linear layers that get an adapter: of all, or those in a
     comma-separated list."""
-    linear = {name.rpartition(".")[2] for name in linear_layers(lm)}
+    linear = {last_name(name) for name in linear_layers(lm)}
     if wanted == "all-linear":
         return sorted(linear)
     names = {name.strip() for name in wanted.split(",")}
@@ -152,7 +194,7 @@ def asked_of(keys, lm) -> dict:
 def found_in(lm) -> dict:
     """The adapter in an LM, described as `asked_of` does."""
     adapter = settings(lm)
-    names = {name.rpartition(".")[2] for name, module in lm.named_modules() if hasattr(module, "lora_A")}
+    names = {last_name(name) for name, module in lm.named_modules() if hasattr(module, "lora_A")}
     return {"lora_r": adapter.r, "lora_alpha": adapter.lora_alpha, "lora_targets": ", ".join(sorted(names))}
 
 
@@ -220,9 +262,7 @@ def base_in_fp32(lm, empty: bool):
     no numbers."""
     if not empty:
         return load_lm(lm.name_or_path).eval()
-    config = AutoConfig.from_pretrained(lm.name_or_path)
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    return empty_lm(load_config(lm.name_or_path), lm.name_or_path)
 
 
 def quantization(keys, device, dtype) -> dict:

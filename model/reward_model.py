@@ -40,7 +40,7 @@ class RewardModel(Policy):
     The score is read at the response's last token, by position, so it does not depend on the pad token."""
 
     def __init__(self, policy: Policy, head: torch.Tensor):
-        super().__init__(policy.lm, policy.precision, policy.share_prompt)
+        super().__init__(policy.lm, policy.precision, policy.form)
         self.value_head = linear_head(head, policy.device)
 
     def forward(self, batch: Batch):

@@ -6,46 +6,22 @@ of a float64 distribution function (model/draw.py) at a uniform number that depe
 sample, position) only: neither the batch nor the number of ranks changes what is drawn (except for ties
 within floating-point rounding).
 """
+import functools
 import itertools
-from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from data.tokenise import stop_ids
 from model.cache import Cache, rows_in_memory
-from model.cpu import HeadLogits, cpu_linears, fast_row_count
+from model.completions import Completion, Drawn, Stops
+from model.cpu import cpu_linears, fast_row_count
 from model.draw import draw
 from model.generating import generating
+from model.head import HeadLogits
+from model.plain import decode_plain
+from model.policy import PLAIN, trunk_of
 
 PREFILL_TOKENS = 8192                  # prompt tokens in one forward
-
-
-class Completion(NamedTuple):
-    """One completion: token ids (L,) int32 up to and including what stopped it, their log-probs (L,) fp32
-    under the policy at the sampling temperature (before top_p and top_k), and whether it stopped by
-    itself."""
-    tokens: np.ndarray
-    logps: np.ndarray
-    finished: bool
-
-
-class Stops:
-    """What ends a completion: a stop token, or a string in the text so far."""
-
-    def __init__(self, tokenizer, strings: list[str]):
-        self.tokenizer, self.strings = tokenizer, strings
-        self.ids = set(stop_ids(tokenizer))
-        longest = max((len(string.encode()) for string in strings), default=0)
-        self.window = longest + 4                      # a token is a byte at least
-
-    def __call__(self, tokens) -> bool:
-        if int(tokens[-1]) in self.ids:
-            return True
-        if not self.strings:
-            return False
-        text = self.tokenizer.decode(tokens[-self.window:])
-        return any(string in text for string in self.strings)
 
 
 def sample(
@@ -73,6 +49,9 @@ def sample(
         if report:
             report(len(found) + count, len(rows))
 
+    decoder = decode
+    if policy.form.attention == PLAIN:
+        decoder = functools.partial(decode_plain, use_cache=policy.form.has_exact_cache)
     with generating(policy, "rollout") as lm, cpu_linears(lm):
         longest = max(lengths, default=0) + limit
         size = min(sampling.rollout_batch_size, rows_in_memory(lm, longest))
@@ -84,7 +63,7 @@ def sample(
                 generator = np.random.default_rng((*keys[prompt], copy))
                 uniforms.append(generator.random(limit))
             uniforms = np.stack(uniforms)
-            found += decode(lm, batch, uniforms, sampling, stops, ended)
+            found += decoder(lm, batch, uniforms, sampling, stops, ended)
     completions = [None] * len(prompts)
     for place, prompt in enumerate(by_length):
         start = place * copies
@@ -144,33 +123,6 @@ def running_first(active: list[int], ended) -> list[int]:
     return sorted(places, key=lambda place: active[place] in ended)
 
 
-class Drawn:
-    """What was drawn so far: tokens and log-probs (rows, limit), and by row the completions that have
-    ended."""
-
-    def __init__(self, rows: int, limit: int):
-        self.tokens = np.zeros((rows, limit), np.int32)
-        self.logps = np.zeros((rows, limit), np.float32)
-        self.completions = {}
-
-    def add(self, step: int, active: list[int], tokens, logps, stops: Stops) -> bool:
-        """Note the tokens that a step drew for the rows `active`; whether any of them has ended now."""
-        self.tokens[active, step] = tokens.cpu().numpy()
-        self.logps[active, step] = logps.cpu().numpy()
-        before = len(self.completions)
-        length = step + 1
-        limit = self.tokens.shape[1]
-        for row in active:
-            if row in self.completions:
-                continue
-            tokens = self.tokens[row, :length]
-            logps = self.logps[row, :length]
-            stopped = stops(tokens)
-            if stopped or length == limit:
-                self.completions[row] = Completion(tokens, logps, stopped)
-        return len(self.completions) > before
-
-
 def prefill(lm, prompts: list[np.ndarray], room: int):
     """A Cache of every prompt's keys and values, with `room` columns more, and the last hidden state of every
     row's prompt (rows, D). Each prompt is computed once, together with as many others as PREFILL_TOKENS
@@ -216,4 +168,4 @@ def copies_together(prompts: list[np.ndarray]) -> list[tuple[np.ndarray, slice]]
 def last_hidden(lm, cache: Cache, ids, positions, segments=None):
     """(B, T) ids and positions -> hidden states (B, T, D); `cache` takes their keys and values."""
     options = {"use_cache": False, "cache": cache, "segments": segments}
-    return lm.base_model(input_ids=ids, position_ids=positions, **options).last_hidden_state
+    return trunk_of(lm)(input_ids=ids, position_ids=positions, **options).last_hidden_state

@@ -1,5 +1,6 @@
 """What tests share: a tokenizer and tiny models built in memory, small data files, runs of train.py here or
 as a process."""
+import copy
 import dataclasses
 import importlib
 import json
@@ -64,7 +65,7 @@ def random_lm(config, seed=0, **options):
     seed."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        lm = AutoModelForCausalLM.from_config(config, **options).eval()
+        lm = AutoModelForCausalLM.from_config(copy.deepcopy(config), **options).eval()
         for parameter in lm.parameters():
             if parameter.ndim == 1:    # as initialised they are 0 and 1, with which some mistakes do not show
                 parameter.data += 0.1 * torch.randn_like(parameter)

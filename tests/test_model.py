@@ -11,7 +11,6 @@ from transformers import (
     AutoModelForCausalLM,
     BertConfig,
     DistilBertConfig,
-    Gemma2Config,
     LlamaConfig,
     MistralConfig,
     Qwen2Config,
@@ -27,7 +26,7 @@ from model.keys import ModelKeys
 from model.load import load_lm
 from model.logps import LOGITS_AT_ONCE, ChunkedLogps
 from model.logps import plain_logps as logps_of_full_logits
-from model.policy import Policy
+from model.policy import Form, Policy
 
 ARCHITECTURES = {
     "qwen2": config_of(Qwen2Config),
@@ -92,7 +91,8 @@ def test_flat_shared_rows_equal_separate_rows(name, responses):
     expected_gradients = gradients(plain, expected)
     for implementation, share_prompt in itertools.product(("segments", "dense"), (True, False)):
         lm = random_lm(config, attn_implementation=implementation)
-        values = Policy(lm, share_prompt=share_prompt)(collate(made, share_prompt))
+        policy = Policy(lm, form=Form(implementation, share_prompt))
+        values = policy(collate(made, share_prompt))
         torch.testing.assert_close(values, expected, rtol=1e-5, atol=1e-5)
         assert_same_gradients(gradients(lm, values), expected_gradients)
 
@@ -232,7 +232,7 @@ def test_dropout_is_off(tmp_path):
 def test_check_policy_accepts_an_ordinary_model():
     notices = []
     policy = Policy(random_lm(config_of(), attn_implementation="segments"))
-    check_policy(policy, examples(2), "auto", notices.append)
+    check_policy(policy, examples(2), ModelKeys(), notices.append)
     assert policy.share_prompt and notices == [] and policy.lm.config._attn_implementation == "segments"
 
 
@@ -244,24 +244,29 @@ def test_check_policy_falls_back_where_sharing_is_wrong(mode, shared):
         return logps + shared
 
     policy, notices = Policy(random_lm(config_of(), attn_implementation="segments")), []
+    keys = ModelKeys(share_prompt=mode)
     policy.register_forward_hook(wrong)
     if shared is None:
-        with pytest.raises(UserError, match="differ from the model's own by 1"):
-            check_policy(policy, examples(2), mode, notices.append)
+        with pytest.raises(UserError, match="differ by 1 from its own"):
+            check_policy(policy, examples(2), keys, notices.append)
     else:
-        check_policy(policy, examples(2), mode, notices.append)
+        check_policy(policy, examples(2), keys, notices.append)
         assert policy.share_prompt is shared and len(notices) == (mode == "auto")
+        assert policy.form.attention == "segments"
 
 
-def test_check_policy_refuses_what_flat_rows_cannot_compute():
-    for final, attention in ((0.5, None), (None, 0.1)):      # Gemma 2 caps logits and attention scores
-        caps = dict(final_logit_softcapping=final, attn_logit_softcapping=attention)
-        config = config_of(Gemma2Config, query_pre_attn_scalar=8, **caps)
-        lm = random_lm(config, attn_implementation="segments")
-        for mode in ("auto", "true", "false"):
-            with pytest.raises(UserError, match="differ from the model's own") as caught:
-                check_policy(Policy(lm), examples(2), mode, lambda text: None)
-            assert "\n" not in str(caught.value)
+@pytest.mark.parametrize("hidden_scale", [1.0, 0.5])
+def test_check_policy_refuses_logits_that_no_head_gives(hidden_scale):
+    """A stand-in for a family with its own logits: they are scaled by a number that nothing names."""
+    lm = random_lm(config_of())
+    lm.lm_head.register_forward_hook(lambda module, inputs, logits: logits * hidden_scale)
+    policy = Policy(lm)
+    if hidden_scale == 1:
+        check_policy(policy, examples(2), ModelKeys(), lambda text: None)
+        return
+    with pytest.raises(UserError, match="differ by .* from its own") as caught:
+        check_policy(policy, examples(2), ModelKeys(), lambda text: None)
+    assert "\n" not in str(caught.value)
 
 
 def test_load_lm_names_what_is_not_a_causal_lm(tmp_path):
@@ -300,7 +305,7 @@ def test_an_encoder_is_refused(tmp_path):
     """BERT can be loaded as a causal LM, but its attention looks ahead."""
     AutoModelForCausalLM.from_config(config_of(BertConfig, is_decoder=False)).save_pretrained(tmp_path)
     with pytest.raises(UserError) as caught:
-        check_policy(Policy(load_lm(str(tmp_path)).eval()), examples(2), "auto", lambda text: None)
+        check_policy(Policy(load_lm(str(tmp_path)).eval()), examples(2), ModelKeys(), lambda text: None)
     assert "\n" not in str(caught.value)
 
 
