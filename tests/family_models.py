@@ -226,7 +226,8 @@ FAMILIES = {                       # name: (transformers' model_type, the keys t
     # mixtures of experts
     "deepseek_v2": ("deepseek_v2", LATENT | dict(topk_method="greedy")),
     "deepseek_v3": ("deepseek_v3", LATENT),
-    "deepseek_v32": ("deepseek_v32", LATENT | dict(index_topk=8, index_n_heads=2, index_head_dim=16)),
+    # with fewer heads many scores are exactly 0, and the choice among equals depends on the row's length
+    "deepseek_v32": ("deepseek_v32", LATENT | dict(index_topk=8, index_n_heads=16, index_head_dim=16)),
     "dots1": ("dots1", ROUTED_EXPERTS | WINDOWS),
     "ernie4_5_moe": ("ernie4_5_moe", dict(
         moe_num_experts=4,
