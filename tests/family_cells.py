@@ -30,14 +30,15 @@ class Comparison:
         for name, value in expected.items():
             ours = row[name]
             value = float(torch.as_tensor(value).detach())
-            if not abs(ours - value) <= TOLERANCE * max(abs(value), SMALL):
+            limit = TOLERANCE * max(abs(value), SMALL)
+            if not abs(ours - value) <= limit:
                 self.wrong.append(f"{name} of step {step} {ours:.6g} not {value:.6g}")
 
     def tokens(self, stored: dict, expected: dict) -> None:
         """Tensors of a stored rollout against those of the same names, a number per token."""
         for name, values in expected.items():
             ours = stored[f"extras/{name}"]
-            difference = float((ours - values.detach()).abs().max())
+            difference = (ours - values.detach()).abs().max()
             if not difference <= TOLERANCE:
                 self.wrong.append(f"{name} of a token off by {difference:.2g}")
 
@@ -56,12 +57,18 @@ def sft_cell(folder, run, rows, adapter=False) -> str:
     start = own.load(model)
     loss = own.sft_loss(start, texts, rows[:4])
     found.metrics(ours[1], {"loss": loss})
-    if not adapter:
-        found.metrics(ours[1], {"grad_norm": own.norm(loss, start)})
+    if adapter:
+        second = own.load(model, first)
+    else:
+        norm = own.norm(loss, start)
+        found.metrics(ours[1], {"grad_norm": norm})
+        second = own.load(first)
 
-    second = own.load(model, first) if adapter else own.load(first)
     loss = own.sft_loss(second, texts, rows[4:8])
-    found.metrics(ours[2], {"loss": loss, "grad_norm": own.norm(loss, second)})
+    found.metrics(ours[2], {
+        "loss": loss,
+        "grad_norm": own.norm(loss, second),
+    })
     if adapter:
         tensors = load_file(folder / run / "final" / "adapter_model.safetensors")
         others = [name for name in tensors if is_other_part(name)]
@@ -89,10 +96,14 @@ def reload_cell(folder, rows) -> str:
 
     start = own.load(model).state_dict()
     for name, weight in lm.state_dict().items():
-        if is_other_part(name) and not torch.equal(weight, start[name]):
+        is_same = torch.equal(weight, start[name])
+        if is_other_part(name) and not is_same:
             found.wrong.append(f"{name} was changed")
-    loss = own.sft_loss(own.load(final), own.Texts(model), rows)
-    found.metrics(own.metrics(folder / "sft", "eval")[2], {"loss": loss})
+
+    texts = own.Texts(model)
+    loss = own.sft_loss(own.load(final), texts, rows)
+    evaluated = own.metrics(folder / "sft", "eval")
+    found.metrics(evaluated[2], {"loss": loss})
     return found.cell
 
 
@@ -102,7 +113,9 @@ def dpo_cell(folder, run, rows, model="model") -> str:
     ours = own.metrics(folder / run)
     start = own.load(folder / model)
     chosen, rejected = own.pair_logps(start, texts, rows[:4])
-    loss = own.dpo_loss(chosen - chosen.detach(), rejected - rejected.detach(), BETA)
+    ratios = chosen - chosen.detach()
+    rejected_ratios = rejected - rejected.detach()
+    loss = own.dpo_loss(ratios, rejected_ratios, BETA)
     found.metrics(ours[1], {
         "loss": loss,
         "grad_norm": own.norm(loss, start),
@@ -110,10 +123,13 @@ def dpo_cell(folder, run, rows, model="model") -> str:
         "logps/rejected": rejected.mean(),
     })
     second = own.load(own.checkpoint(folder / run))
+    later = rows[4:8]
     with torch.no_grad():
-        chosen, rejected = own.pair_logps(second, texts, rows[4:8])
-        reference_chosen, reference_rejected = own.pair_logps(start, texts, rows[4:8])
-    loss = own.dpo_loss(chosen - reference_chosen, rejected - reference_rejected, BETA)
+        chosen, rejected = own.pair_logps(second, texts, later)
+        reference_chosen, reference_rejected = own.pair_logps(start, texts, later)
+    ratios = chosen - reference_chosen
+    rejected_ratios = rejected - reference_rejected
+    loss = own.dpo_loss(ratios, rejected_ratios, BETA)
     found.metrics(ours[2], {"loss": loss})
     return found.cell
 
@@ -126,10 +142,13 @@ def rm_cell(folder, run, rows) -> str:
     """Update 2, whose start is known: the trunk and the head in the checkpoint of update 1."""
     found = Comparison()
     first = own.checkpoint(folder / run)
-    lm, head = own.load(first), own.value_head(first)
-    chosen, rejected = own.pair_scores(lm, head, own.Texts(first), rows[4:8])
+    texts = own.Texts(first)
+    lm = own.load(first)
+    head = own.value_head(first)
+    chosen, rejected = own.pair_scores(lm, head, texts, rows[4:8])
     loss = -F.logsigmoid(chosen - rejected).mean()
-    found.metrics(own.metrics(folder / run)[2], {
+    ours = own.metrics(folder / run)
+    found.metrics(ours[2], {
         "loss": loss,
         "grad_norm": own.norm(loss, lm, head),
         "rewards/chosen": chosen.mean(),
@@ -155,11 +174,17 @@ def grpo_cell(folder, run, rows) -> str:
         "grad_norm": own.norm(loss, start),
     })
     together = torch.cat(old_logps)
-    found.tokens(stored, {"sampler_logps": together, "old_logps": together})
+    found.tokens(stored, {
+        "sampler_logps": together,
+        "old_logps": together,
+    })
 
     second = own.load(own.checkpoint(folder / run))
     loss, kl = own.grpo_loss(second, rollout, advantages, old_logps, EPSILON, KL)
-    found.metrics(ours[2], {"loss": loss, "kl": kl})
+    found.metrics(ours[2], {
+        "loss": loss,
+        "kl": kl,
+    })
     return found.cell
 
 
@@ -175,25 +200,20 @@ def ppo_cell(folder, run, rows) -> str:
     ours = own.metrics(folder / run)[1]
     rollout, stored = own.stored_rollout(folder / run, texts, rows)
     reward_model = folder / "rm" / "final"
-    lm, critic = own.load(folder / "model"), own.load(reward_model)
+    lm = own.load(folder / "model")
+    critic = own.load(reward_model)
     head = own.value_head(reward_model)
 
-    scores, all_logps, all_values, all_advantages, all_returns = [], [], [], [], []
-    for prompt, completion in rollout:
-        logps = own.logps(lm, prompt, completion)
-        score = own.score(critic, head, prompt, completion).detach()
-        values = own.values(critic, head, prompt, completion)
-        advantages, returns = own.advantages_and_returns(score, values.detach().double(), LAM)
-        scores.append(score)
-        all_logps.append(logps)
-        all_values.append(values)
-        all_advantages.append(advantages)
-        all_returns.append(returns)
-    logps, values = torch.cat(all_logps), torch.cat(all_values)
-    advantages = torch.cat(all_advantages)
-    advantages = (advantages - advantages.mean()) / advantages.std()
+    scores, all_logps, all_values = [], [], []
+    for row in rollout:
+        all_logps.append(own.logps(lm, *row))
+        all_values.append(own.values(critic, head, *row))
+        scores.append(own.score(critic, head, *row).detach())
+    advantages, returns = own.advantages_and_returns(scores, all_values, LAM)
+    logps = torch.cat(all_logps)
+    values = torch.cat(all_values)
     ratios = (logps - logps.detach()).exp()
-    value_losses = (values - torch.cat(all_returns)) ** 2 / 2
+    value_losses = (values - returns) ** 2 / 2
     loss = (VF_COEF * value_losses - ratios * advantages).mean()
 
     found.metrics(ours, {
@@ -201,7 +221,11 @@ def ppo_cell(folder, run, rows) -> str:
         "loss/value_avg": value_losses.mean(),
         "grad_norm": own.norm(loss, lm, critic, head),
     })
-    found.tokens(stored, {"old_logps": logps, "reference_logps": logps, "old_values": values})
+    found.tokens(stored, {
+        "old_logps": logps,
+        "reference_logps": logps,
+        "old_values": values,
+    })
     return found.cell
 
 
@@ -209,9 +233,11 @@ def ranks_cell(folder, one, two) -> str:
     """A run on two processes reports what the run `one` reports."""
     found = Comparison()
     ours = own.metrics(folder / two)
-    for step, row in own.metrics(folder / one).items():
-        names = {"loss", "grad_norm", "reward"} & row.keys()
-        found.metrics(ours[step], {name: row[name] for name in names})
+    theirs = own.metrics(folder / one)
+    for step, row in theirs.items():
+        for name in ("loss", "grad_norm", "reward"):
+            if name in row:
+                found.metrics(ours[step], {name: row[name]})
     return found.cell
 
 

@@ -49,22 +49,31 @@ def logps(lm, prompt, response) -> torch.Tensor:
     """(L,) log-probs of the response's tokens."""
     ids = torch.tensor([[*prompt, *response]])
     mask = torch.ones_like(ids)
-    logits = lm(input_ids=ids, attention_mask=mask, use_cache=False).logits[0]
+    output = lm(input_ids=ids, attention_mask=mask, use_cache=False)
+    logits = output.logits[0].float()
     assert len(logits) == ids.shape[1], "the class gives no logits of the prompt"
-    predicting = logits[len(prompt) - 1:-1].float()
-    targets = ids[0, len(prompt):, None]
-    return predicting.log_softmax(-1).gather(1, targets)[:, 0]
+    start = len(prompt)
+    predicted = logits[start - 1:-1].log_softmax(-1)
+    targets = ids[0, start:, None]
+    return predicted.gather(1, targets)[:, 0]
 
 
 def states(lm, prompt, response) -> torch.Tensor:
     """(T, D) last hidden states of prompt and response."""
     ids = torch.tensor([[*prompt, *response]])
     mask = torch.ones_like(ids)
-    trunk = lm.base_model
-    if trunk is lm:
-        trunk = lm.model
+    trunk = trunk_of(lm)
     output = trunk(input_ids=ids, attention_mask=mask, use_cache=False)
     return output[0][0].float()
+
+
+def trunk_of(lm):
+    """The model without its head."""
+    if lm.base_model is not lm:
+        return lm.base_model
+    if hasattr(lm, "model"):                    # Llama 4
+        return lm.model
+    return trunk_of(lm.language_model)
 
 
 def norm(loss, *owners) -> float:
@@ -76,38 +85,40 @@ def norm(loss, *owners) -> float:
     for parameter in parameters:
         parameter.grad = None
     loss.backward()
-    total = 0.0
+    total = torch.tensor(0.0)
     for parameter in parameters:
         if parameter.grad is not None:
-            total += float(parameter.grad.double().square().sum())
-    return total ** 0.5
+            total += parameter.grad.double().square().sum()
+    return float(total.sqrt())
 
 
 # ---- losses ----------------------------------------------------------------------------------------------
 
 def sft_loss(lm, texts, rows) -> torch.Tensor:
     """The mean over all tokens of all responses."""
-    found = [logps(lm, *texts.pair(row)) for row in rows]
+    pairs = [texts.pair(row) for row in rows]
+    found = [logps(lm, *pair) for pair in pairs]
     return -torch.cat(found).mean()
 
 
-def both_sides(function, texts, rows) -> list[torch.Tensor]:
-    """`function(prompt, response)` of the chosen and of the rejected responses, (B,) each."""
+def pair_logps(lm, texts, rows) -> list[torch.Tensor]:
+    """Summed log-probs (B,) of the chosen and of the rejected responses."""
     sides = []
     for name in ("chosen", "rejected"):
-        numbers = [function(*texts.pair(row, name)) for row in rows]
-        sides.append(torch.stack(numbers))
+        pairs = [texts.pair(row, name) for row in rows]
+        sums = [logps(lm, *pair).sum() for pair in pairs]
+        sides.append(torch.stack(sums))
     return sides
 
 
-def pair_logps(lm, texts, rows) -> list[torch.Tensor]:
-    """Summed log-probs."""
-    return both_sides(lambda *row: logps(lm, *row).sum(), texts, rows)
-
-
 def pair_scores(lm, head, texts, rows) -> list[torch.Tensor]:
-    """A reward model's scores."""
-    return both_sides(lambda *row: score(lm, head, *row), texts, rows)
+    """A reward model's scores (B,) of the chosen and of the rejected responses."""
+    sides = []
+    for name in ("chosen", "rejected"):
+        pairs = [texts.pair(row, name) for row in rows]
+        scores = [score(lm, head, *pair) for pair in pairs]
+        sides.append(torch.stack(scores))
+    return sides
 
 
 def dpo_loss(chosen_ratios, rejected_ratios, beta) -> torch.Tensor:
@@ -136,7 +147,8 @@ def values(lm, head, prompt, response) -> torch.Tensor:
 def group_advantages(rewards: list[float], size: int) -> list[float]:
     """GRPO's, of rewards in groups of `size`."""
     advantages = []
-    for group in torch.tensor(rewards, dtype=torch.float64).split(size):
+    together = torch.tensor(rewards, dtype=torch.float64)
+    for group in together.split(size):
         centered = group - group.mean()
         scale = group.std() + 1e-4
         advantages += (centered / scale).tolist()
@@ -154,23 +166,35 @@ def grpo_loss(lm, rollout, advantages, old_logps, epsilon, beta):
         gains = torch.min(ratios * advantage, clipped * advantage)
         losses.append((beta * kl - gains).mean())
         all_kl.append(kl)
-    return torch.stack(losses).mean(), torch.cat(all_kl).mean()
+    loss = torch.stack(losses).mean()
+    kl = torch.cat(all_kl).mean()
+    return loss, kl
 
 
-def advantages_and_returns(score, old_values, lam) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two (L,) of one completion with a score at its end and no KL yet: the sum that defines GAE, with gamma
-    1."""
-    length = len(old_values)
-    rewards = torch.zeros_like(old_values)
-    rewards[-1] = score
-    following = torch.zeros_like(old_values)
-    following[:-1] = old_values[1:]
-    deltas = rewards + following - old_values
-    advantages = torch.zeros_like(old_values)
+def advantages_and_returns(scores, values, lam):
+    """Two (N,), the first whitened, of completions with a score at their end and no KL yet."""
+    all_advantages, all_returns = [], []
+    for score_of_row, row in zip(scores, values):
+        old_values = row.detach().double()
+        advantages = gae(score_of_row, old_values, lam)
+        all_advantages.append(advantages)
+        all_returns.append(advantages + old_values)
+    advantages = torch.cat(all_advantages)
+    whitened = (advantages - advantages.mean()) / advantages.std()
+    return whitened, torch.cat(all_returns)
+
+
+def gae(final_reward, values, lam) -> torch.Tensor:
+    """(L,) by the sum that defines it, with gamma 1."""
+    length = len(values)
+    deltas = -values
+    deltas[:-1] += values[1:]
+    deltas[-1] += final_reward
+    advantages = torch.zeros_like(values)
     for t in range(length):
-        powers = lam ** torch.arange(length - t)
-        advantages[t] = (powers * deltas[t:]).sum()
-    return advantages, advantages + old_values
+        weights = lam ** torch.arange(length - t)
+        advantages[t] = weights.double() @ deltas[t:]
+    return advantages
 
 
 # ---- what a run has written ------------------------------------------------------------------------------
@@ -178,7 +202,8 @@ def advantages_and_returns(score, old_values, lam) -> tuple[torch.Tensor, torch.
 def metrics(run, split="train") -> dict[int, dict]:
     """{step: row}"""
     found = {}
-    for line in (Path(run) / "metrics.jsonl").read_text().splitlines():
+    file = Path(run) / "metrics.jsonl"
+    for line in file.read_text().splitlines():
         row = json.loads(line)
         if row["split"] == split:
             found[row["step"]] = row
@@ -194,8 +219,10 @@ def stored_rollout(run, texts, rows):
     """-> ([(prompt, completion)] as token ids, the tensors) of the rollout in the checkpoint of update 1."""
     tensors = load_file(checkpoint(run) / "rollout.safetensors")
     prompts = []
-    for row, size in zip(tensors["rows"].tolist(), tensors["groups"].tolist()):
-        prompts += [texts.ids(rows[row]["prompt"])] * size
+    for row, size in zip(tensors["rows"], tensors["groups"]):
+        prompt = texts.ids(rows[row]["prompt"])
+        prompts += [prompt] * size
     lengths = tensors["lengths"].tolist()
-    completions = [completion.tolist() for completion in tensors["tokens"].split(lengths)]
+    parts = tensors["tokens"].split(lengths)
+    completions = [part.tolist() for part in parts]
     return list(zip(prompts, completions)), tensors
