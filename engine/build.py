@@ -16,6 +16,7 @@ from model import lora
 from model.actor_critic import build_actor_critic
 from model.build import build_policy, build_second_model, shard
 from model.check import check_policy
+from model.experts import router_loss
 from model.load import is_adapter
 from model.policy import Policy
 from model.reward_model import build_reward_model
@@ -40,9 +41,8 @@ def build(run_config, run: Run, start: str | None = None,
         trains_adapter = is_adapter(common.model)
         policy = build_policy(start or common.model, tokenizer, common, trains_adapter=trains_adapter)
     check_policy(policy, train_set, common, run.notice)
-    if lora.settings(policy.lm) and lora.left_out(policy.lm):
-        run.notice(lora.left_out(policy.lm))
     policy = with_heads(policy, algorithm.MODEL, common, config, tokenizer, start, train_set, run.notice)
+    tell_about_parts(policy, algorithm.MODEL, common, run.notice)
     step = checkpoint.load_trainer(start)["step"]
     # once more: loading may have fetched another commit of a hub model
     digests = from_main(fingerprints, asdict(common) | asdict(config))
@@ -70,6 +70,17 @@ def with_heads(policy: Policy, kind: str, common, config, tokenizer, start: str 
             trunk = build_second_model(critic or common.model, tokenizer, common, examples, notice)
         return build_actor_critic(policy, trunk, critic, start, common.seed, notice)
     return policy
+
+
+def tell_about_parts(policy: Policy, kind: str, common, notice) -> None:
+    """Add the auxiliary loss of a mixture of experts, and say what an adapter does not reach."""
+    if kind != "reward":
+        policy.router_loss = router_loss(policy.lm, common.router_aux_loss_coef)
+    if policy.router_loss:
+        notice(f"router: {policy.router_loss.coefficient:g} times its auxiliary loss is added to every "
+               "update; router_aux_loss_coef=0 leaves it out")
+    if lora.settings(policy.lm) and lora.left_out(policy.lm):
+        notice(lora.left_out(policy.lm))
 
 
 def stored_yaml(common, config) -> str:

@@ -70,6 +70,8 @@ class Common:
     attn_implementation: Literal["auto", "segments", "dense", "plain"] = "auto"    # segments: flat rows, memory
     #                                        linear in the length; dense: a (T, T) mask; plain: a row per
     #                                        response, for every LM; auto: segments if exact, else plain
+    router_aux_loss_coef: NonNegative | None = None    # weight of the load-balancing loss of a mixture of
+    #                                        experts; null = as its configuration says
     lora_r: Whole = 0                      # LoRA rank (8-64); 0 = full fine-tuning
     lora_alpha: Positive | None = None     # LoRA scale is lora_alpha / lora_r; null = 2 * lora_r
     lora_dropout: Share = 0.0              # LoRA dropout (sft and dft only)

@@ -160,7 +160,7 @@ def shard(policy: Policy):
     for module in policy.modules():
         names.update(getattr(module, "_no_split_modules", None) or ())
     layers = [module for module in policy.modules() if type(module).__name__ in names]
-    for module in (*layers, policy):
+    for module in (*reversed(layers), policy):     # a layer inside another one first, as in Mamba
         # 4-bit weights are integers, which cannot be split like this: every rank keeps them whole
         whole = {parameter for parameter in policy.parameters() if not parameter.is_floating_point()}
         fully_shard(module, ignored_params=whole)

@@ -96,18 +96,32 @@ def in_text_part(lm, names: list[str]) -> list[str] | str:
     return rf"{re.escape(prefix)}\..*\b({'|'.join(names)})"
 
 
+def state_space_outputs(lm) -> set[str]:
+    """The names of the layers behind a state space (Mamba): fused kernels read their weight and would pass an
+    adapter by."""
+    names = set()
+    for module in lm.modules():
+        if hasattr(module, "A_log") and hasattr(module, "D"):
+            names.update({"out_proj"} & dict(module.named_children()).keys())
+    return names
+
+
 def left_out(lm) -> str | None:
-    """A sentence about the experts that an adapter does not reach, as they are no linear layers; None where
-    it reaches all matrices."""
-    fused = set()
+    """A sentence about the matrices that an adapter on all linear layers does not reach; None where there are
+    none."""
+    missed = state_space_outputs(lm)
     for name, parameter in lm.named_parameters():
-        if parameter.ndim == 3 and not parameter.requires_grad and "expert" in name:
-            fused.add(name.rpartition(".")[2])
-    if not fused:
+        if parameter.ndim == 3 and "expert" in name:
+            missed.add(name.rpartition(".")[2])
+    reached = set(found_in(lm)["lora_targets"].split(", "))
+    for module in lm.modules():
+        if hasattr(module, "lora_A") and hasattr(module, "parameter_name"):
+            reached.add(module.parameter_name)
+    missed -= reached
+    if not missed:
         return None
-    reached = found_in(lm)["lora_targets"]
-    return (f"lora: the adapter is on {reached}; the experts' fused matrices ({', '.join(sorted(fused))}) "
-            "stay as they are")
+    return (f"lora: the adapter is on {', '.join(sorted(reached))}; {', '.join(sorted(missed))} (experts in "
+            "one tensor, outputs of state spaces) stay as they are")
 
 
 def last_name(name: str) -> str:
@@ -121,7 +135,7 @@ def target_names(lm, wanted: str) -> list[str]:
     comma-separated list."""
     linear = {last_name(name) for name in linear_layers(lm)}
     if wanted == "all-linear":
-        return sorted(linear)
+        return sorted(linear - state_space_outputs(lm))
     names = {name.strip() for name in wanted.split(",")}
     if not names <= linear:
         missing = ", ".join(sorted(names - linear))
@@ -194,7 +208,10 @@ def asked_of(keys, lm) -> dict:
 def found_in(lm) -> dict:
     """The adapter in an LM, described as `asked_of` does."""
     adapter = settings(lm)
-    names = {last_name(name) for name, module in lm.named_modules() if hasattr(module, "lora_A")}
+    names = set()
+    for name, module in lm.named_modules():
+        if hasattr(module, "lora_A") and not hasattr(module, "parameter_name"):      # not peft's own additions
+            names.add(last_name(name))
     return {"lora_r": adapter.r, "lora_alpha": adapter.lora_alpha, "lora_targets": ", ".join(sorted(names))}
 
 

@@ -46,9 +46,9 @@ def groups_of(rows: list[np.ndarray], padding: float) -> list[list[np.ndarray]]:
     return groups
 
 
-def plain_hidden(trunk, batch: Batch, padding: float, is_sharded: bool):
-    """The last hidden states (T, D) of a batch. Where a prompt is laid out once, its states are those of the
-    row with its first response."""
+def plain_hidden(trunk, batch: Batch, padding: float, is_sharded: bool, **options):
+    """The last hidden states (T, D) of a batch, and the router logits (T, E) of each layer where `options`
+    ask for them. Where a prompt is laid out once, its states are those of one of its rows."""
     groups = groups_of(rows_of(batch), padding)
     count = len(groups)
     if is_sharded:                                 # every forward gathers weights: all ranks make as many
@@ -57,6 +57,7 @@ def plain_hidden(trunk, batch: Batch, padding: float, is_sharded: bool):
         count = int(most)
     groups += [[np.zeros(1, int)]] * (count - len(groups))
     states = []
+    routers = []
     place = np.zeros(len(batch.tokens), int)       # of each token's state among those of all forwards
     done = 0
     for group in groups:
@@ -67,9 +68,12 @@ def plain_hidden(trunk, batch: Batch, padding: float, is_sharded: bool):
             place[row] = np.arange(len(row)) + done
             done += length
         ids = batch.tokens[torch.from_numpy(padded).to(batch.tokens.device)]
-        output = trunk(input_ids=ids, use_cache=False)
+        output = trunk(input_ids=ids, use_cache=False, **options)
         states.append(output.last_hidden_state.flatten(0, 1))
-    return torch.cat(states).index_select(0, torch.from_numpy(place).to(batch.tokens.device))
+        routers.append(output.get("router_logits") or ())
+    place = torch.from_numpy(place).to(batch.tokens.device)
+    router_logits = [torch.cat(layer).index_select(0, place) for layer in zip(*routers)]
+    return torch.cat(states).index_select(0, place), router_logits
 
 
 def decode_plain(

@@ -62,6 +62,7 @@ class Policy(nn.Module):
         self.precision = precision
         self.dropouts = lora.dropouts(lm)
         self.is_sharded = False
+        self.router_loss = None                # a RouterLoss while a mixture of experts is trained
         self.use(form)
 
     def use(self, form: Form) -> None:
@@ -72,6 +73,10 @@ class Policy(nn.Module):
         else:
             form = form._replace(attention=PLAIN)
         self.form = form
+
+    @property
+    def trunk(self):
+        return trunk_of(self.lm)
 
     @property
     def share_prompt(self) -> bool:
@@ -123,9 +128,14 @@ class Policy(nn.Module):
         """The last hidden states (T, D). `inputs`: the batch's tokens in one of transformers' two forms."""
         for dropout in self.dropouts:          # LoRA's acts in training only
             dropout.train(torch.is_grad_enabled())
+        router = self.router_loss if self.router_loss and self.router_loss.is_on() else None
+        options = {"output_router_logits": True} if router else {}
         with self.autocast():
             if self.form.attention == PLAIN:
-                return plain_hidden(trunk_of(self.lm), batch, self.form.padding, self.is_sharded)
-            output = trunk_of(self.lm)(**inputs, position_ids=batch.positions[None], use_cache=False,
-                                    segments=batch.segments)
-        return output.last_hidden_state[0]
+                padding = self.form.padding
+                hidden, router_logits = plain_hidden(self.trunk, batch, padding, self.is_sharded, **options)
+            else:
+                output = self.trunk(**inputs, position_ids=batch.positions[None], use_cache=False,
+                                    segments=batch.segments, **options)
+                hidden, router_logits = output.last_hidden_state[0], output.get("router_logits")
+        return router.added_to(hidden, router_logits, batch) if router else hidden
