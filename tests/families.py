@@ -13,12 +13,13 @@ dpo, dpo_tied losses, gradient norm, summed log-probs; tied: head and embedding 
 grpo          log-probs of every sampled token by the sampler and by the training forward, gradient norm; loss
               and KL of a second update from the same rollout
 rm            scores, loss and gradient norm of update 2
-ppo           the reward model of `rm` scores and starts the critic: scores, every value and log-prob, gradient
-              norm of both networks
+ppo           the reward model of `rm` scores and starts the critic: scores, every value and log-prob,
+              gradient norm of both networks
 lora          losses of updates 1 and 2, the second and its gradient norm through peft's own loading
 checkpointing as sft, with gradient_checkpointing and small micro-batches
-reload        final/ has exactly the keys of its class and gives the logged held-out loss; no weight outside the
-              text part has moved
+router        a mixture of experts: its auxiliary loss, and the gradient norm with it at a weight of 1
+reload        final/ has exactly the keys of its class and gives the logged held-out loss; no weight outside
+              the text part has moved
 ranks         sft and grpo on two processes report what they report on one
 dry_run       --dry-run ends as training does, and says the same about rows
 
@@ -41,7 +42,8 @@ from family_models import FAMILIES  # noqa: E402
 from family_runs import Family, is_right, prepare, write_data  # noqa: E402
 
 CELLS = (
-    "sft", "dpo", "dpo_tied", "grpo", "rm", "ppo", "lora", "checkpointing", "reload", "ranks", "dry_run")
+    "sft", "dpo", "dpo_tied", "grpo", "rm", "ppo", "lora", "checkpointing", "router", "reload", "ranks",
+    "dry_run")
 LONG = {                           # a mistake here shows in rows of more than 32 tokens only
     "qwen2_moe, window 32": ("qwen2_moe_window", dict(sliding_window=32)),
     "phimoe, window 32": ("phimoe", dict(sliding_window=32, lm_head_bias=False)),

@@ -77,13 +77,31 @@ def sft_cell(folder, run, rows, adapter=False) -> str:
     return found.cell
 
 
+def router_cell(folder, run, rows) -> str:
+    """Update 1 with the auxiliary loss of the class itself, of one row at a time, at a weight of 1."""
+    found = Comparison()
+    texts = own.Texts(folder / "model")
+    lm = own.load(folder / "model")
+    auxiliary = own.router_loss(lm, texts, rows[:4])
+    if auxiliary is None:
+        return "-"
+    loss = own.sft_loss(lm, texts, rows[:4])
+    ours = own.metrics(folder / run)
+    found.metrics(ours[1], {
+        "loss": loss,
+        "aux_loss": auxiliary,
+        "grad_norm": own.norm(loss + auxiliary, lm),
+    })
+    return found.cell
+
+
 def is_other_part(name: str) -> bool:
     """Whether a weight belongs to what reads pictures or sound."""
     return any(word in name for word in OTHER_PARTS)
 
 
 def reload_cell(folder, rows) -> str:
-    """`final/` in its own class: its keys, its loss of the held-out rows, and the weights it must not move."""
+    """`final/` in its own class: keys, loss of the held-out rows, and weights that training must not move."""
     found = Comparison()
     model, final = folder / "model", folder / "sft" / "final"
     model_class = class_named_by(final)

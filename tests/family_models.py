@@ -365,7 +365,7 @@ def with_vision(config_class, family: str, text, tied: bool):
 
 def save_model(family: str, directory, tied: bool = False, **changed) -> dict:
     """Write the tiny model and its tokenizer to `directory`. -> {"class": its class, "tied": whether the head
-    and the embedding are one tensor}."""
+    and the embedding are one tensor, "router": whether it is a mixture of experts with an auxiliary loss}."""
     config = configuration(family, tied, **changed)
     auto_class = AutoModelForCausalLM
     if isinstance(FAMILIES[family][1], str):
@@ -377,7 +377,8 @@ def save_model(family: str, directory, tied: bool = False, **changed) -> dict:
     byte_tokenizer().save_pretrained(directory)
     head = lm.get_output_embeddings()
     is_tied = head is not None and head.weight is lm.get_input_embeddings().weight
-    return {"class": type(lm).__name__, "tied": is_tied}
+    has_router = hasattr(lm.config.get_text_config(), "output_router_logits")
+    return {"class": type(lm).__name__, "tied": is_tied, "router": has_router}
 
 
 def perturb(lm) -> None:

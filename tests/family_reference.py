@@ -101,6 +101,19 @@ def sft_loss(lm, texts, rows) -> torch.Tensor:
     return -torch.cat(found).mean()
 
 
+def router_loss(lm, texts, rows) -> torch.Tensor | None:
+    """The mean of the auxiliary losses that the class gives for single rows; None where it gives none."""
+    losses = []
+    for row in rows:
+        prompt, response = texts.pair(row)
+        ids = torch.tensor([prompt + response])
+        output = lm(input_ids=ids, attention_mask=torch.ones_like(ids), output_router_logits=True)
+        if getattr(output, "aux_loss", None) is None:
+            return None
+        losses.append(output.aux_loss)
+    return torch.stack(losses).mean()
+
+
 def pair_logps(lm, texts, rows) -> list[torch.Tensor]:
     """Summed log-probs (B,) of the chosen and of the rejected responses."""
     sides = []

@@ -38,15 +38,17 @@ COMMON = dict(
     warmup=0,
     max_length=256,
     precision="fp32",
+    router_aux_loss_coef=0,
     resume="never",
 )
 SFT = dict(algorithm="sft", data="../sft.jsonl")
 SAMPLED = dict(data="../prompts.jsonl", max_completion_length=12)
-RUNS = {                           # name: the keys that it adds to COMMON; paths are those of a family's folder
+RUNS = {                           # name: the keys that differ from COMMON; paths start at a family's folder
     "sft": SFT | dict(eval_data="../held_out.jsonl", eval_every=2),
     "dry": SFT | dict(eval_data="../held_out.jsonl", eval_every=2),
     "checkpointing": SFT | dict(gradient_checkpointing="true", micro_batch_tokens=128),
     "lora": SFT | dict(lora_r=4, lr=1e-2),
+    "router": SFT | dict(router_aux_loss_coef=1.0),
     "long": SFT | dict(data="../long.jsonl"),
     "mixed": SFT | dict(data="../mixed.jsonl"),
     "bf16": SFT | dict(precision="bf16"),
@@ -80,6 +82,7 @@ CHECKS = {                         # a run: (its comparison, the rows)
     "ppo": (cells.ppo_cell, "prompts"),
     "lora": (partial(cells.sft_cell, adapter=True), "sft"),
     "checkpointing": (cells.sft_cell, "sft"),
+    "router": (cells.router_cell, "sft"),
     "long": (cells.sft_cell, "long"),
     "mixed": (cells.sft_cell, "mixed"),
 }
@@ -290,6 +293,8 @@ class Family:
     def checked(self, name: str) -> str:
         """The cell of a run with a comparison of its own."""
         needed = "rm" if name == "ppo" else name
+        if name == "router" and not self.made["router"]:
+            return "-"
         if name == "dpo_tied":
             made = answer(self.save, "tied", True)
             if isinstance(made, str):
