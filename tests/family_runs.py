@@ -348,7 +348,3 @@ class Family:
         """What a run said about the form of its rows."""
         lines = [line.strip() for line in self.runs[name][1].splitlines()]
         return [line for line in lines if line.startswith(NOTICES)]
-
-
-def is_right(found: dict[str, str]) -> bool:
-    return set(found.values()) <= {"ok", "-"}

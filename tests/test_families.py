@@ -2,7 +2,7 @@
 import os
 
 import pytest
-from family_runs import Family, is_right, prepare, write_data
+from family_runs import Family, prepare, write_data
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
@@ -15,9 +15,9 @@ QUICK = {
     "bitnet": "sft",                                       # an MLP with a norm inside
     "bloom": "sft grpo",                                   # ALiBi
     "opt": "checkpointing",                                # dropout in functions, learned positions
-    "qwen3_5_text": "sft dpo grpo rm ppo lora ranks dry_run",      # linear attention
+    "qwen3_5_text": "sft grpo ppo lora ranks dry_run",     # linear attention
     "mamba": "sft grpo checkpointing",                     # no attention
-    "qwen3_moe": "sft lora",                               # experts as 3-D parameters
+    "qwen3_moe": "lora router",                            # experts as 3-D parameters
     "gemma3_full": "sft lora reload dry_run",              # a text model inside one that sees
 }
 
@@ -33,8 +33,8 @@ def data(tmp_path_factory):
 @pytest.mark.parametrize("name", QUICK)
 def test_every_number_is_that_of_the_models_own_class(data, name):
     family = Family(name, data)
-    cells = {cell: family.cell(cell) for cell in QUICK[name].split()}
-    assert is_right(cells), cells
+    for cell in QUICK[name].split():
+        assert family.cell(cell) == "ok", cell
 
 
 def test_long_rows_among_short_ones(data):
