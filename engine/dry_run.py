@@ -16,6 +16,7 @@ from engine.plan import Plan
 from model import lora
 from model.load import base_of, empty_lm, is_adapter, load_config
 from model.logps import LOGITS_AT_ONCE
+from model.trial import check_kind
 
 BYTES_IN_4_BIT = 0.52      # per weight, with the scales
 
@@ -51,6 +52,9 @@ def dry_run(run_config, kind: str, world: int = 1) -> None:
         f"prompts shared: {tokens_of(train_set, True)} tokens per epoch; one copy per response: "
         f"{tokens_of(train_set, False)}",
     ])
+    print()
+    base = base_of(common.model)
+    check_kind(load_config(base), base, common, notice)
     section("memory forecast per device", forecast(common, config, train_set, max(sizes), online))
     print("\nnothing was trained (--dry-run)")
 

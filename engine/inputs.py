@@ -1,6 +1,6 @@
 """What a run reads before its model, and a dry run instead of it: the tokenizer and the data."""
 from data.dataset import load_datasets
-from model.load import check_path, load_tokenizer_for
+from model.load import base_of, check_path, check_rotary, load_tokenizer_for
 from rewards.functions import check_rewards
 
 
@@ -13,6 +13,7 @@ def read_inputs(common, config, kind: str, notice) -> tuple:
         common, kind, tokenizer, notice,
         config.train_on, config.prompt_template, config.max_completion_length)
     if kind == "prompts":
+        check_rotary(base_of(common.model), common.max_length)
         check_rewards(config, train_set + eval_set)
     return tokenizer, train_set, eval_set, reports
 

@@ -7,7 +7,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.utils.checkpoint import checkpoint
 
 from data.errors import UserError
-from model import attention, dense, lora  # noqa: F401  the forms of attention are registered
+from model import lora
 from model.check import check_policy
 from model.cpu import return_freed_memory
 from model.keys import ModelKeys

@@ -125,19 +125,22 @@ def lm_class(config, path: str):
                     "fix: pass a causal LM")
 
 
-def empty_lm(config, path: str):
-    """The LM of a configuration without the numbers of its weights; UserError where it cannot be built."""
+def new_lm(config, path: str):
+    """An LM of this configuration as it is before training; UserError where it cannot be built."""
     loader = lm_class(config, path)
+    from_config = loader.from_config if loader is AutoModelForCausalLM else loader._from_config
     try:
-        with torch.device("meta"):
-            if loader is AutoModelForCausalLM:
-                lm = loader.from_config(config, dtype=torch.float32)
-            else:
-                lm = loader._from_config(config, dtype=torch.float32)
+        lm = from_config(config, dtype=torch.float32)
     except Exception as error:  # noqa: BLE001  somebody else's file: anything may be raised
         raise unloadable(path, error) from error
     freeze_other_parts(lm)
     return lm.eval()
+
+
+def empty_lm(config, path: str):
+    """The LM of a configuration without the numbers of its weights."""
+    with torch.device("meta"):
+        return new_lm(config, path)
 
 
 def text_part(lm):
@@ -145,6 +148,16 @@ def text_part(lm):
     if lm.config.get_text_config() is lm.config:
         return lm
     return lm.get_decoder()
+
+
+def check_rotary(path: str, max_length: int) -> None:
+    """UserError where the rotary embedding of the model at `path` is another one in longer rows: a completion
+    that grows past this length would be sampled with other log-probs than it is trained with."""
+    rotary = getattr(load_config(path).get_text_config(), "rope_parameters", None) or {}
+    length = rotary.get("original_max_position_embeddings", max_length)
+    if rotary.get("rope_type") == "longrope" and length < max_length:
+        raise UserError(f"max_length is {max_length}, but the rotary embedding of {path} changes after {length} "
+                        f"tokens (longrope), in the middle of a completion; fix: max_length={length}")
 
 
 def freeze_other_parts(lm) -> None:

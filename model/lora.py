@@ -81,8 +81,11 @@ def linear_layers(lm) -> dict:
     inside = set(text_part(lm).modules())
     layers = {}
     for name, module in lm.named_modules():
-        if isinstance(module, (nn.Linear, Conv1D)) and module is not head and module in inside:
-            layers[name] = module
+        if isinstance(module, (nn.Linear, Conv1D)) and module in inside and module is not head:
+            kind = type(module)
+            is_in_4_bit = kind.__module__.startswith("bitsandbytes")
+            if is_in_4_bit or kind.forward in (nn.Linear.forward, Conv1D.forward):      # unlike some routers
+                layers[name] = module
     return layers
 
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from data.pack import Batch, collate
-from model import lora
+from model import attention, dense, lora  # noqa: F401  the forms of attention are registered
 from model.entropy import ChunkedEntropy
 from model.head import Head, head_of
 from model.logps import ChunkedLogps

@@ -17,7 +17,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    Gemma2Config,
+    GptOssConfig,
+    GraniteConfig,
+    PhiConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+)
 
 import algorithms
 from data.errors import UserError
@@ -58,6 +67,22 @@ def config_of(config_class=Qwen2Config, **values):
         num_key_value_heads=2, head_dim=8, max_position_embeddings=512, initializer_range=0.2,
         tie_word_embeddings=False, bos_token_id=None, eos_token_id=258, pad_token_id=256)
     return config_class(**tiny | values)
+
+
+def kinds() -> dict:
+    """Configurations of families with something beside the plain transformer: a logit scale, a bias of the
+    head, caps of scores and logits, sinks, windows."""
+    window = dict(sliding_window=5, layer_types=["sliding_attention", "full_attention"])
+    caps = dict(query_pre_attn_scalar=8, attn_logit_softcapping=2.0, final_logit_softcapping=1.5)
+    experts = dict(num_local_experts=4, num_experts_per_tok=2)
+    rope = {"rope_type": "default", "rope_theta": 10000.0}
+    return {
+        "cohere": config_of(CohereConfig, logit_scale=0.25),
+        "granite": config_of(GraniteConfig, logits_scaling=4.0),
+        "phi": config_of(PhiConfig),
+        "gemma2": config_of(Gemma2Config, **window, **caps),
+        "gpt_oss": config_of(GptOssConfig, **window, **experts, rope_parameters=rope),
+    }
 
 
 def random_lm(config, seed=0, **options):
