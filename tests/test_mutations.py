@@ -81,14 +81,14 @@ MUTATIONS = {    # name: (file, text, what it becomes, the tests that must fail)
         "example.extras[name] = (-1 if name == 'advantages' else 1) * checked(name, value, example)",
         online(*GROUPS)),
     "log-probs at temperature 1": (
-        "model/policy.py", "states = states / temperature", "pass", online("grpo", "rloo")),
+        "model/policy.py", "head.at(temperature)", "head", online("grpo", "rloo")),
     "the gradient of the entropy without H": (
         "model/entropy.py", "logps.add_(entropy).mul_(grad_entropies)", "logps.mul_(grad_entropies)",
         ["test_entropy.py::test_values_and_gradients_equal_full_logits[True-7]",
          "test_entropy.py::test_equal_logits_have_the_entropy_of_a_fair_die",
          "test_entropy.py::test_policy_equals_the_models_own_logits[False-False-1.0]"]),
     "completions cut before their stop token": (
-        "model/sampler.py", "Completion(tokens, logps, stopped)",
+        "model/completions.py", "Completion(tokens, logps, stopped)",
         "Completion(*((x[:-1] if stopped and step else x) for x in (tokens, logps)), stopped)",
         [*online("grpo", "dapo"), *(f"test_rollout.py::test_sampler_equals_a_plain_loop[{name}-plain]" for name in ("qwen2", "llama"))]),
     "one completion's draws for another": (
@@ -97,6 +97,26 @@ MUTATIONS = {    # name: (file, text, what it becomes, the tests that must fail)
     "a collective in a loop over a set": (
         "engine/checkpoint.py", "for key, tensor in state.items():", "for key, tensor in set(state.items()):",
         ["test_ranks.py::test_no_collective_in_a_loop_over_a_set"]),
+    "the bias of a head": (
+        "model/logps.py", "logits += bias[rows]", "pass", ["test_model.py::test_flat_shared_rows_equal_separate_rows[phi-2]"]),
+    "the scale of a head": (
+        "model/policy.py", "states = states * scale", "pass", ["test_model.py::test_flat_shared_rows_equal_separate_rows[cohere-2]", "test_model.py::test_flat_shared_rows_equal_separate_rows[granite-2]"]),
+    "the slope of capped logits": (
+        "model/logps.py", "error *= slope", "pass", ["test_model.py::test_flat_shared_rows_equal_separate_rows[gemma2-2]"]),
+    "the cap of scores": (
+        "model/scores.py", "if softcap:", "if False:", ["test_model.py::test_flat_shared_rows_equal_separate_rows[gemma2-2]"]),
+    "a sink outside the window": (
+        "model/attention.py", "mask[:, 0] = True", "mask[:, 0] = False", ["test_model.py::test_flat_shared_rows_equal_separate_rows[gpt_oss-2]"]),
+    "plain rows in another order": (
+        "model/plain.py", "+ done\n            done += length", "+ done\n        done += length * len(group)",
+        ["test_families_parts.py::test_plain_rows_equal_flat_rows[True-inf]", "test_families_parts.py::test_all_tokens_of_plain_rows"]),
+    "the check without the longest example": (
+        "model/check.py", "ordered[2:][-1:]", "[]", ["test_families_parts.py::test_a_window_that_only_the_mask_knows"]),
+    "the check in bf16": (
+        "model/check.py", 'policy.precision = "fp32"', "pass",
+        ["test_families_parts.py::test_the_check_is_in_fp32[dtype0-bf16]"]),
+    "prompts counted once in the router's loss": (
+        "model/experts.py", "] = len(lengths)", "] = 1.0", ["test_families_parts.py::test_the_auxiliary_loss_is_transformers_own[form0]"]),
 }
 
 
