@@ -101,13 +101,11 @@ def main() -> None:
             cells = options.cells.split(",")
         if tell(Family(name, data, changed, title), cells):
             right.append(title)
-    families = [name for name in names if name in FAMILIES]
-    right_families = [name for name in right if name in FAMILIES]
-    others = len(names) - len(families)
-    if others:
-        right_others = len(right) - len(right_families)
-        print(f"\n{right_others} of {others} cases of long rows and of bf16 are right")
-    print(f"\n{len(right_families)} of {len(families)} families are right in every cell")
+    cases = CASES.keys() & names
+    if cases:
+        print(f"\n{len(cases.intersection(right))} of {len(cases)} cases of long rows and of bf16 are right")
+    families = FAMILIES.keys() & names
+    print(f"\n{len(families.intersection(right))} of {len(families)} families are right in every cell")
     sys.exit(len(right) < len(names))
 
 

@@ -37,9 +37,11 @@ class Texts:
     def ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False).input_ids
 
-    def pair(self, row: dict, name: str = "response") -> tuple[list, list]:
-        response = self.ids(row[name]) + [self.tokenizer.eos_token_id]
-        return self.ids(row["prompt"]), response
+    def pair(self, row: dict, name: str = "response") -> tuple:
+        prompt = self.ids(row["prompt"])
+        response = self.ids(row[name])
+        response.append(self.tokenizer.eos_token_id)
+        return prompt, response
 
     def completion(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True)
@@ -87,8 +89,9 @@ def norm(loss, *owners) -> float:
     loss.backward()
     total = torch.tensor(0.0)
     for parameter in parameters:
-        if parameter.grad is not None:
-            total += parameter.grad.double().square().sum()
+        gradient = parameter.grad
+        if gradient is not None:
+            total += gradient.double().square().sum()
     return float(total.sqrt())
 
 
@@ -107,10 +110,12 @@ def router_loss(lm, texts, rows) -> torch.Tensor | None:
     for row in rows:
         prompt, response = texts.pair(row)
         ids = torch.tensor([prompt + response])
-        output = lm(input_ids=ids, attention_mask=torch.ones_like(ids), output_router_logits=True)
-        if getattr(output, "aux_loss", None) is None:
+        mask = torch.ones_like(ids)
+        output = lm(input_ids=ids, attention_mask=mask, output_router_logits=True)
+        auxiliary = output.get("aux_loss")
+        if auxiliary is None:
             return None
-        losses.append(output.aux_loss)
+        losses.append(auxiliary)
     return torch.stack(losses).mean()
 
 

@@ -121,13 +121,15 @@ def data_rows() -> dict[str, list]:
     """The rows of every data file. Prompt and response of a `long` row have 64 tokens or more each, those of
     the first two `mixed` rows less than 32 together."""
     sft = [sft_row(i) for i in range(11)]
+    pairs = [pair_row(i) for i in range(8)]
+    prompts = [prompt_row(i) for i in range(6)]
     long = [sft_row(i, least=64) for i in range(8)]
     short = [{"prompt": "Who?", "response": "ducks"}, {"prompt": "When?", "response": "noon"}]
     return {
         "sft": sft[:8],
         "held_out": sft[8:],
-        "pairs": [pair_row(i) for i in range(8)],
-        "prompts": [prompt_row(i) for i in range(6)],
+        "pairs": pairs,
+        "prompts": prompts,
         "long": long,
         "mixed": short + long[2:6] + sft[6:8],
     }
