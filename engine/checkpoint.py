@@ -19,9 +19,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from data.errors import RunError, UserError
 from data.files import digest_of, sha256
 from engine.ranks import distributed, from_main, sum_over_ranks
-from model import lora
+from model import gguf, lora
 from model.actor_critic import CRITIC
-from model.load import first_line, is_finite
+from model.load import RUNS, first_line, is_finite
 from model.reward_model import HEAD_BIAS, HEAD_WEIGHT, VALUE_HEAD
 from model.state import each_once, inside_lm, precision, written
 
@@ -186,8 +186,11 @@ def weights_fault(directory: str) -> str | None:
 
 
 def model_path(name: str, notice) -> str:
-    """The directory with the model of a run: its `final/`, else its newest whole checkpoint. Any other name
-    is returned as it is. A notice tells if a run's model is not its final model as the run wrote it."""
+    """The directory with the model of a run: its `final/`, else its newest whole checkpoint. A GGUF file
+    is converted into a directory; any other name is returned unchanged. A notice tells if a run's model is
+    not its final model as the run wrote it."""
+    if gguf.is_gguf(name):
+        return converted(name, notice)
     final = os.path.join(name, "final")
     fault = weights_fault(final)
     if fault is None:
@@ -200,6 +203,19 @@ def model_path(name: str, notice) -> str:
         why = fault if os.path.isdir(final) else "this run has no final model"
         notice(f"{why}; {path} is used instead")
     return path or name
+
+
+def converted(file: str, notice) -> str:
+    """The directory beside the runs with the model in a GGUF file; it is written where there is none yet."""
+    directory = os.path.join(RUNS, ".gguf", digest_of(file)[:16])
+    if broken(directory) is not None:
+        notice(f"{file} is converted once, into {directory}")
+
+        def write(temporary):
+            gguf.convert(file, temporary, notice)
+
+        write_sealed(directory, write)
+    return directory
 
 
 def set_aside(directory: str) -> str | None:

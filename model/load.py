@@ -70,6 +70,8 @@ def check_path(name: str, key: str = "model") -> None:
     is_local = not HUB_MODEL.fullmatch(name) or name.lower().endswith(FILES) or folder == RUNS
     if os.path.isdir(name) or not (is_local or os.path.exists(name)):
         return
+    if os.path.isfile(name) and name.lower().endswith(".gguf"):      # it will be converted
+        return
     if os.path.exists(name):
         raise UserError(f"{key}: {name} is a file, not a directory with a model; "
                         "fix: pass a model directory or a hub name owner/name")

@@ -12,7 +12,7 @@ from model.load import empty_lm, new_lm, text_part
 from model.policy import Policy
 
 MOST_PARAMETERS = 2 ** 29                 # 2 GiB in fp32
-VOCABULARY = 512
+SIZE = 512                                # of the vocabulary and of the layers' MLPs
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 MOST_EXPERTS = 16
 MOST_TOKENS = 512
@@ -47,8 +47,8 @@ def small(config, whole):
             setattr(text, key, value[:count])
         elif key in EXPERTS and isinstance(value, int):
             setattr(text, key, min(value, MOST_EXPERTS))
-        elif key.startswith("vocab_size"):
-            setattr(text, key, min(value, VOCABULARY))
+        elif isinstance(value, int) and (key.startswith("vocab_size") or key.endswith("intermediate_size")):
+            setattr(text, key, min(value, SIZE))
     text.num_hidden_layers = count
     for part in (config, text):
         if getattr(part, "pad_token_id", None) is not None:
