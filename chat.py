@@ -75,7 +75,8 @@ def main(argv: list[str]) -> None:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("model", nargs="+")
-    parser.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (default: 1)")
+    parser.add_argument("--temperature", type=float, default=0.7,
+                        help="0 is greedy, 1 samples as training does (default: 0.7)")
     parser.add_argument("--max-new-tokens", type=int, default=512)
     parser.add_argument("--seed", type=int, default=None)
     parser.add_argument("--chat-template",

@@ -1,5 +1,6 @@
 """Score a model: `python evaluate.py MODEL data=gsm8k reward=r1_zero`, or with pairs as data and no reward
-how often it prefers the chosen response.
+how often it prefers the chosen response: by its implicit reward, which is its log-prob minus a reference's,
+or without a reference by its log-prob alone.
 
 MODEL is a run (its final model, else its newest whole checkpoint), a model directory (an adapter too) or a
 hub name. Results go line by line to <data>_eval_results.jsonl in `output` and their averages to
@@ -19,6 +20,7 @@ from dataclasses import dataclass, replace
 from data.errors import UserError, notice, printable, run_program
 from data.hub import SHORT
 from engine import console
+from engine.cast import cast
 from engine.checkpoint import model_path
 from engine.evaluation import load_frozen, response_scores
 from engine.logs import write_whole
@@ -33,10 +35,11 @@ from engine.results import (
     name_of,
     number,
     read_settings,
+    training_config,
     used_by,
     with_lengths,
 )
-from model.load import load_tokenizer, load_tokenizer_for
+from model.load import check_path, load_tokenizer, load_tokenizer_for
 from model.reward_model import is_reward_model
 
 PAIRS_AT_ONCE = 64
@@ -47,8 +50,9 @@ Z = 1.959964      # standard deviations on either side of the mean that hold 95 
 class Config(Settings):
     reward: str | None = None       # gsm8k, r1_zero, path/to/file.py:function or the run of a reward model;
     #                                 several: a, b; null = evaluate pairs
-    reference: str | None = None    # pairs only: a model whose log-probs are subtracted, as in dpo's
-    #                                 implicit reward
+    reference: str | None = "auto"  # pairs only: a model whose log-probs are subtracted, as in dpo's
+    #                                 implicit reward; null = none, so the log-probs alone; auto = the one of
+    #                                 a run whose algorithm has a reference (its start model, if not another)
 
 
 def main(argv: list[str]) -> None:
@@ -61,7 +65,7 @@ def main(argv: list[str]) -> None:
         settings = replace(settings, data=f"{settings.data}:test")
     settings = replace(settings, output=output)
     path = model_path(settings.model, notice)
-    if settings.reward and settings.reference:
+    if settings.reward and settings.reference not in (None, "auto"):
         raise UserError("reference (command line) is only used with pair data (without reward); "
                         "fix: remove one of them")
     if settings.reward:
@@ -69,7 +73,7 @@ def main(argv: list[str]) -> None:
         summary = summary_of_completions(rows)
     else:
         rows, used = preferences(settings, path, name)
-        summary = summary_of_pairs(rows)
+        summary = summary_of_pairs(rows, measure_of(path, used["reference"]))
     results_path = os.path.join(output, f"{name}_results.jsonl")
     summary_path = os.path.join(output, f"{name}_summary.json")
     write_whole(summary_path, as_text(summary | {"results_path": results_path, "settings": used}))
@@ -148,11 +152,12 @@ def pass_rates(groups: list[list[dict]]) -> dict:
         k *= 2
 
 
-def summary_of_pairs(rows: list[dict]) -> dict:
+def summary_of_pairs(rows: list[dict], measure: str) -> dict:
+    """`measure`: what makes a response the preferred one."""
     metrics = column(rows, "metrics")
     margins = column(metrics, "margin")
     ties = sum(row.get("tie", False) for row in metrics)      # rows of earlier versions have no "tie"
-    summary = {"num_examples": len(rows)}
+    summary = {"num_examples": len(rows), "preferred_by": measure}
     summary |= rate("accuracy", column(metrics, "accuracy"), len(rows))
     return summary | {"ties": ties, "avg_margin": mean(margins), "avg_margin_95": around_mean(margins)}
 
@@ -201,9 +206,12 @@ def preferences(settings: Config, path: str, name: str) -> tuple[list[dict], dic
     """(a row per pair with the scores of both responses, the settings they come from): a reward model's
     scores, else summed log-probs, minus the reference's where there is one."""
     tokenizer = load_tokenizer_for(settings, path, notice)
+    if settings.reference == "auto":
+        settings = replace(settings, reference=trained_reference(settings.model))
     reference_path = None
     if settings.reference:
         reference_path = model_path(settings.reference, notice)
+        check_path(reference_path, "reference")
         check_reference(settings.model, path, reference_path, tokenizer)
     settings = replace(with_lengths(settings, path), prompt_template=None, stop=None)
     examples, report = load_pairs(settings, path, tokenizer)
@@ -223,6 +231,27 @@ def preferences(settings: Config, path: str, name: str) -> tuple[list[dict], dic
             rows.append({"id": i, **row})
         results.add(rows)
     return results.rows, used
+
+
+def trained_reference(model: str) -> str | None:
+    """The reference that the run `model` was trained against; None where it had none, or is not a run."""
+    trained = training_config(model)
+    if "reference" not in trained:
+        return None
+    reference = cast(trained["reference"], str | None)
+    if reference in (None, "cache"):      # both mean the start model
+        reference = trained["model"]
+    notice(f"reference: {reference}, the run's own; reference=PATH is another, reference=null is none")
+    return reference
+
+
+def measure_of(path: str, reference: str | None) -> str:
+    """What the responses of a pair are compared by."""
+    if is_reward_model(path):
+        return "the reward model's score"
+    if reference:
+        return f"implicit reward (log-prob minus that of {reference})"
+    return "log-prob (no reference)"
 
 
 def check_reference(model: str, path: str, reference: str, tokenizer) -> None:

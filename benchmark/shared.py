@@ -1,5 +1,7 @@
 """What the benchmarks beside TRL share: the model, the text, our engine, fresh processes, options, medians.
 
+The model is a directory of the user's (`--model`), or a random one of the shape below.
+
 torch and the project are imported in functions that only child processes call: a child's peak memory starts
 at its parent's size, so the parent stays small.
 """
@@ -25,7 +27,7 @@ SHAPE = {
     "intermediate_size": 4864,
     "vocab_size": 151936,
 }
-MAX_LENGTH = 2048      # no HH pair is longer: TRL would truncate what we drop
+MAX_LENGTH = 2048      # no HH pair is longer
 TOLERANCE = 1e-4
 SETTINGS = {
     "schedule": "constant",
@@ -35,7 +37,6 @@ SETTINGS = {
     "shuffle": False,
     "epochs": 1,
     "seed": 0,
-    "max_length": MAX_LENGTH,
 }
 
 
@@ -86,14 +87,40 @@ def read_jsonl(path: str) -> list[dict]:
     return [json.loads(line) for line in lines]
 
 
+def shape_of(directory: str) -> dict:
+    """The keys of SHAPE, head_dim and max_position_embeddings, from the configuration of a model; an error
+    names the key of SHAPE that it lacks."""
+    path = Path(directory) / "config.json"
+    if not path.is_file():
+        sys.exit(f"error: {path} is not there; fix: give --model a directory with a model")
+    config = json.loads(path.read_text())
+    config = config.get("text_config", config)
+    shape = {}
+    for key in SHAPE:
+        value = config.get(key)
+        if key == "num_key_value_heads":      # none: a key and a value for each query
+            value = value or config.get("num_attention_heads")
+        if not value:
+            sys.exit(f"error: {path} has no {key}, which the arithmetic needs; fix: take another model")
+        shape[key] = value
+    size = shape["hidden_size"] // shape["num_attention_heads"]
+    shape["head_dim"] = config.get("head_dim") or size
+    shape["max_position_embeddings"] = config.get("max_position_embeddings") or MAX_LENGTH
+    return shape
+
+
 def write_model(job: dict, stops: list | None = None):
-    """The tokenizer, after it and a model with random weights are written to job["model"]. `stops`: ids at
-    which TRL ends a text besides the tokenizer's eos."""
+    """The tokenizer, after it and the model are in job["model"]: links to the files of job["source"], or
+    without one random weights. `stops`: ids at which TRL ends a text besides the tokenizer's eos, for a
+    random model."""
     import torch
     from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
     from tests.helpers import byte_tokenizer
 
+    if job["source"]:
+        link_files(job["source"], job["model"])
+        return AutoTokenizer.from_pretrained(job["model"])
     if job["tokenizer"]:
         tokenizer = AutoTokenizer.from_pretrained(job["tokenizer"])
     else:
@@ -104,6 +131,28 @@ def write_model(job: dict, stops: list | None = None):
     lm.save_pretrained(job["model"])
     tokenizer.save_pretrained(job["model"])
     return tokenizer
+
+
+def link_files(source: str, directory: str) -> None:
+    """A directory with links to the files of another one, beside which more can be written."""
+    os.makedirs(directory, exist_ok=True)
+    for file in Path(source).resolve().iterdir():
+        link = Path(directory) / file.name
+        if file.is_file() and not link.exists():
+            os.symlink(file, link)
+
+
+def end_of_turn(tokenizer) -> str:
+    """The special token that ends a response in the tokenizer's chat template."""
+    turns = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}]
+    if not tokenizer.chat_template:
+        sys.exit("error: the tokenizer has no chat template; fix: take an instruction-tuned model")
+    text = tokenizer.apply_chat_template(turns, tokenize=False)
+    after = text[text.rindex("2") + 1:]
+    for token in tokenizer(after, add_special_tokens=False).input_ids:
+        if token in tokenizer.all_special_ids:
+            return tokenizer.convert_ids_to_tokens(token)
+    sys.exit("error: the chat template ends a response with no special token; fix: take another model")
 
 
 # ---- both sides, each timed from "weights in memory" to "last update done" ---------------------------
@@ -125,6 +174,7 @@ def our_engine(job: dict, keys: dict):
         "model": job["model"],
         "output": str(work / "run"),
         "lr": job["lr"],
+        "max_length": job["max_length"],
         "save_every": "null",
         "share_prompt": "true",      # not auto: a fallback would be an error here
     }
@@ -160,7 +210,7 @@ def trl_arguments(job: dict) -> dict:
         "per_device_train_batch_size": job["per_device"],
         "optim": "adamw_torch_fused",
         "gradient_checkpointing": False,
-        "bf16": False,
+        "bf16": job.get("precision") == "bf16",
         "use_cpu": True,
         "dataloader_pin_memory": False,
         "logging_steps": 1,
@@ -213,6 +263,18 @@ def child(script: str, role: str, job: dict):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def store(path: Path, value) -> None:
+    """Write a JSON file in one step: it is whole, or not there."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(value))
+    os.replace(temporary, path)
+
+
+def say(text: str) -> None:
+    """A line about progress: stdout is for the report."""
+    print(text, file=sys.stderr, flush=True)
+
+
 # ---- options and medians -----------------------------------------------------------------------------
 
 def new_parser(text: str) -> argparse.ArgumentParser:
@@ -220,14 +282,19 @@ def new_parser(text: str) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(description=text, formatter_class=layout)
 
 
-def add_options(parser: argparse.ArgumentParser, repeats: int) -> None:
-    """The options that all comparisons have; last, since `overrides` takes the words that are left."""
+def add_options(parser: argparse.ArgumentParser, repeats: int | None) -> None:
+    """The options that all comparisons have (`repeats`: its default, None = no such option); last, since
+    `overrides` takes the words that are left."""
+    parser.add_argument(
+        "--model",
+        help="directory of a model, with its tokenizer; without it, random weights of Qwen2's form")
     parser.add_argument("--data", help="HH-RLHF file; without it, text is made up")
     parser.add_argument(
         "--tokenizer",
         help="directory or hub name of Qwen2.5's tokenizer; without it, bytes are tokens")
     parser.add_argument("--lr", type=float, default=1e-5)
-    parser.add_argument("--repeats", type=int, default=repeats)
+    if repeats:
+        parser.add_argument("--repeats", type=int, default=repeats)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--layers", type=int, default=SHAPE["num_hidden_layers"])
     parser.add_argument(
@@ -239,22 +306,38 @@ def add_options(parser: argparse.ArgumentParser, repeats: int) -> None:
 def run_comparison(args: argparse.Namespace, compare: Callable, own: dict) -> None:
     """Exit with 0 if `compare(job)` finds that both sides agree, else with 1. `own`: more of the job;
     a "vocab_size" in it replaces that of SHAPE."""
+    runs = ROOT / "runs"
+    runs.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=runs, prefix="vs-trl-") as work:
+        agreed = compare(job_of(args, own, work))
+    sys.exit(0 if agreed else 1)
+
+
+def job_of(args: argparse.Namespace, own: dict, work: str) -> dict:
+    """What both sides are told: the options, `own`, the model's shape, and the paths in the directory
+    `work`."""
     shape = SHAPE | {
         "num_hidden_layers": args.layers,
         "vocab_size": own.get("vocab_size", SHAPE["vocab_size"]),
     }
-    runs = ROOT / "runs"
-    runs.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=runs, prefix="vs-trl-") as work:
-        job = vars(args) | own | {
-            "shape": shape,
-            "work": work,
-            "model": f"{work}/model",
-            "ours_rows": f"{work}/ours.jsonl",
-            "trl_rows": f"{work}/trl.jsonl",
-        }
-        agreed = compare(job)
-    sys.exit(0 if agreed else 1)
+    if args.model:
+        shape = shape_of(args.model)
+    return vars(args) | own | {
+        "shape": shape,
+        "max_length": min(MAX_LENGTH, shape.get("max_position_embeddings", MAX_LENGTH)),
+        "source": args.model,
+        "work": work,
+        "model": f"{work}/model",
+        "ours_rows": f"{work}/ours.jsonl",
+        "trl_rows": f"{work}/trl.jsonl",
+    }
+
+
+def model_line(job: dict) -> str:
+    """The model, in a few words."""
+    shape = job["shape"]
+    name = job["source"] or "random weights"
+    return f"{name}: {shape['num_hidden_layers']} layers x {shape['hidden_size']}"
 
 
 def medians(runs: dict, keys: list[str]) -> dict:

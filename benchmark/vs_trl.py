@@ -1,7 +1,8 @@
-"""This project beside TRL, in one go: `python benchmark/vs_trl.py dpo --data hh.jsonl.gz --tokenizer DIR`.
+"""This project beside TRL, in one go: `python benchmark/vs_trl.py dpo --model DIR --data hh.jsonl.gz`.
 
-Both sides train the same random-weight model (Qwen2, hidden 896, 6 layers, Qwen2.5's vocabulary of 151,936,
-tied) on the same pairs in the same order with the same optimizer, each run in a fresh process, alternating.
+Both sides train the same model (without --model random weights: Qwen2, hidden 896, 6 layers, Qwen2.5's
+vocabulary of 151,936, tied, with --tokenizer DIR) on the same pairs in the same order with the same
+optimizer, each run in a fresh process, alternating.
 TRL runs every setting that could be its best; after the first round only its fastest and its leanest go on,
 and those are what the ratios compare with.
 
@@ -22,13 +23,13 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmark import shared  # noqa: E402
-from benchmark.shared import MAX_LENGTH, SETTINGS, TOLERANCE  # noqa: E402
+from benchmark.shared import SETTINGS, TOLERANCE  # noqa: E402
 
-END = "<|im_end|>"      # ends a response in ChatML, the template of Qwen
 HEAD = "value_head.safetensors"      # what a reward model starts from, on both sides
 HEAD_WEIGHT = "v_head.summary.weight"
 OURS = "ours, fp32"
 OURS_BF16 = "ours, bf16 autocast"
+TRL_BF16 = "TRL's fastest, bf16 autocast"
 
 
 # ---- TRL's trainer for each algorithm ----------------------------------------------------------------
@@ -99,9 +100,12 @@ def prepare(job: dict) -> None:
 
     algorithm = job["algorithm"]
     tokenizer = shared.write_model(job)
+    end = shared.end_of_turn(tokenizer)
     if algorithm == "rm":
         write_head(job)
-    ours, theirs, seen = [], [], set()
+    ours = []
+    theirs = []
+    seen = set()
     for where, row in shared.hh_rows(job["data"], 2 * job["pairs"]):
         if len(ours) == job["pairs"]:
             break
@@ -117,10 +121,13 @@ def prepare(job: dict) -> None:
             label = len(ours) % 2 == 0
             response = chosen["content"] if label else rejected["content"]
             ours.append({"prompt": turns, "response": response, "label": label})
-            theirs.append({"prompt": prompt, "completion": response + END, "label": label})
+            theirs.append({"prompt": prompt, "completion": response + end, "label": label})
+            continue
+        responses = {"chosen": chosen["content"] + end, "rejected": rejected["content"] + end}
+        longest = max(len(tokenizer(prompt + text).input_ids) for text in responses.values())
+        if longest > job["max_length"]:      # TRL would truncate what we drop
             continue
         ours.append({"chosen": row["chosen"], "rejected": row["rejected"]})
-        responses = {"chosen": chosen["content"] + END, "rejected": rejected["content"] + END}
         if algorithm == "sft":
             responses = {"completion": responses["chosen"]}
         theirs.append({"prompt": prompt} | responses)
@@ -136,6 +143,7 @@ def write_head(job: dict) -> None:
     from safetensors.torch import save_file
 
     size = job["shape"]["hidden_size"]
+    torch.manual_seed(0)
     weight = torch.randn(1, size) / size ** 0.5
     save_file({HEAD_WEIGHT: weight}, f"{job['model']}/{HEAD}")
 
@@ -151,6 +159,8 @@ def train_ours(job: dict) -> dict:
     algorithm, config, engine, started = shared.our_engine(job, keys)
     algorithm.train(engine, config)
     result = shared.measured(started)
+    if job.get("final"):
+        engine.policy.lm.save_pretrained(job["final"])
     ids = []
     for example in engine.train_set:
         parts = [example.prompt.tolist()]
@@ -163,7 +173,7 @@ def train_ours(job: dict) -> dict:
 
 def train_trl(job: dict) -> dict:
     """TRL's own trainer with job["per_device"] rows per forward and, if there is a reference, its log-probs
-    precomputed or not."""
+    precomputed or not. Both sides save their model in job["final"], if there is such a key."""
     from datasets import Dataset
     from transformers import AutoTokenizer
 
@@ -173,7 +183,7 @@ def train_trl(job: dict) -> dict:
     config_class = getattr(library, f"{name}Config")
     trainer_class = getattr(library, f"{name}Trainer")
     tokenizer = AutoTokenizer.from_pretrained(job["model"])
-    tokenizer.eos_token = END      # so that TRL appends nothing
+    tokenizer.eos_token = shared.end_of_turn(tokenizer)      # so that TRL appends nothing
     settings = dict(peer.settings)
     if peer.reference:
         settings["precompute_ref_log_probs"] = job["precompute"]
@@ -181,7 +191,7 @@ def train_trl(job: dict) -> dict:
         **shared.trl_arguments(job),
         **settings,
         gradient_accumulation_steps=job["batch"] // job["per_device"],
-        max_length=MAX_LENGTH,
+        max_length=job["max_length"],
         train_sampling_strategy="sequential")
     policy = load_for_trl(job)
     models = {"model": policy}
@@ -192,6 +202,8 @@ def train_trl(job: dict) -> dict:
     trainer = trainer_class(**models, args=arguments, train_dataset=rows, processing_class=tokenizer)
     trainer.train()
     result = shared.measured(started)
+    if job.get("final"):
+        trainer.save_model(job["final"])
     ids = []
     for row, text in zip(trainer.train_dataset, rows, strict=True):
         ids.append(ids_of(row, text, peer, tokenizer))
@@ -278,8 +290,11 @@ def forward_gflop(job: dict, rows: list) -> float:
     """GFLOP of one forward of rows [prompt, response, ...]."""
     shape = job["shape"]
     size, layers = shape["hidden_size"], shape["num_hidden_layers"]
-    kv_size = size // shape["num_attention_heads"] * shape["num_key_value_heads"]
-    layer = 2 * size * size + 2 * size * kv_size + 3 * size * shape["intermediate_size"]
+    heads = shape["num_attention_heads"]
+    head_size = shape.get("head_dim", size // heads)
+    kv_size = head_size * shape["num_key_value_heads"]
+    attention = 2 * size * heads * head_size + 2 * size * kv_size
+    layer = attention + 3 * size * shape["intermediate_size"]
     head = size * (1 if job["algorithm"] == "rm" else shape["vocab_size"])
     tokens = trained = attended = 0
     for row in rows:
@@ -291,7 +306,7 @@ def forward_gflop(job: dict, rows: list) -> float:
         for response in responses:
             attended += prompt * response + response * (response + 1) / 2
     products = 2 * layer * layers * tokens + 2 * head * trained
-    return (products + 4 * size * layers * attended) / 1e9
+    return (products + 4 * heads * head_size * layers * attended) / 1e9
 
 
 def measure_limit(job: dict) -> dict:
@@ -342,19 +357,27 @@ def compare(job: dict) -> bool:
         for name in variants:
             run(runs, OURS, "ours", job)
             run(runs, name, "trl", job | trl[name])
-        if job["bf16"]:
-            run(runs, OURS_BF16, "ours", job | {"precision": "bf16"})
         median = shared.medians(runs, ["seconds", "peak"])
         fastest = shared.least(median, variants, "seconds")
         leanest = shared.least(median, variants, "peak")
         variants = [fastest] if fastest == leanest else [fastest, leanest]
+    if job["bf16"]:
+        fast = job | trl[fastest] | {"precision": "bf16"}
+        for _ in range(job["repeats"]):
+            run(runs, OURS_BF16, "ours", fast)
+            run(runs, TRL_BF16, "trl", fast)
+        median = shared.medians(runs, ["seconds", "peak"])
     gflop = needed_gflop(job, runs[OURS][0]["ids"])
     print_header(job, limit, gflop)
     print_table(job, runs, median, limit, gflop)
     speed = median[fastest]["seconds"] / median[OURS]["seconds"]
     memory = median[OURS]["peak"] / median[leanest]["peak"]
     print(f"\nspeed   {speed:.2f}x   of the fastest: {fastest}")
-    print(f"memory  {memory:.2f}x   of the leanest: {leanest}\n")
+    print(f"memory  {memory:.2f}x   of the leanest: {leanest}")
+    if job["bf16"]:
+        speed = median[TRL_BF16]["seconds"] / median[OURS_BF16]["seconds"]
+        print(f"speed   {speed:.2f}x   with bf16 on both sides")
+    print()
     shown = next(iter(trl)) if PEERS[job["algorithm"]].whole else fastest
     agreed = True
     for name, changes in trl.items():
@@ -383,8 +406,7 @@ def run(runs: dict, name: str, role: str, job: dict) -> None:
     """Add the result of one more run to runs[name]."""
     result = shared.child(__file__, role, job)
     runs.setdefault(name, []).append(result)
-    line = f"{name}: {result['seconds']:.1f} s, {result['peak']:.2f} GB"
-    print(line, file=sys.stderr, flush=True)
+    shared.say(f"{name}: {result['seconds']:.1f} s, {result['peak']:.2f} GB")
 
 
 def unit_of(job: dict) -> str:
@@ -392,13 +414,14 @@ def unit_of(job: dict) -> str:
 
 
 def print_header(job: dict, limit: dict, gflop: float) -> None:
-    shape = job["shape"]
     source = job["data"] or "made-up text"
     overrides = " ".join(job["overrides"]) or "defaults"
-    settings = [f"{key} {value}" for key, value in SETTINGS.items()]
+    same = SETTINGS | {"max_length": job["max_length"]}
+    settings = [f"{key} {value}" for key, value in same.items()]
     print(
         f"\n{job['algorithm']}: {job['pairs']} {unit_of(job)} of {source}, {job['batch']} per update, "
-        f"{job['threads']} threads, {shape['num_hidden_layers']} layers x {shape['hidden_size']}")
+        f"{job['threads']} threads")
+    print(f"model: {shared.model_line(job)}")
     print(f"ours: {overrides}, prompts shared")
     print(f"both sides: lr {job['lr']:g}, {', '.join(settings)}")
     print(
@@ -416,7 +439,7 @@ def print_table(job: dict, runs: dict, median: dict, limit: dict, gflop: float) 
     for name, values in median.items():
         seconds = values["seconds"]
         rate = gflop / seconds
-        share = rate / limit["bf16" if name == OURS_BF16 else "fp32"]
+        share = rate / limit["bf16" if name in (OURS_BF16, TRL_BF16) else "fp32"]
         print(
             f"{name:<44} {len(runs[name]):>4} {seconds:>8.1f} {job['pairs'] / seconds:>8.3f} "
             f"{values['peak']:>8.2f} {rate:>8.0f} {share:>13.0%}")
@@ -447,7 +470,7 @@ def main() -> None:
         type=int,
         default=4,
         help="pairs per update; for kto, responses of as many pairs")
-    parser.add_argument("--bf16", action="store_true", help="also run our side under bf16 autocast")
+    parser.add_argument("--bf16", action="store_true", help="also run both sides under bf16 autocast")
     shared.add_options(parser, repeats=2)
     args = parser.parse_intermixed_args()
     if args.pairs % args.batch:

@@ -1,9 +1,10 @@
-"""GRPO beside TRL, in one go: `python benchmark/vs_trl.py grpo --data hh.jsonl.gz --tokenizer DIR`.
+"""GRPO beside TRL, in one go: `python benchmark/vs_trl.py grpo --model DIR --data hh.jsonl.gz`.
 
-Both sides sample groups of answers to the same prompts from the same random-weight model and make one update
-of each rollout (paper form, no reference). Timed on both sides: all of sampling, scoring and updates; and of
-these the sampling alone. Every answer runs to --length tokens; with --stop-share, each token ends an answer
-with about this probability, so that lengths vary.
+Both sides sample groups of answers to the same prompts from the same model and make one update of each
+rollout (paper form, no reference). Timed on both sides: all of sampling, scoring and updates; and of these
+the sampling alone. The answers of a model of yours end where it ends them. Those of a random model (without
+--model) run to --length tokens; with --stop-share, each token ends one with about this probability, so that
+lengths vary.
 
 What is drawn differs, so the sides cannot agree number by number. Instead our side also makes the first
 update from TRL's own completions, untimed; the run fails (exit 1) unless prompts are equal and the gradient
@@ -104,6 +105,9 @@ def train_ours(job: dict) -> dict:
     from model.sampler import Stops
 
     stops = set(stops_of(job))
+    ends = Stops.__call__      # where the tokenizer and the model say so
+    if not job["source"]:
+        ends = lambda self, tokens: int(tokens[-1]) in stops  # noqa: E731
     timer = Timer(rollouts.sample)
     old_logps = rollouts.Rollouts.old_logps
     if job.get("replay"):
@@ -120,7 +124,7 @@ def train_ours(job: dict) -> dict:
         "precision": "fp32",
     }
     with (
-        patch.object(Stops, "__call__", lambda self, tokens: int(tokens[-1]) in stops),
+        patch.object(Stops, "__call__", ends),
         patch.object(rollouts, "sample", timer),
         patch.object(rollouts.Rollouts, "old_logps", old_logps),
     ):
@@ -148,7 +152,7 @@ def train_trl(job: dict) -> dict:
 
     tokenizer = AutoTokenizer.from_pretrained(job["model"])
     size = job["group"]
-    if not job["stop_share"]:
+    if not (job["stop_share"] or job["source"]):
         # it always ends an answer at its own eos; a random model draws this one once in 150,000 tokens
         tokenizer.eos_token = "<|endoftext|>"
     arguments = GRPOConfig(
@@ -219,23 +223,20 @@ def run(runs: dict, name: str, role: str, job: dict) -> None:
     """Add the result of one more run to runs[name]."""
     result = shared.child(__file__, role, job)
     runs.setdefault(name, []).append(result)
-    print(
+    shared.say(
         f"{name}: {result['seconds']:.1f} s, sampling {result['sampling']:.1f} s, "
-        f"{result['tokens']} tokens, {result['peak']:.2f} GB",
-        file=sys.stderr,
-        flush=True)
+        f"{result['tokens']} tokens, {result['peak']:.2f} GB")
 
 
 def print_header(job: dict) -> None:
-    lengths = "no stop token"
+    lengths = "the model ends them" if job["source"] else "no stop token"
     if job["stop_share"]:
         lengths = f"each token ends a text with probability {job['stop_share']:g}"
     overrides = " ".join(job["overrides"]) or "defaults"
-    shape = job["shape"]
     print(
         f"\ngrpo: {job['rollouts']} rollouts of {job['prompts']} prompts x {job['group']} completions "
-        f"of up to {job['length']} tokens ({lengths}), {job['threads']} threads, "
-        f"{shape['num_hidden_layers']} layers x {shape['hidden_size']}")
+        f"of up to {job['length']} tokens ({lengths}), {job['threads']} threads")
+    print(f"model: {shared.model_line(job)}")
     print(f"both sides: fp32, lr {job['lr']:g}, temperature 1, beta 0, paper form; ours: {overrides}\n")
 
 
@@ -293,6 +294,8 @@ def main() -> None:
     shared.add_options(parser, repeats=1)
     args = parser.parse_intermixed_args()
     own = {"algorithm": "grpo"}
+    if args.model and args.stop_share:
+        parser.error("--stop-share is for random weights; --model ends its answers itself")
     if not args.tokenizer:
         # a random model with Qwen's vocabulary would hardly ever sample a byte: all texts would be empty
         own["vocab_size"] = BYTE_VOCABULARY

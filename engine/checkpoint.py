@@ -210,11 +210,8 @@ def converted(file: str, notice) -> str:
     directory = os.path.join(RUNS, ".gguf", digest_of(file)[:16])
     if broken(directory) is not None:
         notice(f"{file} is converted once, into {directory}")
-
-        def write(temporary):
-            gguf.convert(file, temporary, notice)
-
-        write_sealed(directory, write)
+        tokenizer, lm = gguf.load(file, notice)
+        write_sealed(directory, lambda temporary: gguf.save(tokenizer, lm, temporary))
     return directory
 
 

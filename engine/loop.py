@@ -188,8 +188,6 @@ class Engine:
         self.record.open_step(self.step, metrics or {})
         if update:
             self.optimizer.set_learning_rate(self.plan.learning_rate(update))
-            if self.policy.router_loss:
-                self.policy.router_loss.open(self.step.num_examples)
         return self.step
 
     def close_step(self, is_left: bool = False) -> None:
@@ -202,8 +200,6 @@ class Engine:
             self.record.log_evaluation(step)
         elif step.is_made:
             self.last = step.index
-            if self.policy.router_loss:
-                step.add(self.policy.router_loss.metrics())
             self.record.close_step(step, is_left)
         elif not is_left:
             raise RunError(f"update {step.index} made no change; fix: add the line optimizer.step() after "

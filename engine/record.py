@@ -36,12 +36,17 @@ class Record:
         self.started = time.perf_counter()
         self.rollout_metrics = rollout_metrics
         self.weights_before = self.some_weights() if step.index == 1 else None
+        router = self.engine.policy.router_loss
+        if router:
+            router.open(step.num_examples)
 
     def close_step(self, step: Step, is_left: bool) -> None:
         """Check, log, sample and save after an update that was made."""
         engine = self.engine
         config, total = engine.config, engine.plan.total
         self.check_moved()
+        if engine.policy.router_loss:
+            step.add(engine.policy.router_loss.metrics())
         tokens = sum(example.size(engine.policy.share_prompt) for example in step.examples)
         self.tokens_seen += tokens
         is_logged = step.index % config.log_every == 0 or step.index in (1, total) or is_left

@@ -176,9 +176,17 @@ def load_prompts(settings, path: str, tokenizer, verifies_r1_zero: bool, notice)
 
 
 def training_config(model: str) -> dict:
-    """The configuration of a run, named as the run or as its final/; {} where it is not a run."""
-    model = os.path.normpath(model)
-    return read_config(model) or read_config(os.path.dirname(model)) or {}
+    """The configuration of a run, named as the run, its final/ or one of its checkpoints; {} where it is not
+    a run."""
+    path = Path(model)
+    folders = [path, path.parent]
+    if path.parent.name == "checkpoints":
+        folders.append(path.parent.parent)
+    for folder in folders:
+        config = read_config(str(folder))
+        if config:
+            return config
+    return {}
 
 
 def trained_template(trained: dict) -> str | None:

@@ -8,7 +8,8 @@ from safetensors.torch import load_file
 from data.errors import UserError
 from data.pack import Batch
 from model import lora
-from model.policy import Policy, trunk_of
+from model.form import trunk_of
+from model.policy import Policy
 from model.reward_model import hidden_size, linear_head, saved_head
 
 CRITIC = "critic.safetensors"      # in a checkpoint of a policy with a critic: the critic's trained weights
@@ -69,7 +70,7 @@ def build_actor_critic(policy: Policy, trunk: Policy | None, reward_model: str |
 
 
 def headless(critic: Policy, policy: Policy, seed: int) -> Policy:
-    """`critic` without its head, with the settings of `policy`, and with an adapter where `policy` has one."""
+    """`critic` without its head, with the precision of `policy`, and with an adapter where that has one."""
     adapter = lora.settings(policy.lm)
     if adapter and not lora.settings(critic.lm):
         lora.attach(critic.lm, copy.deepcopy(adapter), seed)

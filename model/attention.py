@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch.nn.attention.bias import causal_lower_right
 from transformers import AttentionInterface
 
-from model.scores import capped_attention, with_sink
+from model.scores import special_attention, window_mask
 
 
 def segments_attention(module, query, key, value, attention_mask, scaling=None, segments=None,
@@ -44,27 +44,18 @@ def segments_attention(module, query, key, value, attention_mask, scaling=None, 
 
 def attend(query, key, value, scaling, sliding_window, softcap=None, sinks=None):
     """Causal attention of L queries that stand at the last of K keys' places -> (1, L, heads, head_dim)"""
-    head_dim = value.shape[3]
-    if sinks is not None and not softcap:
-        query, key, value = with_sink(query, key, value, sinks, scaling)
+    if softcap or sinks is not None:
+        return special_attention(query, key, value, scaling, sliding_window, softcap, sinks)
     queries = query.shape[2]
     keys = key.shape[2]
-    before = keys - queries                # keys before the first query
     mask = None
-    if softcap or (sliding_window is not None and keys > sliding_window):
-        mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device)
-        mask = mask.tril(before)
-        if sliding_window is not None:
-            mask = mask.triu(before - sliding_window + 1)
-            if sinks is not None:
-                mask[:, 0] = True          # every query sees the sink
-    elif before:
+    if sliding_window is not None and keys > sliding_window:
+        mask = window_mask(queries, keys, sliding_window, query.device)
+    elif keys > queries:
         mask = causal_lower_right(queries, keys)
-    if softcap:
-        return capped_attention(query, key, value, mask, scaling, softcap)
     output = F.scaled_dot_product_attention(
         query, key, value, mask, is_causal=mask is None, scale=scaling, enable_gqa=True)
-    return output[..., :head_dim].transpose(1, 2)
+    return output.transpose(1, 2)
 
 
 AttentionInterface.register("segments", segments_attention)

@@ -12,9 +12,10 @@ import torch
 
 from data.errors import UserError
 from data.pack import Example, Response
+from model.form import PADDING, PLAIN, Form
 from model.generating import generating
-from model.plain import PADDING, decode_plain
-from model.policy import PLAIN, Form, Policy
+from model.plain import decode_plain
+from model.policy import Policy
 
 TOLERANCE = 1e-3                   # of a log-prob, in fp32
 IN_4_BIT = 0.25                    # weights in 4 bits are multiplied in bf16, which rounds to this

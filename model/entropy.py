@@ -5,9 +5,9 @@ from model.logps import logit_slices, target_logits
 
 
 class ChunkedEntropy(torch.autograd.Function):
-    """(hidden (N, D), weight (V, D), target (N,), dtype, bias, cap) -> log-probs (N,) and entropies (N,) in nats,
-    fp32. The log-probs are those of ChunkedLogps. This makes one more pass over the slices and has two of
-    them in memory.
+    """(hidden (N, D), weight (V, D), target (N,), dtype, bias, cap) -> log-probs (N,) and entropies (N,) in
+    nats, fp32. The log-probs are those of ChunkedLogps. This makes one more pass over the slices and has two
+    of them in memory.
 
     For one row, with p = softmax(logits):
 

@@ -1,4 +1,4 @@
-"""Mixtures of experts: the auxiliary loss that keeps the load of the experts even (arXiv 2101.03961, eq. 4-6).
+"""Mixtures of experts: the auxiliary loss that keeps their load even (arXiv 2101.03961, eq. 4-6).
 
 For one example, over its T tokens in all layers together, with E experts of which each token uses k:
 
@@ -50,6 +50,20 @@ def router_loss(lm, asked: float | None) -> RouterLoss | None:
         if coefficient and isinstance(getattr(settings, key, None), int):
             return RouterLoss(coefficient, getattr(settings, key))
     return None
+
+
+def router_options(policy) -> dict:
+    """What a policy's trunk is asked for while its router is trained."""
+    router = policy.router_loss
+    return {"output_router_logits": True} if router and router.is_on() else {}
+
+
+def with_router_loss(policy, batch, hidden, router_logits):
+    """`hidden` (T, D), whose backward includes the gradient of the auxiliary loss while the policy's router
+    is trained. `router_logits`: a tensor (T, E) per layer."""
+    if not router_options(policy):
+        return hidden
+    return policy.router_loss.added_to(hidden, router_logits, batch)
 
 
 def auxiliary_losses(router_logits, top_k: int, shares) -> torch.Tensor:

@@ -4,7 +4,7 @@ import contextlib
 import torch
 from torch.distributed.fsdp import FSDPModule
 
-from model.policy import PLAIN, ordinary_attention
+from model.form import PLAIN, ordinary_attention
 
 
 @contextlib.contextmanager

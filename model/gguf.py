@@ -25,19 +25,23 @@ def is_gguf(name: str) -> bool:
     return name.lower().endswith(".gguf") and os.path.isfile(name)
 
 
-def convert(file: str, directory: str, notice) -> None:
-    """Write the model in a GGUF file into `directory` as transformers saves one: weights in fp32, which are
-    exactly the numbers that the file's quantised ones stand for, tokenizer, chat template and stop tokens.
-    UserError where a package is missing or the file cannot be read."""
+def load(file: str, notice) -> tuple:
+    """(tokenizer, model) of a GGUF file: weights in fp32, which are exactly the numbers that the file's
+    quantised ones stand for, tokenizer with chat template and stop tokens. UserError where a package is
+    missing or the file cannot be read."""
     missing = [package for package in PACKAGES if importlib.util.find_spec(package) is None]
     if missing:
         raise UserError(f"model: {file} is a GGUF file, and {missing[0]}, which reads it, is not installed; "
                         f"fix: pip install {' '.join(missing)}")
     try:
-        tokenizer, lm = read(file, notice)
+        return read(file, notice)
     except Exception as error:  # noqa: BLE001  somebody else's file: anything may be raised
         raise UserError(f"model: {file} cannot be read as a GGUF file ({first_line(error)}); "
                         "fix: get the file again, or pass the original model") from error
+
+
+def save(tokenizer, lm, directory: str) -> None:
+    """Write a model into `directory` as transformers saves one."""
     lm.save_pretrained(directory, max_shard_size="5GB")
     tokenizer.save_pretrained(directory)
 
@@ -98,7 +102,7 @@ def set_splitting(tokenizer, file: str, notice) -> None:
 
 def splitting(file: str) -> str:
     """The name that a GGUF file gives to its way of splitting text."""
-    import gguf      # optional
+    import gguf  # optional
 
     field = gguf.GGUFReader(file).get_field("tokenizer.ggml.pre")
     return field.contents() if field else ""

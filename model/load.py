@@ -158,8 +158,9 @@ def check_rotary(path: str, max_length: int) -> None:
     rotary = getattr(load_config(path).get_text_config(), "rope_parameters", None) or {}
     length = rotary.get("original_max_position_embeddings", max_length)
     if rotary.get("rope_type") == "longrope" and length < max_length:
-        raise UserError(f"max_length is {max_length}, but the rotary embedding of {path} changes after {length} "
-                        f"tokens (longrope), in the middle of a completion; fix: max_length={length}")
+        raise UserError(f"max_length is {max_length}, but the rotary embedding of {path} changes after "
+                        f"{length} tokens (longrope), in the middle of a completion; "
+                        f"fix: max_length={length}")
 
 
 def freeze_other_parts(lm) -> None:

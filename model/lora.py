@@ -213,7 +213,8 @@ def found_in(lm) -> dict:
     adapter = settings(lm)
     names = set()
     for name, module in lm.named_modules():
-        if hasattr(module, "lora_A") and not hasattr(module, "parameter_name"):      # not peft's own additions
+        # peft adds the experts by itself, by the names of their parameters
+        if hasattr(module, "lora_A") and not hasattr(module, "parameter_name"):
             names.add(last_name(name))
     return {"lora_r": adapter.r, "lora_alpha": adapter.lora_alpha, "lora_targets": ", ".join(sorted(names))}
 

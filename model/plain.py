@@ -13,8 +13,7 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 from data.pack import Batch
 from model.completions import Completion, Drawn, Stops
 from model.draw import draw
-
-PADDING = 1.25      # how many times their own tokens rows may take together, with what pads them
+from model.experts import router_options, with_router_loss
 
 
 def rows_of(batch: Batch) -> list[np.ndarray]:
@@ -46,12 +45,12 @@ def groups_of(rows: list[np.ndarray], padding: float) -> list[list[np.ndarray]]:
     return groups
 
 
-def plain_hidden(trunk, batch: Batch, padding: float, is_sharded: bool, **options):
-    """The last hidden states (T, D) of a batch, and the router logits (T, E) of each layer where `options`
-    ask for them. Where a prompt is laid out once, its states are those of one of its rows."""
-    groups = groups_of(rows_of(batch), padding)
+def plain_hidden(policy, batch: Batch):
+    """The last hidden states (T, D) of a batch. Where a prompt is laid out once, its states are those of one
+    of its rows."""
+    groups = groups_of(rows_of(batch), policy.form.padding)
     count = len(groups)
-    if is_sharded:                                 # every forward gathers weights: all ranks make as many
+    if policy.is_sharded:                          # every forward gathers weights: all ranks make as many
         most = torch.tensor(count, device=batch.tokens.device)
         torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
         count = int(most)
@@ -68,12 +67,13 @@ def plain_hidden(trunk, batch: Batch, padding: float, is_sharded: bool, **option
             place[row] = np.arange(len(row)) + done
             done += length
         ids = batch.tokens[torch.from_numpy(padded).to(batch.tokens.device)]
-        output = trunk(input_ids=ids, use_cache=False, **options)
+        output = policy.trunk(input_ids=ids, use_cache=False, **router_options(policy))
         states.append(output.last_hidden_state.flatten(0, 1))
         routers.append(output.get("router_logits") or ())
     place = torch.from_numpy(place).to(batch.tokens.device)
     router_logits = [torch.cat(layer).index_select(0, place) for layer in zip(*routers)]
-    return torch.cat(states).index_select(0, place), router_logits
+    hidden = torch.cat(states).index_select(0, place)
+    return with_router_loss(policy, batch, hidden, router_logits)
 
 
 def decode_plain(

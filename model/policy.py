@@ -1,39 +1,16 @@
 """The policy: a Hugging Face causal LM that returns log-probs of the trained tokens, never all logits."""
-from typing import NamedTuple
-
 import torch
 from torch import nn
 
 from data.pack import Batch, collate
 from model import attention, dense, lora  # noqa: F401  the forms of attention are registered
 from model.entropy import ChunkedEntropy
-from model.head import Head, head_of
+from model.experts import router_options, with_router_loss
+from model.form import PLAIN, Form, set_form, trunk_of
+from model.head import Head
 from model.logps import ChunkedLogps
-from model.plain import PADDING, plain_hidden
-from model.tied import TiedEmbedding
-
-PLAIN = "plain"        # a form of attention: rows of their own, through the model's own attention
-
-
-class Form(NamedTuple):
-    """How hidden states are computed; `check_policy` chooses what is exact for an LM."""
-    attention: str = "segments"            # or dense, or plain
-    share_prompt: bool = True              # whether a prompt is laid out once for all its responses
-    padding: float = PADDING               # how far plain rows may be padded
-    has_exact_cache: bool = True           # whether plain rows are sampled with the LM's own cache
-
-
-def ordinary_attention(lm) -> str:
-    """The name of transformers' own attention that an LM uses."""
-    return "sdpa" if lm._supports_sdpa else "eager"        # eager: Gemma 2
-
-
-def trunk_of(lm):
-    """The LM without its head."""
-    inner = lm.base_model
-    if inner is lm:                                        # Llama 4, or the trunk itself
-        inner = getattr(lm, "language_model", lm)
-    return inner.model if hasattr(inner, "lm_head") else inner
+from model.plain import plain_hidden
+from model.tied import inputs_and_head
 
 
 class Policy(nn.Module):
@@ -66,13 +43,9 @@ class Policy(nn.Module):
         self.use(form)
 
     def use(self, form: Form) -> None:
-        """Compute hidden states in this form. An LM whose attention cannot be exchanged has plain rows."""
-        if self.lm._can_set_attn_implementation():
-            own = ordinary_attention(self.lm)
-            self.lm.set_attn_implementation(own if form.attention == PLAIN else form.attention)
-        else:
-            form = form._replace(attention=PLAIN)
-        self.form = form
+        """Compute hidden states in this form, or in plain rows where the LM's attention cannot be
+        exchanged."""
+        self.form = set_form(self.lm, form)
 
     @property
     def trunk(self):
@@ -103,15 +76,7 @@ class Policy(nn.Module):
 
     def states(self, batch: Batch):
         """The hidden states (N, D) that predict the trained tokens, and the head."""
-        embedding = self.lm.get_input_embeddings()
-        head = head_of(self.lm)
-        inputs = {"input_ids": batch.tokens[None]}
-        tied = embedding.weight is head.weight
-        # Gemma 3 has a subclass of nn.Embedding, which scales its output
-        if tied and type(embedding) is nn.Embedding and self.form.attention != PLAIN:
-            embedded, weight = TiedEmbedding.apply(head.weight, batch.tokens, embedding.padding_idx)
-            head = head._replace(weight=weight)
-            inputs = {"inputs_embeds": embedded[None]}
+        inputs, head = inputs_and_head(self, batch.tokens)
         # not `hidden[source]`: its backward is not deterministic
         return self.hidden(batch, **inputs).index_select(0, batch.source), head
 
@@ -128,14 +93,9 @@ class Policy(nn.Module):
         """The last hidden states (T, D). `inputs`: the batch's tokens in one of transformers' two forms."""
         for dropout in self.dropouts:          # LoRA's acts in training only
             dropout.train(torch.is_grad_enabled())
-        router = self.router_loss if self.router_loss and self.router_loss.is_on() else None
-        options = {"output_router_logits": True} if router else {}
         with self.autocast():
             if self.form.attention == PLAIN:
-                padding = self.form.padding
-                hidden, router_logits = plain_hidden(self.trunk, batch, padding, self.is_sharded, **options)
-            else:
-                output = self.trunk(**inputs, position_ids=batch.positions[None], use_cache=False,
-                                    segments=batch.segments, **options)
-                hidden, router_logits = output.last_hidden_state[0], output.get("router_logits")
-        return router.added_to(hidden, router_logits, batch) if router else hidden
+                return plain_hidden(self, batch)
+            output = self.trunk(**inputs, position_ids=batch.positions[None], use_cache=False,
+                                segments=batch.segments, **router_options(self))
+        return with_router_loss(self, batch, output.last_hidden_state[0], output.get("router_logits"))

@@ -16,10 +16,10 @@ from model.cache import Cache, rows_in_memory
 from model.completions import Completion, Drawn, Stops
 from model.cpu import cpu_linears, fast_row_count
 from model.draw import draw
+from model.form import PLAIN, trunk_of
 from model.generating import generating
 from model.head import HeadLogits
 from model.plain import decode_plain
-from model.policy import PLAIN, trunk_of
 
 PREFILL_TOKENS = 8192                  # prompt tokens in one forward
 

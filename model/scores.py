@@ -1,6 +1,7 @@
 """What some families do to attention scores: a cap (Gemma 2), or a sink beside the keys (gpt-oss)."""
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.bias import causal_lower_right
 
 SINK_DIMS = 8      # added to the head dimension; CUDA's kernels want a multiple of 8
 
@@ -25,11 +26,33 @@ def scored_attention(query, key, value, mask=None, scaling=None, softcap=None, s
     return weights @ value
 
 
-def capped_attention(query, key, value, mask, scaling, softcap):
-    """`scored_attention` in the shapes of attention.attend -> (1, L, heads, head_dim)"""
-    grouped = query.unflatten(1, (key.shape[1], -1))               # (1, kv_heads, heads per key, L, head_dim)
-    output = scored_attention(grouped, key[:, :, None], value[:, :, None], mask, scaling, softcap)
-    return output.flatten(1, 2).transpose(1, 2)
+def window_mask(queries: int, keys: int, sliding_window: int, device):
+    """(L, K): which of K keys each of L queries sees, which stand at the last places: the last
+    `sliding_window` up to its own."""
+    before = keys - queries                        # keys before the first query
+    mask = torch.ones(queries, keys, dtype=torch.bool, device=device)
+    return mask.tril(before).triu(before - sliding_window + 1)
+
+
+def special_attention(query, key, value, scaling, sliding_window, softcap, sinks):
+    """attention.attend for scores with a cap, or with sinks."""
+    queries = query.shape[2]
+    keys = key.shape[2]
+    mask = causal_lower_right(queries, keys + 1)                   # the sink is the first key
+    if softcap or sliding_window is not None:
+        mask = window_mask(queries, keys, sliding_window or keys, query.device)
+    if softcap:
+        grouped = query.unflatten(1, (key.shape[1], -1))           # (1, kv_heads, heads per key, L, head_dim)
+        if sinks is not None:
+            sinks = sinks.view(1, key.shape[1], -1, 1, 1)
+        output = scored_attention(grouped, key[:, :, None], value[:, :, None], mask, scaling, softcap, sinks)
+        return output.flatten(1, 2).transpose(1, 2)
+    head_dim = value.shape[3]
+    query, key, value = with_sink(query, key, value, sinks, scaling)
+    if sliding_window is not None:
+        mask = F.pad(mask, (1, 0), value=True)                     # every query sees the sink
+    output = F.scaled_dot_product_attention(query, key, value, mask, scale=scaling, enable_gqa=True)
+    return output[..., :head_dim].transpose(1, 2)
 
 
 def with_sink(query, key, value, sinks, scaling):

@@ -318,6 +318,39 @@ def test_preferences_against_the_plain_forward(run, folder):
     assert summary["accuracy"] == np.mean(margins > 0)
 
 
+def run_with(folder, name, **keys):
+    """A run directory without training: the configuration and a final model."""
+    write_config(folder / "config.yml", **keys)
+    shutil.copytree(folder / "chat", folder / name / "final")
+    shutil.copytree(folder / "chat", folder / name / "checkpoints" / "step-000001")
+    (folder / "config.yml").rename(folder / name / "config.yaml")
+
+
+def test_the_reference_of_a_run_is_found_and_the_accuracy_named(run, folder):
+    """A run's own reference, or its start model; none for an algorithm without, and none where asked so."""
+    start = folder / "other"
+    tiny_model(folder / "third", seed=2)
+    run_with(folder, "dpo", algorithm="dpo", model=start, reference="null")
+    run_with(folder, "named", algorithm="dpo", model=folder / "third", reference=start)
+    run_with(folder, "orpo", algorithm="orpo", model=start)
+    _, wanted, _ = run("chat", "pairs.jsonl", "wanted", reference=start)
+    _, plain, _ = run("chat", "pairs.jsonl", "plain")
+    assert wanted["avg_margin"] != plain["avg_margin"]
+    assert plain["preferred_by"] == "log-prob (no reference)"
+    for model in ("dpo", "dpo/final", "dpo/checkpoints/step-000001", "named"):
+        _, summary, shown = run(model, "pairs.jsonl", model.replace("/", "-"))
+        assert summary["avg_margin"] == wanted["avg_margin"]
+        assert summary["preferred_by"] == f"implicit reward (log-prob minus that of {start})"
+        assert f"reference: {start}, the run's own" in shown
+    for model, keys in (("orpo", {}), ("dpo", {"reference": "null"})):
+        _, summary, shown = run(model, "pairs.jsonl", f"plain-{model}", **keys)
+        assert summary["avg_margin"] == plain["avg_margin"]
+        assert "preferred_by     log-prob (no reference)" in shown
+    run_with(folder, "moved", algorithm="dpo", model=folder / "gone", reference="null")
+    with pytest.raises(UserError, match="reference: there is no directory .*gone"):
+        run("moved", "pairs.jsonl", "moved")
+
+
 def test_a_margin_within_rounding_is_a_tie(run, folder):
     rows, summary, _ = run("chat", "pairs.jsonl", "same", reference=folder / "chat")
     assert summary["accuracy"] == 0 and summary["ties"] == 9

@@ -14,11 +14,12 @@ from data.pack import collate
 from model.check import check_policy
 from model.entropy import ChunkedEntropy
 from model.experts import auxiliary_losses, router_loss, token_shares
+from model.form import PLAIN, Form
 from model.head import SoftCap
 from model.keys import ModelKeys
 from model.logps import LOGITS_AT_ONCE, ChunkedLogps
 from model.plain import groups_of, plain_hidden, rows_of
-from model.policy import PLAIN, Form, Policy
+from model.policy import Policy
 
 MOE = dict(num_local_experts=4, num_experts_per_tok=2)
 WINDOW = dict(sliding_window=20, layer_types=["sliding_attention", "full_attention"])
@@ -77,7 +78,7 @@ def test_all_tokens_of_plain_rows():
     lm = random_lm(config_of(Qwen2Config))
     batch = collate(made)
     with torch.no_grad():
-        hidden, _ = plain_hidden(lm.model, batch, 1.25, is_sharded=False)
+        hidden = plain_hidden(Policy(lm, form=Form(PLAIN)), batch)
         for row in rows_of(batch):
             alone = lm.model(input_ids=batch.tokens[row][None]).last_hidden_state[0]
             torch.testing.assert_close(hidden[row], alone, rtol=1e-5, atol=1e-5)

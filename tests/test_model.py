@@ -22,11 +22,12 @@ from data.errors import UserError
 from data.pack import Example, Response, collate
 from model.build import build_policy
 from model.check import check_policy
+from model.form import Form
 from model.keys import ModelKeys
 from model.load import load_lm
 from model.logps import LOGITS_AT_ONCE, ChunkedLogps
 from model.logps import plain_logps as logps_of_full_logits
-from model.policy import Form, Policy
+from model.policy import Policy
 
 ARCHITECTURES = {
     "qwen2": config_of(Qwen2Config),

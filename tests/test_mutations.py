@@ -39,6 +39,15 @@ def online(*names):
     return [f"test_online.py::test_updates_equal_a_plain_loop[{name}]" for name in names]
 
 
+def rows(*names):
+    """Pairs in flat rows of these architectures against separate ones."""
+    return [f"test_model.py::test_flat_shared_rows_equal_separate_rows[{name}-2]" for name in names]
+
+
+def family_parts(*names):
+    return [f"test_families_parts.py::test_{name}" for name in names]
+
+
 PAIRS = "dpo", "ipo", "orpo", "simpo", "cpo"             # algorithms that take log-probs of pairs; rm takes scores
 TOKENS = "sft", "dft", "kto", *PAIRS
 GROUPS = "grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "reinforce_pp"
@@ -98,25 +107,25 @@ MUTATIONS = {    # name: (file, text, what it becomes, the tests that must fail)
         "engine/checkpoint.py", "for key, tensor in state.items():", "for key, tensor in set(state.items()):",
         ["test_ranks.py::test_no_collective_in_a_loop_over_a_set"]),
     "the bias of a head": (
-        "model/logps.py", "logits += bias[rows]", "pass", ["test_model.py::test_flat_shared_rows_equal_separate_rows[phi-2]"]),
+        "model/logps.py", "logits += bias[rows]", "pass", rows("phi")),
     "the scale of a head": (
-        "model/policy.py", "states = states * scale", "pass", ["test_model.py::test_flat_shared_rows_equal_separate_rows[cohere-2]", "test_model.py::test_flat_shared_rows_equal_separate_rows[granite-2]"]),
+        "model/policy.py", "states = states * scale", "pass", rows("cohere", "granite")),
     "the slope of capped logits": (
-        "model/logps.py", "error *= slope", "pass", ["test_model.py::test_flat_shared_rows_equal_separate_rows[gemma2-2]"]),
+        "model/logps.py", "error *= slope", "pass", rows("gemma2")),
     "the cap of scores": (
-        "model/scores.py", "if softcap:", "if False:", ["test_model.py::test_flat_shared_rows_equal_separate_rows[gemma2-2]"]),
+        "model/scores.py", "softcap * torch.tanh(scores / softcap)", "scores", rows("gemma2")),
     "a sink outside the window": (
-        "model/attention.py", "mask[:, 0] = True", "mask[:, 0] = False", ["test_model.py::test_flat_shared_rows_equal_separate_rows[gpt_oss-2]"]),
+        "model/scores.py", "value=True)", "value=False)", rows("gpt_oss")),
     "plain rows in another order": (
         "model/plain.py", "+ done\n            done += length", "+ done\n        done += length * len(group)",
-        ["test_families_parts.py::test_plain_rows_equal_flat_rows[True-inf]", "test_families_parts.py::test_all_tokens_of_plain_rows"]),
+        family_parts("plain_rows_equal_flat_rows[True-inf]", "all_tokens_of_plain_rows")),
     "the check without the longest example": (
-        "model/check.py", "ordered[2:][-1:]", "[]", ["test_families_parts.py::test_a_window_that_only_the_mask_knows"]),
+        "model/check.py", "ordered[2:][-1:]", "[]", family_parts("a_window_that_only_the_mask_knows")),
     "the check in bf16": (
         "model/check.py", 'policy.precision = "fp32"', "pass",
-        ["test_families_parts.py::test_the_check_is_in_fp32[dtype0-bf16]"]),
+        family_parts("the_check_is_in_fp32[dtype0-bf16]")),
     "prompts counted once in the router's loss": (
-        "model/experts.py", "] = len(lengths)", "] = 1.0", ["test_families_parts.py::test_the_auxiliary_loss_is_transformers_own[form0]"]),
+        "model/experts.py", "] = len(lengths)", "] = 1.0", family_parts("the_auxiliary_loss_is_transformers_own[form0]")),
 }
 
 

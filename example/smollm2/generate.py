@@ -145,7 +145,7 @@ def word_rows(pairs, count, rng):
 
 
 def gym_rows(task, count, seed):
-    import reasoning_gym      # optional: pip install reasoning-gym
+    import reasoning_gym  # optional: pip install reasoning-gym
 
     rows = []
     for entry in reasoning_gym.create_dataset(task, size=count, seed=seed):

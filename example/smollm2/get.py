@@ -51,15 +51,13 @@ def main(argv: list[str]) -> None:
     tidy(str(HERE))
     directory = str(HERE / "model")
 
-    def write(temporary):
-        gguf.convert(file, temporary, notice)
-
     if broken(directory) is None:
         print(f"{directory} is there already")
     else:
-        write_sealed(directory, write)
+        tokenizer, lm = gguf.load(file, notice)
+        write_sealed(directory, lambda temporary: gguf.save(tokenizer, lm, temporary))
         print(f"wrote {directory}")
-    generate.write()
+    generate.write(HERE)
     print(f"wrote the data of task 1 into {HERE}")
 
 
