@@ -67,6 +67,9 @@ COLUMNS = {      # name in a measurement -> (title, factor to the title's unit)
     "text loss": ("text loss", 1),
     "reward": ("reward", 1),
 }
+PROJECT = ("algorithms", "data", "engine", "model", "rewards")
+ADVANTAGES = "rollout.advantages = group_advantages(rollout.rewards)"
+NO_BASELINE = (ADVANTAGES, "rollout.advantages = rollout.rewards")
 DIGITS = {"seconds": 0, "text loss": 3, "reward": 2}      # else 1
 T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}      # Student's t by the number of seeds
 
@@ -81,6 +84,7 @@ class Row(NamedTuple):
     data: str | None = None
     selects: str | None = None        # "best" or "random": sft on this one of k answers of the start model
     needs_rm: bool = False            # its reward is the reward model of the row rm
+    edit: tuple | None = None         # a line of the algorithm's file, and what stands in its place
 
 
 def rows_of(args: argparse.Namespace) -> dict[str, Row]:
@@ -116,6 +120,7 @@ def ablations_of(args: argparse.Namespace) -> dict[str, Row]:
     repeated = [*slow, f"max_steps={4 * updates}", "num_iterations=4"]
     return {
         "grpo, ablated": Row("grpo", tuple(slow)),
+        "no baseline": Row("grpo", tuple(slow), edit=NO_BASELINE),
         "std off, over a constant": Row("dr_grpo", tuple(slow)),
         "4 updates per rollout": Row("grpo", tuple(repeated)),
         "4 updates, no clipping": Row("grpo", (*repeated, *UNCLIPPED)),
@@ -214,7 +219,8 @@ class Table:
         was_there = folder.exists()
         started = time.perf_counter()
         config = f"example/{self.args.recipe}-{kind.algorithm}.yml"
-        self.call(["train.py", config, *words, *self.args.overrides])
+        program = self.edited(row, seed) if kind.edit else "train.py"
+        self.call([program, config, *words, *self.args.overrides])
         numbers = {}
         if not was_there:
             numbers["seconds"] = time.perf_counter() - started
@@ -222,6 +228,20 @@ class Table:
         if "reward" in evaluation:
             numbers["reward"] = evaluation["reward"]
         return numbers
+
+    def edited(self, row: str, seed: int) -> str:
+        """train.py in a copy of the project in which the line of the row is another."""
+        kind = self.rows[row]
+        copy = self.path(row, seed).with_name(f"edited-{seed}")
+        for name in PROJECT:
+            shutil.copytree(ROOT / name, copy / name, dirs_exist_ok=True)
+        shutil.copy(ROOT / "train.py", copy)
+        file = copy / "algorithms" / f"{kind.algorithm}.py"
+        old, new = kind.edit
+        source = file.read_text(encoding="utf-8")
+        assert source.count(old) == 1, f"{file} has this line {source.count(old)} times: {old}"
+        file.write_text(source.replace(old, new), encoding="utf-8")
+        return str(copy / "train.py")
 
     def data_words(self, kind: Row, seed: int) -> list[str]:
         """The words of the command line that name the data, where they are not those of the YAML."""
