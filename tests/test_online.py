@@ -340,7 +340,7 @@ def test_held_out_prompts_are_sampled_and_scored(files, run, keys, steps):
     assert [row["step"] for row in rows] == steps
     for row, model in ((rows[0], files["model"]), (rows[-1], result / "final")):
         given = [torch.tensor(prompt_ids(line), dtype=torch.int32).numpy() for line in read(files["eval"])]
-        completions = sample(Policy(load_lm(str(model), torch.float32, "segments").eval()), byte_tokenizer(), given,
+        completions = sample(Policy(load_lm(str(model)).eval()), byte_tokenizer(), given,
                              [(0, 0, i) for i in range(5)], 1, Sampling(**SAMPLED))
         tokens = [completion.tokens.tolist() for completion, in completions]
         rewards = varied(None, list(map(text_of, tokens)), [line["answer"] for line in read(files["eval"])])
