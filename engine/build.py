@@ -42,7 +42,11 @@ def build(run_config, run: Run, start: str | None = None,
         policy = build_policy(start or common.model, tokenizer, common, trains_adapter=trains_adapter)
     check_policy(policy, train_set, common, run.notice)
     policy = with_heads(policy, algorithm.MODEL, common, config, tokenizer, start, train_set, run.notice)
-    tell_about_parts(policy, algorithm.MODEL, common, run.notice)
+    if algorithm.MODEL != "reward":
+        add_router_loss(policy, common.router_aux_loss_coef, run.notice)
+    left_out = lora.left_out(policy.lm) if lora.settings(policy.lm) else None
+    if left_out:
+        run.notice(left_out)
     step = checkpoint.load_trainer(start)["step"]
     # once more: loading may have fetched another commit of a hub model
     digests = from_main(fingerprints, asdict(common) | asdict(config))
@@ -67,20 +71,18 @@ def with_heads(policy: Policy, kind: str, common, config, tokenizer, start: str 
         critic = critic_path(config.reward, tokenizer, notice)
         trunk = None
         if config.uses_critic():
-            trunk = build_second_model(critic or common.model, tokenizer, common, examples, notice)
+            trunk = build_second_model(
+                critic or common.model, tokenizer, common, policy, examples, notice)
         return build_actor_critic(policy, trunk, critic, start, common.seed, notice)
     return policy
 
 
-def tell_about_parts(policy: Policy, kind: str, common, notice) -> None:
-    """Add the auxiliary loss of a mixture of experts, and say what an adapter does not reach."""
-    if kind != "reward":
-        policy.router_loss = router_loss(policy.lm, common.router_aux_loss_coef)
+def add_router_loss(policy: Policy, coefficient: float | None, notice) -> None:
+    """From now on the auxiliary loss of a mixture of experts is a part of every update."""
+    policy.router_loss = router_loss(policy.lm, coefficient)
     if policy.router_loss:
         notice(f"router: {policy.router_loss.coefficient:g} times its auxiliary loss is added to every "
                "update; router_aux_loss_coef=0 leaves it out")
-    if lora.settings(policy.lm) and lora.left_out(policy.lm):
-        notice(lora.left_out(policy.lm))
 
 
 def stored_yaml(common, config) -> str:

@@ -21,7 +21,7 @@ from data.files import digest_of, sha256
 from engine.ranks import distributed, from_main, sum_over_ranks
 from model import gguf, lora
 from model.actor_critic import CRITIC
-from model.load import RUNS, first_line, is_finite
+from model.load import RUNS, first_line, is_finite, is_gguf
 from model.reward_model import HEAD_BIAS, HEAD_WEIGHT, VALUE_HEAD
 from model.state import each_once, inside_lm, precision, written
 
@@ -189,7 +189,7 @@ def model_path(name: str, notice) -> str:
     """The directory with the model of a run: its `final/`, else its newest whole checkpoint. A GGUF file
     is converted into a directory; any other name is returned unchanged. A notice tells if a run's model is
     not its final model as the run wrote it."""
-    if gguf.is_gguf(name):
+    if is_gguf(name):
         return converted(name, notice)
     final = os.path.join(name, "final")
     fault = weights_fault(final)

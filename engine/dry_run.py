@@ -54,8 +54,9 @@ def dry_run(run_config, kind: str, world: int = 1) -> None:
     ])
     print()
     base = base_of(common.model)
-    check_kind(load_config(base), base, common, notice)
-    section("memory forecast per device", forecast(common, config, train_set, max(sizes), online))
+    lm = empty_lm(load_config(base), base)
+    check_kind(lm, base, common, notice)
+    section("memory forecast per device", forecast(common, config, lm, train_set, max(sizes), online))
     print("\nnothing was trained (--dry-run)")
 
 
@@ -108,12 +109,11 @@ def micro_batch_sizes(common, train_set: list, plan: Plan, world: int) -> list[i
 
 # ---- memory ----------------------------------------------------------------------------------------------
 
-def forecast(common, config, train_set: list, tokens: int, online: bool = False) -> list[str]:
-    """Weights, gradients, optimizer, reference and the largest micro-batch, in GB, from the model's
-    configuration alone."""
-    whole = load_config(base_of(common.model))
-    settings = whole.get_text_config()
-    trained, frozen, quantized = count_parameters(common, whole)
+def forecast(common, config, lm, train_set: list, tokens: int, online: bool = False) -> list[str]:
+    """Weights, gradients, optimizer, reference and the largest micro-batch, in GB. `lm`: the model without
+    its numbers, which gets the run's adapter here."""
+    settings = lm.config.get_text_config()
+    trained, frozen, quantized = count_parameters(common, lm)
     every = trained + frozen
     is_bf16 = torch.cuda.is_available() and common.precision != "fp32"
     width = 2 if is_bf16 else 4      # bytes of a frozen weight that is not in 4 bits
@@ -145,9 +145,8 @@ def forecast(common, config, train_set: list, tokens: int, online: bool = False)
     return [f"{name:<60} {size / 1e9:7.2f} GB" for name, size in sizes.items()]
 
 
-def count_parameters(common, settings) -> tuple[int, int, int]:
+def count_parameters(common, lm) -> tuple[int, int, int]:
     """(trained, frozen, those of the frozen that are kept in 4 bits)."""
-    lm = empty_lm(settings, base_of(common.model))
     quantized = 0
     if common.load_in_4bit:
         quantized = sum(layer.weight.numel() for layer in lora.linear_layers(lm).values())

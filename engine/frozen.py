@@ -78,7 +78,8 @@ def resolved(engine, path: str | None) -> str | None:
 
 def load_reference(engine, path: str | None):
     path = path or engine.config.model
-    return build_second_model(path, engine.tokenizer, engine.config, engine.train_set, engine.notice)
+    return build_second_model(
+        path, engine.tokenizer, engine.config, engine.policy, engine.train_set, engine.notice)
 
 
 def used_examples(engine) -> list[Example]:

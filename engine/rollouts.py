@@ -60,7 +60,8 @@ class Rollouts:
         """The run of `rm` that a reward names, frozen; it must have the policy's tokenizer."""
         engine = self.engine
         path = reward_model_path(run, engine.tokenizer, engine.notice)
-        trunk = build_second_model(path, engine.tokenizer, engine.config, engine.train_set, engine.notice)
+        trunk = build_second_model(
+            path, engine.tokenizer, engine.config, engine.policy, engine.train_set, engine.notice)
         return build_reward_model(trunk, path, engine.config.seed, engine.notice).requires_grad_(False)
 
     def iterate(self) -> Iterator[Rollout]:

@@ -53,13 +53,17 @@ def build_policy(
     return Policy(lm, precision)
 
 
-def build_second_model(path: str, tokenizer, config, examples, notice) -> Policy:
-    """Another model of the run beside its policy (a reference, a reward model, a critic's trunk), checked on
-    some of `examples`: without a fresh adapter, and in the dtype that `config` gives the run's models."""
+def build_second_model(path: str, tokenizer, config, first: Policy, examples, notice) -> Policy:
+    """Another model of the run beside its policy `first` (a reference, a reward model, a critic's trunk):
+    without a fresh adapter, and in the dtype that `config` gives the run's models. The start model has the
+    form of the policy, which started from it; others are checked on some of `examples`."""
     trains_adapter = is_adapter(config.model)
-    policy = build_policy(path, tokenizer, config, frozen=True, trains_adapter=trains_adapter)
-    check_policy(policy, examples, config, notice)
-    return policy
+    second = build_policy(path, tokenizer, config, frozen=True, trains_adapter=trains_adapter)
+    if path == config.model:
+        second.use(first.form)
+    else:
+        check_policy(second, examples, config, notice)
+    return second
 
 
 def this_device() -> torch.device:

@@ -8,21 +8,16 @@ import tempfile
 import torch
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-from transformers.utils import logging
 
 from data.errors import UserError
 from data.tokenise import stop_ids
-from model.load import first_line
+from model.load import empty_lm, errors_only, first_line
 
 PACKAGES = ("gguf", "accelerate")      # transformers reads the format with these
 # Under these names llama.cpp makes every digit a token of its own. transformers does not know them and splits
 # as GPT-2 does, which changes the tokens of spaces and line ends before a number.
 SINGLE_DIGITS = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
 AS_GPT2 = ("gpt-2", "default", "")
-
-
-def is_gguf(name: str) -> bool:
-    return name.lower().endswith(".gguf") and os.path.isfile(name)
 
 
 def load(file: str, notice) -> tuple:
@@ -49,12 +44,14 @@ def save(tokenizer, lm, directory: str) -> None:
 def read(file: str, notice) -> tuple:
     """(tokenizer, model in fp32) of a GGUF file."""
     # transformers also reads what lies beside the file, so the file is read from an empty directory
-    with tempfile.TemporaryDirectory() as folder, silence():
+    # it shows a progress bar, and lists every key of the file that it does not use
+    quiet = contextlib.redirect_stderr(io.StringIO())
+    with tempfile.TemporaryDirectory() as folder, errors_only(), quiet:
         os.symlink(os.path.abspath(file), os.path.join(folder, "model.gguf"))
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file="model.gguf")
         loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file="model.gguf", dtype=torch.float32)
     set_splitting(tokenizer, file, notice)
-    lm = plain(loaded)
+    lm = plain(loaded, file)
     lm.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=stop_ids(tokenizer),
@@ -62,25 +59,12 @@ def read(file: str, notice) -> tuple:
     return tokenizer, lm
 
 
-@contextlib.contextmanager
-def silence():
-    """Without transformers' progress bar, and its list of every key of the file that it does not use."""
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        logging.set_verbosity(verbosity)
-
-
-def plain(loaded):
+def plain(loaded, file: str):
     """The same weights in a model that can be saved. transformers refuses to save the one that it loaded."""
     settings = loaded.config.to_dict()
     settings.pop("quantization_config", None)
     config = type(loaded.config).from_dict(settings)
-    with torch.device("meta"):
-        lm = AutoModelForCausalLM.from_config(config)
+    lm = empty_lm(config, file)
     lm.load_state_dict(loaded.state_dict(), assign=True)
     lm.tie_weights()
     return lm

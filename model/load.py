@@ -1,4 +1,5 @@
 """Models and tokenizers from a local directory or the hub; one plain line where one cannot be trained."""
+import contextlib
 import difflib
 import glob
 import json
@@ -28,6 +29,10 @@ SETTINGS = ("config.json", "generation_config.json", "tokenizer_config.json")
 COUNTS = re.compile(r"\w*(layers?|experts?|blocks|labels)")     # keys of config.json that count modules
 MOST = 10_000                        # limit of these counts; the largest models have hundreds
 logging.disable_progress_bar()       # our console shows the progress
+
+
+def is_gguf(path: str) -> bool:
+    return path.lower().endswith(".gguf") and os.path.isfile(path)
 
 
 def is_adapter(path: str) -> bool:
@@ -70,7 +75,7 @@ def check_path(name: str, key: str = "model") -> None:
     is_local = not HUB_MODEL.fullmatch(name) or name.lower().endswith(FILES) or folder == RUNS
     if os.path.isdir(name) or not (is_local or os.path.exists(name)):
         return
-    if os.path.isfile(name) and name.lower().endswith(".gguf"):      # it will be converted
+    if is_gguf(name):                    # it will be converted
         return
     if os.path.exists(name):
         raise UserError(f"{key}: {name} is a file, not a directory with a model; "
@@ -209,15 +214,23 @@ def savable_part(given: dict) -> dict:
 
 def can_be_saved(settings: dict) -> bool:
     """Whether transformers would write these generation settings into a file."""
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()               # it would warn here, and refuse at the end of a run
     try:
-        GenerationConfig(**settings).validate(strict=True)
+        with errors_only():                     # it would warn here, and refuse at the end of a run
+            GenerationConfig(**settings).validate(strict=True)
     except (ValueError, TypeError, AttributeError):
         return False
+    return True
+
+
+@contextlib.contextmanager
+def errors_only():
+    """transformers says nothing less than an error while this lasts."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
     finally:
         logging.set_verbosity(verbosity)
-    return True
 
 
 def load_config(path: str):

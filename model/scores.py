@@ -38,10 +38,8 @@ def special_attention(query, key, value, scaling, sliding_window, softcap, sinks
     """attention.attend for scores with a cap, or with sinks."""
     queries = query.shape[2]
     keys = key.shape[2]
-    mask = causal_lower_right(queries, keys + 1)                   # the sink is the first key
-    if softcap or sliding_window is not None:
-        mask = window_mask(queries, keys, sliding_window or keys, query.device)
     if softcap:
+        mask = window_mask(queries, keys, sliding_window or keys, query.device)
         grouped = query.unflatten(1, (key.shape[1], -1))           # (1, kv_heads, heads per key, L, head_dim)
         if sinks is not None:
             sinks = sinks.view(1, key.shape[1], -1, 1, 1)
@@ -49,7 +47,10 @@ def special_attention(query, key, value, scaling, sliding_window, softcap, sinks
         return output.flatten(1, 2).transpose(1, 2)
     head_dim = value.shape[3]
     query, key, value = with_sink(query, key, value, sinks, scaling)
-    if sliding_window is not None:
+    if sliding_window is None:
+        mask = causal_lower_right(queries, keys + 1)               # the sink is the first key
+    else:
+        mask = window_mask(queries, keys, sliding_window, query.device)
         mask = F.pad(mask, (1, 0), value=True)                     # every query sees the sink
     output = F.scaled_dot_product_attention(query, key, value, mask, scale=scaling, enable_gqa=True)
     return output[..., :head_dim].transpose(1, 2)

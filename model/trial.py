@@ -15,16 +15,14 @@ MOST_PARAMETERS = 2 ** 29                 # 2 GiB in fp32
 SIZE = 512                                # of the vocabulary and of the layers' MLPs
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 MOST_EXPERTS = 16
-MOST_TOKENS = 512
+MOST_WINDOW = 512                         # no example is made up to be longer than a larger window
 
 
-def check_kind(config, path: str, keys, notice) -> None:
-    """`check_policy` for a small LM of this configuration, with random weights. UserError where it refuses,
-    or where an LM of this configuration cannot be built; a notice where a small one cannot, or is too
-    large."""
-    whole = empty_lm(config, path)
+def check_kind(whole, path: str, keys, notice) -> None:
+    """`check_policy` for a small LM of the kind of `whole`, with random weights. UserError where it refuses;
+    a notice where a small one cannot be built, or is too large."""
     try:
-        reduced = small(config, whole)
+        reduced = small(whole)
         size = empty_lm(reduced, path).num_parameters()
         lm = random_lm(reduced, path) if size <= MOST_PARAMETERS else None
     except Exception:  # noqa: BLE001  somebody else's configuration: its keys may depend on each other
@@ -35,10 +33,10 @@ def check_kind(config, path: str, keys, notice) -> None:
     check_policy(Policy(lm), made_up_examples(reduced.get_text_config()), keys, notice)
 
 
-def small(config, whole):
-    """A configuration with a small vocabulary, few experts, and as many of the layers of the LM `whole` as
+def small(whole):
+    """The configuration of the LM `whole` with a small vocabulary, few experts, and as many of its layers as
     contain one of each kind."""
-    config = copy.deepcopy(config)
+    config = copy.deepcopy(whole.config)
     text = config.get_text_config()
     layers = text.num_hidden_layers
     count = layers_with_all_kinds(text, whole)
@@ -91,7 +89,7 @@ def random_lm(config, path: str):
 def made_up_examples(text) -> list[Example]:
     """Two short examples and a long one, longer than the model's window where it has a small one."""
     window = getattr(text, "sliding_window", None) or 0
-    long = 40 if window > MOST_TOKENS else max(40, 2 * window)
+    long = 40 if window > MOST_WINDOW else max(40, 2 * window)
     longest = getattr(text, "max_position_embeddings", None) or long
     generator = np.random.default_rng(0)
     examples = []

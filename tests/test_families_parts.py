@@ -1,6 +1,6 @@
 """What some families need, each against transformers' own forward in eager mode: heads with a bias and a cap,
-plain rows, the check of long rows in fp32, the experts' auxiliary loss. test_model.py and test_rollout.py have
-these families among their architectures."""
+plain rows, the check of long rows in fp32, the experts' auxiliary loss. test_model.py and test_rollout.py
+have these families among their architectures."""
 import copy
 
 import numpy as np
@@ -88,8 +88,9 @@ def test_all_tokens_of_plain_rows():
 
 def test_a_window_that_only_the_mask_knows():
     """Qwen2-MoE: two short rows agree, the longest does not."""
-    config = config_of(Qwen2MoeConfig, **WINDOW, use_sliding_window=True, num_experts=4, num_experts_per_tok=2,
-                       moe_intermediate_size=16, shared_expert_intermediate_size=16)
+    sizes = dict(moe_intermediate_size=16, shared_expert_intermediate_size=16)
+    experts = dict(num_experts=4, num_experts_per_tok=2, **sizes)
+    config = config_of(Qwen2MoeConfig, **WINDOW, **experts, use_sliding_window=True)
     made = sorted(examples(2, count=3), key=lambda example: example.size())
     long = made[-1]
     long.prompt = np.resize(long.prompt, 40)
@@ -118,7 +119,9 @@ def test_the_check_is_in_fp32(dtype, precision):
             with pytest.raises(Exception, match="differ by 0.02"):
                 check_policy(policy, examples(2), ModelKeys(), lambda text: None)
         after = lm.state_dict()
-        assert all(tensor.dtype == dtype and torch.equal(tensor, before[key]) for key, tensor in after.items())
+        for key, tensor in after.items():
+            assert tensor.dtype == dtype
+            assert torch.equal(tensor, before[key])
 
 
 # ---- mixtures of experts -----------------------------------------------------------------------------------

@@ -125,7 +125,8 @@ MUTATIONS = {    # name: (file, text, what it becomes, the tests that must fail)
         "model/check.py", 'policy.precision = "fp32"', "pass",
         family_parts("the_check_is_in_fp32[dtype0-bf16]")),
     "prompts counted once in the router's loss": (
-        "model/experts.py", "] = len(lengths)", "] = 1.0", family_parts("the_auxiliary_loss_is_transformers_own[form0]")),
+        "model/experts.py", "] = len(lengths)", "] = 1.0",
+        family_parts("the_auxiliary_loss_is_transformers_own[form0]")),
 }
 
 

@@ -55,12 +55,14 @@ def test_dry_run_counts_memory_by_parameters(tmp_path):
     from engine.config import Common
     from engine.dry_run import forecast
     from engine.options import Options
+    from model.load import empty_lm
     config = config_of(hidden_size=1024, intermediate_size=4096, num_attention_heads=8, head_dim=128)
     config.save_pretrained(tmp_path)
     attention = 1024 * 1024 + 1024 + 2 * (1024 * 256 + 256) + 1024 * 1024
     layer = attention + 3 * 1024 * 4096 + 2 * 1024
     parameters = 2 * 259 * 1024 + 2 * layer + 1024
-    lines = forecast(Common(algorithm="sft", model=str(tmp_path), data=""), Options(), [], tokens=100)
+    common = Common(algorithm="sft", model=str(tmp_path), data="")
+    lines = forecast(common, Options(), empty_lm(config, str(tmp_path)), [], tokens=100)
     weights, gradients, optimizer, reference, *_, total = (float(line.split()[-2]) for line in lines)
     assert abs(weights - 4e-9 * parameters) < 0.006 and gradients == weights
     assert abs(optimizer - 8e-9 * parameters) < 0.006
