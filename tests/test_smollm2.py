@@ -255,19 +255,31 @@ def test_held_out_numbers_are_in_no_training_file(folder):
 
 
 def test_answers(folder):
+    wordings = r"(?:What is|How much is|Add|Calculate) (\d+) (?:\+|and) (\d+)[.?]"
     for name in ("", "eval-"):
         for row in rows_of(folder / f"{name}prompts.jsonl"):
-            a, b = map(int, re.fullmatch(r"What is (\d+) \+ (\d+)\?", question(row)).groups())
+            a, b = map(int, re.fullmatch(wordings, question(row)).groups())
             assert row["answer"] == str(a + b)
-        for row in rows_of(folder / f"{name}preference.jsonl"):
+        talk = 0
+        rows = rows_of(folder / f"{name}preference.jsonl")
+        for row in rows:
             chosen, rejected = row["chosen"][0]["content"], row["rejected"][0]["content"]
-            assert is_true(chosen) and not is_true(rejected) and len(chosen) == len(rejected)
+            assert sum_in(chosen) is True
+            if sum_in(rejected) is None:
+                talk += 1
+            else:
+                assert sum_in(rejected) is False and len(chosen) == len(rejected)
+        assert talk == (0 if name else len(rows) // 2)
         for row in rows_of(folder / f"{name}feedback.jsonl"):
-            assert is_true(row["completion"][0]["content"]) == row["label"]
+            assert bool(sum_in(row["completion"][0]["content"])) == row["label"]
 
 
-def is_true(equation):
-    a, b, result = map(int, re.fullmatch(r"(\d+) \+ (\d+) = (\d+)", equation).groups())
+def sum_in(answer):
+    """Whether the answer is a true sum, or None where it is none at all."""
+    found = re.fullmatch(r"(\d+) \+ (\d+) = (\d+)", answer)
+    if found is None:
+        return None
+    a, b, result = map(int, found.groups())
     return a + b == result
 
 

@@ -6,14 +6,15 @@ that are harder for it.
     python example/smollm2/generate.py --reasoning-gym chain_sum
         also write prompts of a task of the package reasoning-gym
 
-A sum is "What is 7 + 15?" with numbers from 1 to 20, 200 for training and 200 held out. A pair of numbers
-belongs to one side in every file, whatever its order and text: where 7 + 15 is held out, so are 15 + 7 and
-the word problems with 7 and 15.
+A sum is "What is 7 + 5?", in four wordings, with numbers from 1 to 12: 376 for training and 200 held out. A
+pair of numbers belongs to one side in every file, whatever its order and wording: where 7 + 5 is held out, so
+are 5 + 7 and the word problems with 7 and 5.
 
-    prompts, sft, preference, feedback   sums: bare, with the right answer, with a right and a wrong answer,
-                                         with an answer marked right or wrong
+    prompts, sft, preference, feedback   sums: bare, with the right answer, with a right and a bad answer,
+                                         with an answer marked right or bad
     word-prompts                         word problems with the same numbers, bare
-Each has a twin `eval-...` with held-out problems.
+Each has a twin `eval-...` with held-out problems. A bad answer is a wrong sum of the same length, or talk that
+gives no sum; the held-out pairs have wrong sums only.
 """
 import argparse
 import json
@@ -24,12 +25,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 HERE = Path(__file__).resolve().parent
-LARGEST = 20
-HELD_OUT = 100               # pairs of different numbers, each in both orders
-WRONG_ANSWERS = 3            # pairs per training sum
-WORD_PROBLEMS = 400          # of training, and half as many held out
+LARGEST = 12
+HELD_OUT = 25                # pairs of different numbers, each in both orders and four wordings
+WORD_PROBLEMS = 400          # for training, and half as many held out
 GYM_PROBLEMS = 400           # the same
 
+SUMS = ["What is {a} + {b}?", "How much is {a} + {b}?", "Add {a} and {b}.", "Calculate {a} + {b}."]
+TALK = ["To add {a} and {b}, we first have to look at what a sum means in mathematics.",
+        "This is a well-known question about numbers, and there are many ways to think about it.",
+        "The sum can be found with a simple rule. First, write both numbers down,",
+        "Adding numbers is one of the basic operations that are taught in school."]
 NAMES = ["Tom", "Ann", "Ben", "Mia", "Leo", "Eva", "Sam", "Zoe"]
 THINGS = ["apples", "pens", "coins", "cards", "books", "eggs"]
 # {a} is never smaller than {b} in a difference
@@ -44,12 +49,17 @@ WORDS = {
 
 class Problem(NamedTuple):
     text: str
-    equation: str            # up to its sign of equality
+    numbers: tuple           # a, b
+    sign: str
     result: int
 
     @property
     def answer(self):
-        return f"{self.equation} {self.result}"
+        return self.ending_with(self.result)
+
+    def ending_with(self, result):
+        a, b = self.numbers
+        return f"{a} {self.sign} {b} = {result}"
 
     @property
     def prompt(self):
@@ -70,12 +80,12 @@ def number_pairs(seed):
 
 
 def sums_of(pairs, rng):
-    """Every pair in both orders, shuffled."""
+    """Every pair in both orders and all wordings, shuffled."""
     problems = []
-    for a, b in pairs:
-        for first, second in sorted({(a, b), (b, a)}):
-            text = f"What is {first} + {second}?"
-            problems.append(Problem(text, f"{first} + {second} =", first + second))
+    for pair in pairs:
+        for a, b in sorted({pair, pair[::-1]}):
+            for wording in SUMS:
+                problems.append(Problem(wording.format(a=a, b=b), (a, b), "+", a + b))
     rng.shuffle(problems)
     return problems
 
@@ -88,18 +98,24 @@ def word_problem(pairs, rng):
     n, m = rng.sample(NAMES, 2)
     text = rng.choice(WORDS[sign]).format(a=a, b=b, n=n, m=m, t=rng.choice(THINGS))
     result = a + b if sign == "+" else a - b
-    return Problem(text, f"{a} {sign} {b} =", result)
+    return Problem(text, (a, b), sign, result)
 
 
-def wrong_answers(problem, count, rng):
-    """Different answers that look like the right one, of the same length: only the last number is wrong, by
-    as much as the start model's are."""
+def wrong_sum(problem, rng):
+    """An answer that looks like the right one, of the same length: only its last number is wrong, by as much
+    as the start model's are."""
     found = []
     for slip in (-10, -3, -2, -1, 1, 2, 3, 10):
         number = problem.result + slip
         if number > 0 and len(str(number)) == len(str(problem.result)):
-            found.append(f"{problem.equation} {number}")
-    return rng.sample(found, count)
+            found.append(problem.ending_with(number))
+    return rng.choice(found)
+
+
+def talk(problem, rng):
+    """An answer without a sum, as the start model gives many."""
+    a, b = problem.numbers
+    return rng.choice(TALK).format(a=a, b=b)
 
 
 def assistant(text):
@@ -114,22 +130,24 @@ def sft_rows(problems):
     return [{"messages": problem.prompt + assistant(problem.answer)} for problem in problems]
 
 
-def preference_rows(problems, count, rng):
+def preference_rows(problems, bad_answers, rng):
+    """Every problem once with each kind of bad answer."""
     rows = []
     for problem in problems:
         chosen = assistant(problem.answer)
-        for wrong in wrong_answers(problem, count, rng):
-            rows.append({"prompt": problem.prompt, "chosen": chosen, "rejected": assistant(wrong)})
+        for bad in bad_answers:
+            rejected = assistant(bad(problem, rng))
+            rows.append({"prompt": problem.prompt, "chosen": chosen, "rejected": rejected})
     rng.shuffle(rows)
     return rows
 
 
-def feedback_rows(problems, rng):
-    """Every problem with its right answer and with a wrong one."""
+def feedback_rows(problems, bad_answers, rng):
+    """Every problem with its right answer and with a bad one."""
     rows = []
     for problem in problems:
-        wrong, = wrong_answers(problem, 1, rng)
-        for answer, label in ((problem.answer, True), (wrong, False)):
+        bad = rng.choice(bad_answers)(problem, rng)
+        for answer, label in ((problem.answer, True), (bad, False)):
             rows.append({"prompt": problem.prompt, "completion": assistant(answer), "label": label})
     rng.shuffle(rows)
     return rows
@@ -165,15 +183,15 @@ def write_rows(path, rows):
 
 def write(folder=HERE, seed=0):
     """All files of task 1."""
-    for pairs, twin, wrong in zip(number_pairs(seed), ("", "eval-"), (WRONG_ANSWERS, 1)):
+    for pairs, twin, bad_answers in zip(number_pairs(seed), ("", "eval-"), ((wrong_sum, talk), (wrong_sum,))):
         rng = random.Random(f"{seed} {twin}")
         sums = sums_of(pairs, rng)
         count = WORD_PROBLEMS // 2 if twin else WORD_PROBLEMS
         files = {
             "prompts": prompt_rows(sums),
             "sft": sft_rows(sums),
-            "preference": preference_rows(sums, wrong, rng),
-            "feedback": feedback_rows(sums, rng),
+            "preference": preference_rows(sums, bad_answers, rng),
+            "feedback": feedback_rows(sums, bad_answers, rng),
             "word-prompts": word_rows(pairs, count, rng),
         }
         for name, rows in files.items():
