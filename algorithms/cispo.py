@@ -49,6 +49,8 @@ class Config(Sampling):            # reward, temperature, max_completion_length,
     num_generations: TwoOrMore = 8  # completions per prompt: the group
     num_iterations: Count = 1      # passes over each rollout
     num_mini_batches: Count = 1    # updates per pass
+    skip_zero_std: bool = False    # do not compute groups with equal rewards: the same gradient, sooner;
+    #                                loss, entropy, clip ratios and a router's loss are means over the others
     epsilon_high: Annotated[float, Range("1 or more: it bounds the ratio itself", lambda x: x >= 1)] = 5.0
     #                                the largest weight of a token (4 to 8): ratios are at most epsilon_high,
     #                                not 1 + epsilon_high as elsewhere
@@ -82,6 +84,8 @@ def train(engine: Engine, config: Config):
     for rollout in engine.rollouts(config):                        # 1 sample
         engine.score(rollout)                                      # 2 reward
         rollout.advantages = group_advantages(rollout.rewards)     # 3 advantage
+        if config.skip_zero_std:
+            rollout.skip_zero_gradients()
         for step in engine.steps(rollout):
             for batch in step:                                     # 4 loss, one micro-batch
                 logps = policy(batch, config.temperature)          # (N,) under the current policy

@@ -44,6 +44,7 @@ from dataclasses import dataclass
 
 import torch
 
+from data.errors import UserError
 from engine.loop import Engine
 from engine.options import Count, NonNegative, Positive, Sampling, TwoOrMore
 from engine.rollout import alike
@@ -58,6 +59,8 @@ class Config(Sampling):            # reward, temperature, max_completion_length,
     num_generations: TwoOrMore = 8  # completions per prompt: the group
     num_iterations: Count = 1      # passes over each rollout
     num_mini_batches: Count = 1    # updates per pass
+    skip_zero_std: bool = False    # do not compute groups with equal rewards: the same gradient, sooner;
+    #                                loss, entropy, clip ratios and a router's loss are means over the others
     epsilon: Positive = 0.2        # ratios are clipped to [1 - epsilon, 1 + epsilon_high]; a huge value
     #                                disables clipping
     epsilon_high: Positive = 0.2   # the upper bound is 1 + epsilon_high
@@ -66,6 +69,11 @@ class Config(Sampling):            # reward, temperature, max_completion_length,
 
     def uses_reference(self) -> bool:
         return self.beta > 0
+
+    def check(self, common) -> None:
+        super().check(common)
+        if self.skip_zero_std and self.beta > 0:
+            raise UserError("skip_zero_std: the KL term gives every group a gradient; fix: beta=0")
 
 
 def group_advantages(rewards):
@@ -111,6 +119,8 @@ def train(engine: Engine, config: Config):
         rollout.advantages = group_advantages(rollout.rewards)     # 3 advantage
         if reference:
             rollout.once("reference_logps", engine.logps, reference, rollout)      # for batch.extra below
+        if config.skip_zero_std:
+            rollout.skip_zero_gradients()
         for step in engine.steps(rollout):
             for batch in step:                                     # 4 loss, one micro-batch
                 logps = policy(batch, config.temperature)          # (N,) under the current policy

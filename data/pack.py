@@ -50,6 +50,7 @@ class Example:
     responses: list[Response]
     where: str                                      # "file:line", for errors that name the row
     extras: dict = field(default_factory=dict)      # tensors: a number per response, or per trained token
+    has_gradient: bool = True                       # False: an update counts it, but does not compute it
 
     @property
     def num_trained(self) -> int:
@@ -76,7 +77,7 @@ class Example:
             if torch.is_tensor(value):
                 numbers = self.per_response(name, value)
                 extras[name] = torch.cat([numbers[i] for i in which])
-        return Example(self.prompt, responses, self.where, extras)
+        return replace(self, responses=responses, extras=extras)
 
     def sizes_in(self, value: torch.Tensor) -> list[int] | None:
         """How many of the numbers in `value` belong to each response: one, or one per trained token. None

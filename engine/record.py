@@ -38,7 +38,7 @@ class Record:
         self.weights_before = self.some_weights() if step.index == 1 else None
         router = self.engine.policy.router_loss
         if router:
-            router.open(step.num_examples)
+            router.open(len(step.computed))
 
     def close_step(self, step: Step, is_left: bool) -> None:
         """Check, log, sample and save after an update that was made."""
@@ -47,7 +47,7 @@ class Record:
         self.check_moved()
         if engine.policy.router_loss:
             step.add(engine.policy.router_loss.metrics())
-        tokens = sum(example.size(engine.policy.share_prompt) for example in step.examples)
+        tokens = sum(example.size(engine.policy.share_prompt) for example in step.computed)
         self.tokens_seen += tokens
         is_logged = step.index % config.log_every == 0 or step.index in (1, total) or is_left
         shown = self.log_update(step, tokens) if is_logged else {}

@@ -70,6 +70,12 @@ class Rollout:
         values = [self[name] for name in names]
         return values if several else values[0]
 
+    def skip_zero_gradients(self) -> None:
+        """Leave the prompts whose advantages are all 0 out of every forward. They count in the means of an
+        update."""
+        for example, advantages in zip(self.examples, self.advantages):
+            example.has_gradient = bool(advantages.any())
+
     def knows(self, name: str) -> bool:
         return all(name in example.extras for example in self.examples)
 

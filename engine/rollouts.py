@@ -96,9 +96,8 @@ class Rollouts:
 
     def sample_held_out(self, update: int) -> Rollout:
         """One completion of every held-out prompt, with the same random numbers every time."""
-        prompts = self.engine.eval_set
-        rows = list(range(len(prompts)))
-        examples = self.complete(rows, prompts, (EVALUATION,), 1, "held-out prompts")
+        rows = range(len(self.engine.eval_set))
+        examples = self.complete(rows, self.engine.eval_set, (EVALUATION,), 1, "held-out prompts")
         return Rollout(update, rows, examples)
 
     def complete(self, rows: list[int], prompts: list[Example], key: tuple, copies: int,
@@ -118,14 +117,8 @@ class Rollouts:
         if engine.world > 1:
             parts = [None] * engine.world
             torch.distributed.all_gather_object(parts, found)
-            found = []
-            for place in range(len(rows)):
-                index, rank = divmod(place, engine.world)
-                found.append(parts[rank][index])
-        examples = []
-        for row, completions in zip(rows, found):
-            examples.append(with_completions(prompts[row], completions))
-        return examples
+            found = [parts[place % engine.world][place // engine.world] for place in range(len(rows))]
+        return [with_completions(prompts[row], completions) for row, completions in zip(rows, found)]
 
     def resample(self, rollout: Rollout, which: list[int], attempt: int) -> None:
         """Replace the prompts `which` of the rollout by others, drawn by (seed, rollout, attempt), with new
@@ -134,10 +127,9 @@ class Rollouts:
             return                                   # it was done before the checkpoint of this rollout
         prompts = self.engine.train_set
         rng = np.random.default_rng((self.engine.config.seed, REPLACEMENT, rollout.number, attempt))
-        is_repeated = len(which) > len(prompts)
-        rows = rng.choice(len(prompts), size=len(which), replace=is_repeated).tolist()
-        key = (REPLACEMENT, rollout.number, attempt)
+        rows = rng.choice(len(prompts), len(which), replace=len(which) > len(prompts)).tolist()
         label = f"rollout {rollout.number + 1}, attempt {attempt + 1}"
+        key = (REPLACEMENT, rollout.number, attempt)
         examples = self.complete(rows, prompts, key, self.group_size, label)
         fresh = Rollout(rollout.number, rows, examples)
         self.score(fresh)
@@ -160,10 +152,10 @@ class Rollouts:
 
     def scores(self, rollout: Rollout, named: list[str]) -> list[PerPrompt]:
         """The weighted sum of all rewards, and each of them."""
-        engine, timeout = self.engine, self.config.reward_timeout
+        engine = self.engine
 
         def by_functions(*arguments):
-            return from_main(score_all, *arguments, timeout)
+            return from_main(score_all, *arguments, self.config.reward_timeout)
 
         def by_model(reward):
             model = self.reward_models[reward.name]
@@ -183,7 +175,7 @@ class Rollouts:
             raise Stopped(stop)
         if failure:
             raise failure
-        return [rollout.rewards] + [rollout[name] for name in named]
+        return [rollout[name] for name in ("rewards", *named)]
 
     # ---- 4 loss: the updates made from a rollout -----------------------------------------------------
 
@@ -202,10 +194,7 @@ class Rollouts:
         self.record.watch_signal(rollout, len(updates))
         if self.updates_per_rollout > 1:
             rollout.once("old_logps", self.logps, engine.policy, rollout)
-        examples = []
-        for example, which in zip(rollout.examples, kept):
-            if which:
-                examples.append(example.part(which))
+        examples = [example.part(which) for example, which in zip(rollout.examples, kept) if which]
         for update in updates:
             rows = self.mini_batch(rollout.number, update - first, len(examples))
             mine = [examples[row] for row in rows]
@@ -289,10 +278,8 @@ class Rollouts:
         """RunError where the training forward gives the sampled tokens other log-probs than the sampler."""
         if SAMPLER not in step.totals["train"]:
             return
-        engine = self.engine
-        total, _ = step.totals["train"][SAMPLER][0]
-        difference = engine.mean(total, step.num_tokens / engine.world)
-        if not difference <= engine.policy.tolerance:
+        difference = self.engine.mean(*step.totals["train"][SAMPLER][0])
+        if not difference <= self.engine.policy.tolerance:
             raise RunError(f"the training forward and the sampler differ by {difference:.2g} in log-prob per "
                            f"token of rollout {self.rollout.number + 1}; fix: use a model with ordinary "
                            "attention layers, or precision: fp32")
@@ -305,8 +292,8 @@ class Rollouts:
         self.rollouts_without_training += 1
         rewards = torch.cat(rollout.rewards)
         without = int(rewards.isnan().sum())
-        masked = len(rewards) - without
-        counts = {"without a reward": without, "cut at max_completion_length, and masked": masked}
+        counts = {"without a reward": without,
+                  "cut at max_completion_length, and masked": len(rewards) - without}
         reasons = ", ".join(f"{count} {reason}" for reason, count in counts.items() if count)
         fault = f"nothing to train in rollout {rollout.number + 1} ({reasons})"
         if self.rollouts_without_training == MANY:

@@ -84,7 +84,8 @@ def check_path(name: str, key: str = "model") -> None:
     names = list(dict.fromkeys(os.path.basename(os.path.dirname(other)) for other in others))
     shown = names[:8] if folder == RUNS else difflib.get_close_matches(os.path.basename(name), names)
     hint = f" ({folder} holds {', '.join(shown)})" if shown else ""
-    raise UserError(f"{key}: there is no directory {name}{hint}; "
+    kind = "file" if name.lower().endswith(FILES) else "directory"
+    raise UserError(f"{key}: there is no {kind} {name}{hint}; "
                     "fix: correct the path, or pass a hub name owner/name")
 
 

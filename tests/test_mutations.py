@@ -44,6 +44,10 @@ def rows(*names):
     return [f"test_model.py::test_flat_shared_rows_equal_separate_rows[{name}-2]" for name in names]
 
 
+def left_out(*names):
+    return [f"test_online_signal.py::test_groups_without_a_gradient_can_be_left_out[{name}]" for name in names]
+
+
 def family_parts(*names):
     return [f"test_families_parts.py::test_{name}" for name in names]
 
@@ -54,6 +58,12 @@ GROUPS = "grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "reinforce_pp"
 SHIFT = "data/pack.py", "source.append(predictors[response.trained])", "source.append(predictors[response.trained] + 1)"
 UNCHECKED = "; import model.check; model.check.check_policy = lambda *_: None"
 MUTATIONS = {    # name: (file, text, what it becomes, the tests that must fail)
+    "groups without a gradient do not count": (
+        "engine/step.py", "in examples))\n        self.num_tokens",
+        "in examples if example.has_gradient))\n        self.num_tokens",
+        left_out("grpo", "gspo")),
+    "an update without a gradient is no update": (
+        "engine/step.py", "if example.has_gradient] or examples[:1]", "if example.has_gradient]", left_out("grpo", "cispo")),
     "source shifted by one": (
         *SHIFT, [*exact("sft", "dpo"), "test_pack.py::test_pairs_share_their_prompt",
                  "test_pack.py::test_source_and_target_by_content[2-True]",

@@ -23,12 +23,13 @@ from safetensors.torch import load_file
 from test_distributed import two_ranks
 
 from algorithms import ppo, reinforce_pp, rloo
-from data.errors import RunError
+from data.errors import RunError, UserError
 from engine import checkpoint
 from engine.loop import Engine
 from engine.rollout import Rollout, alike
 from engine.rollouts import Rollouts
 from engine.score import score_rollout
+from engine.step import Step
 
 NAN = math.nan
 VALUES = 0.1, 0.3, 0.6, 0.7, 0.9, -0.1, 1 / 3
@@ -52,6 +53,9 @@ def in_two_parts(prompts, completions, **columns):
 
 def only_of_even_rows(prompts, completions, answer, **columns):
     return [None if int(a) % 4 < 2 else sum(map(ord, c)) % 97 for a, c in zip(answer, completions)]
+
+def equal_for_half_of_the_rows(prompts, completions, answer, **columns):
+    return [1 if int(a) % 4 < 2 else sum(map(ord, c)) % 97 / 97 for a, c in zip(answer, completions)]
 
 def none(prompts, completions, **columns):
     return [None] * len(completions)
@@ -304,3 +308,37 @@ def test_what_top_p_and_top_k_mean_is_said(run):
             "are those of the full distribution")
     assert lines.count(line) == 1
     assert "full distribution" not in told(run("grpo", reward=f"{REWARDS}:varied", max_steps=1, name="plain"))
+
+
+# ---- groups that are not computed ----
+
+@pytest.mark.parametrize("algorithm", ["grpo", "dr_grpo", "gspo", "cispo"])
+def test_groups_without_a_gradient_can_be_left_out(run, monkeypatch, algorithm):
+    """The same gradient from fewer groups: half of the eight rows have equal rewards. Two groups make an
+    update, so that some updates have none to compute."""
+    computed = []
+    made = Step.__init__
+
+    def watch(step, *arguments):
+        made(step, *arguments)
+        computed.append(sum(map(len, step.micro_batches)))
+
+    monkeypatch.setattr(Step, "__init__", watch)
+    keys = dict(max_steps=12, num_mini_batches=2, batch_size=4)
+    if algorithm in ("grpo", "dr_grpo"):
+        keys["beta"] = 0
+    whole = run(algorithm, "equal_for_half_of_the_rows", "whole", skip_zero_std="false", **keys)
+    less = run(algorithm, "equal_for_half_of_the_rows", "less", skip_zero_std="true", **keys)
+    flat = [row for row in metrics(whole) if row["grad_norm"] == 0]
+    assert flat and computed[:12] == [2] * 12 and sum(computed[12:]) <= 18
+    for row, of_less in zip(metrics(whole), metrics(less), strict=True):
+        assert of_less["reward"] == row["reward"]
+        assert of_less["grad_norm"] == pytest.approx(row["grad_norm"], rel=1e-4, abs=1e-7)
+    found = final_weights(less)
+    for name, weight in final_weights(whole).items():
+        torch.testing.assert_close(found[name], weight, rtol=0, atol=1e-5)
+
+
+def test_no_group_is_left_out_where_the_kl_has_a_gradient(run):
+    with pytest.raises(UserError, match="skip_zero_std.*: the KL term gives every group a gradient; fix"):
+        run("grpo", beta=0.1, skip_zero_std="true")
