@@ -18,7 +18,7 @@ class Step:
         # at least 1: some mini-batches of a small last rollout may be empty
         self.num_responses = max(1, sum(len(example.responses) for example in examples))
         self.num_tokens = max(1, sum(example.num_trained for example in examples))
-        # one at least: AdamW's momentum acts without a gradient, too
+        # one at least, for the metrics
         self.computed = [example for example in examples if example.has_gradient] or examples[:1]
         self.micro_batches = engine.deal(self.computed) if index else []
         self.totals = {"train": {}, "eval": {}}      # split -> metric -> a [sum, count] per part
