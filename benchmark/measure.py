@@ -7,6 +7,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -48,7 +49,7 @@ def measure(job: dict) -> dict:
     if start and job["pairs"]:
         config = load_config(base_of(job["start"])).get_text_config()
         max_length = getattr(config, "max_position_embeddings", None) or 2 ** 30
-        numbers["pairs"] = share_of_gains(policy, start, tokenizer, job["pairs"], max_length)
+        numbers["pairs"] = share_of_gains(policy, start, tokenizer, job, max_length)
     if start and answers:
         # at temperature 1 the sampler's log-probs are the policy's
         of_policy = total(answers.sampler_logps)
@@ -120,12 +121,17 @@ def shares(answers, strict: str) -> dict:
     return found
 
 
-def share_of_gains(policy, start, tokenizer, path: str, max_length: int) -> float:
-    """The share of pairs whose chosen answer gained more log-prob than the rejected one."""
-    pairs = build_dataset(path, "pairs", tokenizer, max_length).examples
+def share_of_gains(policy, start, tokenizer, job: dict, max_length: int) -> float:
+    """The share of pairs whose chosen answer gained more log-prob than the rejected one. The start model's
+    log-probs are the same for every row of the table, and kept in the file `of_start`."""
+    pairs = build_dataset(job["pairs"], "pairs", tokenizer, max_length).examples
+    kept = Path(job["of_start"])
+    if not kept.exists():
+        shared.store(kept, [scores.tolist() for scores in response_scores(start, pairs)])
+    before = json.loads(kept.read_text())
     right = 0
-    for mine, before in zip(response_scores(policy, pairs), response_scores(start, pairs)):
-        chosen, rejected = (mine - before).tolist()
+    for mine, of_start in zip(response_scores(policy, pairs), before, strict=True):
+        chosen, rejected = (mine - torch.tensor(of_start, dtype=mine.dtype)).tolist()
         right += chosen > rejected
     return right / len(pairs)
 

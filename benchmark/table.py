@@ -170,9 +170,13 @@ class Table:
         name = row.replace(", ", "-").replace(" ", "_")
         return self.output / f"{name}-{seed}"
 
+    def part(self, row: str, seed: int) -> Path:
+        """Its numbers; not `with_suffix`, which would take the 5 of "beta 0.5" away."""
+        return Path(f"{self.path(row, seed)}.json")
+
     def stored(self, row: str, seed: int) -> dict | None:
         """The numbers of a row with a seed, if they are there."""
-        path = self.path(row, seed).with_suffix(".json")
+        path = self.part(row, seed)
         return json.loads(path.read_text()) if path.exists() else None
 
     def run(self, row: str, seed: int) -> dict | None:
@@ -186,7 +190,7 @@ class Table:
             except Failed as error:
                 shared.say(f"{error}\nerror: {row}, seed {seed} failed, see above")
                 return None
-            shared.store(self.path(row, seed).with_suffix(".json"), numbers)
+            shared.store(self.part(row, seed), numbers)
         shared.say(f"{row}, seed {seed}: {in_words(numbers)}")
         return numbers
 
@@ -281,6 +285,7 @@ class Table:
     def job(self, model: str, seed: int) -> dict:
         """What the measurement of a model needs."""
         job = {"model": model, "start": self.base, "seed": seed, "limit": self.args.problems}
+        job["of_start"] = str(self.output / "start-pairs.json")
         if is_file(self.args.data):
             return job | {"pairs": self.args.eval_data, "sampling": None}
         own = recipe_of(self.args, "grpo")

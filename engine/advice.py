@@ -207,6 +207,7 @@ SAME = {
     "baseline": "use_baseline",
     "mask_truncated_completions": "overlong_filter overlong_filtering mask_truncated",
     "dynamic_sample": "dynamic_sampling dynamic_filtering filter_groups filter_groups.enable",
+    "skip_zero_std": "filter_zero_std_samples",
     "soft_overlong_cache": "soft_cache_length overlong_buffer_len overlong_buffer.len",
 }
 

@@ -31,6 +31,12 @@ def test_every_algorithm_has_a_row_and_two_have_weights():
     assert rows["sft, random of 8"].selects == "random"
 
 
+def test_every_row_and_seed_has_a_file_of_its_own():
+    made = table.Table(table.read_args([]))
+    files = {made.part(row, seed) for row in made.rows for seed in made.args.seeds}
+    assert len(files) == len(made.rows) * len(made.args.seeds)
+
+
 def test_a_file_of_pairs_needs_no_problems(tmp_path):
     pairs = tmp_path / "pairs.jsonl"
     pairs.write_text("")
