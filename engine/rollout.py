@@ -71,8 +71,8 @@ class Rollout:
         return values if several else values[0]
 
     def skip_zero_gradients(self) -> None:
-        """Leave the prompts whose advantages are all 0 out of every forward. They count in the means of an
-        update."""
+        """Leave the prompts whose advantages are all 0 out of the updates' forwards. They still count in the
+        means. Right only where nothing but the advantages gives a gradient."""
         for example, advantages in zip(self.examples, self.advantages):
             example.has_gradient = bool(advantages.any())
 

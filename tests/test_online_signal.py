@@ -339,6 +339,17 @@ def test_groups_without_a_gradient_can_be_left_out(run, monkeypatch, algorithm):
         torch.testing.assert_close(found[name], weight, rtol=0, atol=1e-5)
 
 
+def test_two_ranks_leave_out_the_same_groups(run, tmp_path):
+    """Often one of two groups is computed, so that a rank has none."""
+    keys = dict(max_steps=8, num_mini_batches=2, batch_size=4, beta=0, skip_zero_std="true")
+    one = run("grpo", "equal_for_half_of_the_rows", "one", **keys)
+    config = tmp_path / "two.yml"
+    config.write_text((tmp_path / "one.yml").read_text().replace(str(one), str(tmp_path / "two")))
+    assert [rank.code for rank in two_ranks(config)] == [0, 0]
+    for ours, theirs in zip(metrics(tmp_path / "two"), metrics(one), strict=True):
+        assert ours.pop("split") == theirs.pop("split") and ours == pytest.approx(theirs, rel=2e-5, abs=2e-5)
+
+
 def test_no_group_is_left_out_where_the_kl_has_a_gradient(run):
     with pytest.raises(UserError, match="skip_zero_std.*: the KL term gives every group a gradient; fix"):
         run("grpo", beta=0.1, skip_zero_std="true")
