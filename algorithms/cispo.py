@@ -85,7 +85,7 @@ def train(engine: Engine, config: Config):
         engine.score(rollout)                                      # 2 reward
         rollout.advantages = group_advantages(rollout.rewards)     # 3 advantage
         if config.skip_zero_std:
-            rollout.skip_zero_gradients()
+            rollout.skip_zero_gradients()      # advantages that are all 0: counted below, not computed
         for step in engine.steps(rollout):
             for batch in step:                                     # 4 loss, one micro-batch
                 logps = policy(batch, config.temperature)          # (N,) under the current policy

@@ -121,7 +121,7 @@ def train(engine: Engine, config: Config):
         if reference:
             rollout.once("reference_logps", engine.logps, reference, rollout)      # for batch.extra below
         if config.skip_zero_std:
-            rollout.skip_zero_gradients()
+            rollout.skip_zero_gradients()      # advantages that are all 0: counted below, not computed
         for step in engine.steps(rollout):
             for batch in step:                                     # 4 loss, one micro-batch
                 logps = policy(batch, config.temperature)          # (N,) under the current policy

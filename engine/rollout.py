@@ -74,7 +74,7 @@ class Rollout:
         """Leave the prompts whose advantages are all 0 out of the updates' forwards. They still count in the
         means. Right only where nothing but the advantages gives a gradient."""
         for example, advantages in zip(self.examples, self.advantages):
-            example.has_gradient = bool(advantages.any())
+            example.has_gradient = bool(advantages.nan_to_num().any())
 
     def knows(self, name: str) -> bool:
         return all(name in example.extras for example in self.examples)

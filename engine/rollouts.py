@@ -96,8 +96,9 @@ class Rollouts:
 
     def sample_held_out(self, update: int) -> Rollout:
         """One completion of every held-out prompt, with the same random numbers every time."""
-        rows = range(len(self.engine.eval_set))
-        examples = self.complete(rows, self.engine.eval_set, (EVALUATION,), 1, "held-out prompts")
+        prompts = self.engine.eval_set
+        rows = list(range(len(prompts)))
+        examples = self.complete(rows, prompts, (EVALUATION,), 1, "held-out prompts")
         return Rollout(update, rows, examples)
 
     def complete(self, rows: list[int], prompts: list[Example], key: tuple, copies: int,
@@ -117,7 +118,9 @@ class Rollouts:
         if engine.world > 1:
             parts = [None] * engine.world
             torch.distributed.all_gather_object(parts, found)
-            found = [parts[place % engine.world][place // engine.world] for place in range(len(rows))]
+            found = [None] * len(rows)
+            for rank, part in enumerate(parts):
+                found[rank::engine.world] = part
         return [with_completions(prompts[row], completions) for row, completions in zip(rows, found)]
 
     def resample(self, rollout: Rollout, which: list[int], attempt: int) -> None:
@@ -127,9 +130,10 @@ class Rollouts:
             return                                   # it was done before the checkpoint of this rollout
         prompts = self.engine.train_set
         rng = np.random.default_rng((self.engine.config.seed, REPLACEMENT, rollout.number, attempt))
-        rows = rng.choice(len(prompts), len(which), replace=len(which) > len(prompts)).tolist()
-        label = f"rollout {rollout.number + 1}, attempt {attempt + 1}"
+        is_repeated = len(which) > len(prompts)
+        rows = rng.choice(len(prompts), len(which), replace=is_repeated).tolist()
         key = (REPLACEMENT, rollout.number, attempt)
+        label = f"rollout {rollout.number + 1}, attempt {attempt + 1}"
         examples = self.complete(rows, prompts, key, self.group_size, label)
         fresh = Rollout(rollout.number, rows, examples)
         self.score(fresh)
@@ -239,9 +243,9 @@ class Rollouts:
 
     def logps(self, model, rollout: Rollout) -> PerPrompt:
         """Per prompt: the log-probs of its completions' tokens under `model`, at the sampling temperature."""
-        temperature = self.config.temperature
         found = self.engine.collect(
-            lambda batch: model(batch, temperature), rollout.examples, lambda example: example.num_trained)
+            lambda batch: model(batch, self.config.temperature), rollout.examples,
+            lambda example: example.num_trained)
         if isinstance(model, Policy):
             reshard(model)      # what this forward has gathered would hide a change of the model's weights
         return found
@@ -249,10 +253,9 @@ class Rollouts:
     def logps_and_values(self, rollout: Rollout) -> tuple[PerPrompt, PerPrompt]:
         """Per prompt the log-probs, and the values, of its completions' tokens under a policy with a critic,
         in one forward."""
-        policy, temperature = self.engine.policy, self.config.temperature
-
         def pairs(batch):
-            return torch.stack(policy(batch, temperature, values=True), 1).flatten()
+            both = self.engine.policy(batch, self.config.temperature, values=True)
+            return torch.stack(both, 1).flatten()
 
         found = self.engine.collect(pairs, rollout.examples, lambda example: 2 * example.num_trained)
         logps, values = [], []
@@ -267,18 +270,18 @@ class Rollouts:
         """(N,) log-probs of the batch's tokens under the policy that sampled them: the stored ones, else (in
         the only update made from the rollout) `logps` itself, without its gradient. In the first update of a
         rollout they must be the sampler's: the difference is logged, and `clip_gradients` checks it."""
-        old_logps, step = logps.detach(), self.engine.step
-        if self.updates_per_rollout > 1:
-            old_logps = batch.extra("old_logps")
+        step = self.engine.step
+        old_logps = batch.extra("old_logps") if self.updates_per_rollout > 1 else logps.detach()
         if (step.index - 1) % self.updates_per_rollout == 0:
             step.add({SAMPLER: (old_logps - batch.extra("sampler_logps")).abs()})
         return old_logps
 
     def check_sampler(self, step: Step) -> None:
         """RunError where the training forward gives the sampled tokens other log-probs than the sampler."""
-        if SAMPLER not in step.totals["train"]:
+        totals = step.totals["train"]
+        if SAMPLER not in totals:
             return
-        difference = self.engine.mean(*step.totals["train"][SAMPLER][0])
+        difference = self.engine.mean(*totals[SAMPLER][0])
         if not difference <= self.engine.policy.tolerance:
             raise RunError(f"the training forward and the sampler differ by {difference:.2g} in log-prob per "
                            f"token of rollout {self.rollout.number + 1}; fix: use a model with ordinary "

@@ -45,7 +45,8 @@ def rows(*names):
 
 
 def left_out(*names):
-    return [f"test_online_signal.py::test_groups_without_a_gradient_can_be_left_out[{name}]" for name in names]
+    test = "test_online_signal.py::test_groups_without_a_gradient_can_be_left_out"
+    return [f"{test}[{name}]" for name in names]
 
 
 def family_parts(*names):

@@ -24,6 +24,7 @@ from test_distributed import two_ranks
 
 from algorithms import ppo, reinforce_pp, rloo
 from data.errors import RunError, UserError
+from data.pack import Example, Response
 from engine import checkpoint
 from engine.loop import Engine
 from engine.rollout import Rollout, alike
@@ -84,6 +85,17 @@ def run(files, tmp_path):
 
 def told(run):
     return (run / "events.log").read_text()
+
+
+def equal_on_two_ranks(one, tmp_path):
+    """The directory of a run on two ranks, whose metrics are those of the finished run `one`."""
+    two = tmp_path / "two"
+    config = tmp_path / "two.yml"
+    config.write_text((tmp_path / "one.yml").read_text().replace(str(one), str(two)))
+    assert [rank.code for rank in two_ranks(config)] == [0, 0]
+    for ours, theirs in zip(metrics(two), metrics(one), strict=True):
+        assert ours.pop("split") == theirs.pop("split") and ours == pytest.approx(theirs, rel=2e-5, abs=2e-5)
+    return two
 
 
 # ---- the advantage of equal rewards ----
@@ -147,7 +159,6 @@ def test_alike():
 
 def test_rewards_that_differ_by_rounding_are_one():
     """0.1 + 0.2 is not 0.3 in fp64; one reward of 0.3 and two of 0.1 and 0.2 are the same."""
-    from data.pack import Example, Response
     from rewards.functions import Reward
     responses = [Response.all_trained([5])] * 2
     rollout = Rollout(0, [0], [Example([1], responses, "x:1", {"prompt": "p", "columns": {}})])
@@ -284,12 +295,8 @@ def test_cut_completions_that_are_masked(run, monkeypatch):
 def test_two_processes_pass_over_as_one_does(run, files, tmp_path):
     keys = EMPTY["reuse"] | {"max_steps": 8, "save_every": "null"}
     one = run("grpo", name="one", **keys)
-    config = tmp_path / "two.yml"
-    config.write_text((tmp_path / "one.yml").read_text().replace(str(one), str(tmp_path / "two")))
-    assert [rank.code for rank in two_ranks(config)] == [0, 0]
-    assert told(tmp_path / "two").count("it is passed over") == told(one).count("it is passed over") == 2
-    for ours, theirs in zip(metrics(tmp_path / "two"), metrics(one), strict=True):
-        assert ours.pop("split") == theirs.pop("split") and ours == pytest.approx(theirs, rel=2e-5, abs=2e-5)
+    two = equal_on_two_ranks(one, tmp_path)
+    assert told(two).count("it is passed over") == told(one).count("it is passed over") == 2
 
 
 def test_a_run_that_trains_nothing_is_an_error(run, tmp_path):
@@ -339,15 +346,23 @@ def test_groups_without_a_gradient_can_be_left_out(run, monkeypatch, algorithm):
         torch.testing.assert_close(found[name], weight, rtol=0, atol=1e-5)
 
 
+def test_a_completion_without_a_reward_gives_no_gradient_either():
+    rewards = torch.tensor([[1.0, NAN, 1.0], [1.0, NAN, 0.0]]).double()
+    examples = []
+    for _ in rewards:
+        responses = [Response.all_trained([7]) for _ in range(3)]
+        examples.append(Example([5], responses, "doc"))
+    rollout = Rollout(0, [0, 1], examples)
+    rollout.advantages = ADVANTAGES["grpo"](rewards)
+    rollout.skip_zero_gradients()
+    assert [example.has_gradient for example in rollout.examples] == [False, True]
+
+
 def test_two_ranks_leave_out_the_same_groups(run, tmp_path):
     """Often one of two groups is computed, so that a rank has none."""
     keys = dict(max_steps=8, num_mini_batches=2, batch_size=4, beta=0, skip_zero_std="true")
     one = run("grpo", "equal_for_half_of_the_rows", "one", **keys)
-    config = tmp_path / "two.yml"
-    config.write_text((tmp_path / "one.yml").read_text().replace(str(one), str(tmp_path / "two")))
-    assert [rank.code for rank in two_ranks(config)] == [0, 0]
-    for ours, theirs in zip(metrics(tmp_path / "two"), metrics(one), strict=True):
-        assert ours.pop("split") == theirs.pop("split") and ours == pytest.approx(theirs, rel=2e-5, abs=2e-5)
+    equal_on_two_ranks(one, tmp_path)
 
 
 def test_no_group_is_left_out_where_the_kl_has_a_gradient(run):

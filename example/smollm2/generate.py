@@ -13,8 +13,8 @@ are 5 + 7 and the word problems with 7 and 5.
     prompts, sft, preference, feedback   sums: bare, with the right answer, with a right and a bad answer,
                                          with an answer marked right or bad
     word-prompts                         word problems with the same numbers, bare
-Each has a twin `eval-...` with held-out problems. A bad answer is a wrong sum of the same length, or talk that
-gives no sum; the held-out pairs have wrong sums only.
+Each has a twin `eval-...` with held-out problems. A bad answer is a wrong sum of the same length, or talk
+that gives no sum; the held-out pairs have wrong sums only.
 """
 import argparse
 import json
