@@ -26,6 +26,7 @@ import numpy as np
 import torch
 
 from data.errors import RunError
+from data.transfer import to_device, together_to
 
 
 @dataclass
@@ -105,16 +106,17 @@ class Batch:
     source: torch.Tensor                    # (N,) index into the T hidden states of the one that predicts ...
     target: torch.Tensor                    # (N,) ... this token id
     last: torch.Tensor                      # (S,) index of each response's last token
-    lengths: list[int]                      # S trained-token counts, whose sum is N
+    lengths: list[int]                      # S trained-token counts, whose sum is N ...
+    counts: torch.Tensor                    # (S,) ... and the same beside the other tensors
     segments: list[tuple[int, list[int]]]   # per laid-out prompt: its length, and those of its responses
     examples: list[Example]
+    units: tuple | None = None              # what one call of attention per layer needs, see model/varlen.py
 
     def sum(self, x):
         """(N,) per trained token -> (S,) per response"""
-        if not self.lengths:
-            return x
-        # a stack of plain sums: `index_add_` is not deterministic on CUDA
-        return torch.stack([part.sum() for part in x.split(self.lengths)])
+        # not `index_add_`, which is not deterministic; unsafe: a check of the counts would wait for the GPU
+        sums = torch.segment_reduce(x.double(), "sum", lengths=self.counts, unsafe=True)
+        return sums.to(x.dtype)
 
     def mean(self, x):
         """(N,) -> (S,): the mean over each response's trained tokens"""
@@ -122,12 +124,11 @@ class Batch:
 
     def per_token(self, y):
         """(S,), or one number for all responses, divided by each response's trained tokens -> (S,)"""
-        return y / torch.tensor(self.lengths, device=self.source.device)
+        return y / self.counts
 
     def expand(self, y):
         """(S,) per response -> (N,) per trained token"""
-        lengths = torch.tensor(self.lengths, dtype=torch.long, device=y.device)
-        return y.repeat_interleave(lengths, output_size=sum(self.lengths))
+        return y.repeat_interleave(self.counts, output_size=sum(self.lengths))
 
     def pairs(self, y):
         """(S,) of a batch of pairs -> (B,) of the chosen responses and (B,) of the rejected ones"""
@@ -150,13 +151,13 @@ class Batch:
         values = torch.cat(parts or [torch.zeros(0)])
         if values.dtype == torch.float64:      # fp32, like the log-probs beside them
             values = values.float()
-        return values.to(self.tokens.device)
+        return to_device(values, self.tokens.device)
 
     def to(self, device) -> "Batch":
-        moved = {}
-        for name in ("tokens", "positions", "source", "target", "last"):
-            moved[name] = getattr(self, name).to(device)
-        return replace(self, **moved)
+        names = ("tokens", "positions", "source", "target", "last", "counts")
+        moved = together_to([getattr(self, name) for name in names], device)
+        units = self.units and self.units.to(device)
+        return replace(self, units=units, **dict(zip(names, moved)))
 
 
 def collate(examples: list[Example], share_prompt: bool = True) -> Batch:
@@ -190,7 +191,8 @@ def collate(examples: list[Example], share_prompt: bool = True) -> Batch:
         positions.append([0])
         segments.append((1, []))
     return Batch(joined(tokens), joined(positions), joined(source), joined(target),
-                 torch.tensor(last, dtype=torch.long), lengths, segments, examples)
+                 torch.tensor(last, dtype=torch.long), lengths, torch.tensor(lengths, dtype=torch.long),
+                 segments, examples)
 
 
 def joined(arrays) -> torch.Tensor:

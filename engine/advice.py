@@ -109,6 +109,7 @@ SAME = {
     "gradient_checkpointing":
         "activation_checkpointing use_gradient_checkpointing enable_gradient_checkpointing",
     "deterministic": "full_determinism",
+    "compile": "torch_compile use_torch_compile compile_model enable_compile",
     "lora_r": "lora_rank lora_dim",
     "lora_r (a rank such as 16; 0 trains every weight)":
         "use_lora use_peft train_type tuner_type sft_type finetuning_type adapter peft_type lora "

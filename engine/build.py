@@ -10,12 +10,14 @@ from engine.fingerprint import fingerprints
 from engine.inputs import marked, read_inputs
 from engine.logs import Run
 from engine.loop import Engine
+from engine.plan import Plan
 from engine.ranks import distributed, from_main
 from engine.score import critic_path
 from model import lora
 from model.actor_critic import build_actor_critic
 from model.build import build_policy, build_second_model, shard
 from model.check import check_policy
+from model.compiled import compile_policy
 from model.experts import router_loss
 from model.load import is_adapter
 from model.policy import Policy
@@ -41,6 +43,8 @@ def build(run_config, run: Run, start: str | None = None,
         trains_adapter = is_adapter(common.model)
         policy = build_policy(start or common.model, tokenizer, common, trains_adapter=trains_adapter)
     check_policy(policy, train_set, common, run.notice)
+    updates = Plan(common, len(train_set)).total
+    compile_policy(policy, common, updates, train_set, run.notice)
     policy = with_heads(policy, algorithm.MODEL, common, config, tokenizer, start, train_set, run.notice)
     if algorithm.MODEL != "reward":
         add_router_loss(policy, common.router_aux_loss_coef, run.notice)

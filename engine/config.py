@@ -67,9 +67,13 @@ class Common:
     weight_decay: NonNegative = 0.0        # AdamW's weight decay, decoupled from the gradient
     max_grad_norm: Positive = 1.0          # gradients are scaled down to this norm
     precision: Literal["auto", "fp32", "bf16"] = "auto"    # matmul precision; auto = bf16 on CUDA, else fp32
-    attn_implementation: Literal["auto", "segments", "dense", "plain"] = "auto"    # segments: flat rows,
-    #                                        memory linear in the length; dense: a (T, T) mask; plain: a row
-    #                                        per response, for every LM; auto: segments if exact, else plain
+    attn_implementation: Literal["auto", "segments", "varlen", "dense", "plain"] = "auto"    # segments: flat
+    #                                        rows, memory linear in the length; varlen: the same, one call
+    #                                        per layer; dense: a (T, T) mask; plain: a row per response, for
+    #                                        every LM; auto: varlen on CUDA in bf16, else segments, if exact,
+    #                                        else plain
+    compile: Literal["auto", "true", "false"] = "auto"    # decoder layers by torch.compile (with varlen);
+    #                                        auto = on CUDA, in runs of 200 updates or more
     router_aux_loss_coef: NonNegative | None = None    # weight of the load-balancing loss of a mixture of
     #                                        experts; null = as its configuration says
     lora_r: Whole = 0                      # LoRA rank (8-64); 0 = full fine-tuning

@@ -15,7 +15,7 @@ from engine.inputs import marked, read_inputs
 from engine.plan import Plan
 from model import lora
 from model.load import base_of, empty_lm, is_adapter, load_config
-from model.logps import LOGITS_AT_ONCE
+from model.slices import LOGITS_AT_ONCE
 from model.trial import check_kind
 
 BYTES_IN_4_BIT = 0.52      # per weight, with the scales

@@ -94,7 +94,7 @@ class Record:
         """RunError that names the rows, or the checkpoint right after a resume, where the loss or the
         gradient norm of an update is not finite."""
         engine, norm = self.engine, self.engine.grad_norm
-        losses = [float(loss) for loss, _ in step.losses]
+        losses = torch.stack([loss for loss, _ in step.losses]).tolist()
         loss, = sum_over_ranks([sum(losses)], engine.policy.device)
         if math.isfinite(loss) and math.isfinite(norm):
             return

@@ -92,16 +92,20 @@ class Step:
     def averages(self, split: str) -> dict:
         """Metric -> mean over all ranks; without those that had no entry anywhere, such as the rewards of a
         class that is not in the update."""
-        numbers = []
+        totals, counts = [], []
         for parts in self.totals[split].values():
             for total, count in parts.values():
-                numbers += [float(total), float(count)]
-        sums = iter(sum_over_ranks(numbers, self.engine.policy.device))
+                totals.append(total)
+                counts.append(float(count))
+        device = self.engine.policy.device
+        totals = torch.stack(totals).tolist() if totals else []        # one copy from a GPU
+        sums = sum_over_ranks(totals + counts, device)
+        pairs = iter(zip(sums[:len(totals)], sums[len(totals):]))
         averages = {}
         for name, parts in self.totals[split].items():
             means = []
             for _ in parts:
-                total, count = next(sums), next(sums)
+                total, count = next(pairs)
                 means.append(total / count if count else None)
             if None not in means:
                 averages[name] = sum(means)

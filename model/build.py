@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from data.errors import UserError
 from model import lora
 from model.check import check_policy
+from model.compiled import compile_layers, decoder_layers
 from model.cpu import return_freed_memory
 from model.keys import ModelKeys
 from model.load import base_of, is_adapter, load_lm
@@ -63,6 +64,8 @@ def build_second_model(path: str, tokenizer, config, first: Policy, examples, no
         second.use(first.form)
     else:
         check_policy(second, examples, config, notice)
+    if first.is_compiled and second.form == first.form:
+        compile_layers(second)
     return second
 
 
@@ -160,11 +163,7 @@ def reshard(policy: Policy) -> None:
 def shard(policy: Policy):
     """FSDP2 over all ranks: one group per decoder layer and one for the rest. Gradients are summed, not
     averaged, over ranks: the algorithms divide by counts of the whole step."""
-    names = set()                                # the classes of decoder layers, also of a critic's trunk
-    for module in policy.modules():
-        names.update(getattr(module, "_no_split_modules", None) or ())
-    layers = [module for module in policy.modules() if type(module).__name__ in names]
-    for module in (*reversed(layers), policy):     # a layer inside another one first, as in Mamba
+    for module in (*decoder_layers(policy), policy):
         # 4-bit weights are integers, which cannot be split like this: every rank keeps them whole
         whole = {parameter for parameter in policy.parameters() if not parameter.is_floating_point()}
         fully_shard(module, ignored_params=whole)

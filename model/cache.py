@@ -7,6 +7,7 @@ from transformers import AttentionInterface
 from model.attention import segments_attention
 from model.scores import scored_attention
 
+SHOWN = 128                            # a step in place computes a multiple of so many columns
 CACHE_BYTES = 2 ** 31                  # keys and values at a time on a CPU; on a GPU half of its free memory
 
 
@@ -16,7 +17,10 @@ def rows_in_memory(lm, length: int) -> int:
     query_heads = getattr(config, "num_attention_heads", None) or 1              # Mamba has none
     heads = getattr(config, "num_key_value_heads", None) or query_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // query_heads
-    per_token = config.num_hidden_layers * 2 * heads * head_dim * lm.dtype.itemsize
+    dtype = lm.dtype
+    if torch.is_autocast_enabled(lm.device.type):
+        dtype = torch.get_autocast_dtype(lm.device.type)
+    per_token = config.num_hidden_layers * 2 * heads * head_dim * dtype.itemsize
     room = CACHE_BYTES
     if lm.device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(lm.device)
@@ -67,14 +71,27 @@ class Cache:
             made[:, :, :self.column].zero_()           # the mask hides these columns, but 0 times NaN is NaN
         return made
 
-    def append(self, layer: int, key, value):
-        """Write a step's keys and values (rows, heads, 1, head_dim) and return all that its queries see."""
+    def show(self, columns: int) -> bool:
+        """Steps compute the columns that there are."""
+        return False
+
+    def start_step(self) -> None:
+        """There is nothing to prepare."""
+
+    def end_step(self) -> None:
+        self.column += 1
+
+    def append(self, layer: int, key, value, sliding_window: int | None):
+        """Write a step's keys and values (rows, heads, 1, head_dim). Returns those that its queries see, and
+        a mask (rows, 1, 1, columns), or None where each row sees all of them."""
         keys, values = self.layers[layer]
         column = self.column
         keys[:, :, column] = key[:, :, 0]
         values[:, :, column] = value[:, :, 0]
         end = column + 1
-        return keys[:, :, :end], values[:, :, :end]
+        start = 0 if sliding_window is None else max(0, end - sliding_window)
+        mask = None if self.mask is None else self.mask[..., start:end]
+        return keys[:, :, start:end], values[:, :, start:end], mask
 
     def compact(self, alive: list[int]) -> list[int]:
         """Keep the rows `alive`: the last of them fill the gaps. Returns the rows in their new order."""
@@ -94,6 +111,58 @@ class Cache:
         if self.mask is not None:
             self.mask = self.mask[order]
         return order
+
+
+class CacheInPlace(Cache):
+    """A Cache for a step that a GPU replays (model/recorded.py): its tensors stay where they are. `place`
+    (1,) is the column that the next step writes. A step computes the first `shown` columns, and `mask` hides
+    those that it does not see."""
+
+    def __init__(self, groups: list[tuple[np.ndarray, slice]], room: int, device):
+        super().__init__(groups, room, device)
+        self.shown = 0
+        self.place = torch.tensor([self.column], device=device)
+        columns = torch.arange(self.width, device=device)
+        before = columns < self.place
+        if self.mask is None:
+            self.mask = before.repeat(self.rows, 1, 1, 1)
+        else:
+            self.mask = self.mask & before
+
+    def empty(self, new):
+        return super().empty(new).zero_()              # the mask hides these columns, but 0 times NaN is NaN
+
+    def show(self, columns: int) -> bool:
+        """Let steps compute the prompts and so many columns after them; whether that changes anything."""
+        columns += self.column
+        if columns <= self.shown:
+            return False
+        self.shown = min(self.width, -(-columns // SHOWN) * SHOWN)
+        return True
+
+    def start_step(self) -> None:
+        self.mask.index_fill_(3, self.place, True)
+
+    def end_step(self) -> None:
+        self.place += 1
+
+    def append(self, layer: int, key, value, sliding_window: int | None):
+        keys, values = self.layers[layer]
+        keys.index_copy_(2, self.place, key)
+        values.index_copy_(2, self.place, value)
+        mask = self.mask[..., :self.shown]
+        if sliding_window is not None:
+            columns = torch.arange(self.shown, device=mask.device)
+            mask = mask & (columns > self.place - sliding_window)
+        return keys[:, :, :self.shown], values[:, :, :self.shown], mask
+
+    def compact(self, alive: list[int]) -> list[int]:
+        order = torch.tensor(alive, device=self.mask.device)
+        for stored in self.layers.values():
+            for i, whole in enumerate(stored):
+                stored[i] = whole.index_select(0, order)
+        self.mask = self.mask.index_select(0, order)
+        return alive
 
 
 def rollout_attention(
@@ -117,15 +186,10 @@ def rollout_attention(
         cache.store_prompts(module.layer_idx, key, value)
         return segments_attention(
             module, query, key, value, None, scaling, segments, sliding_window, softcap, s_aux)
-    key, value = cache.append(module.layer_idx, key, value)
-    end = key.shape[2]
-    start = 0 if sliding_window is None else max(0, end - sliding_window)
-    mask = None if cache.mask is None else cache.mask[..., start:end]
+    key, value, mask = cache.append(module.layer_idx, key, value, sliding_window)
     # the query heads of a key's head are its queries: fewer and larger products than with a copy for each
     rows, _, _, head_dim = query.shape
     grouped = query.to(value.dtype).view(rows, key.shape[1], -1, head_dim)
-    key = key[:, :, start:]
-    value = value[:, :, start:]
     if softcap or s_aux is not None:
         sinks = None if s_aux is None else s_aux.view(1, key.shape[1], -1, 1)
         attended = scored_attention(grouped, key, value, mask, scaling, softcap, sinks)

@@ -3,6 +3,8 @@
     segments, prompts shared     flat rows, each prompt laid out once for all its responses
     segments                     flat rows, each prompt laid out once per response
     plain                        a row per response, through the model's own attention
+
+On a GPU in bf16, flat rows get the attention `varlen`, one call per layer, where its kernel agrees.
 """
 import contextlib
 from types import SimpleNamespace
@@ -12,7 +14,7 @@ import torch
 
 from data.errors import UserError
 from data.pack import Example, Response
-from model.form import PADDING, PLAIN, Form
+from model.form import PADDING, PLAIN, VARLEN, Form
 from model.generating import generating
 from model.plain import decode_plain
 from model.policy import Policy
@@ -56,6 +58,8 @@ def check_policy(policy: Policy, examples, keys, notice) -> None:
         raise UserError(f"model: the log-probs of a {kind} differ by {difference:.2g} from its own in every "
                         "form of rows that share_prompt and attn_implementation allow; fix: leave both at "
                         "auto, or use another model")
+    if policy.device.type == "cuda" and policy.precision == "bf16":
+        use_kernel(policy, own, checked, keys.attn_implementation, notice)
     if form.attention == PLAIN:
         exact = all(has_exact_cache(policy, example) for example in checked)
         policy.use(form._replace(padding=min(form.padding, PADDING), has_exact_cache=exact))
@@ -85,16 +89,34 @@ def forms_of(keys, lm) -> list[Form]:
     return forms
 
 
-def difference_to(own, policy: Policy, examples) -> float:
-    """The largest difference of the policy's log-probs of `examples` to `own` (N,); infinite where this form
-    cannot be computed."""
+def use_kernel(policy: Policy, own, examples, asked: str, notice) -> None:
+    """Give flat rows the attention of one call per layer, where the log-probs (N,) of `examples` differ from
+    `own` by no more than bf16 rounds, on average. `asked`: the attn_implementation of the run."""
+    form = policy.form
+    if form.attention != VARLEN and (asked, form.attention) != ("auto", "segments"):
+        return
+    policy.use(form._replace(attention=VARLEN))
+    if difference_to(own, policy, examples, torch.mean) <= policy.tolerance:
+        return
+    kind = policy.lm.config.model_type
+    if asked == VARLEN:
+        raise UserError(f"attn_implementation: the kernel of varlen gives other log-probs for a {kind}; "
+                        "fix: attn_implementation=auto")
+    policy.use(form)
+    notice(f"attention: one call per response and layer, not one per layer: its kernel gives other log-probs "
+           f"for a {kind}; this is exact, but slower")
+
+
+def difference_to(own, policy: Policy, examples, reduce=torch.max) -> float:
+    """The largest difference of the policy's log-probs of `examples` to `own` (N,), or what else `reduce`
+    makes of them; infinite where this form cannot be computed."""
     try:
         logps = policy(policy.collate(examples))
     except Exception:  # noqa: BLE001  somebody else's layers: they need not know our attention
         if policy.form.attention == PLAIN:
             raise
         return torch.inf
-    return float((logps - own).abs().max())
+    return float(reduce((logps - own).abs()))
 
 
 def has_exact_cache(policy: Policy, example: Example) -> bool:

@@ -23,14 +23,28 @@ class Stops:
         self.ids = set(stop_ids(tokenizer))
         longest = max((len(string.encode()) for string in strings), default=0)
         self.window = longest + 4                      # a token is a byte at least
+        self.last = {}                                 # token id: whether a string can end with it
 
     def __call__(self, tokens) -> bool:
-        if int(tokens[-1]) in self.ids:
+        last = int(tokens[-1])
+        if last in self.ids:
             return True
         if not self.strings:
             return False
+        if last not in self.last:
+            self.last[last] = self.may_end(last)
+        if not self.last[last]:                        # most tokens: decoding each row's text takes longer
+            return False
         text = self.tokenizer.decode(tokens[-self.window:])
         return any(string in text for string in self.strings)
+
+    def may_end(self, token: int) -> bool:
+        """Whether a string can end with this token. A tokenizer may drop a space at the start of a text, and
+        writes a part of a character as U+FFFD."""
+        text = self.tokenizer.decode([token])
+        if not text or "\ufffd" in text:
+            return True
+        return any(string[-1] in text or string[-1].isspace() for string in self.strings)
 
 
 class Drawn:
@@ -43,18 +57,24 @@ class Drawn:
         self.completions = {}
 
     def add(self, step: int, active: list[int], tokens, logps, stops: Stops) -> bool:
-        """Note the tokens that a step drew for the rows `active`; whether any of them has ended now."""
-        self.tokens[active, step] = tokens.cpu().numpy()
-        self.logps[active, step] = logps.cpu().numpy()
+        """Note the tokens and log-probs (n, c) that c steps from `step` on drew for the rows `active`;
+        whether any of them has ended now. What was drawn after the end of a row is dropped."""
+        end = step + tokens.shape[1]
+        self.tokens[active, step:end] = tokens.cpu().numpy()
+        self.logps[active, step:end] = logps.cpu().numpy()
         before = len(self.completions)
-        length = step + 1
-        limit = self.tokens.shape[1]
         for row in active:
-            if row in self.completions:
-                continue
+            if row not in self.completions:
+                self.look_for_end(row, step, end, stops)
+        return len(self.completions) > before
+
+    def look_for_end(self, row: int, start: int, end: int, stops: Stops) -> None:
+        """Note the completion of a row if it ends with one of its tokens `start` to `end`."""
+        limit = self.tokens.shape[1]
+        for length in range(start + 1, end + 1):
             tokens = self.tokens[row, :length]
             logps = self.logps[row, :length]
             stopped = stops(tokens)
             if stopped or length == limit:
                 self.completions[row] = Completion(tokens, logps, stopped)
-        return len(self.completions) > before
+                return

@@ -1,7 +1,7 @@
 """The entropy of the next token beside its log-prob, in slices of the vocabulary like `ChunkedLogps`."""
 import torch
 
-from model.logps import logit_slices, target_logits
+from model.slices import logit_slices, target_logits
 
 
 class ChunkedEntropy(torch.autograd.Function):

@@ -1,13 +1,14 @@
 """The forms in which hidden states are computed, and what they need to know about an LM."""
 from typing import NamedTuple
 
+VARLEN = "varlen"       # a form of attention: flat rows, one call of a kernel per layer
 PLAIN = "plain"         # a form of attention: rows of their own, through the model's own attention
 PADDING = 1.25          # how many times their own tokens plain rows may take together, with what pads them
 
 
 class Form(NamedTuple):
     """How hidden states are computed; `check_policy` chooses what is exact for an LM."""
-    attention: str = "segments"            # or dense, or plain
+    attention: str = "segments"            # or varlen, dense, plain
     share_prompt: bool = True              # whether a prompt is laid out once for all its responses
     padding: float = PADDING               # how far plain rows may be padded
     has_exact_cache: bool = True           # whether plain rows are sampled with the LM's own cache

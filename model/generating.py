@@ -28,7 +28,7 @@ def generating(policy, attention: str | None = None):
     for module in training:
         module.training = False
     try:
-        with torch.no_grad(), policy.autocast():
+        with torch.no_grad(), policy.autocast(), torch.compiler.set_stance("force_eager"):
             yield lm
     finally:
         if policy.form.attention != PLAIN:

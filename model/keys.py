@@ -7,7 +7,7 @@ class ModelKeys:
     """How `build_policy` loads a model, with the defaults; a run's configuration has the same keys and can
     stand here."""
     precision: str = "auto"                # auto, fp32 or bf16
-    attn_implementation: str = "auto"      # auto, segments, dense or plain
+    attn_implementation: str = "auto"      # auto, segments, varlen, dense or plain
     share_prompt: str = "auto"             # auto, true or false
     gradient_checkpointing: bool = False
     load_in_4bit: bool = False

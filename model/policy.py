@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from data.pack import Batch, collate
-from model import attention, dense, lora  # noqa: F401  the forms of attention are registered
+from model import dense, lora  # noqa: F401  a form of attention is registered
 from model.entropy import ChunkedEntropy
 from model.experts import router_options, with_router_loss
 from model.form import PLAIN, Form, set_form, trunk_of
@@ -11,6 +11,7 @@ from model.head import Head
 from model.logps import ChunkedLogps
 from model.plain import plain_hidden
 from model.tied import inputs_and_head
+from model.varlen import layout_of, with_units
 
 
 class Policy(nn.Module):
@@ -38,7 +39,7 @@ class Policy(nn.Module):
         self.lm = lm
         self.precision = precision
         self.dropouts = lora.dropouts(lm)
-        self.is_sharded = False
+        self.is_sharded = self.is_compiled = False
         self.router_loss = None                # a RouterLoss while a mixture of experts is trained
         self.use(form)
 
@@ -65,7 +66,7 @@ class Policy(nn.Module):
         return 1e-4 if self.precision == "fp32" else 5e-2
 
     def collate(self, examples) -> Batch:
-        return collate(examples, self.share_prompt).to(self.device)
+        return with_units(collate(examples, self.share_prompt), self.form).to(self.device)
 
     def autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
@@ -86,8 +87,9 @@ class Policy(nn.Module):
             states = states * scale
             bias = None if bias is None else bias * scale
         dtype = torch.bfloat16 if self.precision == "bf16" else states.dtype
-        chunked = ChunkedEntropy if entropy else ChunkedLogps
-        return chunked.apply(states, weight, target, dtype, bias, cap)
+        if entropy:
+            return ChunkedEntropy.apply(states, weight, target, dtype, bias, cap)
+        return ChunkedLogps.apply(states, weight, target, dtype, bias, cap, self.is_compiled)
 
     def hidden(self, batch: Batch, **inputs):
         """The last hidden states (T, D). `inputs`: the batch's tokens in one of transformers' two forms."""
@@ -97,5 +99,5 @@ class Policy(nn.Module):
             if self.form.attention == PLAIN:
                 return plain_hidden(self, batch)
             output = self.trunk(**inputs, position_ids=batch.positions[None], use_cache=False,
-                                segments=batch.segments, **router_options(self))
+                                **layout_of(batch), **router_options(self))
         return with_router_loss(self, batch, output.last_hidden_state[0], output.get("router_logits"))

@@ -1,7 +1,7 @@
 """Completions drawn from the policy.
 
-`sample` computes every prompt once (`prefill`), copies its keys and values for its completions and then draws
-one token at a time for all rows (`decode`); rows that have ended leave the batch. Each token is the inverse
+`sample` computes every prompt once, copies its keys and values for its completions and then draws one token
+at a time for all rows (model/decoding.py); rows that have ended leave the batch. Each token is the inverse
 of a float64 distribution function (model/draw.py) at a uniform number that depends on (seed, rollout, prompt,
 sample, position) only: neither the batch nor the number of ranks changes what is drawn (except for ties
 within floating-point rounding).
@@ -10,18 +10,16 @@ import functools
 import itertools
 
 import numpy as np
-import torch
 
-from model.cache import Cache, rows_in_memory
+from model.cache import rows_in_memory
 from model.completions import Completion, Drawn, Stops
 from model.cpu import cpu_linears, fast_row_count
-from model.draw import draw
-from model.form import PLAIN, trunk_of
+from model.decoding import Decoding
+from model.form import PLAIN
 from model.generating import generating
-from model.head import HeadLogits
 from model.plain import decode_plain
 
-PREFILL_TOKENS = 8192                  # prompt tokens in one forward
+STEPS_AT_ONCE = {"cpu": 1, "cuda": 8}  # before the host looks at what was drawn: it would wait for the GPU
 
 
 def sample(
@@ -84,88 +82,36 @@ def decode(
     rows = len(prompts)
     limit = sampling.max_completion_length
     drawn = Drawn(rows, limit)
-    cache, hidden = prefill(lm, prompts, room=limit)               # hidden (n, D)
-    head_logits = HeadLogits(lm, rows)
-    lengths = np.array([len(prompt) for prompt in prompts])
+    decoding = Decoding(lm, prompts, uniforms, sampling)
+    steps = STEPS_AT_ONCE[lm.device.type]
     active = list(range(rows))                                     # the n rows that are computed
-    for step in range(limit):
-        logits = head_logits(hidden)                               # (n, V)
-        uniform = torch.from_numpy(uniforms[active, step])
-        tokens, logps = draw(
-            logits,
-            uniform.to(lm.device),
-            sampling.temperature,
-            sampling.top_p,
-            sampling.top_k,
-        )
-        if drawn.add(step, active, tokens, logps, stops):
+    length = 0                                                     # of the completions that are noted
+    while True:
+        tokens, logps = decoding.drawn(length)
+        if drawn.add(length, active, tokens, logps, stops):
             ended(len(drawn.completions))
+        length += tokens.shape[1]
         running = rows - len(drawn.completions)
         if running == 0:
             break
-        size = fast_row_count(lm, running)
+        size = row_count(lm, running, len(active))
         if size < len(active):
             alive = running_first(active, drawn.completions)[:size]
-            order = cache.compact(alive)
+            order = decoding.compact(alive)
             active = [active[place] for place in order]
-            tokens = tokens[order]
-        positions = torch.from_numpy(lengths[active] + step)
-        positions = positions.to(lm.device)
-        states = last_hidden(lm, cache, tokens[:, None], positions[:, None])
-        hidden = states[:, 0]
-        cache.column += 1
+        decoding.advance(min(steps, limit - length))
     return [drawn.completions[row] for row in range(rows)]
+
+
+def row_count(lm, running: int, computed: int) -> int:
+    """With how many rows to go on where `running` of `computed` rows have not ended. A GPU is as fast with
+    twice as many, and records the step anew where it has fewer."""
+    if lm.device.type == "cuda":
+        return computed if 2 * running > computed else running
+    return fast_row_count(lm, running)
 
 
 def running_first(active: list[int], ended) -> list[int]:
     """The places in `active` of the rows that have not ended, then of those that have."""
     places = range(len(active))
     return sorted(places, key=lambda place: active[place] in ended)
-
-
-def prefill(lm, prompts: list[np.ndarray], room: int):
-    """A Cache of every prompt's keys and values, with `room` columns more, and the last hidden state of every
-    row's prompt (rows, D). Each prompt is computed once, together with as many others as PREFILL_TOKENS
-    allow."""
-    groups = copies_together(prompts)
-    cache = Cache(groups, room, lm.device)
-    hidden = []
-    while groups:
-        ends = np.cumsum([len(prompt) for prompt, _ in groups])
-        fitting = int((ends <= PREFILL_TOKENS).sum())
-        count = max(1, fitting)
-        cache.prompts = groups[:count]
-        groups = groups[count:]
-        ids, positions, segments = [], [], []
-        for prompt, _ in cache.prompts:
-            length = len(prompt)
-            ids.append(prompt)
-            positions.append(np.arange(length))
-            segments.append((length, []))                          # a prompt without responses
-        ids = torch.from_numpy(np.concatenate(ids)).long()
-        positions = torch.from_numpy(np.concatenate(positions))
-        ids = ids[None].to(lm.device)
-        positions = positions[None].to(lm.device)
-        states = last_hidden(lm, cache, ids, positions, segments)[0]
-        for end, (_, rows) in zip(ends, cache.prompts):
-            copies = rows.stop - rows.start
-            hidden.append(states[end - 1].expand(copies, -1))
-    return cache, torch.cat(hidden)
-
-
-def copies_together(prompts: list[np.ndarray]) -> list[tuple[np.ndarray, slice]]:
-    """Per prompt: its ids and its rows, the copies of it that are neighbours in `prompts`."""
-    groups = []
-    start = 0
-    for _, copies in itertools.groupby(prompts, key=id):
-        copies = list(copies)
-        end = start + len(copies)
-        groups.append((copies[0], slice(start, end)))
-        start = end
-    return groups
-
-
-def last_hidden(lm, cache: Cache, ids, positions, segments=None):
-    """(B, T) ids and positions -> hidden states (B, T, D); `cache` takes their keys and values."""
-    options = {"use_cache": False, "cache": cache, "segments": segments}
-    return trunk_of(lm)(input_ids=ids, position_ids=positions, **options).last_hidden_state

@@ -1,5 +1,6 @@
 """One weight as embedding and as head."""
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from model.form import PLAIN
@@ -16,19 +17,20 @@ def inputs_and_head(policy, tokens):
     if not is_tied or type(embedding) is not nn.Embedding or policy.form.attention == PLAIN:
         return {"input_ids": tokens[None]}, head
     embedded, weight = TiedEmbedding.apply(head.weight, tokens, embedding.padding_idx)
-    return {"inputs_embeds": embedded[None]}, head._replace(weight=weight)
+    return {"inputs_embeds": embedded}, head._replace(weight=weight)
 
 
 class TiedEmbedding(torch.autograd.Function):
-    """(weight[tokens], weight), for a weight that is embedding and head at once: the gradients of both uses
-    are added in place. Autograd alone would fill a second gradient of the vocabulary's size with zeros and
-    add it."""
+    """(weight[tokens][None], weight), for a weight that is embedding and head at once: the gradients of both
+    uses are added in place. Autograd alone would fill a second gradient of the vocabulary's size with zeros
+    and add it."""
 
     @staticmethod
     def forward(ctx, weight, tokens, padding_idx):
         ctx.save_for_backward(tokens)
         ctx.padding_idx = padding_idx
-        return weight.index_select(0, tokens), weight.view_as(weight)            # (T, D), (V, D)
+        # not a view of (T, D): a compiled layer would be another one for it
+        return F.embedding(tokens[None], weight), weight.view_as(weight)         # (1, T, D), (V, D)
 
     @staticmethod
     def backward(ctx, grad_embedded, grad_head):
@@ -36,4 +38,4 @@ class TiedEmbedding(torch.autograd.Function):
         if ctx.padding_idx is not None:        # as in nn.Embedding: as an input, this row has no gradient
             padding = tokens == ctx.padding_idx
             grad_embedded = grad_embedded.masked_fill(padding[:, None], 0.0)
-        return grad_head.index_add_(0, tokens, grad_embedded), None, None
+        return grad_head.index_add_(0, tokens, grad_embedded[0]), None, None

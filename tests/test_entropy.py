@@ -14,8 +14,9 @@ from data.pack import Example, Response, collate
 from model import build  # noqa: F401  it registers the forms of attention
 from model.actor_critic import ActorCritic
 from model.entropy import ChunkedEntropy
-from model.logps import LOGITS_AT_ONCE, ChunkedLogps
+from model.logps import ChunkedLogps
 from model.policy import Policy
+from model.slices import LOGITS_AT_ONCE
 
 
 def head_inputs(rows, vocabulary=50, size=8):

@@ -17,9 +17,10 @@ from model.experts import auxiliary_losses, router_loss, token_shares
 from model.form import PLAIN, Form
 from model.head import SoftCap
 from model.keys import ModelKeys
-from model.logps import LOGITS_AT_ONCE, ChunkedLogps
+from model.logps import ChunkedLogps
 from model.plain import groups_of, plain_hidden, rows_of
 from model.policy import Policy
+from model.slices import LOGITS_AT_ONCE
 
 MOE = dict(num_local_experts=4, num_experts_per_tok=2)
 WINDOW = dict(sliding_window=20, layer_types=["sliding_attention", "full_attention"])

@@ -107,7 +107,7 @@ MUTATIONS = {    # name: (file, text, what it becomes, the tests that must fail)
          "test_entropy.py::test_policy_equals_the_models_own_logits[False-False-1.0]"]),
     "completions cut before their stop token": (
         "model/completions.py", "Completion(tokens, logps, stopped)",
-        "Completion(*((x[:-1] if stopped and step else x) for x in (tokens, logps)), stopped)",
+        "Completion(*((x[:-1] if stopped and start else x) for x in (tokens, logps)), stopped)",
         [*online("grpo", "dapo"), *(f"test_rollout.py::test_sampler_equals_a_plain_loop[{name}-plain]" for name in ("qwen2", "llama"))]),
     "one completion's draws for another": (
         "model/sampler.py", "(*keys[prompt], copy)", "(*keys[prompt], copy + 1)",
@@ -115,12 +115,20 @@ MUTATIONS = {    # name: (file, text, what it becomes, the tests that must fail)
     "a collective in a loop over a set": (
         "engine/checkpoint.py", "for key, tensor in state.items():", "for key, tensor in set(state.items()):",
         ["test_ranks.py::test_no_collective_in_a_loop_over_a_set"]),
+    "the copies of a prompt without a gradient": (
+        "model/varlen.py", "total.index_add_(0, tokens, grad.index_select(0, places))", "pass", rows("qwen2")),
+    "a window one key too wide": (
+        "model/varlen.py", "            sliding_window)\n        attended", "            sliding_window and sliding_window + 1)\n        attended",
+        rows("mistral-window")),
+    "steps in place that see the columns after them": (
+        "model/cache.py", "self.mask.index_fill_(3, self.place, True)", "self.mask.fill_(True)",
+        ["test_rollout.py::test_steps_in_place_equal_a_plain_loop[qwen2-plain]"]),
     "the bias of a head": (
-        "model/logps.py", "logits += bias[rows]", "pass", rows("phi")),
+        "model/slices.py", "logits += bias[rows]", "pass", rows("phi")),
     "the scale of a head": (
         "model/policy.py", "states = states * scale", "pass", rows("cohere", "granite")),
     "the slope of capped logits": (
-        "model/logps.py", "error *= slope", "pass", rows("gemma2")),
+        "model/slices.py", "error *= slope", "pass", rows("gemma2")),
     "the cap of scores": (
         "model/scores.py", "softcap * torch.tanh(scores / softcap)", "scores", rows("gemma2")),
     "a sink outside the window": (

@@ -11,7 +11,7 @@ from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from engine.options import Sampling
 from model import lora
-from model.cache import Cache
+from model.cache import Cache, CacheInPlace
 from model.draw import BLOCK, draw, inverse_cdf
 from model.form import Form
 from model.keys import ModelKeys
@@ -140,6 +140,18 @@ def test_sampler_equals_a_plain_loop(tokenizer, name, how):
         assert len({completion.tokens.tobytes() for completion in everything}) > 10
 
 
+@pytest.mark.parametrize("how", SAMPLINGS)
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_steps_in_place_equal_a_plain_loop(tokenizer, monkeypatch, name, how):
+    """What a GPU does: tensors that stay where they are, and several steps before the host looks at one."""
+    monkeypatch.setattr("model.decoding.Cache", CacheInPlace)
+    monkeypatch.setattr("model.cache.SHOWN", 4)                       # so that steps come to show more columns
+    monkeypatch.setattr("model.sampler.STEPS_AT_ONCE", {"cpu": 5})
+    given, sampling = prompts(), settings(**SAMPLINGS[how])
+    completions = sample(Policy(model(ARCHITECTURES[name])), tokenizer, given, keys(len(given)), COPIES, sampling)
+    check_all(model(ARCHITECTURES[name], "eager"), tokenizer, given, completions, sampling)
+
+
 def test_both_stop_tokens_and_stop_strings_occur(tokenizer):
     """Else the test above would prove less than it says."""
     given = prompts()
@@ -177,7 +189,7 @@ def test_many_prompts_are_computed_in_several_forwards(tokenizer, monkeypatch):
     policy, given = Policy(model(ARCHITECTURES["llama"])), prompts()
     whole = sample(policy, tokenizer, given, keys(5), COPIES, settings())
     for tokens in (1, 13, 30):
-        monkeypatch.setattr("model.sampler.PREFILL_TOKENS", tokens)
+        monkeypatch.setattr("model.decoding.PREFILL_TOKENS", tokens)
         assert_same_completions(sample(policy, tokenizer, given, keys(5), COPIES, settings()), whole)
 
 

@@ -1,0 +1,172 @@
+"""Attention over flat rows with shared prompts in one call of a kernel per layer, on a GPU in bf16.
+
+A row is split into U units: a prompt with its first response, and each further response. The queries of a
+unit are its own tokens, its keys those of its prompt and its own. The keys of all units one after the other
+(K, kv_heads, head_dim) hold a prompt once per response: 1.6 keys per token for HH-RLHF's pairs.
+"""
+import inspect
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.nn.attention.varlen import varlen_attn
+from transformers import AttentionInterface
+
+from data.transfer import together_to
+from model.attention import attend
+from model.form import VARLEN
+
+HAS_GQA_OPTION = "enable_gqa" in inspect.signature(varlen_attn).parameters      # torch 2.11 needs no word
+
+
+class Units(NamedTuple):
+    """The units of a flat row of T tokens, for all its layers."""
+    queries: list[int]                # U lengths, whose sum is T
+    keys: list[int]                   # U lengths, whose sum is K
+    most_queries: int                 # the largest of each, by themselves: a layer is compiled once for all
+    most_keys: int                    #     numbers, but once for each list
+    query_ends: torch.Tensor          # (U + 1,) int32 on a device: where each unit's queries end, after a 0
+    key_ends: torch.Tensor            # (U + 1,) the same: where each unit's keys end, after a 0
+    tokens: torch.Tensor              # (K,): the token whose key each one is
+    own: torch.Tensor                 # (T,): where in K each token is in its own unit
+    copies: list[torch.Tensor]        # for the second responses, the third and so on two of them: the tokens
+    #                                   (P,) of their prompts, and where in K the copies of these are (P,)
+
+    def to(self, device) -> "Units":
+        arrays = [self.query_ends, self.key_ends, self.tokens, self.own, *self.copies]
+        query_ends, key_ends, tokens, own, *copies = together_to(arrays, device)
+        return self._replace(
+            query_ends=query_ends.int(),
+            key_ends=key_ends.int(),
+            tokens=tokens,
+            own=own,
+            copies=copies,
+        )
+
+
+def units_of(segments: list[tuple[int, list[int]]]) -> Units:
+    """The units of a row with these `Batch.segments`."""
+    queries, keys, tokens, own = [], [], [], []
+    copied = []                       # per further response of a prompt: tokens and places of the prompts
+    start = 0                         # the unit's first token
+    place = 0                         # the unit's first key
+    for prompt, responses in segments:
+        context = np.arange(start, start + prompt)
+        lengths = [prompt + sum(responses[:1]), *responses[1:]]
+        for number, length in enumerate(lengths):
+            if number:                # a further response: its prompt's keys come first
+                if number > len(copied):
+                    copied.append(([], []))
+                copied[number - 1][0].append(context)
+                copied[number - 1][1].append(np.arange(place, place + prompt))
+                tokens.append(context)
+                place += prompt
+            tokens.append(np.arange(start, start + length))
+            own.append(np.arange(place, place + length))
+            queries.append(length)
+            keys.append(length + prompt if number else length)
+            start += length
+            place += length
+    copies = []
+    for of_prompts, places in copied:
+        copies += [together(of_prompts), together(places)]
+    most = max(queries), max(keys)
+    arrays = ends(queries), ends(keys), together(tokens), together(own)
+    return Units(queries, keys, *most, *arrays, copies)
+
+
+def with_units(batch, form):
+    """A batch with what its form of attention needs."""
+    if form.attention == VARLEN:
+        batch.units = units_of(batch.segments)
+    return batch
+
+
+def layout_of(batch) -> dict:
+    """What the attention of every layer is told: segments, or units without these lists, which would make a
+    compiled layer another one for each batch."""
+    return {"segments": batch.segments} if batch.units is None else {"units": batch.units}
+
+
+def together(arrays: list[np.ndarray]) -> torch.Tensor:
+    return torch.from_numpy(np.concatenate(arrays))
+
+
+def ends(lengths: list[int]) -> torch.Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0)
+
+
+class UnitKeys(torch.autograd.Function):
+    """(T, kv_heads, head_dim) and arrays of Units -> (K, kv_heads, head_dim): keys or values of tokens as
+    those of units. The backward adds the copies of a prompt one response after the other: within one of them
+    no token is there twice, so the sum has one order."""
+
+    @staticmethod
+    def forward(ctx, keys, tokens, own, *copies):
+        ctx.save_for_backward(own, *copies)
+        return keys.index_select(0, tokens)
+
+    @staticmethod
+    def backward(ctx, grad):
+        own, *copies = ctx.saved_tensors
+        total = grad.index_select(0, own)
+        for tokens, places in zip(copies[::2], copies[1::2]):
+            total.index_add_(0, tokens, grad.index_select(0, places))
+        return total, None, None, *[None] * len(copies)
+
+
+def unit_keys(keys, units: Units):
+    if not torch.is_grad_enabled():      # the compiler cannot follow the class there
+        return keys.index_select(0, units.tokens)
+    return UnitKeys.apply(keys, units.tokens, units.own, *units.copies)
+
+
+def varlen_attention(module, query, key, value, attention_mask, scaling=None, units=None,
+                     sliding_window=None, softcap=None, s_aux=None, **_):
+    """The same as segments_attention, with the `units` of its `segments`. Raises NotImplementedError for
+    scores with a cap or with sinks, which the kernel does not know."""
+    if softcap or s_aux is not None:
+        raise NotImplementedError("varlen attention has neither caps nor sinks of scores")
+    queries = query[0].transpose(0, 1).to(value.dtype)        # (T, heads, head_dim)
+    keys = key[0].transpose(0, 1).to(value.dtype)
+    keys = unit_keys(keys, units)
+    values = unit_keys(value[0].transpose(0, 1), units)
+    attend_to = in_one_call if value.is_cuda and value.dtype != torch.float32 else one_by_one
+    return attend_to(queries, keys, values, units, scaling, sliding_window)[None], None
+
+
+def in_one_call(queries, keys, values, units: Units, scaling, sliding_window):
+    """Attention of all units by the kernel -> (T, heads, head_dim). A unit's queries stand at the last of its
+    keys' places."""
+    before = -1 if sliding_window is None else sliding_window - 1      # keys that a query sees before its own
+    options = {"scale": scaling, "window_size": (before, 0)}
+    if HAS_GQA_OPTION:
+        options["enable_gqa"] = True
+    return varlen_attn(
+        queries,
+        keys,
+        values,
+        units.query_ends,
+        units.key_ends,
+        units.most_queries,
+        units.most_keys,
+        **options)
+
+
+@torch.compiler.disable
+def one_by_one(queries, keys, values, units: Units, scaling, sliding_window):
+    """What the kernel computes, for what it does not take: a call of SDPA per unit."""
+    attended = []
+    parts = zip(queries.split(units.queries), keys.split(units.keys), values.split(units.keys))
+    for query, key, value in parts:
+        output = attend(
+            query.transpose(0, 1)[None],
+            key.transpose(0, 1)[None],
+            value.transpose(0, 1)[None],
+            scaling,
+            sliding_window)
+        attended.append(output[0])
+    return torch.cat(attended)
+
+
+AttentionInterface.register(VARLEN, varlen_attention)

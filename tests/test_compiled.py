@@ -1,0 +1,113 @@
+"""Compiled layers: the same log-probs and gradients, and one graph for batches of all lengths. A kernel of torch
+stands for the GPU's, since a loop over units would be another graph for each batch."""
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers import byte_tokenizer, config_of, random_lm
+from test_model import examples, gradients
+
+from data.errors import UserError
+from engine.options import Sampling
+from model.compiled import compile_layers, compile_policy, plain_layers
+from model.form import VARLEN, Form
+from model.policy import Policy
+from model.sampler import sample
+from model.slices import add_slice, slice_error
+from model.varlen import Units
+
+BACKEND = "aot_eager"      # graphs and gradients as ever, but operations of torch: no C++ compiler is needed
+
+
+def attended(queries, keys, values, key_ends, query_ends):
+    """Plain attention of units, as a sum over a mask."""
+    heads = queries.shape[1] // keys.shape[1]
+    keys, values = (x.repeat_interleave(heads, 1) for x in (keys, values))
+    query_unit = torch.bucketize(torch.arange(len(queries)), query_ends[1:], right=True)
+    key_unit = torch.bucketize(torch.arange(len(keys)), key_ends[1:], right=True)
+    before = (key_ends.diff() - query_ends.diff())[query_unit]               # keys before the unit's first query
+    place = torch.arange(len(queries)) - query_ends[query_unit] + before
+    key_place = torch.arange(len(keys)) - key_ends[key_unit]
+    mask = (query_unit[:, None] == key_unit) & (key_place <= place[:, None])
+    scores = torch.einsum("qhd,khd->hqk", queries, keys) * queries.shape[2] ** -0.5
+    weights = scores.masked_fill(~mask, -torch.inf).softmax(-1)
+    return torch.einsum("hqk,khd->qhd", weights, values)
+
+
+@pytest.fixture
+def kernel(monkeypatch):
+    def stand_in(queries, keys, values, units: Units, scaling, sliding_window):
+        return attended(queries, keys, values, units.key_ends, units.query_ends)
+
+    monkeypatch.setattr("model.varlen.one_by_one", stand_in)
+    compile_module = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda *args, **options: compile_module(*args, **options, backend=BACKEND))
+    monkeypatch.setattr("model.slices.compiled_add_slice", torch.compile(add_slice, dynamic=True, backend=BACKEND))
+    monkeypatch.setattr("model.logps.compiled_slice_error", torch.compile(slice_error, dynamic=True, backend=BACKEND))
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def num_graphs():
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def test_layers_are_compiled_once_and_compute_the_same(kernel):
+    lm = random_lm(config_of(), attn_implementation=VARLEN)
+    policy = Policy(lm, form=Form(VARLEN))
+    batches = [policy.collate(examples(2, count, seed)) for seed, count in enumerate((3, 5, 2, 7))]
+    expected = []
+    for batch in batches:
+        logps = policy(batch)
+        expected.append((logps.detach(), gradients(lm, logps)))
+    torch._dynamo.utils.counters.clear()
+    compile_layers(policy)
+    assert policy.is_compiled
+    counts = []
+    for batch, (logps, grads) in zip(batches, expected):
+        values = policy(batch)
+        torch.testing.assert_close(values, logps, rtol=1e-5, atol=1e-5)
+        found = gradients(lm, values)
+        errors = {name: float((found[name] - grads[name]).norm() / grads[name].norm()) for name in grads}
+        assert max(errors.values()) < 1e-5
+        counts.append(num_graphs())
+    assert counts[0] > 0 and len(set(counts)) == 1
+    sampling = Sampling(reward="", max_completion_length=3)
+    sample(policy, byte_tokenizer(), [batches[0].examples[0].prompt], [(0,)], 2, sampling)
+    assert num_graphs() == counts[0]                                          # sampling compiles nothing
+    plain_layers(policy)
+    assert torch.equal(policy(batches[0]), expected[0][0]) and not policy.is_compiled
+
+
+@pytest.mark.parametrize("form, deterministic, message", [
+    ("segments", False, "attention has the form segments here, and only varlen can be compiled"),
+    (VARLEN, True, "would not be deterministic")])
+def test_what_cannot_be_compiled_is_refused(form, deterministic, message):
+    policy = Policy(random_lm(config_of(), attn_implementation=form), form=Form(form))
+    common = SimpleNamespace(compile="true", deterministic=deterministic)
+    with pytest.raises(UserError, match=message):
+        compile_policy(policy, common, 1000, examples(2), notice=None)
+    assert not policy.is_compiled
+
+
+@pytest.mark.parametrize("compile", ["true", "auto"])
+def test_layers_that_cannot_be_compiled_stay_as_they_are(kernel, monkeypatch, compile):
+    lm = random_lm(config_of(), attn_implementation=VARLEN)
+    policy = Policy(lm, form=Form(VARLEN))
+    made = examples(2)
+
+    def broken(*args, **options):
+        raise RuntimeError("no such kernel\nin line 3")
+
+    notices = []
+    common = SimpleNamespace(compile=compile, deterministic=False)
+    monkeypatch.setattr("model.compiled.on_gpu", lambda policy: True)      # auto compiles there only
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda layer, **options: setattr(layer, "_compiled_call_impl", broken))
+    if compile == "true":
+        with pytest.raises(UserError, match=r"layers of a qwen2 cannot be compiled \(no such kernel\)"):
+            compile_policy(policy, common, 1000, made, notices.append)
+    else:
+        compile_policy(policy, common, 1000, made, notices.append)
+        assert notices == ["compile: the layers of a qwen2 are not compiled (no such kernel)"]
+    assert not policy.is_compiled

@@ -1,0 +1,172 @@
+"""On a GPU the numbers are those of a CPU: every algorithm, resumed runs, every form of attention. Skipped
+where there is no GPU. `pytest -n 8 tests/test_cuda.py` takes two minutes with 16 cores beside it."""
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from helpers import ROOT, byte_tokenizer, config_of, final_weights, metrics, random_lm, run_train
+
+from data.pack import Example, Response
+from engine.options import Sampling
+from model.compiled import compile_layers
+from model.form import VARLEN, Form
+from model.policy import Policy
+from model.recorded import Recorded
+from model.sampler import sample
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+ALGORITHMS = sorted(path.stem[5:] for path in (ROOT / "example").glob("tiny-*.yml"))
+BASE = {"base", "pretrain"}                 # runs that make the embedded model
+ONLINE = {"cispo", "dapo", "dr_grpo", "grpo", "gspo", "ppo", "reinforce_pp", "rloo"}
+SMALL = ["max_steps=3", "warmup=0", "batch_size=8", "eval_every=100", "eval_data=null", "micro_batch_tokens=1024"]
+
+
+def train(output, algorithm, *words, device=""):
+    """The metrics of three updates; on the CPU, where `device` is not 0."""
+    done = run_train(
+        [f"example/tiny-{algorithm}.yml", f"output={output}", *SMALL, *words],
+        timeout=300,
+        CUDA_VISIBLE_DEVICES=device)
+    assert done.returncode == 0, done.stderr
+    return metrics(output)
+
+
+def differences(rows, others):
+    """{metric: the largest difference, relative above 1}"""
+    found = {}
+    for row, other in zip(rows, others, strict=True):
+        assert row.keys() == other.keys()
+        for key, value in row.items():
+            if isinstance(value, float):
+                error = abs(value - other[key]) / max(1, abs(other[key]))
+                found[key] = max(found.get(key, 0), error)
+    return found
+
+
+@pytest.mark.parametrize("algorithm", [name for name in ALGORITHMS if name not in BASE])
+def test_three_updates_equal_those_of_a_cpu(algorithm, tmp_path):
+    """In fp32, to 1e-4; in bf16 the first loss is near and all are finite."""
+    on_cpu = train(tmp_path / "cpu", algorithm, "precision=fp32")
+    on_gpu = train(tmp_path / "gpu", algorithm, "precision=fp32", device="0")
+    found = differences(on_gpu, on_cpu)
+    assert {key: error for key, error in found.items() if not error < 1e-4} == {}
+    in_bf16 = train(tmp_path / "bf16", algorithm, device="0")
+    assert all(math.isfinite(row["loss"]) for row in in_bf16)
+    if algorithm not in ONLINE:             # other rounding may sample other tokens
+        assert in_bf16[0]["loss"] == pytest.approx(on_cpu[0]["loss"], rel=2e-2, abs=2e-2)
+
+
+@pytest.mark.parametrize("algorithm", ["dpo", "grpo"])
+def test_a_resumed_run_is_the_same_to_the_bit(algorithm, tmp_path):
+    words = ["max_steps=4", "save_every=2", "deterministic=true"]
+    whole = tmp_path / "whole"
+    train(whole, algorithm, *words, device="0")
+    weights = final_weights(whole)
+    resumed = tmp_path / "resumed"
+    shutil.copytree(whole, resumed)
+    shutil.rmtree(resumed / "final")
+    shutil.rmtree(resumed / "checkpoints" / "step-000004", ignore_errors=True)
+    train(resumed, algorithm, *words, device="0")
+    again = final_weights(resumed)
+    assert {name for name in weights if not torch.equal(weights[name], again[name])} == set()
+
+
+LAYOUTS = {      # (prompt, responses), in tokens
+    "pairs": [(40, [30, 20]), (5, [1, 60]), (64, [64, 64])],
+    "groups": [(33, [5, 9, 17, 1, 30, 2, 8, 8]), (20, [12] * 8)],
+    "one token": [(1, [1]), (1, [1, 1]), (7, [1, 1, 1])],
+}
+KINDS = {
+    "grouped heads": dict(hidden_size=128, num_attention_heads=4, num_key_value_heads=2, head_dim=32),
+    "window": dict(hidden_size=128, num_attention_heads=4, num_key_value_heads=2, head_dim=32,
+                   use_sliding_window=True, sliding_window=8, layer_types=["sliding_attention"] * 2),
+}
+
+
+def examples_of(layout):
+    """Examples of these lengths with random ids."""
+    draw = np.random.default_rng(0)
+    made = []
+    for prompt, lengths in layout:
+        responses = [Response.all_trained(draw.integers(0, 256, length)) for length in lengths]
+        made.append(Example(draw.integers(0, 256, prompt).astype(np.int32), responses, "here:1"))
+    return made
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_one_call_of_attention_equals_the_mask(layout, kind):
+    """Log-probs and gradients of varlen and segments in bf16 against the (T, T) mask in fp32."""
+    made = examples_of(LAYOUTS[layout])
+    results = {}
+    for attention, precision in (("dense", "fp32"), ("segments", "bf16"), (VARLEN, "bf16")):
+        lm = random_lm(config_of(**KINDS[kind]), attn_implementation=attention).cuda()
+        policy = Policy(lm, precision, Form(attention))
+        logps = policy(policy.collate(made))
+        (logps * torch.linspace(-1, 2, len(logps), device="cuda")).sum().backward()
+        grads = torch.cat([parameter.grad.flatten() for parameter in lm.parameters()])
+        results[attention] = logps.detach(), grads
+    exact, exact_grads = results["dense"]
+    errors = {}
+    for attention in ("segments", VARLEN):
+        logps, grads = results[attention]
+        errors[attention] = float((logps - exact).abs().mean()), float((grads - exact_grads).norm())
+    for error, rounding in zip(errors[VARLEN], errors["segments"]):
+        assert error < 1.1 * rounding                   # what bf16 rounds, and no more
+
+
+def test_a_forward_and_backward_never_wait_for_the_gpu():
+    """The host runs ahead: nothing in a micro-batch asks the GPU for a number."""
+    lm = random_lm(config_of(**KINDS["grouped heads"]), attn_implementation=VARLEN).cuda()
+    policy = Policy(lm, "bf16", Form(VARLEN))
+    made = examples_of(LAYOUTS["pairs"])
+
+    def micro_batch():
+        batch = policy.collate(made)
+        logps = policy(batch)
+        chosen, rejected = batch.pairs(batch.sum(logps))
+        (chosen - rejected + batch.mean(logps).sum() + batch.expand(batch.sum(logps)).sum()).sum().backward()
+
+    micro_batch()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        micro_batch()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_compiled_layers_compute_the_same_with_one_graph():
+    lm = random_lm(config_of(**KINDS["grouped heads"]), attn_implementation=VARLEN).cuda()
+    policy = Policy(lm, "bf16", Form(VARLEN))
+    batches = [policy.collate(examples_of(LAYOUTS["pairs"][:count])) for count in (3, 2, 1)]
+    expected = []
+    for batch in batches:
+        expected.append(policy(batch).detach())
+    compile_layers(policy)
+    graphs = []
+    for batch, logps in zip(batches, expected):
+        found = policy(batch)
+        found.sum().backward()
+        assert (found - logps).abs().mean() < 0.03
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert len(set(graphs)) == 1
+
+
+def test_steps_of_sampling_are_recorded(monkeypatch):
+    graphs = []
+    record = Recorded.record
+
+    def noted(recorded):
+        record(recorded)
+        graphs.append(recorded.graph)
+
+    monkeypatch.setattr(Recorded, "record", noted)
+    lm = random_lm(config_of(**KINDS["grouped heads"]), attn_implementation=VARLEN).cuda()
+    prompts = [example.prompt for example in examples_of(LAYOUTS["pairs"])]
+    keys = [(0, number) for number in range(len(prompts))]
+    sampling = Sampling(reward="", max_completion_length=40)
+    sample(Policy(lm, "bf16", Form(VARLEN)), byte_tokenizer(), prompts, keys, 8, sampling)
+    assert graphs and None not in graphs
