@@ -86,8 +86,8 @@ KEPT_BACK = 0.08                       # share of the budget for the cases that 
 FORMS = ("dense", "segments", "varlen")
 COMPILED = "compiled"                  # varlen, with its layers through torch.compile
 FAST_FORMS = (COMPILED, "varlen")
-# largest and mean difference of log-probs; the rows of dense in bf16 show what rounding alone does
-TOLERANCES = {"fp32": (1e-4, 1e-4), "bf16": (5e-2, 3e-3)}
+# largest and mean difference of log-probs; bf16 rounds this random model's by 5e-3 on average, in every form
+TOLERANCES = {"fp32": (1e-4, 1e-4), "bf16": (5e-2, 1e-2)}
 GRADIENT_TOLERANCE = 1e-4              # in fp32; in bf16 it is only printed
 TOKENIZER = shared.ROOT / "example" / "tiny" / "model"      # bytes are its tokens
 RESULT = "result: "                    # what a line of the TRL process begins with

@@ -93,7 +93,8 @@ def describe_type(kind) -> str:
         ranges = ranges_of(kind)
         return ranges[-1].wanted if ranges else describe_type(get_args(kind)[0])
     if get_origin(kind) is Literal:
-        return " or ".join(map(str, get_args(kind)))
+        *choices, last = map(str, get_args(kind))
+        return f"{', '.join(choices)} or {last}" if choices else last
     if kind in TYPES:
         return TYPES[kind]
     return ", or ".join(map(describe_type, get_args(kind)))

@@ -3,6 +3,7 @@ import itertools
 
 import numpy as np
 import torch
+from torch.distributed.fsdp import FSDPModule
 
 from model.cache import Cache, CacheInPlace
 from model.draw import draw
@@ -30,7 +31,8 @@ class Decoding:
         self.logps = torch.zeros(rows, limit, device=device)
         self.place = torch.zeros(1, dtype=torch.long, device=device)    # which of the `limit` is drawn next
         self.length = 0                                                 # the same on the host
-        self.recorded = Recorded(self.step, device)
+        is_sharded = any(isinstance(module, FSDPModule) for module in lm.modules())      # with hooks of its own
+        self.recorded = Recorded(self.step, device.type == "cuda" and not is_sharded)
         self.draw(hidden)
         self.length += 1
 

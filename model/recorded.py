@@ -7,14 +7,14 @@ import torch
 
 
 class Recorded:
-    """`function()` reads and writes tensors that stay where they are. On a GPU its first call is an ordinary
-    one, the second is recorded, and all calls from then on replay it. Where it cannot be recorded, because
-    it waits for the GPU, all calls are ordinary ones."""
+    """`function()` reads and writes tensors that stay where they are. Where that `is_wanted`, its first call
+    is an ordinary one, the second is recorded, and all calls from then on replay it. Where it cannot be
+    recorded, because it waits for the GPU, all calls are ordinary ones."""
 
-    def __init__(self, function: Callable[[], None], device):
+    def __init__(self, function: Callable[[], None], is_wanted: bool):
         self.function = function
-        self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
-        self.can_be_recorded = device.type == "cuda"
+        self.can_be_recorded = is_wanted
+        self.pool = torch.cuda.graph_pool_handle() if is_wanted else None
         self.forget()
 
     def forget(self) -> None:

@@ -72,6 +72,8 @@ def config(tmp_path_factory):
         if algorithm in ONLINE:
             options |= ONLINE[algorithm] | {"epochs": 1, "eval_every": 4, "sample_every": 4}
             options |= {"num_ppo_epochs" if algorithm == "ppo" else "num_iterations": 1}
+        if algorithm == "ipo":             # the attention of a GPU: units of flat rows, and of a rank without rows
+            options |= {"attn_implementation": "varlen"}
         return Path(write_config(folder / f"{name}.yml", **options | values))
     return config
 

@@ -118,7 +118,8 @@ MUTATIONS = {    # name: (file, text, what it becomes, the tests that must fail)
     "the copies of a prompt without a gradient": (
         "model/varlen.py", "total.index_add_(0, tokens, grad.index_select(0, places))", "pass", rows("qwen2")),
     "a window one key too wide": (
-        "model/varlen.py", "            sliding_window)\n        attended", "            sliding_window and sliding_window + 1)\n        attended",
+        "model/varlen.py", "            sliding_window)\n        attended",
+        "            sliding_window and sliding_window + 1)\n        attended",
         rows("mistral-window")),
     "steps in place that see the columns after them": (
         "model/cache.py", "self.mask.index_fill_(3, self.place, True)", "self.mask.fill_(True)",
