@@ -31,7 +31,8 @@ class Decoding:
         self.logps = torch.zeros(rows, limit, device=device)
         self.place = torch.zeros(1, dtype=torch.long, device=device)    # which of the `limit` is drawn next
         self.length = 0                                                 # the same on the host
-        is_sharded = any(isinstance(module, FSDPModule) for module in lm.modules())      # with hooks of its own
+        # a sharded layer waits for other streams, which a recorded step cannot
+        is_sharded = any(isinstance(module, FSDPModule) for module in lm.modules())
         self.recorded = Recorded(self.step, device.type == "cuda" and not is_sharded)
         self.draw(hidden)
         self.length += 1
