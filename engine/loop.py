@@ -243,11 +243,6 @@ class Engine:
             torch.distributed.all_reduce(numbers)
         return list(numbers.cpu().split(sizes)) if sizes else []
 
-    def synchronize_gradients(self, is_last: bool) -> None:
-        """Sharded gradients are reduced over ranks once per update, with the last micro-batch."""
-        if self.world > 1:
-            self.policy.set_requires_gradient_sync(is_last)
-
     # ---- checkpoints, samples, signals ---------------------------------------------------------------
 
     def is_saved(self, update: int) -> bool:

@@ -34,9 +34,8 @@ class Step:
         return sum(example.responses[0].num_trained for example in self.examples)
 
     def __iter__(self):
-        engine, count = self.engine, len(self.micro_batches)
+        engine = self.engine
         for i, examples in enumerate(self.micro_batches):
-            engine.synchronize_gradients(i == count - 1)
             if engine.policy.dropouts:               # every random draw is a function of its place in the run
                 place = (engine.config.seed, self.index, engine.rank, i)
                 torch.manual_seed(hash(place) % 2 ** 31)

@@ -36,7 +36,7 @@ def join(rank, port):
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
 
 
-def two_ranks(config, *words):
+def two_ranks(config, *words, patch=join):
     """What torchrun does, without its seconds of imports: two processes with its environment variables. -> the results of
     `robust_helpers.train`"""
     with socket.socket() as free:
@@ -48,7 +48,7 @@ def two_ranks(config, *words):
         shutil.copy(config, folder / "config.yml")
 
     def start(rank):
-        return robust_helpers.train(folders[rank], *words, patch=join, arguments=(rank, port))
+        return robust_helpers.train(folders[rank], *words, patch=patch, arguments=(rank, port))
     with ThreadPoolExecutor(2) as pool:
         return list(pool.map(start, range(2)))
 
@@ -133,6 +133,43 @@ def test_two_processes_equal_one(both, updates, algorithm):
     assert json.loads((two / "run.json").read_text())["world_size"] == 2
     if algorithm in ONLINE:
         assert len(completions(one)) == 4 and completions(two) == completions(one)
+
+
+def watch_storage(rank, port):
+    """Print after each micro-batch how many bytes of unsharded weights and gradients are in memory, and how many
+    the model has."""
+    join(rank, port)
+    from torch.distributed.fsdp import FSDPModule
+
+    from engine.step import Step
+
+    iterate = Step.__iter__
+
+    def watched(step):
+        for batch in iterate(step):
+            yield batch
+            found = whole = 0
+            for module in step.engine.policy.modules():
+                if not isinstance(module, FSDPModule):
+                    continue
+                for parameter in module._get_fsdp_state()._fsdp_param_group.fsdp_params:
+                    whole += parameter.sharded_param.numel() * parameter.sharded_param.element_size()
+                    weight = parameter._unsharded_param
+                    found += weight.untyped_storage().nbytes()
+                    for gradient in (weight.grad, parameter.unsharded_accumulated_grad):
+                        found += 0 if gradient is None else gradient.untyped_storage().nbytes()
+            print(f"unsharded {found} of {whole} bytes", flush=True)
+
+    Step.__iter__ = watched
+
+
+def test_between_micro_batches_nothing_is_unsharded(config):
+    """Neither weights nor gradients: every micro-batch reduces its gradients over the ranks."""
+    path = config("storage", "dpo", micro_batch_tokens=2, save_every="null", max_steps=2)
+    for done in two_ranks(path, patch=watch_storage):
+        assert done.code == 0, done.err
+        lines = [line for line in done.out.splitlines() if line.startswith("unsharded")]
+        assert len(lines) >= 4 and {line.split(" of ")[0] for line in lines} == {"unsharded 0"}
 
 
 def completions(run):
