@@ -12,7 +12,8 @@ check     prints how far the log-probs and the gradient are from those of `dense
           of attention and precision; and whether two runs give the same bits, as it is and under
           `deterministic: true`. It fails where a difference is too large.
 train     prints full fine-tuning updates of one micro-batch each: from the examples to the moved weights,
-          with collate, forward, loss, backward, clipping and AdamW. Weights are fp32, products bf16.
+          with collate, forward, loss, backward, clipping and AdamW. Weights are fp32, products bf16. The
+          form `compiled` is varlen with its layers through torch.compile.
 peer      prints updates of DPO beside TRL's trainer on rows with the same lengths, with its settings that
           could be the fastest. Loading and the reference's pass are not in the time.
 decode    prints the sampling of completions, beside `generate` of transformers.
@@ -69,6 +70,7 @@ from benchmark import shared  # noqa: E402
 from benchmark.vs_trl import forward_gflop  # noqa: E402
 from data.pack import Example, Response  # noqa: E402
 from data.packing import pack  # noqa: E402
+from engine.optimizer import fused_adamw  # noqa: E402
 from model.build import patch_gated_mlps  # noqa: E402
 from model.compiled import compile_layers, plain_layers  # noqa: E402
 from model.form import Form  # noqa: E402
@@ -387,17 +389,6 @@ def new_policy(scale: Scale, shape: dict, **options) -> Policy:
     return Policy(lm, scale.precision)
 
 
-def new_optimizer(policy: Policy):
-    """The AdamW of engine/optimizer.py, without its checks of the loop."""
-    decayed = []
-    plain = []
-    for parameter in policy.parameters():
-        group = decayed if parameter.ndim > 1 else plain
-        group.append(parameter)
-    groups = [{"params": decayed, "weight_decay": 0.01}, {"params": plain, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=1e-6, betas=(0.9, 0.999), eps=1e-8, fused=True)
-
-
 def use_form(policy: Policy, form: str) -> None:
     """Let the policy compute its layers in this form."""
     plain_layers(policy)
@@ -686,7 +677,7 @@ class Trainee(NamedTuple):
 
 def new_trainee(scale: Scale, shape: dict) -> Trainee:
     policy = new_policy(scale, shape)
-    return Trainee(policy, new_optimizer(policy), shape)
+    return Trainee(policy, torch.optim.AdamW(**fused_adamw(policy, lr=1e-6, weight_decay=0.01)), shape)
 
 
 def timed_updates(trainee: Trainee, algorithm: str, tokens: int, scale: Scale) -> list[Update]:
@@ -793,7 +784,7 @@ def train(section: Section, scale: Scale) -> None:
 def our_updates(policy, form: str, examples: list[Example], tokens: int, scale: Scale) -> dict:
     """Median time of updates of `scale.pairs` pairs; like TRL's, they compute the metrics and read them."""
     use_form(policy, form)
-    optimizer = new_optimizer(policy)
+    optimizer = torch.optim.AdamW(**fused_adamw(policy, lr=1e-6, weight_decay=0.01))
     seconds = []
     reset_peak()
 

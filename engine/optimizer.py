@@ -5,22 +5,27 @@ import torch
 from data.errors import RunError
 
 
-class Optimizer(torch.optim.AdamW):
-    """AdamW(0.9, 0.999, 1e-8) over the trained weights of `engine.policy`; norms and biases are not
+def fused_adamw(policy, lr: float, weight_decay: float) -> dict:
+    """The arguments of AdamW(0.9, 0.999, 1e-8) over the trained weights of a policy; norms and biases are not
     decayed."""
+    decayed, plain = [], []
+    for parameter in policy.parameters():
+        if parameter.requires_grad:
+            group = decayed if parameter.ndim > 1 else plain
+            group.append(parameter)
+    groups = [
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": plain, "weight_decay": 0.0}]
+    # fused: one pass over the weights and no temporaries of their size
+    return {"params": groups, "lr": lr, "betas": (0.9, 0.999), "eps": 1e-8, "fused": True}
+
+
+class Optimizer(torch.optim.AdamW):
+    """The AdamW of a run, with `fused_adamw` of its policy and configuration."""
 
     def __init__(self, engine):
         self.engine, config = engine, engine.config
-        decayed, plain = [], []
-        for parameter in engine.policy.parameters():
-            if parameter.requires_grad:
-                group = decayed if parameter.ndim > 1 else plain
-                group.append(parameter)
-        groups = [
-            {"params": decayed, "weight_decay": config.weight_decay},
-            {"params": plain, "weight_decay": 0.0}]
-        # fused: one pass over the weights and no temporaries of their size
-        super().__init__(groups, lr=config.lr, betas=(0.9, 0.999), eps=1e-8, fused=True)
+        super().__init__(**fused_adamw(engine.policy, config.lr, config.weight_decay))
 
     def set_learning_rate(self, rate: float) -> None:
         for group in self.param_groups:

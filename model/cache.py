@@ -42,10 +42,12 @@ class Cache:
         self.layers = {}                                           # layer: [keys, values]
         self.prompts = []                                          # the groups that the next forward computes
         self.mask = None                                           # (rows, 1, 1, width)
+        self.hidden = 0                                            # columns that it hides from some row
         start = torch.zeros(self.rows, dtype=torch.long)
         for prompt, rows in groups:
             start[rows] = self.column - len(prompt)
         if start.any():
+            self.hidden = self.column
             visible = torch.arange(self.width) >= start[:, None]
             self.mask = visible[:, None, None].to(device)
 
@@ -67,8 +69,7 @@ class Cache:
         """Room for one layer's keys or values, of the shape and type of `new`."""
         _, heads, _, head_dim = new.shape
         made = new.new_empty(self.rows, heads, self.width, head_dim)
-        if self.mask is not None:
-            made[:, :, :self.column].zero_()           # the mask hides these columns, but 0 times NaN is NaN
+        made[:, :, :self.hidden].zero_()               # the mask hides these columns, but 0 times NaN is NaN
         return made
 
     def show(self, columns: int) -> bool:
@@ -121,6 +122,7 @@ class CacheInPlace(Cache):
     def __init__(self, groups: list[tuple[np.ndarray, slice]], room: int, device):
         super().__init__(groups, room, device)
         self.shown = 0
+        self.hidden = self.width
         self.place = torch.tensor([self.column], device=device)
         columns = torch.arange(self.width, device=device)
         before = columns < self.place
@@ -128,9 +130,6 @@ class CacheInPlace(Cache):
             self.mask = before.repeat(self.rows, 1, 1, 1)
         else:
             self.mask = self.mask & before
-
-    def empty(self, new):
-        return super().empty(new).zero_()              # the mask hides these columns, but 0 times NaN is NaN
 
     def show(self, columns: int) -> bool:
         """Let steps compute the prompts and so many columns after them; whether that changes anything."""

@@ -25,22 +25,27 @@ def decoder_layers(module) -> list:
     return layers[::-1]
 
 
+def obstacle(policy, common) -> str | None:
+    """Why the layers of a policy cannot be compiled in this run, with a fix; None where they may be."""
+    form = policy.form.attention
+    if form != VARLEN:
+        return (f"attention has the form {form} here, and only varlen can be compiled; fix: compile=false, "
+                "or attn_implementation=varlen")
+    if common.deterministic:
+        return ("the compiler may choose other kernels in each run, so the run would not be deterministic; "
+                "fix: compile=false, or deterministic=false")
+    return None
+
+
 def compile_policy(policy, common, updates: int, examples: list[Example], notice) -> None:
     """Compile the layers of a policy as `common.compile` asks, if they compute what they did before; a notice
     says that, or why they are not. UserError where `compile: true` cannot be done."""
-    if common.compile == "auto":
-        pays = on_gpu(policy) and updates >= FEWEST_UPDATES
-        if not pays or common.deterministic or policy.form.attention != VARLEN:
-            return
-    elif common.compile == "false":
+    reason = obstacle(policy, common)
+    pays = on_gpu(policy) and updates >= FEWEST_UPDATES
+    if common.compile == "false" or common.compile == "auto" and (reason or not pays):
         return
-    elif policy.form.attention != VARLEN:
-        form = policy.form.attention
-        raise UserError(f"compile: attention has the form {form} here, and only varlen can be compiled; "
-                        "fix: compile=false, or attn_implementation=varlen")
-    elif common.deterministic:
-        raise UserError("compile: the compiler may choose other kernels in each run, so the run would not be "
-                        "deterministic; fix: compile=false, or deterministic=false")
+    if reason:
+        raise UserError(f"compile: {reason}")
     started = time.perf_counter()
     shortest = sorted(examples, key=Example.size)[:2]
     fault = trial(policy, [example if example.responses else probe(example) for example in shortest])

@@ -23,7 +23,7 @@ class Stops:
         self.ids = set(stop_ids(tokenizer))
         longest = max((len(string.encode()) for string in strings), default=0)
         self.window = longest + 4                      # a token is a byte at least
-        self.last = {}                                 # token id: whether a string can end with it
+        self.can_end = {}                              # token id: whether a string can end with it
 
     def __call__(self, tokens) -> bool:
         last = int(tokens[-1])
@@ -31,9 +31,9 @@ class Stops:
             return True
         if not self.strings:
             return False
-        if last not in self.last:
-            self.last[last] = self.may_end(last)
-        if not self.last[last]:                        # most tokens: decoding each row's text takes longer
+        if last not in self.can_end:
+            self.can_end[last] = self.may_end(last)
+        if not self.can_end[last]:                        # most tokens: decoding each row's text takes longer
             return False
         text = self.tokenizer.decode(tokens[-self.window:])
         return any(string in text for string in self.strings)

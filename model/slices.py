@@ -19,8 +19,9 @@ def logit_slices(hidden, weight, target, bias=None, cap=None):
     at_once = LOGITS_AT_ONCE[hidden.device.type]
     width = max(1, at_once // max(1, len(target)))
     # a GPU adds bf16 products in fp32: logits that are not rounded cost nothing there
-    options = {"out_dtype": torch.float32} if hidden.is_cuda and hidden.dtype == torch.bfloat16 else {}
-    dtype = options.get("out_dtype", hidden.dtype)
+    is_unrounded = hidden.is_cuda and hidden.dtype == torch.bfloat16
+    dtype = torch.float32 if is_unrounded else hidden.dtype
+    options = {"out_dtype": dtype} if is_unrounded else {}
     buffer = hidden.new_empty(len(target), min(width, len(weight)), dtype=dtype)
     for start in range(0, len(weight), width):
         rows = slice(start, start + width)

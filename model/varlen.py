@@ -16,7 +16,7 @@ from data.transfer import together_to
 from model.attention import attend
 from model.form import VARLEN
 
-HAS_GQA_OPTION = "enable_gqa" in inspect.signature(varlen_attn).parameters      # torch 2.11 needs no word
+HAS_GQA_OPTION = "enable_gqa" in inspect.signature(varlen_attn).parameters      # torch 2.11 has none
 
 
 class Units(NamedTuple):
@@ -29,8 +29,8 @@ class Units(NamedTuple):
     key_ends: torch.Tensor            # (U + 1,) the same: where each unit's keys end, after a 0
     tokens: torch.Tensor              # (K,): the token whose key each one is
     own: torch.Tensor                 # (T,): where in K each token is in its own unit
-    copies: list[torch.Tensor]        # for the second responses, the third and so on two of them: the tokens
-    #                                   (P,) of their prompts, and where in K the copies of these are (P,)
+    copies: list[torch.Tensor]        # two per further response, of all prompts that have so many: the tokens
+    #                                   (P,) of these prompts, and where in K their copies are (P,)
 
     def to(self, device) -> "Units":
         arrays = [self.query_ends, self.key_ends, self.tokens, self.own, *self.copies]

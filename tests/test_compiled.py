@@ -1,5 +1,6 @@
-"""Compiled layers: the same log-probs and gradients, and one graph for batches of all lengths. A kernel of torch
-stands for the GPU's, since a loop over units would be another graph for each batch."""
+"""Compiled layers: the same log-probs and gradients, and one graph for batches of all lengths. A kernel of
+torch stands for the GPU's, since a loop over units would be another graph for each batch."""
+import functools
 from types import SimpleNamespace
 
 import pytest
@@ -25,8 +26,8 @@ def attended(queries, keys, values, key_ends, query_ends):
     keys, values = (x.repeat_interleave(heads, 1) for x in (keys, values))
     query_unit = torch.bucketize(torch.arange(len(queries)), query_ends[1:], right=True)
     key_unit = torch.bucketize(torch.arange(len(keys)), key_ends[1:], right=True)
-    before = (key_ends.diff() - query_ends.diff())[query_unit]               # keys before the unit's first query
-    place = torch.arange(len(queries)) - query_ends[query_unit] + before
+    keys_before = key_ends.diff() - query_ends.diff()          # of each unit: before its first query
+    place = torch.arange(len(queries)) - query_ends[query_unit] + keys_before[query_unit]
     key_place = torch.arange(len(keys)) - key_ends[key_unit]
     mask = (query_unit[:, None] == key_unit) & (key_place <= place[:, None])
     scores = torch.einsum("qhd,khd->hqk", queries, keys) * queries.shape[2] ** -0.5
@@ -39,11 +40,13 @@ def kernel(monkeypatch):
     def stand_in(queries, keys, values, units: Units, scaling, sliding_window):
         return attended(queries, keys, values, units.key_ends, units.query_ends)
 
+    compile_module = functools.partialmethod(torch.nn.Module.compile, backend=BACKEND)
+    compiled_add = torch.compile(add_slice, dynamic=True, backend=BACKEND)
+    compiled_error = torch.compile(slice_error, dynamic=True, backend=BACKEND)
     monkeypatch.setattr("model.varlen.one_by_one", stand_in)
-    compile_module = torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda *args, **options: compile_module(*args, **options, backend=BACKEND))
-    monkeypatch.setattr("model.slices.compiled_add_slice", torch.compile(add_slice, dynamic=True, backend=BACKEND))
-    monkeypatch.setattr("model.logps.compiled_slice_error", torch.compile(slice_error, dynamic=True, backend=BACKEND))
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_module)
+    monkeypatch.setattr("model.slices.compiled_add_slice", compiled_add)
+    monkeypatch.setattr("model.logps.compiled_slice_error", compiled_error)
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
@@ -100,10 +103,13 @@ def test_layers_that_cannot_be_compiled_stay_as_they_are(kernel, monkeypatch, co
     def broken(*args, **options):
         raise RuntimeError("no such kernel\nin line 3")
 
+    def compile_broken(layer, **options):
+        layer._compiled_call_impl = broken
+
     notices = []
     common = SimpleNamespace(compile=compile, deterministic=False)
     monkeypatch.setattr("model.compiled.on_gpu", lambda policy: True)      # auto compiles there only
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda layer, **options: setattr(layer, "_compiled_call_impl", broken))
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_broken)
     if compile == "true":
         with pytest.raises(UserError, match=r"layers of a qwen2 cannot be compiled \(no such kernel\)"):
             compile_policy(policy, common, 1000, made, notices.append)

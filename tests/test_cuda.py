@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, byte_tokenizer, config_of, final_weights, metrics, random_lm, run_train
+from helpers import ONLINE, ROOT, byte_tokenizer, config_of, final_weights, metrics, random_lm, run_train
 
 from data.pack import Example, Response
 from engine.options import Sampling
@@ -19,14 +19,14 @@ from model.sampler import sample
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 ALGORITHMS = sorted(path.stem[5:] for path in (ROOT / "example").glob("tiny-*.yml"))
 BASE = {"base", "pretrain"}                 # runs that make the embedded model
-ONLINE = {"cispo", "dapo", "dr_grpo", "grpo", "gspo", "ppo", "reinforce_pp", "rloo"}
-SMALL = ["max_steps=3", "warmup=0", "batch_size=8", "eval_every=100", "eval_data=null", "micro_batch_tokens=1024"]
+UPDATES = ["max_steps=3", "warmup=0", "eval_every=100", "eval_data=null"]
+SMALL = ["batch_size=8", "micro_batch_tokens=1024"]
 
 
 def train(output, algorithm, *words, device=""):
     """The metrics of three updates; on the CPU, where `device` is not 0."""
     done = run_train(
-        [f"example/tiny-{algorithm}.yml", f"output={output}", *SMALL, *words],
+        [f"example/tiny-{algorithm}.yml", f"output={output}", *UPDATES, *SMALL, *words],
         timeout=300,
         CUDA_VISIBLE_DEVICES=device)
     assert done.returncode == 0, done.stderr

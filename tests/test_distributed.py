@@ -72,7 +72,7 @@ def config(tmp_path_factory):
         if algorithm in ONLINE:
             options |= ONLINE[algorithm] | {"epochs": 1, "eval_every": 4, "sample_every": 4}
             options |= {"num_ppo_epochs" if algorithm == "ppo" else "num_iterations": 1}
-        if algorithm == "ipo":             # the attention of a GPU: units of flat rows, and of a rank without rows
+        if algorithm == "ipo":      # the attention of a GPU: units of flat rows, and of a rank without rows
             options |= {"attn_implementation": "varlen"}
         return Path(write_config(folder / f"{name}.yml", **options | values))
     return config
@@ -136,8 +136,8 @@ def test_two_processes_equal_one(both, updates, algorithm):
 
 
 def watch_storage(rank, port):
-    """Print after each micro-batch how many bytes of unsharded weights and gradients are in memory, and how many
-    the model has."""
+    """Print after each micro-batch how many bytes of unsharded weights and gradients are in memory, and how
+    many the model has."""
     join(rank, port)
     from torch.distributed.fsdp import FSDPModule
 

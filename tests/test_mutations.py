@@ -116,7 +116,8 @@ MUTATIONS = {    # name: (file, text, what it becomes, the tests that must fail)
         "engine/checkpoint.py", "for key, tensor in state.items():", "for key, tensor in set(state.items()):",
         ["test_ranks.py::test_no_collective_in_a_loop_over_a_set"]),
     "the copies of a prompt without a gradient": (
-        "model/varlen.py", "total.index_add_(0, tokens, grad.index_select(0, places))", "pass", rows("qwen2")),
+        "model/varlen.py", "total.index_add_(0, tokens, grad.index_select(0, places))", "pass",
+        rows("qwen2")),
     "a window one key too wide": (
         "model/varlen.py", "            sliding_window)\n        attended",
         "            sliding_window and sliding_window + 1)\n        attended",

@@ -145,10 +145,11 @@ def test_sampler_equals_a_plain_loop(tokenizer, name, how):
 def test_steps_in_place_equal_a_plain_loop(tokenizer, monkeypatch, name, how):
     """What a GPU does: tensors that stay where they are, and several steps before the host looks at one."""
     monkeypatch.setattr("model.decoding.Cache", CacheInPlace)
-    monkeypatch.setattr("model.cache.SHOWN", 4)                       # so that steps come to show more columns
+    monkeypatch.setattr("model.cache.SHOWN", 4)        # so that steps come to show more columns
     monkeypatch.setattr("model.sampler.STEPS_AT_ONCE", {"cpu": 5})
     given, sampling = prompts(), settings(**SAMPLINGS[how])
-    completions = sample(Policy(model(ARCHITECTURES[name])), tokenizer, given, keys(len(given)), COPIES, sampling)
+    policy = Policy(model(ARCHITECTURES[name]))
+    completions = sample(policy, tokenizer, given, keys(len(given)), COPIES, sampling)
     check_all(model(ARCHITECTURES[name], "eager"), tokenizer, given, completions, sampling)
 
 
