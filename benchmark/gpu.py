@@ -70,7 +70,7 @@ from benchmark import shared  # noqa: E402
 from benchmark.vs_trl import forward_gflop  # noqa: E402
 from data.pack import Example, Response  # noqa: E402
 from data.packing import pack  # noqa: E402
-from engine.optimizer import fused_adamw  # noqa: E402
+from engine.optimizer import adamw_arguments  # noqa: E402
 from model.build import patch_gated_mlps  # noqa: E402
 from model.compiled import compile_layers, plain_layers  # noqa: E402
 from model.form import Form  # noqa: E402
@@ -677,7 +677,7 @@ class Trainee(NamedTuple):
 
 def new_trainee(scale: Scale, shape: dict) -> Trainee:
     policy = new_policy(scale, shape)
-    return Trainee(policy, torch.optim.AdamW(**fused_adamw(policy, lr=1e-6, weight_decay=0.01)), shape)
+    return Trainee(policy, torch.optim.AdamW(**adamw_arguments(policy, lr=1e-6, weight_decay=0.01)), shape)
 
 
 def timed_updates(trainee: Trainee, algorithm: str, tokens: int, scale: Scale) -> list[Update]:
@@ -784,7 +784,7 @@ def train(section: Section, scale: Scale) -> None:
 def our_updates(policy, form: str, examples: list[Example], tokens: int, scale: Scale) -> dict:
     """Median time of updates of `scale.pairs` pairs; like TRL's, they compute the metrics and read them."""
     use_form(policy, form)
-    optimizer = torch.optim.AdamW(**fused_adamw(policy, lr=1e-6, weight_decay=0.01))
+    optimizer = torch.optim.AdamW(**adamw_arguments(policy, lr=1e-6, weight_decay=0.01))
     seconds = []
     reset_peak()
 

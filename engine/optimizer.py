@@ -5,7 +5,7 @@ import torch
 from data.errors import RunError
 
 
-def fused_adamw(policy, lr: float, weight_decay: float) -> dict:
+def adamw_arguments(policy, lr: float, weight_decay: float) -> dict:
     """The arguments of AdamW(0.9, 0.999, 1e-8) over the trained weights of a policy; norms and biases are not
     decayed."""
     decayed, plain = [], []
@@ -21,11 +21,11 @@ def fused_adamw(policy, lr: float, weight_decay: float) -> dict:
 
 
 class Optimizer(torch.optim.AdamW):
-    """The AdamW of a run, with `fused_adamw` of its policy and configuration."""
+    """The AdamW of a run, with `adamw_arguments` of its policy and configuration."""
 
     def __init__(self, engine):
         self.engine, config = engine, engine.config
-        super().__init__(**fused_adamw(engine.policy, config.lr, config.weight_decay))
+        super().__init__(**adamw_arguments(engine.policy, config.lr, config.weight_decay))
 
     def set_learning_rate(self, rate: float) -> None:
         for group in self.param_groups:
