@@ -6,7 +6,8 @@ Formula:  L = -log sigmoid( beta * [ log pi(y_w|x) - log pi(y_l|x) ] )  +  cpo_a
 Symbols:  log pi(y_w|x)      policy_chosen_logps      sum over the chosen response's tokens, stop token too
           log pi(y_l|x)      policy_rejected_logps    the same for the rejected response
           NLL(y_w|x)         nll                      -log pi of every token of the chosen response
-Shapes:   (N,) trained tokens of a micro-batch, (S,) its responses, (B,) its pairs; S = 2 B
+Shapes:   (N,) trained tokens of a micro-batch, (S,) its responses, (B,) its pairs;
+          S = 2 B: each pair's chosen response, then its rejected one
 Trains:   the policy: every weight, or with lora_r an adapter. No other model.
 Data:     {"prompt": ..., "chosen": ..., "rejected": ...}, strings or messages; HH-RLHF transcripts
 Normalised by: the first term by the pairs of the whole update, the second by its chosen tokens, over all

@@ -6,7 +6,8 @@ Formula:  L = ( log pi(y_w|x) / pi_ref(y_w|x)  -  log pi(y_l|x) / pi_ref(y_l|x) 
 Symbols:  log pi(y_w|x)      policy_chosen_logps      mean over the chosen response's tokens, stop token too
           log pi(y_l|x)      policy_rejected_logps    the same for the rejected response
           log pi_ref(...)    reference_chosen_logps, reference_rejected_logps
-Shapes:   (N,) trained tokens of a micro-batch, (S,) its responses, (B,) its pairs; S = 2 B
+Shapes:   (N,) trained tokens of a micro-batch, (S,) its responses, (B,) its pairs;
+          S = 2 B: each pair's chosen response, then its rejected one
 Trains:   the policy: every weight, or with lora_r an adapter. The reference is frozen; its log-probs are
           computed once, before the first update, so that no second model is in memory.
 Data:     {"prompt": ..., "chosen": ..., "rejected": ...}, strings or messages; HH-RLHF transcripts

@@ -8,7 +8,8 @@ Symbols:  P(y_w|x)         exp(policy_chosen_logps)      geometric mean of the t
                                                          stop token
           P(y_l|x)         exp(policy_rejected_logps)    the same for the rejected response
           NLL(y_w|x)       nll                           -log pi of every token of the chosen response
-Shapes:   (N,) trained tokens of a micro-batch, (S,) its responses, (B,) its pairs; S = 2 B
+Shapes:   (N,) trained tokens of a micro-batch, (S,) its responses, (B,) its pairs;
+          S = 2 B: each pair's chosen response, then its rejected one
 Trains:   the policy: every weight, or with lora_r an adapter. No other model.
 Data:     {"prompt": ..., "chosen": ..., "rejected": ...}, strings or messages; HH-RLHF transcripts
 Normalised by: the likelihood by the chosen tokens of the whole update, the odds-ratio term by its pairs, over

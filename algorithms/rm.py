@@ -7,7 +7,8 @@ Symbols:  r(x,y_w)      chosen_rewards       a linear head without bias on the r
           r(x,y_l)      rejected_rewards     the same for the rejected response
           m             margins              0, or the row's `margin`
           lambda        center_rewards_coefficient
-Shapes:   (S,) responses of a micro-batch, (B,) its pairs; S = 2 B
+Shapes:   (S,) responses of a micro-batch, (B,) its pairs;
+          S = 2 B: each pair's chosen response, then its rejected one
 Trains:   the trunk (every weight, or with lora_r an adapter) and the head
 Data:     {"prompt": ..., "chosen": ..., "rejected": ...}, strings or messages, optional "margin": 0.5;
           HH-RLHF transcripts

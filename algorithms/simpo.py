@@ -7,7 +7,8 @@ Symbols:  log pi(y_w|x) / |y_w|    policy_chosen_logps      mean over the chosen
                                                             stop token
           log pi(y_l|x) / |y_l|    policy_rejected_logps    the same for the rejected response
           gamma                    simpo_gamma              the margin by which the chosen response has to win
-Shapes:   (N,) trained tokens of a micro-batch, (S,) its responses, (B,) its pairs; S = 2 B
+Shapes:   (N,) trained tokens of a micro-batch, (S,) its responses, (B,) its pairs;
+          S = 2 B: each pair's chosen response, then its rejected one
 Trains:   the policy: every weight, or with lora_r an adapter. No other model.
 Data:     {"prompt": ..., "chosen": ..., "rejected": ...}, strings or messages; HH-RLHF transcripts
 Normalised by: the pairs of the whole update, over all micro-batches and ranks; with cpo_alpha, the likelihood
