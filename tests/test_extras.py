@@ -192,7 +192,8 @@ WEIGHTED = '''
 SEEN = []
 
 
-def weigh(batch, losses, metrics):
+def weighted_dpo_loss(batch, *arguments):
+    losses, metrics = dpo_loss(*arguments)
     weights = batch.extra("weight")                      # (S,)
     SEEN.append(([example.where for example in batch.examples], weights.tolist(), losses.detach().tolist()))
     return losses * batch.pairs(weights)[0], metrics     # (B,)
@@ -203,9 +204,7 @@ def test_a_weighted_dpo_is_one_changed_line(tmp_path, monkeypatch):
     """A copy of dpo.py outside the repository: the loss of an update is the weighted mean of its pairs'."""
     text = (ROOT / "algorithms" / "dpo.py").read_text()
     assert text.count("        return dpo_loss(") == 1
-    text = text.replace("        return dpo_loss(", "        return weigh(batch, *dpo_loss(")
-    last_argument = "            policy.tolerance,\n"
-    text = text.replace(f"{last_argument}        )\n", f"{last_argument}        ))\n")
+    text = text.replace("        return dpo_loss(", "        return weighted_dpo_loss(batch,")
     folder = algorithms_of(tmp_path, monkeypatch)
     (folder / "weighted_dpo.py").write_text(text + WEIGHTED)
     rows = [row | {"weight": i / 4} for i, row in enumerate(pair_rows(10))]
