@@ -29,13 +29,15 @@ Differences from the paper: y' never comes from the same prompt (the paper's cod
           prompt takes y' from all training rows
 Run:      python train.py example/tiny-kto.yml
 """
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 
 from data.errors import UserError
 from data.pack import Batch, Example
+from data.store import response_keys
 from engine.loop import Engine
 from engine.options import Options, Positive
 
@@ -75,16 +77,19 @@ def kto_loss(policy_logps, reference_logps, labels, kl,
     return losses, metrics
 
 
-def lenders(examples: list[Example]) -> list[Example | None]:
-    """For every example the nearest one before it that has another prompt and is no other turn of the same
-    conversation; before the first comes the last. None where there is none."""
-    prompts = [example.prompt.tobytes() for example in examples]
+def lenders(examples: Iterable[Example]) -> list[int | None]:
+    """For every example the place of the nearest one before it that has another prompt and is no other turn
+    of the same conversation; before the first comes the last. None where there is none."""
+    prompts, rows = [], []
+    for example in examples:
+        prompts.append(example.prompt.tobytes())
+        rows.append(example.where)
     found = []
-    for i, example in enumerate(examples):
+    for i in range(len(rows)):
         lender = None
-        for k in range(1, len(examples)):
-            if prompts[i - k] != prompts[i] and examples[i - k].where != example.where:
-                lender = examples[i - k]
+        for k in range(1, len(rows)):
+            if prompts[i - k] != prompts[i] and rows[i - k] != rows[i]:
+                lender = (i - k) % len(rows)
                 break
         found.append(lender)
         if lender is None:                 # nearly always all have the same prompt
@@ -92,26 +97,39 @@ def lenders(examples: list[Example]) -> list[Example | None]:
     return found
 
 
-def lenders_of_data(engine: Engine) -> dict[int, Example]:
-    """id(example) -> the lender among all training rows; held-out rows come after these."""
+def key_of(example: Example) -> tuple:
+    return example.where, *response_keys(example)
+
+
+def lenders_of_data(engine: Engine) -> Callable[[Example], Example]:
+    """example -> its lender among all training rows; held-out rows come after these."""
     train_set, eval_set = engine.train_set, engine.eval_set
     found = lenders(train_set)
     if None in found:
         alone = train_set[len(found) - 1].where
         raise UserError(f"kto: no training row has another prompt than {alone}, and z0 "
                         "needs a response to another prompt; fix: add rows with other prompts")
-    after = lenders(train_set + eval_set)[len(train_set):]
-    return {id(example): lender for example, lender in zip(train_set + eval_set, found + after)}
+    places = {}
+    found += lenders(chain(train_set, eval_set))[len(train_set):]
+    for example, place in zip(chain(train_set, eval_set), found):
+        places[key_of(example)] = place
+
+    def lender(example: Example) -> Example:
+        place = places[key_of(example)]
+        return train_set[place] if place < len(train_set) else eval_set[place - len(train_set)]
+    return lender
 
 
-def mismatched(examples: list[Example], max_length: int, of_data: dict[int, Example]) -> list[Example]:
+def mismatched(examples: Sequence[Example], max_length: int, of_data: Callable) -> list[Example]:
     """Every prompt of an update (or of the held-out rows) with its lender's response: the lender among these
     examples, and where all of them have one prompt, as in an update of a single row, the one among the data.
     Where the two together exceed max_length, the prompt loses its beginning: both were checked
     against max_length with other partners."""
-    others = lenders(examples)
-    if None in others:
-        others = [of_data[id(example)] for example in examples]
+    places = lenders(examples)
+    if None in places:
+        others = [of_data(example) for example in examples]
+    else:
+        others = [examples[place] for place in places]
     made = []
     for example, other in zip(examples, others):
         response = other.responses[0]
@@ -120,7 +138,7 @@ def mismatched(examples: list[Example], max_length: int, of_data: dict[int, Exam
     return made
 
 
-def advise_weights(train_set: list[Example], config: Config) -> str:
+def advise_weights(train_set: Sequence[Example], config: Config) -> str:
     """The counts of both labels and the weights that the paper's section 4.2 recommends for them."""
     desirable = sum(example.extras["label"] for example in train_set)
     undesirable = len(train_set) - desirable

@@ -9,15 +9,14 @@ from pathlib import Path
 import numpy as np
 
 from data.errors import UserError
-from data.extras import drop_uncommon, said_of, share_out
-from data.files import SUFFIXES, find_file, read_rows, sha256
-from data.formats import Text, parse, read_template, without_template
+from data.extras import without_uncommon
+from data.files import SUFFIXES, digest_of, find_file, read_rows
+from data.formats import read_template
 from data.hub import HUB_NAME, SHORT_NAME, hub_rows
-from data.pack import Example
-from data.sources import rename, source_name
-from data.tokenise import Tokeniser, stop_ids
-
-CHUNK = 1000  # rows tokenised in one call
+from data.reading import Found, Reading, read_chunks
+from data.sources import source_name
+from data.store import Examples
+from data.tokenise import stop_ids
 
 
 @dataclass
@@ -35,7 +34,7 @@ class Dataset:
     and undesirable. Several sources have the sums of these, a list of sha256, and `sources`: their reports.
     `notices`: sentences on how the source was read that are no counts.
     """
-    examples: list[Example]
+    examples: Examples
     report: dict
     notices: list[str] = field(default_factory=list)
 
@@ -55,7 +54,7 @@ def build_dataset(source, kind, tokenizer, max_length, train_on="assistant", tru
     the file or a row, when no row can be used, or when more than 1 % of the rows have an empty response.
     """
     columns = columns or {}
-    path = find_file(source, base) if _is_local(source, base) else None
+    path = find_file(source, base) if is_local(source, base) else None
     hh = hh if tokenizer.chat_template or template else "text"
     if path:
         rows = read_rows(path)
@@ -63,141 +62,32 @@ def build_dataset(source, kind, tokenizer, max_length, train_on="assistant", tru
         hub_kind = "responses" if kind == "prompts" else kind
         rows = hub_rows(str(source), hub_kind, hh == "messages", seed)
     chat = bool(tokenizer.chat_template) and not template
-    tokeniser = Tokeniser(tokenizer)
-    found = _Found(str(source), kind, train_on)
-    while chunk := list(itertools.islice(rows, CHUNK)):
-        texts = []
-        for where, row in chunk:
-            text = row
-            if not isinstance(row, str):
-                row = rename(row, columns, where) if columns else row
-                text = parse(row, where, kind, hh, template, chat, system)
-            found.read += 1
-            if isinstance(text, str):
-                found.drop(text, where)
-                continue
-            if chat and (sentence := without_template(text, columns)):
-                found.notices[f"warning: {source}: {sentence}"] = None
-            found.add_text(text)
-            texts.append(text)
-        results = tokeniser.encode(texts, max_length, train_on, truncate)
-        for text, examples in zip(texts, results):
-            if isinstance(examples, str):
-                found.drop(examples, text.where)
-            else:
-                found.add_examples(text, examples, tokeniser.holds_control_tokens(text))
-    if kind == "responses":
-        found.drop_undesirable()
+    reading = Reading(str(source), kind, max_length, train_on, truncate, hh, columns, template, chat, system)
+    found = Found(str(source), kind, train_on)
+    for part in read_chunks(rows, reading, tokenizer):
+        found.add(part)
     found.check()
+    found.join_chunks()
+    if kind == "responses" and found.labelled:
+        found.drop_undesirable()
+        found.check()
     found.keep_common_extras()
-    return Dataset(found.examples, _report(found, path, tokeniser), list(found.notices))
+    return Dataset(found.examples, _report(found, path, tokenizer), list(found.notices))
 
 
-@dataclass
-class _Found:
-    """What was read of a source so far."""
-    source: str
-    kind: str
-    train_on: str
-    examples: list = field(default_factory=list)
-    read: int = 0                                            # rows
-    cut_rows: int = 0
-    dropped: Counter = field(default_factory=Counter)        # reason -> rows
-    first_dropped: dict = field(default_factory=dict)        # reason -> where
-    shapes: Counter = field(default_factory=Counter)
-    control: list = field(default_factory=list)      # `where` of the rows in which a turn that is not trained
-                                                     # holds a special token
-    first: Text | None = None                        # the first row that was not dropped,
-    labelled: Text | None = None                     # ... with a label's column,
-    other_label: Text | None = None                  # ... where that is no label
-    notices: dict = field(default_factory=dict)      # sentence -> None: a set in the order in which they came
-
-    def drop(self, reason, where):
-        self.dropped[reason] += 1
-        self.first_dropped.setdefault(reason, where)
-
-    def add_text(self, text):
-        """Count a row that can be used. UserError where it does not fit the rows before or `train_on`."""
-        self.first = self.first or text
-        self.shapes[text.shape] += 1
-        if text.label:
-            self.labelled = self.labelled or text
-            if "label" not in text.extras:
-                self.other_label = self.other_label or text
-        if self.train_on == "all":
-            _check_flags(text)
-        has_margin = "margin" in text.extras
-        if has_margin != ("margin" in self.first.extras):
-            article = "a" if has_margin else "no"
-            raise UserError(f"{text.where} has {article} margin, unlike {self.first.where}; "
-                            "fix: give every row of the file a margin, or none, or rename the column")
-
-    def add_examples(self, text, examples, has_control_tokens):
-        self.cut_rows += text.raw and len(examples) > 1
-        if has_control_tokens:
-            self.control.append(text.where)
-        if self.kind == "labelled" and len(text.responses) == 2:
-            examples = _labelled_sides(examples)
-        else:
-            for example in examples:
-                example.extras |= text.extras
-        share_out(text, examples)
-        self.examples += examples
-
-    def drop_undesirable(self):
-        """Take off all labels, and leave out the rows with label false, unless the labels mean something
-        else."""
-        kept, undesirable = [], {}
-        for example in self.examples:
-            if example.extras.pop("label", True) or self.other_label:
-                kept.append(example)
-            else:
-                undesirable[example.where] = None
-        self.examples = kept
-        self.control = [where for where in self.control if where not in undesirable]
-        for where in undesirable:
-            self.drop(f"{self.labelled.label} is false or 0 (undesirable)", where)
-        if self.other_label:
-            name, where = self.other_label.label, self.other_label.where
-            sentence = (f"{self.source}: the column {name!r} is ignored, since it holds other values than "
-                        f"true and false, 0 and 1 (first: {where})")
-            self.notices[sentence] = None
-
-    def check(self):
-        """UserError where no row can be used, or too many responses are empty."""
-        if not self.examples:
-            reasons = []
-            for reason, count in self.dropped.most_common():
-                reasons.append(f"{count} {reason} (first: {self.first_dropped[reason]})")
-            way = " or raise max_length" if "longer than max_length" in self.dropped else ""
-            raise UserError(f"none of the {self.read} rows of {self.source} can be used: "
-                            f"{', '.join(reasons)}; fix: correct the rows{way}")
-        empty = self.dropped["empty response"]
-        if empty > 0.01 * self.read:
-            raise UserError(f"{empty} of {self.read} rows of {self.source} have an empty response "
-                            f"(first: {self.first_dropped['empty response']}); "
-                            "fix: delete these rows or correct how the file was made")
-
-    def keep_common_extras(self):
-        names, sentences = drop_uncommon(self.examples, self.source)
-        if names:
-            self.notices[said_of(names, self.source)] = None
-        self.notices |= dict.fromkeys(sentences)
-
-
-def _report(found, path, tokeniser):
+def _report(found, path, tokenizer):
     shapes = [f"{count:,} rows read as {shape}" for shape, count in found.shapes.most_common()]
     report = {
         "source": found.source,
-        "sha256": sha256(path) if path else None,
+        "sha256": digest_of(path) if path else None,
         "read": found.read,
         "shape": ", ".join(shapes),
         "dropped": dict(found.dropped),
         "first_dropped": found.first_dropped,
         "cut_rows": found.cut_rows,
-        "split_rows": tokeniser.split,
-        "continued": len(tokeniser.continued),
-        "first_continued": _first(tokeniser.continued),
+        "split_rows": found.split_rows,
+        "continued": len(found.continued),
+        "first_continued": _first(found.continued),
         "stop_inside": None,
         "first_stop_inside": None,
         "control_tokens": len(found.control),
@@ -205,7 +95,7 @@ def _report(found, path, tokeniser):
         "duplicates": _duplicates(found.examples),
     }
     if found.train_on == "assistant":
-        inside = _stop_inside(found.examples, stop_ids(tokeniser.tokenizer))
+        inside = _stop_inside(found.examples, stop_ids(tokenizer))
         report["stop_inside"] = len(inside)
         report["first_stop_inside"] = _first(inside)
     return report | _measures(found.examples)
@@ -267,24 +157,35 @@ def load_datasets(config, kind, tokenizer, notice,
     if evaluation is not None and any(counts := overlap(train, evaluation)):
         notice(f"warning: {counts[0]} of {len(evaluation.examples)} evaluation rows are training rows too; "
                f"{counts[1]} have the prompt of one")
-    held_out = evaluation.examples if evaluation else []
+    held_out = evaluation.examples if evaluation else train.examples.take([])
     reports = {"train": train.report, "eval": evaluation.report if evaluation else None}
     return train.examples, held_out, reports
 
 
 def combine(parts, weights, seed):
     """One Dataset of several, one after the other, each with its weight; a row's examples stay together."""
-    examples, all_examples, reports = [], [], []
+    chosen, reports = [], []
     for i, (part, weight) in enumerate(zip(parts, weights)):
-        groups = itertools.groupby(part.examples, key=lambda example: example.where)
-        rows = [list(group) for _, group in groups]
-        chosen = _weighted(rows, weight, (seed, i))
-        examples += chosen
-        all_examples += part.examples
-        reports.append(part.report | {"weight": weight} | _measures(chosen))
+        rows = _rows_of(part.examples)
+        examples = part.examples.take(_weighted(rows, weight, (seed, i)))
+        chosen.append(examples)
+        reports.append(part.report | {"weight": weight} | _measures(examples))
     source = " + ".join(report["source"] for report in reports)
-    _, sentences = drop_uncommon(examples, source)
-    return Dataset(examples, _combined(reports, source, all_examples) | _measures(examples), sentences)
+    examples, _, sentences = without_uncommon(Examples.joined(chosen), source)
+    every = Examples.joined([part.examples for part in parts])
+    return Dataset(examples, _combined(reports, source, every) | _measures(examples), sentences)
+
+
+def _rows_of(examples):
+    """The numbers of the examples of each row."""
+    rows = []
+    where = None
+    for i, example in enumerate(examples):
+        if example.where != where:
+            rows.append([])
+            where = example.where
+        rows[-1].append(i)
+    return rows
 
 
 def _combined(reports, source, examples):
@@ -308,8 +209,8 @@ def _combined(reports, source, examples):
 
 
 def _weighted(groups, weight, seed):
-    """`groups` (lists of examples, one per row) `weight` times: for its whole part all of them, for the rest
-    a random choice."""
+    """`groups` (lists of the numbers of examples, one per row) `weight` times: for its whole part all of
+    them, for the rest a random choice."""
     count = round(weight % 1 * len(groups))
     if weight < 1:
         count = max(1, count)
@@ -353,10 +254,10 @@ def split_off(dataset, fraction, seed):
     if len(chosen) == total:
         raise UserError(f"eval_fraction {fraction} of {total} examples leaves none to train on (different "
                         f"prompts: {len(groups)}); fix: lower eval_fraction or give eval_data")
-    train, evaluation = [], []
-    for i, example in enumerate(dataset.examples):
-        side = evaluation if i in chosen else train
-        side.append(example)
+    sides = [], []
+    for i in range(total):
+        sides[i in chosen].append(i)
+    train, evaluation = map(dataset.examples.take, sides)
     train_report = dataset.report | _measures(train)
     eval_report = dataset.report | _measures(evaluation) | NOTHING_NEW
     return Dataset(train, train_report), Dataset(evaluation, eval_report)
@@ -413,26 +314,7 @@ def doubts(report):
     return lines
 
 
-def _labelled_sides(pairs):
-    """Each pair as two labelled examples."""
-    examples = []
-    for pair in pairs:
-        for response, label in zip(pair.responses, (True, False)):
-            examples.append(Example(pair.prompt, [response], pair.where, {"label": label}))
-    return examples
-
-
-def _check_flags(text):
-    """UserError where a turn is marked as not trained."""
-    if isinstance(text.prompt, str):
-        return
-    for turn in itertools.chain(*text.responses):
-        if turn.get("train") is False:
-            raise UserError(f"a turn is marked as not trained in {text.where}, but train_on is all; "
-                            "fix: remove train_on, or leave such rows out")
-
-
-def _is_local(source, base):
+def is_local(source, base=None):
     """A file, or clearly meant as one: not of a hub name's form, with a data file's suffix, or in a directory
     that is here."""
     name, path = str(source), Path(source)
@@ -481,19 +363,15 @@ def _stop_inside(examples, stops):
 def _measures(examples):
     """The part of the report that depends on the examples used only."""
     measures = {"used": len(examples)}
-    labels = [example.extras["label"] for example in examples if "label" in example.extras]
+    labels = [extras["label"] for extras in examples.all_extras() if "label" in extras]
     if labels:
         measures["desirable"] = sum(labels)
         measures["undesirable"] = len(labels) - sum(labels)
-    prompts, responses, totals = [], [], []
-    for example in examples:
-        lengths = [len(response.tokens) for response in example.responses]
-        prompts.append(len(example.prompt))
-        responses += lengths
-        totals.append(len(example.prompt) + max(lengths, default=0))
+    lengths = examples.lengths()
+    prompts, responses = lengths[:, 0], lengths[:, 1:]
     measures["prompt_length"] = _percentiles(prompts)
-    measures["response_length"] = _percentiles(responses or [0])      # prompts have none
-    measures["total"] = _percentiles(totals)
+    measures["response_length"] = _percentiles(responses if responses.size else [0])      # prompts have none
+    measures["total"] = _percentiles(prompts + responses.max(axis=1, initial=0))
     return measures
 
 

@@ -101,12 +101,12 @@ def _per_token(name, value, examples, text):
     return shares
 
 
-def drop_uncommon(examples, source):
-    """Remove the extras that some example lacks or has in another form -> (the names that stay, a sentence
-    for each that does not)."""
+def without_uncommon(examples, source):
+    """(the `Examples` without the extras that some of them lack or have in another form, the names that stay,
+    a sentence for each that does not)."""
     names = {}                            # a set in the order in which they came
-    for example in examples:
-        for name, value in example.extras.items():
+    for extras in examples.all_extras():
+        for name, value in extras.items():
             if torch.is_tensor(value):
                 names[name] = None
     kept, sentences = [], []
@@ -117,9 +117,8 @@ def drop_uncommon(examples, source):
             continue
         sentences.append(f"{source}: the column {name!r} is ignored, since it does not hold a number in "
                          f"every row, or numbers for the tokens in every row (first other: {where})")
-        for example in examples:
-            example.extras.pop(name, None)
-    return kept, sentences
+        examples = examples.without([name])
+    return examples, kept, sentences
 
 
 def _first_other(examples, name):

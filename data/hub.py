@@ -28,6 +28,28 @@ def hub_rows(name, kind="pairs", chat=True, seed=0):
     yield a reason (str) to drop it instead of a row. `where` is "owner/name:split:123", counted from 1.
     Raises UserError when the dataset cannot be loaded or is empty.
     """
+    dataset, repo, label, split = _named(name)
+    if not len(dataset):
+        raise UserError(f"the dataset is empty, no rows in {label}; fix: choose another split")
+    if repo == SHORT["shp"]:
+        yield from shp_rows(dataset, label, kind, chat, seed)
+    elif repo == SHORT["se"]:
+        yield from se_rows(dataset, label, kind, chat, seed, test=split == "test")
+    else:
+        for number, row in enumerate(dataset, 1):
+            yield f"{label}:{number}", row
+
+
+def fingerprint(name):
+    """What tells the rows of a hub dataset from those of another version of it: the library's own digest;
+    None where it has none."""
+    dataset, _, _, split = _named(name)
+    digest = getattr(dataset, "_fingerprint", None)
+    return digest and f"{digest} {split}"
+
+
+def _named(name):
+    """(rows, "owner/name", the label of its rows, the split that was asked for) of a hub dataset's name."""
     match = HUB_NAME.fullmatch(SHORT_NAME.sub(lambda short: SHORT[short[0]], name, count=1))
     if not match:
         raise UserError(f"{name!r} is neither an existing file nor a hub dataset's name; "
@@ -39,15 +61,7 @@ def hub_rows(name, kind="pairs", chat=True, seed=0):
         loaded = "train"                   # its only split, which holds our test questions
     dataset = _load(name, repo, subset, loaded)
     label = f"{repo}/{subset}:{split}" if subset else f"{repo}:{split}"
-    if not len(dataset):
-        raise UserError(f"the dataset is empty, no rows in {label}; fix: choose another split")
-    if repo == SHORT["shp"]:
-        yield from shp_rows(dataset, label, kind, chat, seed)
-    elif repo == SHORT["se"]:
-        yield from se_rows(dataset, label, kind, chat, seed, test=split == "test")
-    else:
-        for number, row in enumerate(dataset, 1):
-            yield f"{label}:{number}", row
+    return dataset, repo, label, split
 
 
 def _load(name, repo, subset, split):

@@ -4,17 +4,12 @@ import math
 import numpy as np
 
 
-def order(count: int, batch_size: int, seed: int, epoch: int, shuffle: bool) -> list[list[int]]:
-    """The updates of one epoch, each a list of example indices: a pure function, so the data position is the
-    step number. The last update of an epoch may be smaller."""
-    indices = list(range(count))
-    if shuffle:
-        draw = np.random.default_rng((seed, epoch))
-        indices = draw.permutation(count).tolist()
-    updates = []
-    for start in range(0, count, batch_size):
-        updates.append(indices[start:start + batch_size])
-    return updates
+def order(count: int, seed: int, epoch: int, shuffle: bool) -> np.ndarray:
+    """(count,) the example indices of one epoch: a pure function, so the data position is the step number."""
+    if not shuffle:
+        return np.arange(count)
+    draw = np.random.default_rng((seed, epoch))
+    return draw.permutation(count)
 
 
 def pack(sizes: list[int], micro_batch_tokens: int, world: int = 1) -> list[list[list[int]]]:

@@ -1,5 +1,6 @@
 """From a configuration to an engine: what train.py, the benchmarks and the tests all start with."""
 import importlib
+import os
 from dataclasses import asdict, replace
 from types import ModuleType
 from typing import Any
@@ -34,9 +35,11 @@ def build(run_config, run: Run, start: str | None = None,
     algorithm = importlib.import_module(f"algorithms.{common.algorithm}")
     # until here it is an object of the class alone, without its file
     config = algorithm.Config(**asdict(run_config.config))
-    tokenizer, train_set, eval_set, report = read_inputs(common, config, algorithm.DATA, run.notice)
+    runs = os.path.dirname(os.path.normpath(run.directory))
+    tokenizer, data = read_inputs(common, config, algorithm.DATA, run.notice, runs)
+    train_set = data.train_set
     if start:
-        from_main(run.check_data, report)
+        from_main(run.check_data, data.reports)
     for line in marked(train_set[0], tokenizer, most=400):
         run.notice(line)
     if policy is None:
@@ -56,13 +59,13 @@ def build(run_config, run: Run, start: str | None = None,
     digests = from_main(fingerprints, asdict(common) | asdict(config))
     if start:
         digests = from_main(run.check_digests, digests)
-    from_main(run.begin, stored_yaml(common, config), report, digests, step)
+    from_main(run.begin, stored_yaml(common, config), data.reports, digests, step)
     run.notice(f"run {run.directory}" + (f", resumed from {start}" if start else ""))
     _, world = distributed()
     if world > 1:
         shard(policy)
     engine = Engine(
-        common, policy, tokenizer, train_set, eval_set, run, algorithm.DATA, algorithm.PROGRESS, start)
+        common, policy, tokenizer, train_set, data.eval_set, run, algorithm.DATA, algorithm.PROGRESS, start)
     return algorithm, config, engine
 
 

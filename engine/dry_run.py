@@ -1,5 +1,6 @@
 """`--dry-run`: everything a run would do, printed before it does anything. It reads the data and the
 tokenizer, not the weights."""
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -9,6 +10,7 @@ from data.dataset import doubts
 from data.errors import printable
 from data.pack import Example, Response
 from data.packing import pack
+from data.store import sizes_of
 from engine.checkpoint import model_path
 from engine.config import describe
 from engine.inputs import marked, read_inputs
@@ -29,8 +31,9 @@ def dry_run(run_config, kind: str, world: int = 1) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     lora.quantization(common, device, torch.bfloat16)
     section("configuration", describe(run_config))
-    tokenizer, train_set, _, reports = read_inputs(common, config, kind, notice)
-    for name, report in reports.items():
+    tokenizer, data = read_inputs(common, config, kind, notice)
+    train_set = data.train_set
+    for name, report in data.reports.items():
         if report:
             section(f"{name} data", audit(report))
     section("first example, trained tokens marked [[ ]]", marked(train_set[0], tokenizer))
@@ -92,16 +95,16 @@ def with_longest_completions(prompts: list, config) -> list[Example]:
     return [Example(example.prompt, completions, example.where) for example in prompts]
 
 
-def tokens_of(examples: list[Example], share: bool) -> int:
-    return sum(example.size(share) for example in examples)
+def tokens_of(examples: Sequence[Example], share: bool) -> int:
+    return int(sizes_of(examples, share).sum())
 
 
 def micro_batch_sizes(common, train_set: list, plan: Plan, world: int) -> list[int]:
     """The tokens of every micro-batch of the first epoch on the first device."""
-    share = common.share_prompt != "false"
+    of_rows = sizes_of(train_set, common.share_prompt != "false")
     sizes = []
     for draw in range(1, plan.draws_per_epoch + 1):
-        lengths = [train_set[row].size(share) for row in plan.rows(draw)]
+        lengths = of_rows[plan.rows(draw)].tolist()
         for members in pack(lengths, common.micro_batch_tokens, world)[0]:
             sizes.append(sum(lengths[i] for i in members))
     return sizes

@@ -1,22 +1,24 @@
 """The frozen reference: offline a table of log-probs, computed once before training; online a second
 model."""
+import itertools
 import os
 import time
 
+import numpy as np
 import torch
 
 from data.errors import RunError
 from data.pack import Example
+from data.store import Examples, response_keys
 from engine import checkpoint
 from engine.ranks import from_main
 from engine.reference import (
     Reference,
+    Table,
     lacking,
     model_key,
-    packed,
     read_table,
-    response_keys,
-    unpacked,
+    whole_parts,
     write_part,
 )
 from engine.signals import Stopped
@@ -32,24 +34,25 @@ def reference_table(engine, path: str | None, also: list[Example]) -> Reference:
     and those in `also`. They are read from the store beside the runs; what is missing there is computed,
     before the optimizer has any state, and the model is let go: training holds no second model, and later
     epochs and later runs pay nothing for the reference."""
-    examples = used_examples(engine) + engine.eval_set + list(also)
+    groups = [used_examples(engine), engine.eval_set]
+    if also:
+        groups.append(Examples.of(also))
     path = resolved(engine, path)
     is_start_model = path in (None, engine.config.model)
     store = store_of(engine, path)
-    wanted = set()
-    for example in examples:
-        wanted.update(response_keys(example))
-    table = stored_table(store, wanted, engine.notice)
-    if table:
-        engine.notice(f"reference log-probs: {len(table)} of {len(wanted)} responses from {store}")
-    missing = lacking(examples, table)
-    if missing:
+    table = stored_table(store, engine.notice)
+    wanted = np.unique(np.concatenate([group.keys().ravel() for group in groups]))
+    there = len(wanted) - int(table.lacks(wanted).sum())
+    if there:
+        engine.notice(f"reference log-probs: {there} of {len(wanted)} responses from {store}")
+    missing = lacking(groups, table)
+    if any(missing):
         model = engine.policy
         if not is_start_model or engine.first > 0:
             model = load_reference(engine, path)
-        computed = frozen_logps(engine, model, missing, store)
+        compute_logps(engine, model, missing, store)
         # another run may have stored the same meanwhile: then both use what a resumed run will find
-        table = computed | stored_table(store, wanted, engine.notice)
+        table = stored_table(store, engine.notice)
     reference = Reference(table)
     if is_start_model and engine.first == 0:
         check_reference(engine, reference)
@@ -82,13 +85,13 @@ def load_reference(engine, path: str | None):
         path, engine.tokenizer, engine.config, engine.policy, engine.train_set, engine.notice)
 
 
-def used_examples(engine) -> list[Example]:
+def used_examples(engine) -> Examples:
     """The training examples of the run's updates: all, unless the run is shorter than an epoch."""
     plan = engine.plan
-    rows = range(plan.num_rows)
-    if plan.total < plan.draws_per_epoch:
-        rows = sorted(sum(plan.all_rows(), []))
-    return [engine.train_set[row] for row in rows]
+    if plan.total >= plan.draws_per_epoch:
+        return engine.train_set
+    rows = itertools.chain(*plan.all_rows())
+    return engine.train_set.take(sorted(rows))
 
 
 def store_of(engine, path: str | None) -> str:
@@ -101,33 +104,39 @@ def store_of(engine, path: str | None) -> str:
     return os.path.join(runs, ".reference", key)
 
 
-def stored_table(store: str, wanted: set, notice) -> dict:
-    return unpacked(*from_main(packed, read_table, store, wanted, notice))
+def stored_table(store: str, notice) -> Table:
+    return read_table(from_main(whole_parts, store, notice))
 
 
-def frozen_logps(engine, model, examples: list[Example], store: str) -> dict:
-    """The log-probs of every response's trained tokens, by `response_key`, fp32 and on the CPU. They are
-    written to `store` in parts, one every SEAL_SECONDS and one at a stop, so that a pass that was stopped
-    continues where it was."""
-    table, unsealed, size = {}, {}, engine.config.batch_size
+def compute_logps(engine, model, groups: list[Examples], store: str) -> None:
+    """Write the log-probs of every response's trained tokens to `store`, in parts, one every SEAL_SECONDS and
+    one at a stop, so that a pass that was stopped continues where it was."""
+    keys, logps, size = [], [], engine.config.batch_size
+    total, done = sum(map(len, groups)), 0
     since = sealed = time.perf_counter()
-    for start in range(0, len(examples), size):
-        block = examples[start:start + size]
+    for number, block in enumerate(blocks_of(groups, size), 1):
         collected = engine.collect(model, block, lambda example: example.num_trained)
-        for example, logps in zip(block, collected):
+        for example, values in zip(block, collected):
             lengths = [response.num_trained for response in example.responses]
-            unsealed.update(zip(response_keys(example), logps.split(lengths)))
-        done = start + len(block)
-        is_told = done == len(examples) or start // size % 100 == 99
-        engine.run.console.count("reference log-probs", done, len(examples), " rows/s", since, line=is_told)
+            keys += response_keys(example)
+            logps += values.split(lengths)
+        done += len(block)
+        is_told = done == total or number % 100 == 0
+        engine.run.console.count("reference log-probs", done, total, " rows/s", since, line=is_told)
         stop = engine.stop_requested()
         now = from_main(time.perf_counter)      # one clock decides for all ranks
-        if stop or now - sealed > SEAL_SECONDS or done == len(examples):
-            from_main(write_part, store, unsealed)
-            table, unsealed, sealed = table | unsealed, {}, now
+        if stop or now - sealed > SEAL_SECONDS or done == total:
+            from_main(write_part, store, keys, logps)
+            keys, logps, sealed = [], [], now
         if stop:
             raise Stopped(stop)
-    return table
+
+
+def blocks_of(groups: list[Examples], size: int):
+    """The examples of all groups, `size` at a time."""
+    for group in groups:
+        for start in range(0, len(group), size):
+            yield group[start:start + size]
 
 
 @torch.no_grad()

@@ -1,21 +1,23 @@
 """What a run reads before its model, and a dry run instead of it: the tokenizer and the data."""
-from data.dataset import load_datasets
+from typing import Any
+
+from engine.prepared import Data, read_data
 from model.load import base_of, check_path, check_rotary, load_tokenizer_for
 from rewards.functions import check_rewards
 
 
-def read_inputs(common, config, kind: str, notice) -> tuple:
-    """(tokenizer, training examples, held-out examples, their reports). UserError where one of them cannot be
-    read, the reference is not there or a reward cannot score the examples. `kind`: the algorithm's DATA."""
+def read_inputs(common, config, kind: str, notice, runs: str | None = None) -> tuple[Any, Data]:
+    """(tokenizer, the data). UserError where one of them cannot be read, the reference is not there or a
+    reward cannot score the examples. `kind`: the algorithm's DATA; `runs`: the directory of the runs, beside
+    which tokens are kept."""
     tokenizer = load_tokenizer_for(common, common.model, notice)
     check_path(config.reference or common.model, "reference")
-    train_set, eval_set, reports = load_datasets(
-        common, kind, tokenizer, notice,
-        config.train_on, config.prompt_template, config.max_completion_length)
+    data = read_data(common, config, kind, tokenizer, notice, runs)
     if kind == "prompts":
         check_rotary(base_of(common.model), common.max_length)
-        check_rewards(config, train_set + eval_set)
-    return tokenizer, train_set, eval_set, reports
+        for examples in (data.train_set, data.eval_set):
+            check_rewards(config, examples)
+    return tokenizer, data
 
 
 def marked(example, tokenizer, most: int | None = None) -> list[str]:

@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor
 from data.errors import RunError, UserError
 from data.pack import Batch, Example
 from data.packing import pack
+from data.store import Examples
 from engine import checkpoint, frozen
 from engine.logs import Run
 from engine.optimizer import Optimizer
@@ -45,7 +46,7 @@ class Engine:
     `kind`: the algorithm's DATA; `progress`: the metric shown beside the loss; `start`: the checkpoint to
     continue from, or None."""
 
-    def __init__(self, config, policy: Policy, tokenizer, train_set: list[Example], eval_set: list[Example],
+    def __init__(self, config, policy: Policy, tokenizer, train_set: Examples, eval_set: Examples,
                  run: Run, kind: str, progress: str, start: str | None = None):
         self.config, self.policy, self.tokenizer = config, policy, tokenizer
         self.train_set, self.eval_set = train_set, eval_set

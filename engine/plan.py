@@ -18,16 +18,18 @@ class Plan:
         updates_per_epoch = self.draws_per_epoch * updates_per_draw
         self.total = config.max_steps or math.ceil(config.epochs * updates_per_epoch)
         self.eval_every = config.eval_every or max(1, self.total // 10)
-        self.epoch, self.draws = None, []             # the draws of the epoch that was asked for last
+        self.epoch, self.order = None, None           # of the epoch that was asked for last
 
     def rows(self, draw: int) -> list[int]:
-        """The rows of draw `draw` (from 1): a function of the seed and nothing else."""
+        """The rows of draw `draw` (from 1): a function of the seed and nothing else. The last draw of an
+        epoch may be smaller."""
+        config = self.config
         epoch, position = divmod(draw - 1, self.draws_per_epoch)
         if epoch != self.epoch:
-            config = self.config
-            self.draws = order(self.num_rows, config.batch_size, config.seed, epoch, config.shuffle)
+            self.order = order(self.num_rows, config.seed, epoch, config.shuffle)
             self.epoch = epoch
-        return self.draws[position]
+        start = position * config.batch_size
+        return self.order[start:start + config.batch_size].tolist()
 
     def all_rows(self) -> list[list[int]]:
         """The rows of every update of an offline run."""

@@ -10,11 +10,14 @@ import torch.distributed as dist
 
 from data.errors import UserError
 
-PATIENCE = datetime.timedelta(minutes=30)      # how long a process waits for another one
+PATIENCE = datetime.timedelta(minutes=30)      # how long a process waits for another one,
+FOR_MAIN = datetime.timedelta(days=7)          # ... and for what rank 0 does alone, such as reading the data
+objects: dist.ProcessGroup | None = None       # all processes, on the CPU, for Python objects
 
 
 def start_processes(deterministic: bool) -> None:
-    """Under torchrun, join the process group: nccl on CUDA, gloo on the CPU."""
+    """Under torchrun, join the process group: nccl on CUDA, gloo on the CPU; and one of gloo for objects."""
+    global objects
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -22,6 +25,7 @@ def start_processes(deterministic: bool) -> None:
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
+        objects = dist.new_group(backend="gloo", timeout=FOR_MAIN)
 
 
 def stop_processes() -> None:
@@ -45,7 +49,7 @@ def from_main(function, *arguments):
         except Exception as error:
             box = [SystemExit(1)]
             fault = error
-    dist.broadcast_object_list(box)
+    dist.broadcast_object_list(box, group=objects)
     if fault:
         raise fault
     if isinstance(box[0], (UserError, SystemExit)):
@@ -58,7 +62,7 @@ def from_all_ranks(values: list) -> list:
     if not dist.is_initialized():
         return values
     parts = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, values)
+    dist.all_gather_object(parts, values, group=objects)
     return list(itertools.chain(*parts))
 
 

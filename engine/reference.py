@@ -9,59 +9,88 @@ import hashlib
 import os
 from pathlib import Path
 
+import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from transformers.utils import cached_file
 
 from data.errors import RunError, UserError
 from data.files import sha256
+from data.store import Examples, mapped, response_keys
 from engine import checkpoint
 from engine.claim import claim, release
 from model.load import base_of, check_name, first_line, is_adapter
 
-LOGPS = "logps.safetensors"
+ARRAYS = ("keys", "starts", "logps")      # of a part, see `Table`
 WEIGHTS_AND_CONFIG = (".safetensors", ".bin", "config.json")      # endings of the files that matter
 
 
 # ---- the table -------------------------------------------------------------------------------------------
 
+class Table:
+    """The log-probs of responses in parts on disk, the oldest first. A part holds those of R responses:
+
+    keys    (R,)      S16      `response_keys`, sorted
+    starts  (R + 1,)  int64    where each response begins in `logps`, and the end of the last one
+    logps             float32  of the trained tokens, one response after the other"""
+
+    def __init__(self, parts: list[dict[str, np.ndarray]]):
+        self.parts = parts
+
+    def lacks(self, keys: np.ndarray) -> np.ndarray:
+        """(n,) bool: which of the (n,) keys are in no part."""
+        found = np.zeros(len(keys), bool)
+        for part in self.parts:
+            found |= places_in(part, keys) >= 0
+        return ~found
+
+    def logps(self, keys: list[bytes]) -> list[torch.Tensor]:
+        """The (L,) log-probs of each of these responses. Where two parts hold the same one the older counts,
+        since a run may have started with it."""
+        keys = np.array(keys, "S16")
+        found = [None] * len(keys)
+        for part in reversed(self.parts):
+            for i, place in enumerate(places_in(part, keys).tolist()):
+                if place >= 0:
+                    start, end = part["starts"][place:place + 2]
+                    found[i] = torch.from_numpy(part["logps"][start:end].copy())
+        return found
+
+
+def places_in(part: dict[str, np.ndarray], keys: np.ndarray) -> np.ndarray:
+    """(n,) the number of each of the (n,) keys in a part, -1 where it is not there."""
+    places = np.searchsorted(part["keys"], keys)
+    places = np.minimum(places, len(part["keys"]) - 1)
+    return np.where(part["keys"][places] == keys, places, -1)
+
+
 class Reference:
-    """`reference(batch)` -> (N,) log-probs of the batch's trained tokens, on its device, without a gradient.
+    """`reference(batch)` -> (N,) log-probs of the batch's trained tokens, on its device, without a
+    gradient."""
 
-    `table` maps `response_key` to that response's (L,) fp32 log-probs on the CPU."""
-
-    def __init__(self, table: dict):
+    def __init__(self, table: Table):
         self.table = table
 
     def __call__(self, batch):
-        logps = [torch.zeros(0)]
+        keys = []
         for example in batch.examples:
-            for key in response_keys(example):
-                logps.append(self.table[key])
-        return torch.cat(logps).to(batch.source.device)
+            keys += response_keys(example)
+        return torch.cat([torch.zeros(0), *self.table.logps(keys)]).to(batch.source.device)
 
 
-def response_keys(example) -> list[bytes]:
-    """16 bytes per response that identify it: a digest of prompt, response and which tokens are trained."""
-    keys = []
-    for response in example.responses:
-        digest = hashlib.blake2b(digest_size=16)
-        for part in (example.prompt, response.tokens, response.trained):
-            digest.update(len(part).to_bytes(8, "little") + part.tobytes())
-        keys.append(digest.digest())
-    return keys
-
-
-def lacking(examples: list, table: dict) -> list:
-    """The examples with a response that is not in the table; an example is left out if earlier ones already
-    hold all its responses."""
-    seen = set(table)
+def lacking(groups: list[Examples], table: Table) -> list[Examples]:
+    """Of each group the examples with a response that is neither in the table nor in an example before."""
+    keys = [group.keys() for group in groups]
+    every = np.concatenate([part.ravel() for part in keys])
+    _, first = np.unique(every, return_index=True)
+    is_new = np.zeros(len(every), bool)
+    is_new[first] = True
+    is_new &= table.lacks(every)
     missing = []
-    for example in examples:
-        keys = response_keys(example)
-        if not seen.issuperset(keys):
-            missing.append(example)
-            seen.update(keys)
+    start = 0
+    for group, part in zip(groups, keys):
+        of_group = is_new[start:start + part.size].reshape(part.shape)
+        missing.append(group.take(of_group.any(axis=1).nonzero()[0]))
+        start += part.size
     return missing
 
 
@@ -94,48 +123,53 @@ def hub_commit(name: str) -> str:
     return os.path.basename(os.path.dirname(config))
 
 
-def read_table(store: str, wanted: set, notice) -> dict:
-    """The log-probs of the `wanted` responses in the whole parts of `store`. Where two parts hold the same
-    response the older one counts, since a run may have started with it; a damaged part is skipped with a
-    notice."""
-    table = {}
+def whole_parts(store: str, notice) -> list[str]:
+    """The parts of `store` that can be read; a damaged one is skipped with a notice."""
+    found = []
     for part in finished_parts(store):
         if fault := checkpoint.broken(part):
             notice(f"reference log-probs ignored: {fault}")
-            continue
-        stored = load_file(part / LOGPS)
-        rows = stored["logps"].split(stored["lengths"].tolist())
-        for row, logps in zip(stored["keys"].numpy(), rows):
-            key = bytes(row)
-            if key in wanted:
-                table.setdefault(key, logps)
-    return table
+        else:
+            found.append(str(part))
+    return found
+
+
+def read_table(parts: list[str]) -> Table:
+    """The table in these directories, whose arrays are mapped, not read."""
+    return Table([{name: mapped(part, name) for name in ARRAYS} for part in parts])
 
 
 def finished_parts(store: str) -> list[Path]:
-    """The parts of a store that are not being written (`part-….tmp-…`), the oldest first."""
-    parts = Path(store).glob("part-" + "[0-9a-f]" * 16)
+    """The parts of a store that are not being written (`table-….tmp-…`), the oldest first."""
+    parts = Path(store).glob("table-" + "[0-9a-f]" * 16)
     return sorted(parts, key=lambda part: (part.stat().st_mtime, part))
 
 
 # ---- how it is written -----------------------------------------------------------------------------------
 
-def write_part(store: str, computed: dict) -> None:
-    """Seal `computed` as a part of `store`. One process at a time writes into it, so a half-written part was
-    left by a process that was killed."""
-    rows = [list(key) for key in computed]
-    lengths = [len(logps) for logps in computed.values()]
-    tensors = {
-        "keys": torch.tensor(rows, dtype=torch.uint8),
-        "lengths": torch.tensor(lengths),
-        "logps": torch.cat(list(computed.values())),
+def write_part(store: str, keys: list[bytes], logps: list[torch.Tensor]) -> None:
+    """Seal the log-probs of these responses as a part of `store`. One process at a time writes into it, so a
+    half-written part was left by a process that was killed."""
+    order = sorted(range(len(keys)), key=keys.__getitem__)
+    lengths = [len(logps[i]) for i in order]
+    arrays = {
+        "keys": np.array([keys[i] for i in order], "S16"),
+        "starts": np.cumsum([0, *lengths]),
+        "logps": torch.cat([logps[i] for i in order]).numpy(),
     }
-    name = hashlib.sha256(b"".join(computed)).hexdigest()
-    part = os.path.join(store, f"part-{name[:16]}")
+    name = hashlib.sha256(b"".join(keys)).hexdigest()
+    part = os.path.join(store, f"table-{name[:16]}")
 
     def save(directory):
-        save_file(tensors, os.path.join(directory, LOGPS))
+        for name, array in arrays.items():
+            np.save(os.path.join(directory, f"{name}.npy"), array, allow_pickle=False)
 
+    write_into(store, part, save)
+
+
+def write_into(store: str, directory: str, save) -> None:
+    """Seal what `save(temporary directory)` writes as `directory` in `store`, unless it is there, whole. One
+    process at a time does so, others wait: they find it there."""
     try:
         claim(store, wait=True)
     except OSError as error:
@@ -143,21 +177,7 @@ def write_part(store: str, computed: dict) -> None:
                        "fix: make it writable, or choose another output") from error
     try:
         checkpoint.tidy(store)
-        if checkpoint.broken(part):
-            checkpoint.write_sealed(part, save)
+        if checkpoint.broken(directory):
+            checkpoint.write_sealed(directory, save)
     finally:
         release(store)
-
-
-def packed(function, *arguments) -> tuple:
-    """The table that `function` returns as (keys, lengths, log-probs), three objects that are cheap to send
-    to other ranks; `unpacked` is its inverse."""
-    table = function(*arguments)
-    lengths = [len(logps) for logps in table.values()]
-    logps = torch.cat([*table.values(), torch.zeros(0)])
-    return b"".join(table), lengths, logps
-
-
-def unpacked(keys: bytes, lengths: list[int], logps: torch.Tensor) -> dict:
-    names = [keys[i:i + 16] for i in range(0, len(keys), 16)]
-    return dict(zip(names, logps.split(lengths)))

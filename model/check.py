@@ -14,6 +14,7 @@ import torch
 
 from data.errors import UserError
 from data.pack import Example, Response
+from data.store import extremes
 from model.form import PADDING, PLAIN, VARLEN, Form
 from model.generating import generating
 from model.plain import decode_plain
@@ -38,9 +39,7 @@ def check_policy(policy: Policy, examples, keys, notice) -> None:
     allowed. A notice names a form that is not the fastest.
 
     Raises UserError where no form agrees, or the log-probs are not finite."""
-    ordered = sorted(examples, key=Example.size)
-    checked = ordered[:2] + ordered[2:][-1:]
-    checked = [example if example.responses else probe(example) for example in checked]
+    checked = [example if example.responses else probe(example) for example in extremes(examples)]
     kind = policy.lm.config.model_type
     with in_fp32(policy):
         own = own_logps(policy, checked)

@@ -10,6 +10,7 @@ import torch
 
 from data.errors import UserError
 from data.pack import Example
+from data.store import extremes
 from model.check import probe
 from model.form import VARLEN
 
@@ -47,7 +48,7 @@ def compile_policy(policy, common, updates: int, examples: list[Example], notice
     if reason:
         raise UserError(f"compile: {reason}")
     started = time.perf_counter()
-    shortest = sorted(examples, key=Example.size)[:2]
+    shortest = extremes(examples)[:2]
     fault = trial(policy, [example if example.responses else probe(example) for example in shortest])
     if fault is None:
         seconds = time.perf_counter() - started

@@ -253,7 +253,7 @@ def phase(kind: Kind, directory: Path, since: float = 0.0) -> str:
     for row in read_rows(made / "metrics.jsonl"):
         if row["split"] == "train":
             steps = max(steps, row["step"])
-    if kind.reference and not steps and not list(directory.glob(".reference/*/part-*")):
+    if kind.reference and not steps and not list(directory.glob(".reference/*/table-*")):
         return "reference"
     if kind.per_rollout and steps % kind.per_rollout == 0:
         return "rollout"

@@ -129,7 +129,7 @@ def signal_in_update(number, step, times=1):
 
 def signal_in_reference_pass(number):
     from engine import frozen
-    before(frozen, "frozen_logps", send(number))
+    before(frozen, "compute_logps", send(number))
 
 
 def signal_while_loading(number):

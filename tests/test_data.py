@@ -16,6 +16,7 @@ from data.files import read_rows
 from data.formats import parse
 from data.hub import hh_messages, hub_rows, split_hh
 from data.pack import Example, Response
+from data.store import Examples
 from data.tokenise import Tokeniser, stop_ids
 
 
@@ -549,9 +550,9 @@ def example(prompt, *responses):
 
 
 def test_overlap():
-    train = Dataset([example([1, 2], [3], [4]), example([5], [6], [7])], {})
-    evaluation = Dataset([example([1, 2], [3], [4]), example([1], [2, 3], [4]), example([1, 2], [4], [3]),
-                          example([5], [6], [7])], {})
+    train = Dataset(Examples.of([example([1, 2], [3], [4]), example([5], [6], [7])]), {})
+    evaluation = Dataset(Examples.of([example([1, 2], [3], [4]), example([1], [2, 3], [4]),
+                                      example([1, 2], [4], [3]), example([5], [6], [7])]), {})
     assert overlap(train, evaluation) == (2, 3)        # the third has the first one's prompt, other responses
 
 
@@ -561,13 +562,13 @@ def test_split_off_keeps_the_turns_of_a_conversation_together():
         for turn in range(3):
             prompt = np.arange(row, row + 2 + turn, dtype=np.int32)
             turns.append(Example(prompt, [Response.all_trained([9])], f"x:{row}"))
-    train, evaluation = split_off(Dataset(turns, {"read": 10, "used": 30}), 0.2, seed=0)
+    train, evaluation = split_off(Dataset(Examples.of(turns), {"read": 10, "used": 30}), 0.2, seed=0)
     rows = [{example.where for example in part.examples} for part in (train, evaluation)]
     assert not rows[0] & rows[1] and len(evaluation.examples) == 6 and len(train.examples) == 24
 
 
 def test_split_off():
-    dataset = Dataset([example([i], [i + 1]) for i in range(20)], {"read": 21, "used": 20})
+    dataset = Dataset(Examples.of([example([i], [i + 1]) for i in range(20)]), {"read": 21, "used": 20})
     train, evaluation = split_off(dataset, 0.2, seed=1)
     firsts = [[int(e.prompt[0]) for e in part.examples] for part in (train, evaluation)]
     assert [len(part) for part in firsts] == [16, 4] and sorted(firsts[0] + firsts[1]) == list(range(20))
@@ -577,4 +578,4 @@ def test_split_off():
     other = split_off(dataset, 0.2, seed=2)[1]
     assert [e.prompt[0] for e in again.examples] == firsts[1] != [e.prompt[0] for e in other.examples]
     assert len(split_off(dataset, 0.001, seed=1)[1].examples) == 1
-    assert "eval_fraction" in error(split_off, Dataset(dataset.examples[:1], {}), 0.5, 0)
+    assert "eval_fraction" in error(split_off, Dataset(dataset.examples.take([0]), {}), 0.5, 0)

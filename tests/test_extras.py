@@ -38,8 +38,9 @@ def written(folder, rows, name="x.jsonl"):
 
 def shuffled_batches(examples):
     """Micro-batches of a shuffled epoch."""
-    for update in order(len(examples), 4, seed=3, epoch=0, shuffle=True):
-        rows = [examples[i] for i in update]
+    numbers = order(len(examples), seed=3, epoch=0, shuffle=True).tolist()
+    for start in range(0, len(numbers), 4):
+        rows = [examples[i] for i in numbers[start:start + 4]]
         sizes = [example.size() for example in rows]
         (bins,) = pack(sizes, 300)
         for positions in bins:

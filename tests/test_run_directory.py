@@ -57,7 +57,7 @@ def test_files(runs):
     names = {"checkpoints", "config.yaml", "events.log", "final", "metrics.jsonl", "run.json",
              "samples.jsonl"}
     assert set(os.listdir(runs / "sft")) == set(os.listdir(runs / "dpo")) == names
-    part, = (runs / ".reference").glob("*/part-*")      # beside the runs, for the next one
+    part, = (runs / ".reference").glob("*/table-*")      # beside the runs, for the next one
     assert sorted(os.listdir(runs / "dpo" / "checkpoints")) == ["step-000002", "step-000004"]
     for sealed in (part, runs / "dpo" / "final", *(runs / "dpo" / "checkpoints").iterdir()):
         assert broken(str(sealed)) is None

@@ -1,0 +1,159 @@
+"""Data that are tokenised once: rank 0 reads the rows and writes their tokens beside the runs, in
+`.tokens/<digest>/`; all processes, and all later runs that need the same, map them.
+
+The digest covers whatever the tokens depend on: the files, the tokenizer with its template, the keys and this
+project's own code. So nothing in there is ever out of date, and it can be deleted at any time.
+"""
+import datetime
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import jinja2
+import tokenizers
+import transformers
+
+from data import dataset, hub
+from data.files import digest_of, find_file
+from data.formats import read_template
+from data.sources import source_name
+from data.store import Examples, Unstorable
+from engine import checkpoint
+from engine.ranks import from_main
+from engine.reference import write_into
+
+STORE = ".tokens"
+READERS = Path(dataset.__file__).parent      # whose files say how rows become tokens
+CODE = (".py", ".jinja")
+KEYS = ("data", "eval_data", "eval_fraction", "max_length", "truncate", "hh", "system_prompt")
+REPORTS = "reports.json"
+
+
+class Data(NamedTuple):
+    train_set: Examples
+    eval_set: Examples
+    reports: dict      # {"train", "eval"}, see `Dataset`
+
+
+def read_data(common, config, kind: str, tokenizer, notice, runs: str | None) -> Data:
+    """The examples that a configuration names, from the store in the directory `runs` or, where that is None,
+    from the files themselves. UserError as `load_datasets`."""
+    def load(tell):
+        found = dataset.load_datasets(
+            common, kind, tokenizer, tell,
+            config.train_on, config.prompt_template, config.max_completion_length)
+        return Data(*found)
+
+    if runs is None:
+        return load(notice)
+    digest = from_main(digest_of_data, common, config, kind, tokenizer)
+    if digest is None:
+        return load(notice)
+    store = os.path.join(runs, STORE)
+    folder = os.path.join(store, digest)
+    if fault := from_main(prepare, store, folder, load, notice):
+        notice(f"data: their tokens are not kept for later runs, since {fault}")
+        return load(silent)
+    return opened(folder)
+
+
+def silent(text: str) -> None:
+    """The same was told before."""
+
+
+def prepare(store: str, folder: str, load, notice) -> str | None:
+    """Write the data into `folder`, unless they are there; why that cannot be done, or None. What there is to
+    tell of them is told, now or again."""
+    fault = checkpoint.broken(folder)
+    if fault is None:
+        for line in json.loads(Path(folder, REPORTS).read_text())["notices"]:
+            notice(line)
+        return None
+    if os.path.isdir(folder):
+        notice(f"data: the tokens in {store} are ignored: {fault}")
+    notices = []
+
+    def tell(line):
+        notices.append(line)
+        notice(line)
+
+    found = load(tell)
+
+    def save(directory):
+        found.train_set.write(os.path.join(directory, "train"))
+        found.eval_set.write(os.path.join(directory, "eval"))
+        texts = {"reports": found.reports, "notices": notices}
+        Path(directory, REPORTS).write_text(json.dumps(texts, indent=1))
+
+    try:
+        write_into(store, folder, save)
+    except Unstorable as reason:
+        return str(reason)
+    return None
+
+
+def opened(folder: str) -> Data:
+    """The data in a folder of the store, mapped."""
+    reports = json.loads(Path(folder, REPORTS).read_text())["reports"]
+    train_set = Examples.read(os.path.join(folder, "train"))
+    eval_set = Examples.read(os.path.join(folder, "eval"))
+    return Data(train_set, eval_set, reports)
+
+
+# ---- the digest ------------------------------------------------------------------------------------------
+
+def digest_of_data(common, config, kind: str, tokenizer) -> str | None:
+    """A digest of all that the tokens of a run depend on; None where a source has no digest."""
+    sources = []
+    for data in (common.data, common.eval_data):
+        sources += [{"path": data}] if isinstance(data, str) else data or []
+    names = [source_name(source) for source in sources]
+    of_sources = [digest_of_source(name) for name in names]
+    if None in of_sources:
+        return None
+    parts = {name: getattr(common, name) for name in KEYS}
+    parts |= {
+        "kind": kind,
+        "train_on": config.train_on,
+        "template": config.prompt_template and read_template(config.prompt_template),
+        "room": config.max_completion_length,
+        "sources": of_sources,
+        "tokenizer": digest_of_tokenizer(tokenizer),
+        "code": digest_of_code(),
+        "date": str(datetime.date.today()) if "strftime_now" in str(tokenizer.chat_template) else None,
+        "versions": [module.__version__ for module in (jinja2, tokenizers, transformers)],
+    }
+    is_plain = isinstance(common.data, str) and not common.eval_fraction
+    if not is_plain or not all(map(dataset.is_local, names)):      # else nothing is drawn
+        parts["seed"] = common.seed
+    text = json.dumps(parts, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def digest_of_code() -> list[str]:
+    paths = [Path(__file__)]
+    for path in sorted(READERS.rglob("*")):
+        if path.suffix in CODE:
+            paths.append(path)
+    return [digest_of(path) for path in paths]
+
+
+def digest_of_source(name: str) -> str | None:
+    """Of a file its sha256, of a hub dataset the library's own fingerprint."""
+    if dataset.is_local(name):
+        return digest_of(find_file(name))
+    return hub.fingerprint(name)
+
+
+def digest_of_tokenizer(tokenizer) -> str:
+    """A digest of the files that the tokenizer is saved as, its chat template among them."""
+    digest = hashlib.sha256(type(tokenizer).__name__.encode())
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        for path in sorted(Path(folder).rglob("*")):
+            if path.is_file():
+                digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()
