@@ -7,13 +7,14 @@ when it is indexed. Examples of one kind have the same number K of responses.
                                     that is not trained is stored as its complement, ~id
     lengths    (E, K + 1)  int32    of the prompt and of each response
     starts     (E,)        int64    where an example begins in `tokens`
-    places     (E, 2)      int32    "file:line" as the number of the file's name and the line
+    places     (E, 2)      int32    "file:line" as the number of its beginning among `names`, and the line
     keys       (E, K)      S16      the digest of each response, see `response_keys`
     extras     bytes, JSON, and extra_ends (E,) int64; neither where no example has any
 """
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -26,6 +27,7 @@ ARRAYS = ("tokens", "lengths", "starts", "places", "keys")
 EXTRAS, EXTRA_ENDS = "extras", "extra_ends"
 NO_LINE = -1                          # the name of the place is all of it
 LAST_LINE = np.iinfo(np.int32).max
+ENDS_IN_NUMBER = re.compile(r"(.*?)(0|[1-9][0-9]{0,9})?", re.DOTALL)
 
 
 class Unstorable(UserError):
@@ -35,7 +37,7 @@ class Unstorable(UserError):
 class Examples(Sequence):
     """The examples `rows` of the arrays, without the extras named in `hidden`.
 
-    `extras`: the dict of each of the E examples; `names`: of the files in `places`."""
+    `extras`: the dict of each of the E examples; `names`: the beginnings in `places`."""
 
     def __init__(self, arrays: dict[str, np.ndarray], extras: Sequence[dict], names: list[str],
                  rows: Sequence[int] | None = None, hidden: frozenset[str] = frozenset()):
@@ -121,7 +123,7 @@ class Examples(Sequence):
 
     def place(self, row: int) -> str:
         number, line = self.arrays["places"][row].tolist()
-        return self.names[number] if line == NO_LINE else f"{self.names[number]}:{line}"
+        return self.names[number] if line == NO_LINE else f"{self.names[number]}{line}"
 
     @property
     def num_responses(self) -> int:
@@ -218,10 +220,9 @@ def mapped(folder: str, name: str) -> np.ndarray:
 # ---- where an example stands -----------------------------------------------------------------------------
 
 def split_place(where: str) -> tuple[str, int]:
-    """"file:12" -> ("file", 12); a place without a line number -> (the place, NO_LINE)."""
-    name, _, line = where.rpartition(":")
-    is_number = name and line.isascii() and line.isdigit() and str(int(line)) == line
-    if is_number and int(line) <= LAST_LINE:
+    """"file:12" -> ("file:", 12); a place that ends in no line number -> (the place, NO_LINE)."""
+    name, line = ENDS_IN_NUMBER.fullmatch(where).groups()
+    if line and int(line) <= LAST_LINE:
         return name, int(line)
     return where, NO_LINE
 

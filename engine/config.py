@@ -85,6 +85,8 @@ class Common:
     merge: bool = False                    # true = final/ is a plain model with the adapter added; false =
     #                                        final/ is the adapter
     gradient_checkpointing: bool = False   # recompute layers in backward: less memory, slower
+    replicate: Count = 1                   # copies of the sharded model, such as one per machine; 1 = one
+    #                                        over all devices
     deterministic: bool = False            # bit-identical reruns on CUDA too, slower
     eval_every: Count | None = None        # updates between evaluations; null = ten times per run
     save_every: Count | None = 500         # updates between checkpoints; null = only when a signal stops

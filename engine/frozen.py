@@ -68,7 +68,7 @@ def reference_model(engine, path: str | None):
     if is_start_model and has_fresh_adapter:
         return WithoutAdapter(engine.policy)
     model = load_reference(engine, path).requires_grad_(False)
-    return shard(model) if engine.world > 1 else model
+    return shard(model, engine.config.replicate) if engine.world > 1 else model
 
 
 def resolved(engine, path: str | None) -> str | None:

@@ -15,8 +15,9 @@ def read_inputs(common, config, kind: str, notice, runs: str | None = None) -> t
     data = read_data(common, config, kind, tokenizer, notice, runs)
     if kind == "prompts":
         check_rotary(base_of(common.model), common.max_length)
-        for examples in (data.train_set, data.eval_set):
-            check_rewards(config, examples)
+        check_rewards(config, data.train_set)
+        if data.eval_set:
+            check_rewards(config, data.eval_set)
     return tokenizer, data
 
 

@@ -2,8 +2,11 @@
 import datetime
 import itertools
 import os
+import secrets
 import shlex
+import socket
 import sys
+import time
 
 import torch
 import torch.distributed as dist
@@ -12,6 +15,7 @@ from data.errors import UserError
 
 PATIENCE = datetime.timedelta(minutes=30)      # how long a process waits for another one,
 FOR_MAIN = datetime.timedelta(days=7)          # ... and for what rank 0 does alone, such as reading the data
+SHARED_WITHIN = 10                             # seconds until a file is seen through a network's disk
 objects: dist.ProcessGroup | None = None       # all processes, on the CPU, for Python objects
 
 
@@ -38,23 +42,31 @@ def from_main(function, *arguments):
     other exception is raised on rank 0, and the other ranks exit without a message instead of waiting."""
     if not dist.is_initialized():
         return function(*arguments)
-    box = [None]
-    fault = None
+    box, fault = [None], None
     if dist.get_rank() == 0:
-        try:
-            box = [function(*arguments)]
-        except UserError as error:
-            box = [error]
-            fault = error
-        except Exception as error:
-            box = [SystemExit(1)]
-            fault = error
+        box[0], fault = outcome(function, *arguments)
     dist.broadcast_object_list(box, group=objects)
-    if fault:
-        raise fault
-    if isinstance(box[0], (UserError, SystemExit)):
-        raise box[0]
+    raise_failure(box, fault)
     return box[0]
+
+
+def outcome(function, *arguments) -> tuple:
+    """(what the function returns, None), or (what the other processes raise in its place, its exception)."""
+    try:
+        return function(*arguments), None
+    except UserError as error:
+        return error, error
+    except Exception as error:
+        return SystemExit(1), error
+
+
+def raise_failure(results: list, own: Exception | None) -> None:
+    """Raise this process's own exception, or the first that another one has put among its `results`."""
+    if own:
+        raise own
+    for result in results:
+        if isinstance(result, (UserError, SystemExit)):
+            raise result
 
 
 def from_all_ranks(values: list) -> list:
@@ -64,6 +76,17 @@ def from_all_ranks(values: list) -> list:
     parts = [None] * dist.get_world_size()
     dist.all_gather_object(parts, values, group=objects)
     return list(itertools.chain(*parts))
+
+
+def from_shares(function, count: int) -> list:
+    """`function(the numbers of a share)` of every share of the numbers below `count`, one for each rank and in
+    order, on every rank. Exceptions as in `from_main`."""
+    rank, world = distributed()
+    start, end = count * rank // world, count * (rank + 1) // world
+    mine, fault = outcome(function, range(start, end))
+    parts = from_all_ranks([mine])
+    raise_failure(parts, fault)
+    return parts
 
 
 def distributed() -> tuple[int, int]:
@@ -78,6 +101,30 @@ def sum_over_ranks(values: list[float], device) -> list[float]:
     total = torch.tensor(values, dtype=torch.float64, device=device)
     dist.all_reduce(total)
     return total.tolist()
+
+
+def check_shared(directory: str) -> None:
+    """UserError where some process does not see the directory as rank 0 does, by a file that rank 0 puts into
+    it for a moment: machines need a disk that they share."""
+    rank, world = distributed()
+    if world == 1:
+        return
+    path = from_main(leave_token, directory)
+    end = time.monotonic() + SHARED_WITHIN
+    while not os.path.exists(path) and time.monotonic() < end:
+        time.sleep(0.1)
+    blind = [] if os.path.exists(path) else [f"rank {rank} on {socket.gethostname()}"]
+    blind = from_all_ranks(blind)
+    from_main(os.unlink, path)
+    if blind:
+        raise UserError(f"output: {directory} is not the same directory for {' and '.join(blind[:3])} as for "
+                        "rank 0; fix: choose an output on a disk that all machines share")
+
+
+def leave_token(directory: str) -> str:
+    path = os.path.join(directory, f".token-{secrets.token_hex(8)}")
+    with open(path, "w"):
+        return path
 
 
 def command(words: list[str]) -> str:

@@ -15,17 +15,16 @@ from data.errors import RunError
 from data.pack import Example
 from engine import rollout_state
 from engine.plan import Plan
-from engine.ranks import from_main
 from engine.rollout import PerPrompt, Rollout, with_completions
 from engine.rollout_record import RolloutRecord
-from engine.score import reward_model_path, score_rollout
+from engine.score import by_all_ranks, reward_model_path, score_rollout
 from engine.signals import Stopped
 from engine.step import Step
 from model.build import build_second_model, reshard
 from model.policy import Policy
 from model.reward_model import build_reward_model
 from model.sampler import sample
-from rewards.functions import load_reward, score_all
+from rewards.functions import load_reward
 
 EVALUATION, TRAINING, REPLACEMENT = range(3)      # so that the random draws of these never coincide
 MANY = 10      # rollouts in a row with nothing to train, after which a run ends
@@ -158,8 +157,8 @@ class Rollouts:
         """The weighted sum of all rewards, and each of them."""
         engine = self.engine
 
-        def by_functions(*arguments):
-            return from_main(score_all, *arguments, self.config.reward_timeout)
+        sizes = [len(example.responses) for example in rollout.examples]
+        by_functions = by_all_ranks(sizes, self.config.reward_timeout)
 
         def by_model(reward):
             model = self.reward_models[reward.name]

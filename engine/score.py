@@ -1,13 +1,15 @@
 """Score the completions of a rollout: with functions, with reward models, and their weighted sum."""
+import itertools
+
 import torch
 
 from data.errors import UserError
 from engine import checkpoint
-from engine.ranks import from_main
+from engine.ranks import from_main, from_shares
 from engine.rollout import Rollout
 from model.load import load_tokenizer
 from model.reward_model import VALUE_HEAD, is_reward_model
-from rewards.functions import is_model, parts_of
+from rewards.functions import is_model, parts_of, score_all
 
 
 def score_rollout(rollout: Rollout, rewards: list, tokenizer, by_functions, by_model) -> None:
@@ -47,6 +49,27 @@ def score_rollout(rollout: Rollout, rewards: list, tokenizer, by_functions, by_m
         has_reward |= ~values.isnan()
         total += reward.weight * values.nan_to_num()
     rollout["rewards"] = rounded(total).where(has_reward, torch.nan).split(sizes)
+
+
+def by_all_ranks(sizes: list[int], timeout: float):
+    """The `by_functions` in which every rank scores the completions of its share of the prompts. `sizes`: the
+    completions of each prompt, which stay together; `timeout`: seconds for each call."""
+    starts = [0, *itertools.accumulate(sizes)]
+
+    def by_functions(rewards, prompts, texts, columns):
+        def score(share):
+            part = slice(starts[share.start], starts[share.stop])
+            if not texts[part]:
+                return [[] for _ in rewards]
+            of_part = {name: values[part] for name, values in columns.items()}
+            return score_all(rewards, prompts[part], texts[part], of_part, timeout)
+
+        shares = from_shares(score, len(sizes))
+        returned = []
+        for numbers in zip(*shares):
+            returned.append(list(itertools.chain(*numbers)))
+        return returned
+    return by_functions
 
 
 def columns_per_completion(examples: list) -> dict[str, list]:

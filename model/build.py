@@ -3,6 +3,7 @@ import os
 import types
 
 import torch
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.utils.checkpoint import checkpoint
 
@@ -160,13 +161,22 @@ def reshard(policy: Policy) -> None:
             module.reshard()
 
 
-def shard(policy: Policy):
+def shard(policy: Policy, copies: int = 1):
     """FSDP2 over all ranks: one group per decoder layer and one for the rest. Gradients are summed, not
-    averaged, over ranks: the algorithms divide by counts of the whole step."""
+    averaged, over ranks: the algorithms divide by counts of the whole step. With several `copies` each lies on
+    neighbouring ranks, such as those of a machine. UserError where these cannot be of the same size."""
+    world = torch.distributed.get_world_size()
+    if world % copies:
+        raise UserError(f"replicate is {copies}, which does not divide the {world} processes; "
+                        "fix: replicate=1, or the number of machines")
+    shape, names = (copies, world // copies), ("replicate", "shard")
+    if copies == 1:
+        shape, names = shape[1:], names[1:]
+    mesh = init_device_mesh(policy.device.type, shape, mesh_dim_names=names)
     for module in (*decoder_layers(policy), policy):
         # 4-bit weights are integers, which cannot be split like this: every rank keeps them whole
         whole = {parameter for parameter in policy.parameters() if not parameter.is_floating_point()}
-        fully_shard(module, ignored_params=whole)
+        fully_shard(module, mesh=mesh, ignored_params=whole)
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)       # without it gloo fails: it has no PREMUL_SUM
     for module in policy.modules():

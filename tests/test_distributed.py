@@ -293,3 +293,75 @@ def test_an_error_ends_all_processes(whole):
     assert done.returncode == 1 and lines[0].startswith("error: output: ")
     assert len(lines) == 3 and all(line.startswith("  traceback : error: output: ") for line in lines[1:])
     assert done.stderr.count("Traceback") == 1                                # torchrun's own
+
+
+# ---- two machines
+
+def two_machines(config, *folders):
+    """One agent of torchrun per folder in which it runs, as on two machines. -> their CompletedProcess"""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+    def agent(number):
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node-rank", str(number), "--nproc-per-node", "1"]
+        launcher += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--local-addr", "127.0.0.1"]
+        return subprocess.run([*launcher, str(ROOT / "train.py"), str(config)], cwd=folders[number], timeout=200, capture_output=True,
+                              text=True, env=environment)
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(agent, range(2)))
+
+
+def test_two_machines_are_one_run(config, tmp_path):
+    """Two agents: the losses and weights of one process, and each scores the completions of its own prompts."""
+    rewards = tmp_path / "rewards.py"
+    rewards.write_text("import os\n\ndef reward(prompts, completions, **columns):\n"
+                       f"    with open(rf'{tmp_path}/scored-' + os.environ.get('RANK', 'alone'), 'a') as file:\n"
+                       "        file.write(f'{len(prompts)} {len(set(map(str, prompts)))}\\n')\n"
+                       "    return [len(set(text)) / 10 for text in completions]\n")
+    keys = {"reward": f"{rewards}:reward", "eval_data": "null"}
+    one = config("one_machine", "grpo", **keys)
+    two = config("two_machines", "grpo", **keys)
+    train_here(one)
+    done = two_machines(two, ROOT, ROOT)
+    assert [result.returncode for result in done] == [0, 0], done[0].stderr + done[1].stderr
+    ours, theirs = metrics(two.with_suffix("") / "run"), metrics(one.with_suffix("") / "run")
+    assert len(ours) == len(theirs) == 6
+    for row, other in zip(ours, theirs):
+        assert row.pop("split") == other.pop("split") and row == pytest.approx(other, rel=2e-5, abs=2e-5)
+    assert completions(two.with_suffix("") / "run") == completions(one.with_suffix("") / "run")
+    counts = {}
+    for name in ("alone", "0", "1"):
+        lines = (tmp_path / f"scored-{name}").read_text().splitlines()
+        counts[name] = [tuple(map(int, line.split())) for line in lines]
+    for whole, *parts in zip(counts["alone"], counts["0"], counts["1"]):
+        assert tuple(map(sum, zip(*parts))) == whole and 0 < parts[0][1] <= parts[1][1] <= parts[0][1] + 1
+
+
+def test_machines_without_a_common_disk(config, tmp_path):
+    """One line, from both, before anything is read."""
+    path = config("no_common_disk", "sft", output="run")
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    done = two_machines(path, tmp_path / "a", tmp_path / "b")
+    text = done[0].stderr + done[1].stderr
+    lines = {line for line in text.splitlines() if line.startswith("error: ")}
+    assert len(lines) == 1 and "output: run is not the same directory for rank 1 on " in lines.pop()
+    assert "fix: choose an output on a disk that all machines share" in text and "rows read" not in text
+    assert [result.returncode for result in done] != [0, 0] and not list(tmp_path.rglob(".token-*"))
+
+
+def test_copies_of_the_sharded_model_equal_one_process(config, both):
+    """Two copies, each on two ranks: the gradients are those of one process, summed over all four."""
+    path = config("copies", "dpo", replicate=2)
+    done = run_train([path], processes=4)
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, ours = both["dpo"][0], path.with_suffix("") / "run"
+    for x, y in zip(metrics(one), metrics(ours), strict=True):
+        assert x.pop("split") == y.pop("split") and y == pytest.approx(x, rel=2e-5, abs=2e-5)
+    assert_same_gradients(saved_gradients(ours, 8), saved_gradients(one, 8), least=4e-8)
+    other = path.with_suffix("") / "other"
+    refused = run_train([path, "replicate=3", f"output={other}"], processes=2)
+    lines = {line for line in refused.stderr.splitlines() if line.startswith("error: ")}
+    assert lines == {"error: replicate is 3, which does not divide the 2 processes; fix: replicate=1, or the number of machines"}

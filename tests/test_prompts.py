@@ -36,7 +36,7 @@ def load(tmp_path, rows, tokenizer=TOKENIZER, prompt_template=None, max_completi
     train, held_out, reports = load_datasets(
         common, "prompts", tokenizer, notices.append,
         prompt_template=prompt_template, max_completion_length=max_completion_length)
-    for examples in (train, held_out):
+    for examples in filter(len, (train, held_out)):
         check_rewards(config, examples)
     return train, held_out, reports, notices
 
