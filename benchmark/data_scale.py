@@ -1,4 +1,4 @@
-"""What many rows cost: tokenise made-up pairs, read them again as a later run does, and look up their reference.
+"""What many rows cost: tokenise made-up pairs, read them again as a later run does, find their reference.
 
     python benchmark/data_scale.py [--rows 20000 200000] [--model example/smollm2/model]
 
@@ -6,8 +6,8 @@ Every line of the output is measured in fresh processes, with the tokenizer of -
 
     first start     seconds until the tokens of all rows lie on the disk, and rows per second
     bytes / token   on the disk, without the text; a token of a pair counts once in its prompt
-    second start    seconds of a later process until it has the rows: it checks every byte (sha256) and maps them
-    reference       seconds until it knows that the table holds the log-probs of every response; they are made up
+    second start    seconds of a later process until it has the rows: it checks every byte (sha256), maps them
+    reference       seconds until it knows that the table holds every response's log-probs, which are made up
     bytes / row     private memory of that process, from before it opened the data until it has both
     update          milliseconds to lay out the 32 pairs of an update and to look up their log-probs
 """
@@ -65,7 +65,7 @@ def first_start(job: dict) -> dict:
     import torch
     lengths = train_set.lengths()[:, 1:].ravel().tolist()
     logps = torch.zeros(sum(lengths)).split(lengths)
-    keys = [key.ljust(16, b"\0") for key in train_set.keys().ravel().tolist()]
+    keys = [key.ljust(16, b"\0") for key in train_set.all_keys().ravel().tolist()]
     write_part(job["table"], keys, list(logps))
     return numbers
 
@@ -137,8 +137,8 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[20000, 200000])
     parser.add_argument("--model", default="example/smollm2/model", help="a directory with a tokenizer")
     args = parser.parse_args()
-    print("| rows | first start, s | rows / s | tokens / row | bytes / token | second start, s | reference, s | "
-          "bytes / row | update, ms |\n|" + "---:|" * 9, flush=True)
+    print("| rows | first start, s | rows / s | tokens / row | bytes / token | second start, s | "
+          "reference, s | bytes / row | update, ms |\n|" + "---:|" * 9, flush=True)
     for rows in args.rows:
         with tempfile.TemporaryDirectory() as folder:
             print(as_line(measure(rows, args.model, folder)), flush=True)

@@ -66,8 +66,8 @@ def with_helpers(chunks: Iterator[list], reading: Reading, tokenizer, count: int
             while waiting:
                 yield waiting.popleft().result()
         except BrokenProcessPool as error:
-            raise RunError("a process that tokenises the data was ended from outside, perhaps for its memory; "
-                           "fix: free memory and run the same command again") from error
+            raise RunError("a process that tokenises the data was ended from outside, perhaps for its "
+                           "memory; fix: free memory and run the same command again") from error
         finally:
             pool.shutdown(cancel_futures=True)
 

@@ -160,7 +160,7 @@ class Examples(Sequence):
         copies = 1 if share_prompt else self.num_responses
         return copies * lengths[:, 0] + lengths[:, 1:].sum(axis=1)
 
-    def keys(self) -> np.ndarray:
+    def all_keys(self) -> np.ndarray:
         """(E, K) digests of the responses, of 16 bytes each; see `response_keys`."""
         if "keys" in self.arrays:
             return self.arrays["keys"][np.asarray(self.rows, np.int64)]
@@ -177,7 +177,7 @@ class Examples(Sequence):
         """Write the arrays into a new directory. Unstorable where an example's extras cannot be."""
         whole = self.compact()
         texts = [extras_as_json(extras, whole, row) for row, extras in enumerate(whole.extras)]
-        arrays = whole.arrays | {"keys": whole.keys()}
+        arrays = whole.arrays | {"keys": whole.all_keys()}
         if any(texts):
             arrays[EXTRAS] = np.frombuffer(b"".join(texts), np.uint8)
             arrays[EXTRA_ENDS] = np.cumsum([len(text) for text in texts])

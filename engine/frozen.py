@@ -41,7 +41,7 @@ def reference_table(engine, path: str | None, also: list[Example]) -> Reference:
     is_start_model = path in (None, engine.config.model)
     store = store_of(engine, path)
     table = stored_table(store, engine.notice)
-    wanted = np.unique(np.concatenate([group.keys().ravel() for group in groups]))
+    wanted = np.unique(np.concatenate([group.all_keys().ravel() for group in groups]))
     there = len(wanted) - int(table.lacks(wanted).sum())
     if there:
         engine.notice(f"reference log-probs: {there} of {len(wanted)} responses from {store}")

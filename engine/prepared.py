@@ -41,22 +41,22 @@ class Data(NamedTuple):
 def read_data(common, config, kind: str, tokenizer, notice, runs: str | None) -> Data:
     """The examples that a configuration names, from the store in the directory `runs` or, where that is None,
     from the files themselves. UserError as `load_datasets`."""
-    def load(tell):
+    def from_files(tell):
         found = dataset.load_datasets(
             common, kind, tokenizer, tell,
             config.train_on, config.prompt_template, config.max_completion_length)
         return Data(*found)
 
     if runs is None:
-        return load(notice)
+        return from_files(notice)
     digest = from_main(digest_of_data, common, config, kind, tokenizer)
     if digest is None:
-        return load(notice)
+        return from_files(notice)
     store = os.path.join(runs, STORE)
     folder = os.path.join(store, digest)
-    if fault := from_main(prepare, store, folder, load, notice):
+    if fault := from_main(prepare, store, folder, from_files, notice):
         notice(f"data: their tokens are not kept for later runs, since {fault}")
-        return load(silent)
+        return from_files(silent)
     return opened(folder)
 
 
@@ -64,7 +64,7 @@ def silent(text: str) -> None:
     """The same was told before."""
 
 
-def prepare(store: str, folder: str, load, notice) -> str | None:
+def prepare(store: str, folder: str, from_files, notice) -> str | None:
     """Write the data into `folder`, unless they are there; why that cannot be done, or None. What there is to
     tell of them is told, now or again."""
     fault = checkpoint.broken(folder)
@@ -80,7 +80,7 @@ def prepare(store: str, folder: str, load, notice) -> str | None:
         notices.append(line)
         notice(line)
 
-    found = load(tell)
+    found = from_files(tell)
 
     def save(directory):
         found.train_set.write(os.path.join(directory, "train"))
@@ -106,12 +106,12 @@ def opened(folder: str) -> Data:
 # ---- the digest ------------------------------------------------------------------------------------------
 
 def digest_of_data(common, config, kind: str, tokenizer) -> str | None:
-    """A digest of all that the tokens of a run depend on; None where a source has no digest."""
+    """A digest of all that the tokens of a run depend on; None where a source or the tokenizer has none."""
     sources = []
     for data in (common.data, common.eval_data):
         sources += [{"path": data}] if isinstance(data, str) else data or []
-    names = [source_name(source) for source in sources]
-    of_sources = [digest_of_source(name) for name in names]
+    names = list(map(source_name, sources))
+    of_sources = list(map(digest_of_source, names))
     if None in of_sources:
         return None
     parts = {name: getattr(common, name) for name in KEYS}
@@ -129,6 +129,8 @@ def digest_of_data(common, config, kind: str, tokenizer) -> str | None:
     is_plain = isinstance(common.data, str) and not common.eval_fraction
     if not is_plain or not all(map(dataset.is_local, names)):      # else nothing is drawn
         parts["seed"] = common.seed
+    if parts["tokenizer"] is None:
+        return None
     text = json.dumps(parts, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -138,7 +140,7 @@ def digest_of_code() -> list[str]:
     for path in sorted(READERS.rglob("*")):
         if path.suffix in CODE:
             paths.append(path)
-    return [digest_of(path) for path in paths]
+    return list(map(digest_of, paths))
 
 
 def digest_of_source(name: str) -> str | None:
@@ -148,11 +150,15 @@ def digest_of_source(name: str) -> str | None:
     return hub.fingerprint(name)
 
 
-def digest_of_tokenizer(tokenizer) -> str:
-    """A digest of the files that the tokenizer is saved as, its chat template among them."""
+def digest_of_tokenizer(tokenizer) -> str | None:
+    """A digest of the files that the tokenizer is saved as, its chat template among them; None where it
+    cannot be saved, which ends the run later."""
     digest = hashlib.sha256(type(tokenizer).__name__.encode())
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save_pretrained(folder)
+        try:
+            tokenizer.save_pretrained(folder)
+        except Exception:  # noqa: BLE001  an error of any kind, in somebody else's code
+            return None
         for path in sorted(Path(folder).rglob("*")):
             if path.is_file():
                 digest.update(path.name.encode() + path.read_bytes())

@@ -79,8 +79,8 @@ def from_all_ranks(values: list) -> list:
 
 
 def from_shares(function, count: int) -> list:
-    """`function(the numbers of a share)` of every share of the numbers below `count`, one for each rank and in
-    order, on every rank. Exceptions as in `from_main`."""
+    """[function(share) of every rank], on every rank. The shares are ranges, range(count) cut in the
+    order of the ranks. Exceptions as in `from_main`."""
     rank, world = distributed()
     start, end = count * rank // world, count * (rank + 1) // world
     mine, fault = outcome(function, range(start, end))

@@ -79,7 +79,7 @@ class Reference:
 
 def lacking(groups: list[Examples], table: Table) -> list[Examples]:
     """Of each group the examples with a response that is neither in the table nor in an example before."""
-    keys = [group.keys() for group in groups]
+    keys = [group.all_keys() for group in groups]
     every = np.concatenate([part.ravel() for part in keys])
     _, first = np.unique(every, return_index=True)
     is_new = np.zeros(len(every), bool)
@@ -134,9 +134,12 @@ def whole_parts(store: str, notice) -> list[str]:
     return found
 
 
-def read_table(parts: list[str]) -> Table:
+def read_table(directories: list[str]) -> Table:
     """The table in these directories, whose arrays are mapped, not read."""
-    return Table([{name: mapped(part, name) for name in ARRAYS} for part in parts])
+    tables = []
+    for directory in directories:
+        tables.append({name: mapped(directory, name) for name in ARRAYS})
+    return Table(tables)
 
 
 def finished_parts(store: str) -> list[Path]:
@@ -150,12 +153,13 @@ def finished_parts(store: str) -> list[Path]:
 def write_part(store: str, keys: list[bytes], logps: list[torch.Tensor]) -> None:
     """Seal the log-probs of these responses as a part of `store`. One process at a time writes into it, so a
     half-written part was left by a process that was killed."""
-    order = sorted(range(len(keys)), key=keys.__getitem__)
-    lengths = [len(logps[i]) for i in order]
+    logps_of = dict(zip(keys, logps))
+    ordered = sorted(logps_of)
+    rows = [logps_of[key] for key in ordered]
     arrays = {
-        "keys": np.array([keys[i] for i in order], "S16"),
-        "starts": np.cumsum([0, *lengths]),
-        "logps": torch.cat([logps[i] for i in order]).numpy(),
+        "keys": np.array(ordered, "S16"),
+        "starts": np.cumsum([0, *map(len, rows)]),
+        "logps": torch.cat(rows).numpy(),
     }
     name = hashlib.sha256(b"".join(keys)).hexdigest()
     part = os.path.join(store, f"table-{name[:16]}")

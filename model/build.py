@@ -163,8 +163,8 @@ def reshard(policy: Policy) -> None:
 
 def shard(policy: Policy, copies: int = 1):
     """FSDP2 over all ranks: one group per decoder layer and one for the rest. Gradients are summed, not
-    averaged, over ranks: the algorithms divide by counts of the whole step. With several `copies` each lies on
-    neighbouring ranks, such as those of a machine. UserError where these cannot be of the same size."""
+    averaged, over ranks: the algorithms divide by counts of the whole step. With several `copies` each lies
+    on neighbouring ranks, such as those of a machine. UserError where they cannot be of the same size."""
     world = torch.distributed.get_world_size()
     if world % copies:
         raise UserError(f"replicate is {copies}, which does not divide the {world} processes; "

@@ -280,6 +280,13 @@ def metrics(run, split="train"):
     return rows
 
 
+def left_in(folder):
+    """What lies below a folder, but for the tokens that every run leaves beside itself, and their folders."""
+    paths = [path for path in folder.rglob("*") if ".tokens" not in path.parts]
+    holders = [store.parent for store in folder.rglob(".tokens") if len(list(store.parent.iterdir())) == 1]
+    return sorted(set(paths) - set(holders))
+
+
 def final_weights(run):
     return load_file(Path(run) / "final" / "model.safetensors")
 

@@ -80,7 +80,7 @@ MUTATIONS = {    # name: (file, text, what it becomes, the tests that must fail)
     "labels flipped": (
         "data/formats.py", "    return bool(label)", "    return not label", [*exact("kto", "kto-weights"), *held_out("kto")]),
     "labels of pairs flipped": (
-        "data/dataset.py", "zip(pair.responses, (True, False))", "zip(pair.responses, (False, True))",
+        "data/reading.py", "zip(pair.responses, (True, False))", "zip(pair.responses, (False, True))",
         ["test_kto.py::test_chosen_is_the_desirable_one"]),
     "a response to the same prompt for the KL": (
         "algorithms/kto.py", "prompts[i - k] != prompts[i] and ", "",
@@ -139,7 +139,7 @@ MUTATIONS = {    # name: (file, text, what it becomes, the tests that must fail)
         "model/plain.py", "+ done\n            done += length", "+ done\n        done += length * len(group)",
         family_parts("plain_rows_equal_flat_rows[True-inf]", "all_tokens_of_plain_rows")),
     "the check without the longest example": (
-        "model/check.py", "ordered[2:][-1:]", "[]", family_parts("a_window_that_only_the_mask_knows")),
+        "data/store.py", "order[2:][-1:]", "[]", family_parts("a_window_that_only_the_mask_knows")),
     "the check in bf16": (
         "model/check.py", 'policy.precision = "fp32"', "pass",
         family_parts("the_check_is_in_fp32[dtype0-bf16]")),

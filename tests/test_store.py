@@ -87,7 +87,7 @@ def test_what_is_written_is_read_back(num_responses, tmp_path):
         assert sizes_of(read, False).tolist() == [example.size(False) for example in examples]
         assert all(map(same, extremes(read), extremes(examples)))
         keys = [key for example in examples for key in response_keys(example)]
-        assert read.keys().shape == (20, num_responses) and read.keys().ravel().tolist() == [key.rstrip(b"\0") for key in keys]
+        assert read.all_keys().shape == (20, num_responses) and read.all_keys().ravel().tolist() == [key.rstrip(b"\0") for key in keys]
 
 
 def test_parts_are_read_back(tmp_path):
@@ -104,7 +104,7 @@ def test_parts_are_read_back(tmp_path):
     assert len(Examples.read(tmp_path / "joined").arrays["tokens"]) == sum(example.size() for example in expected)
     nothing = part.take([])
     nothing.write(tmp_path / "nothing")
-    assert list(nothing) == list(Examples.read(tmp_path / "nothing")) == [] and nothing.keys().shape == (0, 2)
+    assert list(nothing) == list(Examples.read(tmp_path / "nothing")) == [] and nothing.all_keys().shape == (0, 2)
 
 
 @pytest.mark.parametrize("where, expected", [
