@@ -15,6 +15,7 @@ from model.cpu import return_freed_memory
 from model.keys import ModelKeys
 from model.load import base_of, is_adapter, load_lm
 from model.policy import Policy
+from model.recast import recast
 
 
 def build_policy(
@@ -173,6 +174,9 @@ def shard(policy: Policy, copies: int = 1):
     if copies == 1:
         shape, names = shape[1:], names[1:]
     mesh = init_device_mesh(policy.device.type, shape, mesh_dim_names=names)
+    if policy.precision == "bf16" and not policy.is_compiled:      # the compiler keeps the copies anyway
+        for layer in decoder_layers(policy):
+            recast(layer)
     for module in (*decoder_layers(policy), policy):
         # 4-bit weights are integers, which cannot be split like this: every rank keeps them whole
         whole = {parameter for parameter in policy.parameters() if not parameter.is_floating_point()}

@@ -1,5 +1,6 @@
 """Two processes under torchrun (gloo, sharded by FSDP2) equal one; they resume, evaluate and sample without a deadlock."""
 import json
+import math
 import os
 import shutil
 import socket
@@ -170,6 +171,47 @@ def test_between_micro_batches_nothing_is_unsharded(config):
         assert done.code == 0, done.err
         lines = [line for line in done.out.splitlines() if line.startswith("unsharded")]
         assert len(lines) >= 4 and {line.split(" of ")[0] for line in lines} == {"unsharded 0"}
+
+
+def watch_copies(rank, port):
+    """Print how many bytes of bf16 copies of weights a forward keeps for its backward, and how many bytes these weights would take."""
+    join(rank, port)
+    from model.policy import Policy
+
+    hidden = Policy.hidden
+
+    def watched(policy, batch, **inputs):
+        kept = {}
+        linears = [part for layer in policy.trunk.layers for part in layer.modules() if type(part) is torch.nn.Linear]
+        shapes = {tuple(part.weight.shape) for part in linears}
+
+        def pack(tensor):
+            if tensor.dtype == torch.bfloat16 and {tuple(tensor.shape), tuple(tensor.shape)[::-1]} & shapes:
+                kept[tensor.data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            states = hidden(policy, batch, **inputs)
+        if torch.is_grad_enabled():
+            whole = sum(2 * part.weight.numel() for part in linears)
+            print(f"copies {sum(kept.values())} of {whole} bytes", flush=True)
+        return states
+
+    Policy.hidden = watched
+
+
+def test_a_sharded_forward_keeps_no_copies_of_weights(config):
+    """In bf16: the losses are those of one process, whose forward keeps a copy of every weight."""
+    keys = {"precision": "bf16", "save_every": "null"}
+    one, two = config("bf16-1", "dpo", **keys), config("bf16-2", "dpo", **keys)
+    train_here(one)
+    for done in two_ranks(two, patch=watch_copies):
+        assert done.code == 0, done.err
+        lines = [line for line in done.out.splitlines() if line.startswith("copies")]
+        assert len(lines) >= 8 and {line.split(" of ")[0] for line in lines} == {"copies 0"}
+    ours, theirs = (metrics(path.with_suffix("") / "run") for path in (two, one))
+    assert ours[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    for x, y in zip(ours, theirs, strict=True):
+        assert x["loss"] == pytest.approx(y["loss"], abs=2e-3) and x["grad_norm"] == pytest.approx(y["grad_norm"], rel=2e-2)
 
 
 def completions(run):

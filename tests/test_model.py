@@ -317,3 +317,37 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path):
     path = tiny_model(tmp_path, vocab_size=200, eos_token_id=1, pad_token_id=0)
     with pytest.raises(UserError, match="259 tokens but the embedding only 200 rows"):
         build_policy(path, byte_tokenizer())
+
+
+# ---- linear layers whose weights are cast again in the backward
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_recast_linear_layers_compute_what_autocast_does(bias, dtype):
+    from model.recast import recast
+    torch.manual_seed(0)
+    layer = torch.nn.Sequential(torch.nn.Linear(24, 40, bias=bias), torch.nn.SiLU(), torch.nn.Linear(40, 8, bias=bias))
+    rows = torch.randn(1, 7, 24).to(dtype)
+    results, kept = [], []
+
+    def pack(tensor):
+        kept.append(tuple(tensor.shape) if tensor.dtype == torch.bfloat16 else None)
+        return tensor
+    for is_recast in (False, True):
+        if is_recast:
+            recast(layer)
+        x = rows.clone().requires_grad_()
+        kept.clear()
+        with torch.autocast("cpu", torch.bfloat16), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            y = layer(x)
+        weights = [shape for shape in kept if shape in ((40, 24), (24, 40), (8, 40), (40, 8))]
+        assert len(weights) == (0 if is_recast else 2)
+        y.float().square().sum().backward()
+        results.append([y, x.grad, *[parameter.grad for parameter in layer.parameters()]])
+        layer.zero_grad()
+    for ours, theirs in zip(*results):
+        assert ours.dtype == theirs.dtype and torch.allclose(ours, theirs, rtol=1e-2, atol=1e-3)
+    assert torch.equal(results[0][0], results[1][0])
+    x = torch.randn(3, 24)
+    assert torch.equal(layer(x), torch.nn.functional.linear(torch.nn.functional.silu(torch.nn.functional.linear(
+        x, layer[0].weight, layer[0].bias)), layer[2].weight, layer[2].bias))      # no autocast: no bf16
