@@ -80,7 +80,7 @@ def with_heads(policy: Policy, kind: str, common, config, tokenizer, start: str 
         trunk = None
         if config.uses_critic():
             trunk = build_second_model(
-                critic or common.model, tokenizer, common, policy, examples, notice)
+                critic or common.model, tokenizer, common, policy, examples, notice, is_trained=True)
         return build_actor_critic(policy, trunk, critic, start, common.seed, notice)
     return policy
 

@@ -14,7 +14,8 @@ from model.reward_model import RewardModel, build_reward_model, is_reward_model
 def load_frozen(path: str, tokenizer, examples: list[Example], notice):
     """The model at `path`, frozen, as a Policy, or as a RewardModel if it is one; checked on some of
     `examples`."""
-    policy = build_policy(path, tokenizer, frozen=True, trains_adapter=is_adapter(path)).requires_grad_(False)
+    policy = build_policy(
+        path, tokenizer, frozen=True, trains_adapter=is_adapter(path), is_trained=False).requires_grad_(False)
     check_policy(policy, examples, ModelKeys(), notice)
     if not is_reward_model(path):
         return policy

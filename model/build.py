@@ -1,8 +1,10 @@
 """A policy from a model's directory: loaded, checked, with its adapter, and sharded over ranks."""
 import os
 import types
+from collections import Counter
 
 import torch
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.utils.checkpoint import checkpoint
@@ -24,6 +26,7 @@ def build_policy(
     keys=None,
     frozen: bool = False,
     trains_adapter: bool = False,
+    is_trained: bool = True,
 ) -> Policy:
     """Load the model at `path` (a directory or a hub name) as a Policy on this process's device, in eval
     mode: dropout is 0. Where it is an adapter, its base model is loaded with it; else, if `keys.lora_r` asks
@@ -31,7 +34,7 @@ def build_policy(
 
     `keys`: a ModelKeys (None: its defaults), or a run's configuration. `trains_adapter`: whether the run's
     start model is an adapter. Only adapters are trained then, as with `keys.lora_r`, and on a GPU all other
-    weights may be in bf16."""
+    weights may be in bf16. `is_trained`: whether anything is."""
     keys = keys or ModelKeys()
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")      # torch asks for pages of 2 MiB: fewer page faults
     device = this_device()
@@ -41,6 +44,8 @@ def build_policy(
         dtype = torch.bfloat16
     quantized = lora.quantization(keys, device, dtype)
     lm = load_lm(base_of(path), dtype, **quantized).eval()
+    if precision == "bf16" and not is_trained:
+        round_linear_layers(lm)
     if not quantized:
         lm.to(device)
     if device.type == "cpu" and lm.num_parameters() > 2 ** 26:      # small ones keep it: a third faster
@@ -56,12 +61,23 @@ def build_policy(
     return Policy(lm, precision)
 
 
-def build_second_model(path: str, tokenizer, config, first: Policy, examples, notice) -> Policy:
+def round_linear_layers(lm) -> None:
+    """Keep the linear layers of a frozen model in bf16: autocast would round them in every forward. All else,
+    and a head that is the embedding too, it computes in fp32."""
+    embedding = lm.get_input_embeddings().weight
+    for module in lm.modules():
+        if type(module) is nn.Linear and module.weight is not embedding:
+            module.to(torch.bfloat16)
+
+
+def build_second_model(path: str, tokenizer, config, first: Policy, examples, notice,
+                       is_trained: bool = False) -> Policy:
     """Another model of the run beside its policy `first` (a reference, a reward model, a critic's trunk):
     without a fresh adapter, and in the dtype that `config` gives the run's models. The start model has the
     form of the policy, which started from it; others are checked on some of `examples`."""
     trains_adapter = is_adapter(config.model)
-    second = build_policy(path, tokenizer, config, frozen=True, trains_adapter=trains_adapter)
+    second = build_policy(
+        path, tokenizer, config, frozen=True, trains_adapter=trains_adapter, is_trained=is_trained)
     if path == config.model:
         second.use(first.form)
     else:
@@ -162,10 +178,18 @@ def reshard(policy: Policy) -> None:
             module.reshard()
 
 
+def embeddings(module) -> list:
+    """The embeddings in a module whose weight is not the head's, too."""
+    uses = Counter(id(weight) for _, weight in module.named_parameters(remove_duplicate=False))
+    found = [part for part in module.modules() if type(part) is nn.Embedding]
+    return [part for part in found if uses[id(part.weight)] == 1]
+
+
 def shard(policy: Policy, copies: int = 1):
-    """FSDP2 over all ranks: one group per decoder layer and one for the rest. Gradients are summed, not
-    averaged, over ranks: the algorithms divide by counts of the whole step. With several `copies` each lies
-    on neighbouring ranks, such as those of a machine. UserError where they cannot be of the same size."""
+    """FSDP2 over all ranks: a group per decoder layer and embedding, and one for the rest. Gradients are
+    summed, not averaged, over ranks: the algorithms divide by counts of the whole step. With several `copies`
+    each lies on neighbouring ranks, such as those of a machine. UserError where they cannot be of the same
+    size."""
     world = torch.distributed.get_world_size()
     if world % copies:
         raise UserError(f"replicate is {copies}, which does not divide the {world} processes; "
@@ -177,7 +201,7 @@ def shard(policy: Policy, copies: int = 1):
     if policy.precision == "bf16" and not policy.is_compiled:      # the compiler keeps the copies anyway
         for layer in decoder_layers(policy):
             recast(layer)
-    for module in (*decoder_layers(policy), policy):
+    for module in (*decoder_layers(policy), *embeddings(policy), policy):
         # 4-bit weights are integers, which cannot be split like this: every rank keeps them whole
         whole = {parameter for parameter in policy.parameters() if not parameter.is_floating_point()}
         fully_shard(module, mesh=mesh, ignored_params=whole)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 
 class RecastLinear(torch.autograd.Function):
-    """x (..., D), weight (O, D) in fp32 and bias (O,) or None -> (..., O) in bf16; the numbers of autocast."""
+    """x (..., D), weight (O, D) in fp32, bias (O,) or None -> (..., O) in bf16: the numbers of autocast."""
 
     @staticmethod
     def forward(ctx, x, weight, bias):
@@ -18,7 +18,8 @@ class RecastLinear(torch.autograd.Function):
         x = x.to(torch.bfloat16)
         ctx.save_for_backward(x, weight)
         ctx.has_bias = bias is not None
-        return F.linear(x, weight.to(torch.bfloat16), bias.to(torch.bfloat16) if ctx.has_bias else None)
+        bias = bias.to(torch.bfloat16) if ctx.has_bias else None
+        return F.linear(x, weight.to(torch.bfloat16), bias)
 
     @staticmethod
     def backward(ctx, grad):
@@ -35,7 +36,7 @@ class RecastLinear(torch.autograd.Function):
 
 
 def forward(self, x):
-    """Of a linear layer, in bf16 where autocast is on."""
+    """A linear layer's forward, in bf16 where autocast is on."""
     if not torch.is_autocast_enabled(x.device.type):
         return F.linear(x, self.weight, self.bias)
     return RecastLinear.apply(x, self.weight, self.bias)

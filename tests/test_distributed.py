@@ -1,4 +1,5 @@
 """Two processes under torchrun (gloo, sharded by FSDP2) equal one; they resume, evaluate and sample without a deadlock."""
+import itertools
 import json
 import math
 import os
@@ -171,6 +172,61 @@ def test_between_micro_batches_nothing_is_unsharded(config):
         assert done.code == 0, done.err
         lines = [line for line in done.out.splitlines() if line.startswith("unsharded")]
         assert len(lines) >= 4 and {line.split(" of ")[0] for line in lines} == {"unsharded 0"}
+
+
+def watch_bytes(rank, port):
+    """Print what a rank keeps after its first update, and the most that is whole on it in a backward."""
+    join(rank, port)
+    from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
+    from torch.distributed.tensor import DTensor
+
+    from engine.optimizer import Optimizer
+
+    groups, most = set(), [0]
+    gather, reduce, step = FSDPParamGroup.unshard, FSDPParamGroup.post_backward, Optimizer.step
+
+    def bytes_of(tensors):
+        storages = [tensor.untyped_storage() for tensor in tensors if tensor is not None]
+        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+    def gathered(group, *arguments, **options):
+        groups.add(group)
+        return gather(group, *arguments, **options)
+
+    def reduced(group, *arguments, **options):
+        results = [known._all_gather_result for known in groups]
+        whole = [result.all_gather_output for result in results if result is not None]      # of the layer that comes next
+        for parameter in itertools.chain(*[known.fsdp_params for known in groups]):
+            weight = getattr(parameter, "_unsharded_param", None)
+            if weight is not None:
+                whole += [weight, weight.grad, parameter.unsharded_accumulated_grad]
+        most[0] = max(most[0], bytes_of(whole))
+        return reduce(group, *arguments, **options)
+
+    def stepped(optimizer):
+        step(optimizer)
+        kept = []
+        for weight in itertools.chain(*[group["params"] for group in optimizer.param_groups]):
+            kept += [weight, weight.grad, *optimizer.state[weight].values()]
+        kept = [tensor.to_local() for tensor in kept if isinstance(tensor, DTensor)]
+        print(f"bytes {bytes_of(kept)} {most[0]}", flush=True)
+
+    FSDPParamGroup.unshard, FSDPParamGroup.post_backward, Optimizer.step = gathered, reduced, stepped
+
+
+def test_the_forecast_is_what_a_rank_holds(config):
+    """To 10 %, on each of two ranks: what is kept, and what is whole for a moment."""
+    from engine.config import Common
+    from engine.forecast import count_parameters, gathered_bytes, kept_bytes
+    from model.load import empty_lm, load_config
+    path = config("bytes", "dpo", max_steps=1, save_every="null")
+    model = next(line.split(": ")[1] for line in path.read_text().splitlines() if line.startswith("model:"))
+    counts = count_parameters(Common(algorithm="dpo", model=model, data=""), empty_lm(load_config(model), model))
+    expected = [sum(kept_bytes(counts, 2, 4).values()), gathered_bytes(counts)]
+    for done in two_ranks(path, patch=watch_bytes):
+        assert done.code == 0, done.err
+        *_, line = [line for line in done.out.splitlines() if line.startswith("bytes")]      # before it a trial was saved
+        assert [int(word) for word in line.split()[1:]] == pytest.approx(expected, rel=0.1)
 
 
 def watch_copies(rank, port):

@@ -351,3 +351,19 @@ def test_recast_linear_layers_compute_what_autocast_does(bias, dtype):
     x = torch.randn(3, 24)
     assert torch.equal(layer(x), torch.nn.functional.linear(torch.nn.functional.silu(torch.nn.functional.linear(
         x, layer[0].weight, layer[0].bias)), layer[2].weight, layer[2].bias))      # no autocast: no bf16
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_frozen_model_in_bf16_keeps_half_and_computes_the_same(tied, tmp_path):
+    """The linear layers lie in bf16, as autocast would round them in every forward; all else, a tied head too, in fp32."""
+    path = tiny_model(tmp_path, tie_word_embeddings=tied)
+    keys = ModelKeys(precision="bf16")
+    trained = build_policy(path, byte_tokenizer(), keys)
+    frozen = build_policy(path, byte_tokenizer(), keys, frozen=True, is_trained=False)
+    batch = trained.collate(examples(2))
+    with torch.no_grad():
+        assert torch.equal(trained(batch), frozen(batch))
+    for name, weight in frozen.lm.named_parameters():
+        is_linear = "proj" in name or name == "lm_head.weight" and not tied
+        assert weight.dtype == (torch.bfloat16 if is_linear else torch.float32), name
+    assert {weight.dtype for weight in trained.lm.parameters()} == {torch.float32}

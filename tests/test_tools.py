@@ -19,6 +19,7 @@ from helpers import (
 from transformers import AutoModelForCausalLM
 
 from chat import main
+from data.errors import UserError
 
 
 def test_dry_run_shows_everything_and_writes_nothing(tmp_path):
@@ -42,8 +43,8 @@ def test_dry_run_shows_everything_and_writes_nothing(tmp_path):
         "[[no no no no no 0<|im_end|>]]",
         "9 examples / batch_size 4 = 3 updates per epoch, 6 updates in all",
         "optimizer (AdamW",
-        "reference (its log-probs only",
         "total",
+        "a checkpoint, on the disk",
     ]
     for text in texts:
         assert text in shown, text
@@ -62,11 +63,34 @@ def test_dry_run_counts_memory_by_parameters(tmp_path):
     layer = attention + 3 * 1024 * 4096 + 2 * 1024
     parameters = 2 * 259 * 1024 + 2 * layer + 1024
     common = Common(algorithm="sft", model=str(tmp_path), data="")
-    lines = forecast(common, Options(), empty_lm(config, str(tmp_path)), [], tokens=100)
-    weights, gradients, optimizer, reference, *_, total = (float(line.split()[-2]) for line in lines)
+    lines = forecast(common, Options(), empty_lm(config, str(tmp_path)), tokens=100)
+    weights, gradients, optimizer, *_, total, checkpoint = (float(line.split()[-2]) for line in lines)
     assert abs(weights - 4e-9 * parameters) < 0.006 and gradients == weights
     assert abs(optimizer - 8e-9 * parameters) < 0.006
-    assert reference == 0 and 4 * weights < total < 4 * weights + 0.1
+    assert 4 * weights < total < 4 * weights + 0.1 and abs(checkpoint - 12e-9 * parameters) < 0.006
+
+
+def test_dry_run_counts_memory_for_several_devices(tmp_path):
+    """A share of weights, gradients and moments; head, embedding and a layer whole; of two copies each on half of the devices."""
+    from engine.config import Common
+    from engine.forecast import forecast
+    from engine.options import Options
+    from model.load import empty_lm
+    config = config_of(hidden_size=1024, intermediate_size=4096, num_attention_heads=8, head_dim=128, vocab_size=50000)
+    config.save_pretrained(tmp_path)
+    attention = 1024 * 1024 + 1024 + 2 * (1024 * 256 + 256) + 1024 * 1024
+    layer = attention + 3 * 1024 * 4096 + 2 * 1024
+    head = embedding = 50000 * 1024
+    parameters = head + embedding + 2 * layer + 1024
+    for replicate, world in ((1, 4), (2, 8)):
+        common = Common(algorithm="sft", model=str(tmp_path), data="", replicate=replicate)
+        lines = forecast(common, Options(), empty_lm(config, str(tmp_path)), tokens=100, world=world)
+        weights, gradients, optimizer, whole, *_, loading, checkpoint = (float(line.split()[-2]) for line in lines)
+        assert abs(weights - 4e-9 * parameters / 4) < 0.006 and gradients == weights
+        assert abs(optimizer - 8e-9 * parameters / 4) < 0.006 and abs(checkpoint - 12e-9 * parameters) < 0.006
+        assert abs(whole - 8e-9 * (head + embedding)) < 0.006 and abs(loading - 4e-9 * parameters) < 0.006
+    with pytest.raises(UserError, match="replicate is 2, which does not divide the 3 processes"):
+        forecast(common, Options(), empty_lm(config, str(tmp_path)), tokens=100, world=3)
 
 
 def test_help_names_every_key():
