@@ -3,6 +3,8 @@ import concurrent.futures
 import itertools
 import multiprocessing
 import os
+import signal
+import threading
 from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
@@ -74,8 +76,16 @@ def with_helpers(chunks: Iterator[list], reading: Reading, tokenizer, count: int
 
 def start_helper(tokenizer) -> None:
     global helper
+    signal.signal(signal.SIGINT, signal.SIG_IGN)        # at Ctrl-C the main process ends the others
+    threading.Thread(target=end_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"      # the processes share the cores already
     helper = Tokeniser(tokenizer)
+
+
+def end_with_parent() -> None:
+    """End this process when the one that started it was killed."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def help_with(chunk: list, reading: Reading) -> "Found":

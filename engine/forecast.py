@@ -48,7 +48,8 @@ def forecast(common, config, lm, tokens: int, online: bool = False, world: int =
         saved = 2 * counts.linear if is_bf16 else 0
         sizes["reference (a frozen model)"] = (4 * counts.every - saved) / shards
     if config.uses_critic():
-        sizes["critic (weights, gradients, optimizer)"] = (16 * counts.trained + width * counts.frozen) / shards
+        critic = 16 * counts.trained + width * counts.frozen
+        sizes["critic (weights, gradients, optimizer)"] = critic / shards
     settings = lm.config.get_text_config()
     sizes[f"one micro-batch of {tokens} tokens"] = activation_bytes(common, settings, tokens)
     at_once = LOGITS_AT_ONCE["cuda" if torch.cuda.is_available() else "cpu"]

@@ -1,7 +1,11 @@
 """Tokens kept beside the runs: what is read back equals what was written, a later run reads no row, anything that changes the tokens
 makes a new directory, and many rows are shared by processes."""
 import json
+import os
 import shutil
+import subprocess
+import sys
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,6 +14,7 @@ import pyarrow.parquet
 import pytest
 import torch
 from helpers import (
+    ROOT,
     byte_tokenizer,
     final_weights,
     labelled_rows,
@@ -164,9 +169,7 @@ def test_what_the_table_lacks():
 
 @pytest.mark.parametrize("kind, rows", [
     ("pairs", [row | {"weight": i} for i, row in enumerate(pair_rows(50))]),
-    ("labelled", labelled_rows(50)),
     ("responses", [{"messages": messages("q", "a" * i, "r", "b")} for i in range(1, 50)]),
-    ("prompts", prompt_rows(50)),
 ])
 def test_processes_that_help_change_nothing(kind, rows, tmp_path, monkeypatch):
     path = write_jsonl(tmp_path / "x.jsonl", [*rows, rows[0]])
@@ -186,6 +189,40 @@ def test_the_first_bad_row_is_named_by_a_process_that_helps(tmp_path, monkeypatc
     monkeypatch.setattr(reading, "ALONE", 1)
     with pytest.raises(dataset.UserError, match=r"x\.jsonl:26"):
         build_dataset(write_jsonl(tmp_path / "x.jsonl", rows), "pairs", TOKENIZER, 200)
+
+
+ENDLESS = """
+import multiprocessing
+import sys
+
+sys.path.insert(0, {root!r})
+
+if __name__ == "__main__":
+    from transformers import AutoTokenizer
+
+    from data import reading
+    reading.CHUNK = reading.ALONE = 1
+    rows = ((f"x:{{i}}", {{"text": "abc"}}) for i in iter(int, 1))
+    how = reading.Reading("x", "responses", 9, "assistant", "none", "messages", {{}}, None, False, False)
+    for number, _ in enumerate(reading.read_chunks(rows, how, AutoTokenizer.from_pretrained({model!r}))):
+        if number == 1:
+            print(*[child.pid for child in multiprocessing.active_children()], flush=True)
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self"), reason="needs /proc")
+def test_processes_that_help_end_with_a_killed_one(tmp_path):
+    script = tmp_path / "endless.py"
+    script.write_text(ENDLESS.format(root=str(ROOT), model=tiny_model(tmp_path / "model")))
+    process = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True)
+    helpers = process.stdout.readline().split()
+    process.kill()
+    process.wait()
+    assert len(helpers) >= 2
+    end = time.monotonic() + 20
+    while any(os.path.exists(f"/proc/{pid}") for pid in helpers) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert not any(os.path.exists(f"/proc/{pid}") for pid in helpers)
 
 
 # ---- runs
