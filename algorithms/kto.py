@@ -31,13 +31,12 @@ Run:      python train.py example/tiny-kto.yml
 """
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import chain
 
 import torch
 
 from data.errors import UserError
 from data.pack import Batch, Example
-from data.store import response_keys
+from data.store import Together, response_keys
 from engine.loop import Engine
 from engine.options import Options, Positive
 
@@ -109,15 +108,12 @@ def lenders_of_data(engine: Engine) -> Callable[[Example], Example]:
         alone = train_set[len(found) - 1].where
         raise UserError(f"kto: no training row has another prompt than {alone}, and z0 "
                         "needs a response to another prompt; fix: add rows with other prompts")
+    everything = Together(train_set, eval_set)
+    found += lenders(everything)[len(train_set):]
     places = {}
-    found += lenders(chain(train_set, eval_set))[len(train_set):]
-    for example, place in zip(chain(train_set, eval_set), found):
+    for example, place in zip(everything, found):
         places[key_of(example)] = place
-
-    def lender(example: Example) -> Example:
-        place = places[key_of(example)]
-        return train_set[place] if place < len(train_set) else eval_set[place - len(train_set)]
-    return lender
+    return lambda example: everything[places[key_of(example)]]
 
 
 def mismatched(examples: Sequence[Example], max_length: int, of_data: Callable) -> list[Example]:

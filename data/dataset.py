@@ -107,9 +107,9 @@ def _first(items):
 
 def load_datasets(config, kind, tokenizer, notice,
                   train_on="assistant", prompt_template=None, max_completion_length=0):
-    """The training and evaluation examples that a configuration names, and their reports: (list, list,
-    {"train", "eval"}). Prompts are put into the `prompt_template`, if there is one, and leave room for
-    `max_completion_length` tokens.
+    """The training and evaluation examples that a configuration names, and their reports:
+    (Examples, Examples, {"train", "eval"}). Prompts are put into the `prompt_template`, if there is one, and
+    leave room for `max_completion_length` tokens.
 
     `notice(text)` is told once how each source was understood and of everything dropped, cut or doubtful.
     Raises UserError as `build_dataset` does, and when labelled training examples all have the same label."""

@@ -293,7 +293,7 @@ def _json_document(path):
         yield f"{path}:{before.count(chr(10)) + 1}", document
         return
     for number, row in enumerate(document, 1):
-        yield f"row {number} of {path}", row
+        yield f"{path}:row {number}", row
 
 
 def _rows_key(document):

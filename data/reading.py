@@ -3,6 +3,7 @@ import concurrent.futures
 import itertools
 import multiprocessing
 import os
+import pickle
 import signal
 import threading
 from collections import Counter, deque
@@ -21,11 +22,12 @@ from data.tokenise import Tokeniser
 
 CHUNK = 1000          # rows tokenised in one call
 ALONE = 20            # chunks after which other processes help: to start them takes seconds
+MOST_HELPERS = 16
 helper: Tokeniser | None = None      # in a process that helps
 
 
 class Reading(NamedTuple):
-    """How rows are read: the arguments of `build_dataset`."""
+    """How rows are read; see `build_dataset`."""
     source: str
     kind: str
     max_length: int
@@ -44,12 +46,18 @@ def read_chunks(rows: Iterator, reading: Reading, tokenizer) -> Iterator["Found"
     chunks = iter(lambda: list(itertools.islice(rows, CHUNK)), [])
     for chunk in itertools.islice(chunks, ALONE):
         yield read_chunk(chunk, reading, alone)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    if cores == 1:
-        for chunk in chunks:
-            yield read_chunk(chunk, reading, alone)
+    count = num_helpers()
+    if count > 1:
+        yield from with_helpers(chunks, reading, tokenizer, count)
         return
-    yield from with_helpers(chunks, reading, tokenizer, cores)
+    for chunk in chunks:
+        yield read_chunk(chunk, reading, alone)
+
+
+def num_helpers() -> int:
+    """One per core, but for those of other ranks; each takes about 300 MB."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(MOST_HELPERS, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def with_helpers(chunks: Iterator[list], reading: Reading, tokenizer, count: int) -> Iterator["Found"]:
@@ -64,9 +72,9 @@ def with_helpers(chunks: Iterator[list], reading: Reading, tokenizer, count: int
             for chunk in itertools.chain([first], chunks):
                 waiting.append(pool.submit(help_with, chunk, reading))
                 if len(waiting) > 2 * count:
-                    yield waiting.popleft().result()
+                    yield pickle.loads(waiting.popleft().result())
             while waiting:
-                yield waiting.popleft().result()
+                yield pickle.loads(waiting.popleft().result())
         except BrokenProcessPool as error:
             raise RunError("a process that tokenises the data was ended from outside, perhaps for its "
                            "memory; fix: free memory and run the same command again") from error
@@ -88,8 +96,10 @@ def end_with_parent() -> None:
     os._exit(1)
 
 
-def help_with(chunk: list, reading: Reading) -> "Found":
-    return read_chunk(chunk, reading, helper)
+def help_with(chunk: list, reading: Reading) -> bytes:
+    """What is found, pickled here: torch would send each tensor as an open file, and a process may have a
+    thousand of these."""
+    return pickle.dumps(read_chunk(chunk, reading, helper))
 
 
 def read_chunk(chunk: list, reading: Reading, tokeniser: Tokeniser) -> "Found":

@@ -143,10 +143,21 @@ class Examples(Sequence):
 
     def compact(self) -> "Examples":
         """The same examples with arrays that hold no others."""
-        is_whole = isinstance(self.rows, range) and len(self.rows) == len(self.arrays["lengths"])
-        if is_whole and not self.hidden:
+        if isinstance(self.rows, range) and not self.hidden:
             return self
-        return Examples.of(self, self.num_responses)
+        rows = np.asarray(self.rows, np.int64)
+        lengths = self.arrays["lengths"][rows]
+        sizes = lengths.sum(axis=1, dtype=np.int64)
+        pieces = [np.zeros(0, np.int32)]
+        for start, size in zip(self.arrays["starts"][rows].tolist(), sizes.tolist()):
+            pieces.append(self.arrays["tokens"][start:start + size])
+        arrays = {
+            "tokens": np.concatenate(pieces),
+            "lengths": lengths,
+            "starts": sizes.cumsum() - sizes,
+            "places": self.arrays["places"][rows],
+        }
+        return Examples(arrays, list(self.all_extras()), self.names)
 
     # ---- all at once -------------------------------------------------------------------------------------
 
@@ -197,6 +208,23 @@ class Examples(Sequence):
         if os.path.exists(os.path.join(folder, f"{EXTRAS}.npy")):
             extras = StoredExtras(mapped(folder, EXTRAS), mapped(folder, EXTRA_ENDS))
         return cls(arrays, extras, names)
+
+
+class Together(Sequence):
+    """Several sequences of examples, one after the other."""
+
+    def __init__(self, *parts: Sequence[Example]):
+        self.parts = parts
+
+    def __len__(self) -> int:
+        return sum(map(len, self.parts))
+
+    def __getitem__(self, index: int) -> Example:
+        for part in self.parts:
+            if index < len(part):
+                return part[index]
+            index -= len(part)
+        raise IndexError(index)
 
 
 def sizes_of(examples: Sequence[Example], share_prompt: bool = True) -> np.ndarray:

@@ -12,7 +12,7 @@ from engine.inputs import marked, read_inputs
 from engine.logs import Run
 from engine.loop import Engine
 from engine.plan import Plan
-from engine.ranks import check_shared, distributed, from_main
+from engine.ranks import check_copies, check_shared, distributed, from_main
 from engine.score import critic_path
 from model import lora
 from model.actor_critic import build_actor_critic
@@ -31,8 +31,10 @@ def build(run_config, run: Run, start: str | None = None,
 
     Data are read before the model, whose loading takes longest. `start`: the checkpoint to continue from;
     `policy`: the start model, where it is loaded already."""
-    check_shared(run.directory)
     common = run_config.common
+    _, world = distributed()
+    check_copies(common.replicate, world)
+    check_shared(run.directory)
     algorithm = importlib.import_module(f"algorithms.{common.algorithm}")
     # until here it is an object of the class alone, without its file
     config = algorithm.Config(**asdict(run_config.config))
@@ -62,7 +64,6 @@ def build(run_config, run: Run, start: str | None = None,
         digests = from_main(run.check_digests, digests)
     from_main(run.begin, stored_yaml(common, config), data.reports, digests, step)
     run.notice(f"run {run.directory}" + (f", resumed from {start}" if start else ""))
-    _, world = distributed()
     if world > 1:
         shard(policy, common.replicate)
     engine = Engine(

@@ -11,6 +11,7 @@ import yaml
 from data.errors import UserError, notice
 from engine import checkpoint
 from engine.claim import LOCK, claim, release
+from engine.ranks import TOKEN
 
 # these keys change neither a number nor the final model ...
 SILENT = {"output", "resume", "eval_every", "save_every", "log_every", "sample_every", "keep",
@@ -47,7 +48,7 @@ def differing(directory: str, config_yaml: str, ignored: set = MAY_CHANGE) -> li
 def is_free(directory: str) -> bool:
     """Whether a directory is empty, or holds only what a run leaves if it is killed before it has written its
     config.yaml."""
-    return set(os.listdir(directory)) <= {LOCK, "config.yaml.tmp"}
+    return set(os.listdir(directory)) <= {LOCK, TOKEN, "config.yaml.tmp"}
 
 
 def choose_directory(output: str | None, stem: str, resume: str, config_yaml: str) -> Place:

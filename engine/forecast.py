@@ -3,7 +3,7 @@ from typing import NamedTuple
 
 import torch
 
-from data.errors import UserError
+from engine.ranks import check_copies
 from model import lora
 from model.build import embeddings, product_precision, this_device
 from model.compiled import decoder_layers
@@ -33,9 +33,7 @@ def forecast(common, config, lm, tokens: int, online: bool = False, world: int =
     """A line for each part of the memory of each of `world` devices, in GB, their total, whether it fits, and
     what a checkpoint takes. `lm`: the model without its numbers, which gets the run's adapter here; `tokens`:
     of the largest micro-batch."""
-    if world % common.replicate:
-        raise UserError(f"replicate is {common.replicate}, which does not divide the {world} processes; "
-                        "fix: replicate=1, or the number of machines")
+    check_copies(common.replicate, world)
     shards = world // common.replicate
     counts = count_parameters(common, lm)
     device = this_device()
@@ -44,9 +42,13 @@ def forecast(common, config, lm, tokens: int, online: bool = False, world: int =
     sizes = kept_bytes(counts, shards, width)
     if world > 1:
         sizes["whole for a moment: a layer, head and embedding"] = gathered_bytes(counts)
+    if is_bf16 and not counts.frozen and (world == 1 or common.compile != "false"):
+        sizes["bf16 copies of the linear layers, from forward to backward"] = 2 * counts.linear
     if online and needs_reference_model(common, config):
-        saved = 2 * counts.linear if is_bf16 else 0
-        sizes["reference (a frozen model)"] = (4 * counts.every - saved) / shards
+        reference = 4 * counts.every - (2 * counts.linear if is_bf16 else 0)
+        if is_adapter(common.model):
+            reference = width * counts.every
+        sizes["reference (a frozen model)"] = reference / shards
     if config.uses_critic():
         critic = 16 * counts.trained + width * counts.frozen
         sizes["critic (weights, gradients, optimizer)"] = critic / shards

@@ -26,7 +26,8 @@ from model import lora
 from model.build import build_second_model, shard
 from model.load import is_adapter
 
-SEAL_SECONDS = 120      # between two parts of the reference's log-probs
+SEAL_SECONDS = 120      # at least between two parts of the reference's log-probs,
+SEAL_SHARE = 0.1        # ... and this share of the time until then: every part is three open files
 
 
 def reference_table(engine, path: str | None, also: list[Example]) -> Reference:
@@ -125,7 +126,8 @@ def compute_logps(engine, model, groups: list[Examples], store: str) -> None:
         engine.run.console.count("reference log-probs", done, total, " rows/s", since, line=is_told)
         stop = engine.stop_requested()
         now = from_main(time.perf_counter)      # one clock decides for all ranks
-        if stop or now - sealed > SEAL_SECONDS or done == total:
+        interval = max(SEAL_SECONDS, SEAL_SHARE * (now - since))
+        if stop or now - sealed > interval or done == total:
             from_main(write_part, store, keys, logps)
             keys, logps, sealed = [], [], now
         if stop:

@@ -1,6 +1,7 @@
 """What a run reads before its model, and a dry run instead of it: the tokenizer and the data."""
 from typing import Any
 
+from data.store import Together
 from engine.prepared import Data, read_data
 from model.load import base_of, check_path, check_rotary, load_tokenizer_for
 from rewards.functions import check_rewards
@@ -15,9 +16,7 @@ def read_inputs(common, config, kind: str, notice, runs: str | None = None) -> t
     data = read_data(common, config, kind, tokenizer, notice, runs)
     if kind == "prompts":
         check_rotary(base_of(common.model), common.max_length)
-        check_rewards(config, data.train_set)
-        if data.eval_set:
-            check_rewards(config, data.eval_set)
+        check_rewards(config, Together(data.train_set, data.eval_set))
     return tokenizer, data
 
 

@@ -17,12 +17,13 @@ import tokenizers
 import transformers
 
 from data import dataset, hub
+from data.errors import UserError
 from data.files import digest_of, find_file
 from data.formats import read_template
 from data.sources import source_name
-from data.store import Examples, Unstorable
+from data.store import Examples
 from engine import checkpoint
-from engine.ranks import from_main
+from engine.ranks import from_all_ranks, from_main
 from engine.reference import write_into
 
 STORE = ".tokens"
@@ -47,16 +48,21 @@ def read_data(common, config, kind: str, tokenizer, notice, runs: str | None) ->
             config.train_on, config.prompt_template, config.max_completion_length)
         return Data(*found)
 
-    if runs is None:
-        return from_files(notice)
-    digest = from_main(digest_of_data, common, config, kind, tokenizer)
-    if digest is None:
+    def digest_now():
+        return digest_of_data(common, config, kind, tokenizer)
+
+    digest = runs and from_main(digest_now)
+    if not digest:
         return from_files(notice)
     store = os.path.join(runs, STORE)
     folder = os.path.join(store, digest)
-    if fault := from_main(prepare, store, folder, from_files, notice):
-        notice(f"data: their tokens are not kept for later runs, since {fault}")
-        return from_files(silent)
+    unstored = []      # on rank 0 the data, where they could not be stored
+    fault = from_main(prepare, store, folder, from_files, digest_now, notice, unstored)
+    if not fault and from_all_ranks([] if os.path.isdir(folder) else [folder]):
+        fault = f"some process does not see {folder}"
+    if fault:
+        notice(f"data: their tokens are not kept for later runs: {fault}")
+        return unstored[0] if unstored else from_files(silent)
     return opened(folder)
 
 
@@ -64,9 +70,9 @@ def silent(text: str) -> None:
     """The same was told before."""
 
 
-def prepare(store: str, folder: str, from_files, notice) -> str | None:
-    """Write the data into `folder`, unless they are there; why that cannot be done, or None. What there is to
-    tell of them is told, now or again."""
+def prepare(store: str, folder: str, from_files, digest_now, notice, unstored: list) -> str | None:
+    """Write the data into `folder`, unless they are there. None, or why that cannot be done; then they are in
+    the list `unstored`. What `load_datasets` tells of them is told, now or again."""
     fault = checkpoint.broken(folder)
     if fault is None:
         for line in json.loads(Path(folder, REPORTS).read_text())["notices"]:
@@ -81,6 +87,9 @@ def prepare(store: str, folder: str, from_files, notice) -> str | None:
         notice(line)
 
     found = from_files(tell)
+    unstored.append(found)
+    if digest_now() != os.path.basename(folder):
+        return "a file was changed while it was read"
 
     def save(directory):
         found.train_set.write(os.path.join(directory, "train"))
@@ -90,8 +99,9 @@ def prepare(store: str, folder: str, from_files, notice) -> str | None:
 
     try:
         write_into(store, folder, save)
-    except Unstorable as reason:
-        return str(reason)
+    except UserError as error:
+        return str(error)
+    unstored.clear()
     return None
 
 
@@ -126,8 +136,9 @@ def digest_of_data(common, config, kind: str, tokenizer) -> str | None:
         "date": str(datetime.date.today()) if "strftime_now" in str(tokenizer.chat_template) else None,
         "versions": [module.__version__ for module in (jinja2, tokenizers, transformers)],
     }
-    is_plain = isinstance(common.data, str) and not common.eval_fraction
-    if not is_plain or not all(map(dataset.is_local, names)):      # else nothing is drawn
+    is_weighted = isinstance(common.data, list) or isinstance(common.eval_data, list)
+    has_draws = is_weighted or common.eval_fraction or not all(map(dataset.is_local, names))
+    if has_draws:
         parts["seed"] = common.seed
     if parts["tokenizer"] is None:
         return None
@@ -144,9 +155,10 @@ def digest_of_code() -> list[str]:
 
 
 def digest_of_source(name: str) -> str | None:
-    """Of a file its sha256, of a hub dataset the library's own fingerprint."""
+    """Of a file its name and sha256, of a hub dataset the library's own fingerprint."""
     if dataset.is_local(name):
-        return digest_of(find_file(name))
+        path = find_file(name)
+        return f"{path} {digest_of(path)}"
     return hub.fingerprint(name)
 
 

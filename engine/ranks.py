@@ -15,6 +15,7 @@ from data.errors import UserError
 
 PATIENCE = datetime.timedelta(minutes=30)      # how long a process waits for another one,
 FOR_MAIN = datetime.timedelta(days=7)          # ... and for what rank 0 does alone, such as reading the data
+TOKEN = ".shared"                              # a file in the run's directory, while it is looked for
 SHARED_WITHIN = 10                             # seconds until a file is seen through a network's disk
 objects: dist.ProcessGroup | None = None       # all processes, on the CPU, for Python objects
 
@@ -109,11 +110,12 @@ def check_shared(directory: str) -> None:
     rank, world = distributed()
     if world == 1:
         return
-    path = from_main(leave_token, directory)
+    path = os.path.join(directory, TOKEN)
+    written = from_main(write_token, path)
     end = time.monotonic() + SHARED_WITHIN
-    while not os.path.exists(path) and time.monotonic() < end:
+    while token_at(path) != written and time.monotonic() < end:
         time.sleep(0.1)
-    blind = [] if os.path.exists(path) else [f"rank {rank} on {socket.gethostname()}"]
+    blind = [] if token_at(path) == written else [f"rank {rank} on {socket.gethostname()}"]
     blind = from_all_ranks(blind)
     from_main(os.unlink, path)
     if blind:
@@ -121,10 +123,26 @@ def check_shared(directory: str) -> None:
                         "rank 0; fix: choose an output on a disk that all machines share")
 
 
-def leave_token(directory: str) -> str:
-    path = os.path.join(directory, f".token-{secrets.token_hex(8)}")
-    with open(path, "w"):
-        return path
+def write_token(path: str) -> str:
+    text = secrets.token_hex(8)
+    with open(path, "w") as file:
+        file.write(text)
+    return text
+
+
+def token_at(path: str) -> str | None:
+    try:
+        with open(path) as file:
+            return file.read()
+    except FileNotFoundError:
+        return None
+
+
+def check_copies(copies: int, world: int) -> None:
+    """UserError where so many copies of a model cannot be of the same size."""
+    if world % copies:
+        raise UserError(f"replicate is {copies}, which does not divide the number of processes, {world}; "
+                        "fix: replicate=1, or the number of machines")
 
 
 def command(words: list[str]) -> str:

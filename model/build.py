@@ -62,12 +62,15 @@ def build_policy(
 
 
 def round_linear_layers(lm) -> None:
-    """Keep the linear layers of a frozen model in bf16: autocast would round them in every forward. All else,
-    and a head that is the embedding too, it computes in fp32."""
-    embedding = lm.get_input_embeddings().weight
+    """Keep the linear layers of a frozen model in bf16, as which they are multiplied in every forward. All
+    else, the head's bias and a head that is the embedding too, is fp32."""
+    embedding, head = lm.get_input_embeddings().weight, lm.get_output_embeddings()
     for module in lm.modules():
-        if type(module) is nn.Linear and module.weight is not embedding:
-            module.to(torch.bfloat16)
+        if type(module) is not nn.Linear or module.weight is embedding:
+            continue
+        for parameter in module.parameters():
+            if module is not head or parameter is module.weight:
+                parameter.data = parameter.data.to(torch.bfloat16)
 
 
 def build_second_model(path: str, tokenizer, config, first: Policy, examples, notice,
@@ -188,12 +191,8 @@ def embeddings(module) -> list:
 def shard(policy: Policy, copies: int = 1):
     """FSDP2 over all ranks: a group per decoder layer and embedding, and one for the rest. Gradients are
     summed, not averaged, over ranks: the algorithms divide by counts of the whole step. With several `copies`
-    each lies on neighbouring ranks, such as those of a machine. UserError where they cannot be of the same
-    size."""
+    each lies on neighbouring ranks, such as those of a machine."""
     world = torch.distributed.get_world_size()
-    if world % copies:
-        raise UserError(f"replicate is {copies}, which does not divide the {world} processes; "
-                        "fix: replicate=1, or the number of machines")
     shape, names = (copies, world // copies), ("replicate", "shard")
     if copies == 1:
         shape, names = shape[1:], names[1:]

@@ -462,4 +462,4 @@ def test_copies_of_the_sharded_model_equal_one_process(config, both):
     other = path.with_suffix("") / "other"
     refused = run_train([path, "replicate=3", f"output={other}"], processes=2)
     lines = {line for line in refused.stderr.splitlines() if line.startswith("error: ")}
-    assert lines == {"error: replicate is 3, which does not divide the 2 processes; fix: replicate=1, or the number of machines"}
+    assert lines == {"error: replicate is 3, which does not divide the number of processes, 2; fix: replicate=1, or the number of machines"}

@@ -353,10 +353,15 @@ def test_recast_linear_layers_compute_what_autocast_does(bias, dtype):
         x, layer[0].weight, layer[0].bias)), layer[2].weight, layer[2].bias))      # no autocast: no bf16
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_a_frozen_model_in_bf16_keeps_half_and_computes_the_same(tied, tmp_path):
-    """The linear layers lie in bf16, as autocast would round them in every forward; all else, a tied head too, in fp32."""
-    path = tiny_model(tmp_path, tie_word_embeddings=tied)
+@pytest.mark.parametrize("kind", ["tied", "untied", "phi"])
+def test_a_frozen_model_in_bf16_keeps_half_and_computes_the_same(kind, tmp_path):
+    """The linear layers lie in bf16, as autocast would round them in every forward; all else, a tied head too, in fp32. Phi's head
+    has a bias, which is added in fp32."""
+    path, tied = str(tmp_path), kind == "tied"
+    if kind == "phi":
+        random_lm(kinds()["phi"]).save_pretrained(path)
+    else:
+        tiny_model(path, tie_word_embeddings=tied)
     keys = ModelKeys(precision="bf16")
     trained = build_policy(path, byte_tokenizer(), keys)
     frozen = build_policy(path, byte_tokenizer(), keys, frozen=True, is_trained=False)
@@ -364,6 +369,6 @@ def test_a_frozen_model_in_bf16_keeps_half_and_computes_the_same(tied, tmp_path)
     with torch.no_grad():
         assert torch.equal(trained(batch), frozen(batch))
     for name, weight in frozen.lm.named_parameters():
-        is_linear = "proj" in name or name == "lm_head.weight" and not tied
+        is_linear = any(part in name for part in ("proj", "dense", "fc")) or name == "lm_head.weight" and not tied
         assert weight.dtype == (torch.bfloat16 if is_linear else torch.float32), name
     assert {weight.dtype for weight in trained.lm.parameters()} == {torch.float32}

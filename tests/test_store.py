@@ -297,7 +297,9 @@ def test_what_changes_tokens_makes_a_new_directory(train, tmp_path):
     assert len(folders(tmp_path)) == 1
     template = tmp_path / "t.jinja"
     template.write_text("X" + TOKENIZER.chat_template)
-    changes = [{"max_length": 255}, {"eval_fraction": 0.3}, {"eval_fraction": 0.3, "seed": 5}, {"chat_template": template},
+    held_out = [{"path": str(tmp_path / "eval.jsonl"), "weight": 0.5}]
+    changes = [{"eval_data": held_out}, {"eval_data": held_out, "seed": 5}, {"max_length": 255}, {"eval_fraction": 0.3},
+               {"eval_fraction": 0.3, "seed": 5}, {"chat_template": template},
                {"train_on": "all"}, {"system_prompt": "Be brief."}, {"truncate": "prompt"}]
     for i, keys in enumerate(changes, 2):
         assert train(f"other{i}", **keys).read == 1, keys
@@ -323,6 +325,20 @@ def test_a_damaged_store_is_made_again(train, tmp_path):
     assert metrics(again.path) == metrics(first.path) and train("third").read == 0
 
 
+def test_a_file_that_changes_while_it_is_read_is_not_kept(train, tmp_path, monkeypatch):
+    original = dataset.load_datasets
+
+    def grow(*arguments):
+        found = original(*arguments)
+        write_jsonl(tmp_path / "x.jsonl", sft_rows(10, 1))
+        return found
+    with monkeypatch.context() as patch:
+        patch.setattr(dataset, "load_datasets", grow)
+        first = train("first")
+    assert "not kept for later runs: a file was changed while it was read" in first.printed
+    assert train("again").read == 1 and len(folders(tmp_path)) == 1
+
+
 def test_values_that_json_does_not_keep(train, tmp_path):
     """A date of a parquet file reaches the reward as it is, and one line says that the tokens are not kept."""
     rewards = tmp_path / "rewards.py"
@@ -333,7 +349,7 @@ def test_values_that_json_does_not_keep(train, tmp_path):
     pyarrow.parquet.write_table(pyarrow.table({"prompt": [f"q{i}" for i in range(10)], "day": days}), path)
     keys = {"algorithm": "grpo", "data": path, "reward": f"{rewards}:reward", "num_generations": 2, "max_completion_length": 6}
     first, again = train("first", **keys), train("again", **keys)
-    line = "data: their tokens are not kept for later runs, since "
+    line = "data: their tokens are not kept for later runs: "
     assert first.printed.count(line) == 1 and "x.parquet:row 1 holds values that JSON does not keep" in first.printed
     assert metrics(first.path) == metrics(again.path) and not (tmp_path / "runs" / ".tokens").is_dir() or not folders(tmp_path)
 

@@ -89,7 +89,7 @@ def test_dry_run_counts_memory_for_several_devices(tmp_path):
         assert abs(weights - 4e-9 * parameters / 4) < 0.006 and gradients == weights
         assert abs(optimizer - 8e-9 * parameters / 4) < 0.006 and abs(checkpoint - 12e-9 * parameters) < 0.006
         assert abs(whole - 8e-9 * (head + embedding)) < 0.006 and abs(loading - 4e-9 * parameters) < 0.006
-    with pytest.raises(UserError, match="replicate is 2, which does not divide the 3 processes"):
+    with pytest.raises(UserError, match="replicate is 2, which does not divide the number of processes, 3"):
         forecast(common, Options(), empty_lm(config, str(tmp_path)), tokens=100, world=3)
 
 
