@@ -528,7 +528,7 @@ def test_a_killed_reference_pass_keeps_its_parts(model, tmp_path):
 
 def seal_every_block_and_kill(count):
     from engine import frozen, loop
-    frozen.SEAL_SECONDS = -1
+    frozen.SEAL_SECONDS, frozen.SEAL_SHARE = -1, 0
     calls = []
 
     def due(*_):
