@@ -51,8 +51,8 @@ def read_data(common, config, kind: str, tokenizer, notice, runs: str | None) ->
     def digest_now():
         return digest_of_data(common, config, kind, tokenizer)
 
-    digest = runs and from_main(digest_now)
-    if not digest:
+    digest = None if runs is None else from_main(digest_now)
+    if digest is None:
         return from_files(notice)
     store = os.path.join(runs, STORE)
     folder = os.path.join(store, digest)

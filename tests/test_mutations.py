@@ -87,7 +87,7 @@ MUTATIONS = {    # name: (file, text, what it becomes, the tests that must fail)
         [*exact("kto"), "test_kto.py::test_lenders_are_the_nearest_before",
          "test_kto.py::test_data_with_one_prompt_is_refused"]),
     "a response of the data for the KL, not of the update": (
-        "algorithms/kto.py", "if None in others:", "if of_data:", exact("kto")),
+        "algorithms/kto.py", "if None in places:", "if of_data:", exact("kto")),
     "the last stop token dropped from conversations": (
         "data/chat.py", "return rendered[:end + len(self.end_of_turn)]", "return rendered[:end]",
         [*exact(*TOKENS, "cdpo", "rm"), *held_out("sft", "dpo", "kto", "rm")]),
