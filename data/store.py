@@ -46,9 +46,8 @@ class Examples(Sequence):
         self.hidden = hidden
 
     @classmethod
-    def of(cls, examples: Iterable[Example], num_responses: int = 0) -> "Examples":
-        """The flat form of a list, in memory; `num_responses`: K, where the list is empty. ValueError where
-        the examples differ in it."""
+    def of(cls, examples: Iterable[Example]) -> "Examples":
+        """The flat form of a list of one example at least, in memory. ValueError where they differ in K."""
         tokens, lengths, places, extras = [], [], [], []
         names = {}
         for example in examples:
@@ -61,13 +60,13 @@ class Examples(Sequence):
             name, line = split_place(example.where)
             places.append((names.setdefault(name, len(names)), line))
             extras.append(example.extras)
-        lengths = np.array(lengths or np.zeros((0, num_responses + 1)), np.int32)
+        lengths = np.array(lengths, np.int32)
         ends = lengths.sum(axis=1, dtype=np.int64).cumsum()
         arrays = {
-            "tokens": np.concatenate([np.zeros(0, np.int32), *tokens], dtype=np.int32),
+            "tokens": np.concatenate(tokens, dtype=np.int32),
             "lengths": lengths,
             "starts": ends - lengths.sum(axis=1),
-            "places": np.array(places, np.int32).reshape(-1, 2),
+            "places": np.array(places, np.int32),
         }
         return cls(arrays, extras, list(names))
 

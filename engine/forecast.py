@@ -5,7 +5,7 @@ import torch
 
 from engine.ranks import check_copies
 from model import lora
-from model.build import embeddings, product_precision, this_device
+from model.build import embeddings, product_precision, rounded_weights, this_device
 from model.compiled import decoder_layers
 from model.load import is_adapter
 from model.slices import LOGITS_AT_ONCE
@@ -103,11 +103,8 @@ def verdict(total: float) -> str:
 
 
 def count_parameters(common, lm) -> Counts:
-    linear = quantized = 0
-    tied = lm.get_input_embeddings().weight
-    for module in lm.modules():
-        if type(module) is torch.nn.Linear and module.weight is not tied:
-            linear += sum(parameter.numel() for parameter in module.parameters())
+    linear = sum(weight.numel() for weight in rounded_weights(lm))
+    quantized = 0
     if common.load_in_4bit:
         quantized = sum(layer.weight.numel() for layer in lora.linear_layers(lm).values())
     layers = list(map(size_of, decoder_layers(lm)))

@@ -2,7 +2,7 @@
 `.tokens/<digest>/`; all processes, and all later runs that need the same, map them.
 
 The digest covers whatever the tokens depend on: the files, the tokenizer with its template, the keys and this
-project's own code. So nothing in there is ever out of date, and it can be deleted at any time.
+project's own code. So nothing in there is ever out of date, and it can be deleted while no run uses it.
 """
 import datetime
 import hashlib
