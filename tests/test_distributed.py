@@ -195,7 +195,8 @@ def watch_bytes(rank, port):
 
     def reduced(group, *arguments, **options):
         results = [known._all_gather_result for known in groups]
-        whole = [result.all_gather_output for result in results if result is not None]      # of the layer that comes next
+        # of the layer that comes next
+        whole = [result.all_gather_output for result in results if result is not None]
         for parameter in itertools.chain(*[known.fsdp_params for known in groups]):
             weight = getattr(parameter, "_unsharded_param", None)
             if weight is not None:
@@ -221,16 +222,19 @@ def test_the_forecast_is_what_a_rank_holds(config):
     from model.load import empty_lm, load_config
     path = config("bytes", "dpo", max_steps=1, save_every="null")
     model = next(line.split(": ")[1] for line in path.read_text().splitlines() if line.startswith("model:"))
-    counts = count_parameters(Common(algorithm="dpo", model=model, data=""), empty_lm(load_config(model), model))
+    lm = empty_lm(load_config(model), model)
+    counts = count_parameters(Common(algorithm="dpo", model=model, data=""), lm)
     expected = [sum(kept_bytes(counts, 2, 4).values()), gathered_bytes(counts)]
     for done in two_ranks(path, patch=watch_bytes):
         assert done.code == 0, done.err
-        *_, line = [line for line in done.out.splitlines() if line.startswith("bytes")]      # before it a trial was saved
+        lines = [line for line in done.out.splitlines() if line.startswith("bytes")]
+        *_, line = lines      # before it a trial was saved
         assert [int(word) for word in line.split()[1:]] == pytest.approx(expected, rel=0.1)
 
 
 def watch_copies(rank, port):
-    """Print how many bytes of bf16 copies of weights a forward keeps for its backward, and how many bytes these weights would take."""
+    """Print how many bytes of bf16 copies of weights a forward keeps for its backward, and how many bytes
+    these weights would take."""
     join(rank, port)
     from model.policy import Policy
 
@@ -238,7 +242,8 @@ def watch_copies(rank, port):
 
     def watched(policy, batch, **inputs):
         kept = {}
-        linears = [part for layer in policy.trunk.layers for part in layer.modules() if type(part) is torch.nn.Linear]
+        parts = policy.trunk.layers.modules()
+        linears = [part for part in parts if type(part) is torch.nn.Linear]
         shapes = {tuple(part.weight.shape) for part in linears}
 
         def pack(tensor):
@@ -267,7 +272,8 @@ def test_a_sharded_forward_keeps_no_copies_of_weights(config):
     ours, theirs = (metrics(path.with_suffix("") / "run") for path in (two, one))
     assert ours[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
     for x, y in zip(ours, theirs, strict=True):
-        assert x["loss"] == pytest.approx(y["loss"], abs=2e-3) and x["grad_norm"] == pytest.approx(y["grad_norm"], rel=2e-2)
+        assert x["loss"] == pytest.approx(y["loss"], abs=2e-3)
+        assert x["grad_norm"] == pytest.approx(y["grad_norm"], rel=2e-2)
 
 
 def completions(run):
@@ -403,19 +409,21 @@ def two_machines(config, *folders):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
     def agent(number):
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node-rank", str(number), "--nproc-per-node", "1"]
-        launcher += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--local-addr", "127.0.0.1"]
-        return subprocess.run([*launcher, str(ROOT / "train.py"), str(config)], cwd=folders[number], timeout=200, capture_output=True,
-                              text=True, env=environment)
+        command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
+        command += ["--node-rank", str(number), "--rdzv-backend", "c10d", "--local-addr", "127.0.0.1"]
+        command += ["--rdzv-endpoint", f"127.0.0.1:{port}", str(ROOT / "train.py"), str(config)]
+        return subprocess.run(command, cwd=folders[number], timeout=200, capture_output=True, text=True,
+                              env=environment)
     with ThreadPoolExecutor(2) as pool:
         return list(pool.map(agent, range(2)))
 
 
 def test_two_machines_are_one_run(config, tmp_path):
-    """Two agents: the losses and weights of one process, and each scores the completions of its own prompts."""
+    """Two agents: the metrics and completions of one process; each scores the completions of its prompts."""
     rewards = tmp_path / "rewards.py"
     rewards.write_text("import os\n\ndef reward(prompts, completions, **columns):\n"
-                       f"    with open(rf'{tmp_path}/scored-' + os.environ.get('RANK', 'alone'), 'a') as file:\n"
+                       "    rank = os.environ.get('RANK', 'alone')\n"
+                       f"    with open(r'{tmp_path}/scored-' + rank, 'a') as file:\n"
                        "        file.write(f'{len(prompts)} {len(set(map(str, prompts)))}\\n')\n"
                        "    return [len(set(text)) / 10 for text in completions]\n")
     keys = {"reward": f"{rewards}:reward", "eval_data": "null"}
@@ -462,4 +470,5 @@ def test_copies_of_the_sharded_model_equal_one_process(config, both):
     other = path.with_suffix("") / "other"
     refused = run_train([path, "replicate=3", f"output={other}"], processes=2)
     lines = {line for line in refused.stderr.splitlines() if line.startswith("error: ")}
-    assert lines == {"error: replicate is 3, which does not divide the number of processes, 2; fix: replicate=1, or the number of machines"}
+    assert lines == {"error: replicate is 3, which does not divide the number of processes, 2; "
+                     "fix: replicate=1, or the number of machines"}

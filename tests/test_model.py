@@ -326,7 +326,8 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path):
 def test_recast_linear_layers_compute_what_autocast_does(bias, dtype):
     from model.recast import recast
     torch.manual_seed(0)
-    layer = torch.nn.Sequential(torch.nn.Linear(24, 40, bias=bias), torch.nn.SiLU(), torch.nn.Linear(40, 8, bias=bias))
+    first, second = torch.nn.Linear(24, 40, bias=bias), torch.nn.Linear(40, 8, bias=bias)
+    layer = torch.nn.Sequential(first, torch.nn.SiLU(), second)
     rows = torch.randn(1, 7, 24).to(dtype)
     results, kept = [], []
 
@@ -338,7 +339,8 @@ def test_recast_linear_layers_compute_what_autocast_does(bias, dtype):
             recast(layer)
         x = rows.clone().requires_grad_()
         kept.clear()
-        with torch.autocast("cpu", torch.bfloat16), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        watch = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+        with torch.autocast("cpu", torch.bfloat16), watch:
             y = layer(x)
         weights = [shape for shape in kept if shape in ((40, 24), (24, 40), (8, 40), (40, 8))]
         assert len(weights) == (0 if is_recast else 2)
@@ -349,14 +351,15 @@ def test_recast_linear_layers_compute_what_autocast_does(bias, dtype):
         assert ours.dtype == theirs.dtype and torch.allclose(ours, theirs, rtol=1e-2, atol=1e-3)
     assert torch.equal(results[0][0], results[1][0])
     x = torch.randn(3, 24)
-    assert torch.equal(layer(x), torch.nn.functional.linear(torch.nn.functional.silu(torch.nn.functional.linear(
-        x, layer[0].weight, layer[0].bias)), layer[2].weight, layer[2].bias))      # no autocast: no bf16
+    inner = torch.nn.functional.silu(torch.nn.functional.linear(x, first.weight, first.bias))
+    expected = torch.nn.functional.linear(inner, second.weight, second.bias)
+    assert torch.equal(layer(x), expected)      # no autocast: no bf16
 
 
 @pytest.mark.parametrize("kind", ["tied", "untied", "phi"])
 def test_a_frozen_model_in_bf16_keeps_half_and_computes_the_same(kind, tmp_path):
-    """The linear layers lie in bf16, as autocast would round them in every forward; all else, a tied head too, in fp32. Phi's head
-    has a bias, which is added in fp32."""
+    """The linear layers lie in bf16, as autocast would round them in every forward; all else, a tied head too,
+    in fp32. Phi's head has a bias, which is added in fp32."""
     path, tied = str(tmp_path), kind == "tied"
     if kind == "phi":
         random_lm(kinds()["phi"]).save_pretrained(path)
@@ -369,6 +372,7 @@ def test_a_frozen_model_in_bf16_keeps_half_and_computes_the_same(kind, tmp_path)
     with torch.no_grad():
         assert torch.equal(trained(batch), frozen(batch))
     for name, weight in frozen.lm.named_parameters():
-        is_linear = any(part in name for part in ("proj", "dense", "fc")) or name == "lm_head.weight" and not tied
+        is_linear = any(part in name for part in ("proj", "dense", "fc"))
+        is_linear = is_linear or name == "lm_head.weight" and not tied
         assert weight.dtype == (torch.bfloat16 if is_linear else torch.float32), name
     assert {weight.dtype for weight in trained.lm.parameters()} == {torch.float32}

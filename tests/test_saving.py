@@ -310,7 +310,8 @@ def test_an_adapter_that_cannot_be_merged_at_the_end_is_kept(model, tmp_path):
 
 def test_a_killed_trial_is_tidied(model, tmp_path):
     child.project(tmp_path, "sft", model)
-    assert child.train(tmp_path, patch=child.kill_at_call, arguments=("chmod", 16)).code < 0      # the tokens have 13 files
+    third = ("chmod", 16)      # of the trial: the tokens have 13 files
+    assert child.train(tmp_path, patch=child.kill_at_call, arguments=third).code < 0
     assert list((tmp_path / "run").glob("checkpoint.tmp-*"))
     assert child.train(tmp_path).code == 0
     assert not list((tmp_path / "run").rglob("*tmp*"))

@@ -1,5 +1,5 @@
-"""Tokens kept beside the runs: what is read back equals what was written, a later run reads no row, anything that changes the tokens
-makes a new directory, and many rows are shared by processes."""
+"""Tokens kept beside the runs: what is read back equals what was written, a later run reads no row, anything
+that changes the tokens makes a new directory, and many rows are shared by processes."""
 import contextlib
 import json
 import os
@@ -71,7 +71,8 @@ def made(count, num_responses=2, seed=0):
             length = int(draw.integers(1, 9))
             trained = draw.random(length) < 0.7
             responses.append(Response(draw.integers(0, 300, length).astype(np.int32), trained))
-        extras = {"weight": torch.tensor(draw.random(num_responses), dtype=torch.float32), "label": bool(i % 2), "margin": 0.1 * i}
+        weight = torch.tensor(draw.random(num_responses), dtype=torch.float32)
+        extras = {"weight": weight, "label": bool(i % 2), "margin": 0.1 * i}
         prompt = draw.integers(0, 300, int(draw.integers(1, 7))).astype(np.int32)
         examples.append(Example(prompt, responses, f"a:b{i % 3}.jsonl:{i}" if i % 4 else "a place", extras))
     return examples
@@ -90,15 +91,17 @@ def test_what_is_written_is_read_back(num_responses, tmp_path):
         assert all(map(same, read[3:9], examples[3:9])) and same(read[np.int64(4)], examples[4])
         with pytest.raises(IndexError):
             read[20]
-        assert sizes_of(read).tolist() == sizes_of(examples).tolist() == [example.size() for example in examples]
+        sizes = [example.size() for example in examples]
+        assert sizes_of(read).tolist() == sizes_of(examples).tolist() == sizes
         assert sizes_of(read, False).tolist() == [example.size(False) for example in examples]
         assert all(map(same, extremes(read), extremes(examples)))
         keys = [key for example in examples for key in response_keys(example)]
-        assert read.all_keys().shape == (20, num_responses) and read.all_keys().ravel().tolist() == [key.rstrip(b"\0") for key in keys]
+        assert read.all_keys().shape == (20, num_responses)
+        assert read.all_keys().ravel().tolist() == [key.rstrip(b"\0") for key in keys]
 
 
 def test_parts_are_read_back(tmp_path):
-    """A part in another order, without one of the extras, joined with others: written, it holds no more than that."""
+    """A part in another order, without one of the extras, joined with others: written, it holds no more."""
     examples = made(12)
     part = Examples.of(examples).take([5, 1, 1, 10]).take([3, 1, 0]).without(["label"])
     joined = Examples.joined([part, Examples.of(made(4, seed=1))])
@@ -108,10 +111,12 @@ def test_parts_are_read_back(tmp_path):
     joined.write(tmp_path / "joined")
     for found in (joined, Examples.read(tmp_path / "joined")):
         assert all(map(same, found, expected)) and len(found) == 7
-    assert len(Examples.read(tmp_path / "joined").arrays["tokens"]) == sum(example.size() for example in expected)
+    stored = Examples.read(tmp_path / "joined")
+    assert len(stored.arrays["tokens"]) == sum(example.size() for example in expected)
     nothing = part.take([])
     nothing.write(tmp_path / "nothing")
-    assert list(nothing) == list(Examples.read(tmp_path / "nothing")) == [] and nothing.all_keys().shape == (0, 2)
+    assert list(nothing) == list(Examples.read(tmp_path / "nothing")) == []
+    assert nothing.all_keys().shape == (0, 2)
 
 
 @pytest.mark.parametrize("where, expected", [
@@ -131,7 +136,7 @@ def test_places(where, expected):
 
 
 def test_the_table_of_log_probs(tmp_path):
-    """Against a dict: parts that overlap, of which the older counts, keys that end in zeros, and what is missing."""
+    """Against a dict: parts that overlap, of which the older counts, keys that end in zeros, what is missing."""
     draw = np.random.default_rng(0)
     keys = [draw.bytes(14) + bytes(2) for _ in range(30)]
     parts, expected = [], {}
@@ -149,13 +154,17 @@ def test_the_table_of_log_probs(tmp_path):
 
 
 def test_what_the_table_lacks():
-    """Against a loop with a set: repeated rows are computed once, and rows that share one response with those before."""
+    """Against a loop with a set: repeated rows are computed once, as are rows that share one response with
+    those before."""
     examples = made(6)
-    rows = [examples[0], examples[1], examples[0], Example(examples[2].prompt, [examples[2].responses[0]] * 2, "x:1", examples[2].extras)]
+    third = examples[2]
+    alike = Example(third.prompt, [third.responses[0]] * 2, "x:1", third.extras)
+    rows = [examples[0], examples[1], examples[0], alike]
     groups = [Examples.of(rows), Examples.of(examples)]
     known = response_keys(examples[4])
     starts = np.array([0, 1, 2])
-    table = Table([{"keys": np.array(sorted(known), "S16"), "starts": starts, "logps": np.zeros(2, np.float32)}])
+    part = {"keys": np.array(sorted(known), "S16"), "starts": starts, "logps": np.zeros(2, np.float32)}
+    table = Table([part])
     seen, expected = set(known), []
     for group in groups:
         expected.append([])
@@ -270,7 +279,8 @@ def train(tmp_path, monkeypatch, capsys):
         }
         calls.clear()
         train_here(write_config(tmp_path / f"{name}.yml", **options))
-        return SimpleNamespace(path=tmp_path / "runs" / name, printed=capsys.readouterr().err, read=len(calls))
+        printed = capsys.readouterr().err
+        return SimpleNamespace(path=tmp_path / "runs" / name, printed=printed, read=len(calls))
     return train
 
 
@@ -282,10 +292,12 @@ def folders(tmp_path):
 def test_a_later_run_reads_no_row(algorithm, train, tmp_path):
     rows = {"sft": sft_rows, "dpo": pair_rows, "kto": labelled_rows, "grpo": prompt_rows}[algorithm]
     path = write_jsonl(tmp_path / "rows.jsonl", [*rows(10), rows(1)[0]])
-    keys = {"algorithm": algorithm, "data": path, "eval_data": write_jsonl(tmp_path / "held_out.jsonl", rows(4, 10))}
+    held_out = write_jsonl(tmp_path / "held_out.jsonl", rows(4, 10))
+    keys = {"algorithm": algorithm, "data": path, "eval_data": held_out}
     if algorithm == "grpo":
         rewards = tmp_path / "rewards.py"
-        rewards.write_text("def reward(prompts, completions, **columns):\n    return [len(set(text)) for text in completions]\n")
+        rewards.write_text("def reward(prompts, completions, **columns):\n"
+                           "    return [len(set(text)) for text in completions]\n")
         keys |= {"reward": f"{rewards}:reward", "num_generations": 2, "max_completion_length": 6}
     first = train("first", **keys)
     again = train("again", **keys)
@@ -299,12 +311,14 @@ def test_a_later_run_reads_no_row(algorithm, train, tmp_path):
         assert all(torch.equal(weights[name], tensor) for name, tensor in final_weights(run.path).items())
         reports = [json.loads((path / "run.json").read_text())["data"] for path in (run.path, first.path)]
         assert reports[0] == reports[1]
-        told = [[line for line in printed.splitlines() if "jsonl" in line] for printed in (run.printed, first.printed)]
-        assert told[0] == told[1] and any("occur more than once" in line for line in told[0])
+        ours = [line for line in run.printed.splitlines() if "jsonl" in line]
+        theirs = [line for line in first.printed.splitlines() if "jsonl" in line]
+        assert ours == theirs and any("occur more than once" in line for line in ours)
 
 
 def test_what_changes_tokens_makes_a_new_directory(train, tmp_path):
-    """And what does not, makes none: another seed where nothing is drawn, another learning rate, an algorithm that reads the same."""
+    """And what does not, makes none: another seed where nothing is drawn, another learning rate, an algorithm
+    that reads the same."""
     train("first")
     for i, keys in enumerate([{}, {"lr": 1e-4}, {"seed": 5}, {"algorithm": "dft"}, {"batch_size": 2}]):
         assert train(f"same{i}", **keys).read == 0, keys
@@ -312,8 +326,8 @@ def test_what_changes_tokens_makes_a_new_directory(train, tmp_path):
     template = tmp_path / "t.jinja"
     template.write_text("X" + TOKENIZER.chat_template)
     held_out = [{"path": str(tmp_path / "eval.jsonl"), "weight": 0.5}]
-    changes = [{"eval_data": held_out}, {"eval_data": held_out, "seed": 5}, {"max_length": 255}, {"eval_fraction": 0.3},
-               {"eval_fraction": 0.3, "seed": 5}, {"chat_template": template},
+    changes = [{"eval_data": held_out}, {"eval_data": held_out, "seed": 5}, {"max_length": 255},
+               {"eval_fraction": 0.3}, {"eval_fraction": 0.3, "seed": 5}, {"chat_template": template},
                {"train_on": "all"}, {"system_prompt": "Be brief."}, {"truncate": "prompt"}]
     for i, keys in enumerate(changes, 2):
         assert train(f"other{i}", **keys).read == 1, keys
@@ -354,24 +368,29 @@ def test_a_file_that_changes_while_it_is_read_is_not_kept(train, tmp_path, monke
 
 
 def test_values_that_json_does_not_keep(train, tmp_path):
-    """A date of a parquet file reaches the reward as it is, and one line says that the tokens are not kept."""
+    """A date of a parquet file reaches the reward as it is; one line says that the tokens are not kept."""
     rewards = tmp_path / "rewards.py"
-    rewards.write_text("def reward(prompts, completions, day, **columns):\n    return [date.year % 7 + len(set(text)) "
-                       "for date, text in zip(day, completions)]\n")
+    rewards.write_text("def reward(prompts, completions, day, **columns):\n"
+                       "    pairs = zip(day, completions)\n"
+                       "    return [date.year % 7 + len(set(text)) for date, text in pairs]\n")
     days = pyarrow.array(range(10), pyarrow.date32())
     path = tmp_path / "x.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"prompt": [f"q{i}" for i in range(10)], "day": days}), path)
-    keys = {"algorithm": "grpo", "data": path, "reward": f"{rewards}:reward", "num_generations": 2, "max_completion_length": 6}
+    keys = {"algorithm": "grpo", "data": path, "reward": f"{rewards}:reward", "num_generations": 2}
+    keys["max_completion_length"] = 6
     first, again = train("first", **keys), train("again", **keys)
     line = "data: their tokens are not kept for later runs: "
-    assert first.printed.count(line) == 1 and "x.parquet:row 1 holds values that JSON does not keep" in first.printed
-    assert metrics(first.path) == metrics(again.path) and not (tmp_path / "runs" / ".tokens").is_dir() or not folders(tmp_path)
+    assert first.printed.count(line) == 1
+    assert "x.parquet:row 1 holds values that JSON does not keep" in first.printed
+    assert metrics(first.path) == metrics(again.path)
+    assert not (tmp_path / "runs" / ".tokens").is_dir() or not folders(tmp_path)
 
 
-def test_a_conversation_of_bytes_on_disk(tmp_path):
+def test_the_size_on_disk(tmp_path):
     """At most 5 bytes per token for pairs of 160 tokens."""
     rows = [{"prompt": "p" * 80, "chosen": f"{i:039d}", "rejected": f"{i + 1:039d}"} for i in range(2000)]
-    examples = build_dataset(write_jsonl(tmp_path / "x.jsonl", rows), "pairs", byte_tokenizer(chat_template=False), 999).examples
+    path = write_jsonl(tmp_path / "x.jsonl", rows)
+    examples = build_dataset(path, "pairs", byte_tokenizer(chat_template=False), 999).examples
     examples.write(tmp_path / "all")
     size = sum(path.stat().st_size for path in (tmp_path / "all").iterdir())
     tokens = int(sizes_of(examples).sum())

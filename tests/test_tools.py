@@ -71,12 +71,14 @@ def test_dry_run_counts_memory_by_parameters(tmp_path):
 
 
 def test_dry_run_counts_memory_for_several_devices(tmp_path):
-    """A share of weights, gradients and moments; head, embedding and a layer whole; of two copies each on half of the devices."""
+    """A share of weights, gradients and moments; head and embedding whole; each of two copies on half of the
+    devices."""
     from engine.config import Common
     from engine.forecast import forecast
     from engine.options import Options
     from model.load import empty_lm
-    config = config_of(hidden_size=1024, intermediate_size=4096, num_attention_heads=8, head_dim=128, vocab_size=50000)
+    config = config_of(hidden_size=1024, intermediate_size=4096, num_attention_heads=8, head_dim=128,
+                       vocab_size=50000)
     config.save_pretrained(tmp_path)
     attention = 1024 * 1024 + 1024 + 2 * (1024 * 256 + 256) + 1024 * 1024
     layer = attention + 3 * 1024 * 4096 + 2 * 1024
@@ -85,7 +87,8 @@ def test_dry_run_counts_memory_for_several_devices(tmp_path):
     for replicate, world in ((1, 4), (2, 8)):
         common = Common(algorithm="sft", model=str(tmp_path), data="", replicate=replicate)
         lines = forecast(common, Options(), empty_lm(config, str(tmp_path)), tokens=100, world=world)
-        weights, gradients, optimizer, whole, *_, loading, checkpoint = (float(line.split()[-2]) for line in lines)
+        sizes = [float(line.split()[-2]) for line in lines]
+        weights, gradients, optimizer, whole, *_, loading, checkpoint = sizes
         assert abs(weights - 4e-9 * parameters / 4) < 0.006 and gradients == weights
         assert abs(optimizer - 8e-9 * parameters / 4) < 0.006 and abs(checkpoint - 12e-9 * parameters) < 0.006
         assert abs(whole - 8e-9 * (head + embedding)) < 0.006 and abs(loading - 4e-9 * parameters) < 0.006
