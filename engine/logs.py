@@ -15,7 +15,7 @@ import sys
 import time
 
 from data.errors import RunError, UserError, printable
-from engine import checkpoint
+from engine import checkpoint, sealed
 from engine.console import Console
 from engine.directory import made_final, shape_of_final
 from engine.fingerprint import check_unchanged
@@ -52,7 +52,7 @@ class Run:
             return
         saved = checkpoint.checkpoints(self.directory)
         self.newer = [path for path in saved if checkpoint.step_of(path) > step]
-        whole = [path for path in self.newer if checkpoint.broken(path) is None]
+        whole = [path for path in self.newer if sealed.broken(path) is None]
         goes_back = bool(whole) or checkpoint.finished(self.directory)
         try:
             os.makedirs(self.directory, exist_ok=True)

@@ -26,7 +26,7 @@ from data.errors import RunError, UserError
 from data.pack import Batch, Example
 from data.packing import pack
 from data.store import Examples
-from engine import checkpoint, frozen
+from engine import checkpoint, frozen, restore
 from engine.logs import Run
 from engine.optimizer import Optimizer
 from engine.plan import Plan
@@ -64,7 +64,7 @@ class Engine:
         self.online: Rollouts | None = None
         self.optimizer = Optimizer(self)
         if start:
-            checkpoint.load_optimizer(start, policy, self.optimizer)
+            restore.load_optimizer(start, policy, self.optimizer)
         self.record = Record(self, progress)
         self.saver = Saver(self)
         self.signals = Signals(run)
@@ -126,7 +126,7 @@ class Engine:
         averaged reference, a KL controller). After a resume they hold the saved values again. Change them in
         place."""
         if self.start:
-            checkpoint.recall(self.start, {f"{name}/{key}": tensor for key, tensor in tensors.items()})
+            restore.recall(self.start, {f"{name}/{key}": tensor for key, tensor in tensors.items()})
         self.remembered[name] = tensors
         return tensors
 

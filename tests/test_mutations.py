@@ -113,7 +113,7 @@ MUTATIONS = {    # name: (file, text, what it becomes, the tests that must fail)
         "model/sampler.py", "(*keys[prompt], copy)", "(*keys[prompt], copy + 1)",
         ["test_rollout.py::test_sampler_equals_a_plain_loop[qwen2-plain]"]),
     "a collective in a loop over a set": (
-        "engine/checkpoint.py", "for key, tensor in state.items():", "for key, tensor in set(state.items()):",
+        "engine/frozen.py", "enumerate(blocks_of(groups, size), 1)", "enumerate(set(blocks_of(groups, size)), 1)",
         ["test_ranks.py::test_no_collective_in_a_loop_over_a_set"]),
     "the copies of a prompt without a gradient": (
         "model/varlen.py", "total.index_add_(0, tokens, grad.index_select(0, places))", "pass",
