@@ -216,6 +216,15 @@ class Run:
             self.console.say(text)
             self.append("events.log", f"{now} {text}")
 
+    def show_samples(self, rows: list[dict]) -> None:
+        """Print rows of samples.jsonl that have the same prompt."""
+        lines = [f"samples at step {rows[0]['step']} for {rows[0]['prompt']!r}"]
+        for row in rows:
+            shown = f"{row['reward']:8.3g}" if "reward" in row else ""
+            lines.append(f"{shown}  {row['completion']!r}")
+        if self.main:
+            self.console.block(lines)
+
     def summary(self, chat: bool = True) -> None:
         """Print what the run changed on held-out rows (else on its own rows), where the model is, and with
         `chat` how to talk to it."""

@@ -151,7 +151,7 @@ class Engine:
 
     # ---- what online algorithms call besides; see engine/rollouts.py ---------------------------------
 
-    def rollouts(self, config, num_samplings: int = 0) -> Iterator[Rollout]:
+    def rollouts(self, config, num_samplings: int = 10) -> Iterator[Rollout]:
         self.online = Rollouts(self, config, num_samplings)
         return self.online.iterate()
 

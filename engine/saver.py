@@ -202,15 +202,34 @@ class Saver:
     # ---- samples -------------------------------------------------------------------------------------
 
     def write_samples(self, update: int) -> None:
-        """Append SAMPLES prompts and completions to samples.jsonl; those of a rollout with their reward."""
-        engine, decode = self.engine, self.engine.tokenizer.decode
-        examples = engine.online.rollout.examples if engine.online else self.sampled(update)
+        """Append the completions of SAMPLES prompts to samples.jsonl; those of a rollout as whole groups, with
+        their rewards."""
+        engine = self.engine
+        rollout = engine.online.rollout if engine.online else None
+        examples = rollout.examples if rollout else self.sampled(update)
         for example in examples[:SAMPLES]:
-            completion = decode(example.responses[0].tokens)
-            row = {"step": update, "prompt": decode(example.prompt), "completion": completion}
-            if engine.online:
-                row["reward"] = float(example.extras["rewards"][0])
-            engine.run.append("samples.jsonl", row)
+            rows = self.samples_of(example, update)
+            for row in rows:
+                engine.run.append("samples.jsonl", row)
+            if engine.config.show_samples:
+                engine.run.show_samples(rows)
+
+    def samples_of(self, example: Example, update: int) -> list[dict]:
+        """A row for each of an example's responses, with the numbers of a rollout that are one per response."""
+        decode = self.engine.tokenizer.decode
+        names = {}      # a number's name in a row: its name in a rollout
+        if self.engine.online:
+            names["reward"] = "rewards"
+            if len(self.engine.online.rewards) > 1:
+                names |= {f"rewards/{reward.name}": f"rewards/{reward.name}" for reward in self.engine.online.rewards}
+            names["truncated"] = "truncated"
+        rows = []
+        for k, response in enumerate(example.responses):
+            row = {"step": update, "prompt": decode(example.prompt), "completion": decode(response.tokens)}
+            for name, known in names.items():
+                row[name] = example.extras[known][k].item()
+            rows.append(row)
+        return rows
 
     def sampled(self, update: int) -> list[Example]:
         """The first held-out (else training) prompts with one completion each, at temperature 1 and keyed by
