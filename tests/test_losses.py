@@ -117,8 +117,9 @@ def vectors(count, size=7, seed=0):
 
 
 @pytest.mark.parametrize("name, options, expected", [
-    ("dpo", {}, math.log(2)), ("dpo", {"label_smoothing": .3}, math.log(2)), ("ipo", {}, 25), ("ipo", {"beta": .5}, 1),
-    ("apo", {}, 1), ("apo", {"beta": 2.0}, 1), ("kto", {}, .5), ("orpo", {}, .1 * math.log(2)), ("simpo", {}, math.log(1 + math.e)), ("cpo", {}, math.log(2)),
+    ("dpo", {}, math.log(2)), ("dpo", {"label_smoothing": .3}, math.log(2)), ("ipo", {}, 25),
+    ("ipo", {"beta": .5}, 1), ("apo", {}, 1), ("apo", {"beta": 2.0}, 1), ("kto", {}, .5),
+    ("orpo", {}, .1 * math.log(2)), ("simpo", {}, math.log(1 + math.e)), ("cpo", {}, math.log(2)),
     ("rm", {}, math.log(2))])
 def test_step_zero(name, options, expected):
     first, second = vectors(2)
@@ -190,9 +191,11 @@ def assert_equals_by_hand(loss, by_hand, inputs, tolerance):
 
 
 @pytest.mark.parametrize("name, options", [
-    ("sft", {}), ("dpo", {}), ("dpo", {"beta": 2.0}), ("dpo", {"beta": .3, "label_smoothing": .2}), ("ipo", {}), ("ipo", {"beta": .7}),
-    ("apo", {}), ("apo", {"beta": 2.0}), ("orpo", {}), ("orpo", {"beta": 1.5}), ("simpo", {}), ("simpo", {"beta": .5, "simpo_gamma": .25, "label_smoothing": .2}),
-    ("cpo", {}), ("cpo", {"beta": .5, "label_smoothing": .3}), ("rm", {}), ("rm", {"center_rewards_coefficient": .01})])
+    ("sft", {}), ("dpo", {}), ("dpo", {"beta": 2.0}), ("dpo", {"beta": .3, "label_smoothing": .2}),
+    ("ipo", {}), ("ipo", {"beta": .7}), ("apo", {}), ("apo", {"beta": 2.0}), ("orpo", {}),
+    ("orpo", {"beta": 1.5}), ("simpo", {}), ("simpo", {"beta": .5, "simpo_gamma": .25, "label_smoothing": .2}),
+    ("cpo", {}), ("cpo", {"beta": .5, "label_smoothing": .3}), ("rm", {}),
+    ("rm", {"center_rewards_coefficient": .01})])
 def test_values_and_gradients_equal_plain_python(name, options):
     tolerance = 3e-6 if name == "orpo" else 1e-8          # orpo works in fp32
     assert_equals_by_hand(partial(LOSSES[name], **options), partial(BY_HAND[name], **options), vectors(COUNTS[name]), tolerance)
