@@ -146,7 +146,8 @@ APO = {
 }
 
 
-@pytest.mark.parametrize("old, new, changes", [("grpo", "dapo", DAPO), ("dpo", "rpo", RPO), ("dpo", "apo", APO)])
+@pytest.mark.parametrize("old, new, changes", [
+    ("grpo", "dapo", DAPO), ("dpo", "rpo", RPO), ("dpo", "apo", APO)])
 def test_a_diff_is_the_paper(old, new, changes):
     """Every added line belongs to a named change, and every change is there. The loss's name and the imports
     of option types differ besides."""

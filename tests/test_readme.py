@@ -175,7 +175,7 @@ def exercise(number):
 
 
 def applied(lines, source):
-    """The source after a diff: "-" is before its old lines, "+" before its new ones, " " before the others."""
+    """The source after a diff: "-" is before an old line, "+" before a new one, " " before others."""
     old = "".join(line[1:] for line in lines if line[0] in " -")
     new = "".join(line[1:] for line in lines if line[0] in " +")
     assert source.count(old) == 1

@@ -82,7 +82,7 @@ def test_dpo_and_rpo(beta, loss_of, rpo_alpha):
 def test_length_normalised_dpo(beta):
     (logps, mask), (reference, _) = responses(12, 11), responses(12, 12)
     reference = (reference * mask[:, 1:]).detach()
-    theirs, _ = by_trl(logps, mask, reference, beta=beta, loss_types=["sigmoid_norm"])      # its metrics are of sums
+    theirs, _ = by_trl(logps, mask, reference, beta=beta, loss_types=["sigmoid_norm"])
     lengths = mask.sum(1)
     losses, _ = dpo_loss(*(logps.sum(1) / lengths).chunk(2), *(reference.sum(1) / lengths).chunk(2), beta)
     assert_same(losses.mean(), theirs, logps)
