@@ -28,7 +28,9 @@ def test_the_base_is_capable_but_unaligned():
     assert 0.2 <= base["sampled"]["accuracy"] <= 0.5 and base["greedy"]["accuracy"] >= 0.9
 
 
-@pytest.mark.parametrize("algorithm, level, less", [("dpo", 0.75, []), ("sft", 0.8, []), ("grpo", 0.75, ["max_steps=6", "eval_data=null"])])
+@pytest.mark.parametrize("algorithm, level, less", [
+    ("dpo", 0.75, []), ("apo", 0.75, ["max_steps=30", "eval_data=null"]), ("sft", 0.8, []),
+    ("grpo", 0.75, ["max_steps=6", "eval_data=null"])])
 def test_training_elicits_the_skill(tmp_path, monkeypatch, algorithm, level, less):
     monkeypatch.chdir(ROOT)
     train_here(f"example/tiny-{algorithm}.yml", f"output={tmp_path / 'run'}", "eval_every=1000", "log_every=1000", *less)
