@@ -202,8 +202,8 @@ class Saver:
     # ---- samples -------------------------------------------------------------------------------------
 
     def write_samples(self, update: int) -> None:
-        """Append the completions of SAMPLES prompts to samples.jsonl; those of a rollout as whole groups, with
-        their rewards."""
+        """Append the completions of SAMPLES prompts to samples.jsonl; those of a rollout as whole groups,
+        with their rewards."""
         engine = self.engine
         rollout = engine.online.rollout if engine.online else None
         examples = rollout.examples if rollout else self.sampled(update)
@@ -215,19 +215,20 @@ class Saver:
                 engine.run.show_samples(rows)
 
     def samples_of(self, example: Example, update: int) -> list[dict]:
-        """A row for each of an example's responses, with the numbers of a rollout that are one per response."""
-        decode = self.engine.tokenizer.decode
-        names = {}      # a number's name in a row: its name in a rollout
-        if self.engine.online:
-            names["reward"] = "rewards"
-            if len(self.engine.online.rewards) > 1:
-                names |= {f"rewards/{reward.name}": f"rewards/{reward.name}" for reward in self.engine.online.rewards}
-            names["truncated"] = "truncated"
+        """A row for each of an example's responses, of a rollout with its rewards."""
+        decode, online = self.engine.tokenizer.decode, self.engine.online
+        known = {}      # what a row calls a number, and what a rollout calls it
+        if online:
+            known["reward"] = "rewards"
+            if len(online.rewards) > 1:
+                for reward in online.rewards:
+                    known[f"rewards/{reward.name}"] = f"rewards/{reward.name}"
+            known["truncated"] = "truncated"
         rows = []
         for k, response in enumerate(example.responses):
             row = {"step": update, "prompt": decode(example.prompt), "completion": decode(response.tokens)}
-            for name, known in names.items():
-                row[name] = example.extras[known][k].item()
+            for name, number in known.items():
+                row[name] = example.extras[number][k].item()
             rows.append(row)
         return rows
 
