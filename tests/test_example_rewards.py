@@ -1,4 +1,4 @@
-"""The rewards in example/rewards/: a judge behind an endpoint, unit tests, a lexicon, reasoning-gym's scorers."""
+"""The rewards in example/rewards/: a judge, unit tests, a lexicon, reasoning-gym's scorers."""
 import importlib.util
 import itertools
 import json
@@ -7,7 +7,17 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from helpers import ONLINE, ROOT, messages, metrics, prompt_rows, tiny_model, train_here, write_config, write_jsonl
+from helpers import (
+    ONLINE,
+    ROOT,
+    messages,
+    metrics,
+    prompt_rows,
+    tiny_model,
+    train_here,
+    write_config,
+    write_jsonl,
+)
 
 from data.errors import RunError
 from rewards.functions import load_reward, score
@@ -24,7 +34,7 @@ def graded(name, completions, prompts=None, timeout=60.0, **columns):
 # ---- a judge
 
 class Judge(BaseHTTPRequestHandler):
-    """Answers with the number of words; a completion may ask for another answer, or for failures before it."""
+    """Answers with the number of words; some completions get another answer, or failures first."""
     protocol_version = "HTTP/1.1"
     requests, failures = [], {}
 
@@ -32,10 +42,13 @@ class Judge(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         text = body["messages"][0]["content"]
         answer = text.partition("Answer:\n")[2].partition("\n\nConsider")[0]
-        Judge.requests.append((self.path, self.headers.get("Authorization"), body["model"], text, time.monotonic()))
+        key = self.headers.get("Authorization")
+        Judge.requests.append((self.path, key, body["model"], text, time.monotonic()))
         left = Judge.failures.get(answer, [])
         status = left.pop(0) if left else 200
-        content = "No idea." if answer == "mute" else f"Grade: 1 would be low. Fine.\nGrade: {len(answer.split())}"
+        content = f"Grade: 1 would be low. Fine.\nGrade: {len(answer.split())}"
+        if answer == "mute":
+            content = "No idea."
         answer = json.dumps({"choices": [{"message": {"content": content}}]}).encode()
         self.send_response(status)
         self.send_header("Content-Length", str(len(answer)))
@@ -69,7 +82,8 @@ def test_a_judge_grades_every_completion(judge, monkeypatch):
     completions = ["one two three", "w " * 30, "mute", ""]
     assert graded("judge", completions, prompts) == [0.3, 1.0, None, 0.0]
     paths, keys, names, texts, _ = zip(*Judge.requests)
-    assert set(paths) == {"/v1/chat/completions"} and set(keys) == {"Bearer secret"} and set(names) == {"wise"}
+    assert set(paths) == {"/v1/chat/completions"}
+    assert set(keys) == {"Bearer secret"} and set(names) == {"wise"}
     assert any("Question:\nSay {braces}\n" in text for text in texts)
     assert any("user: first\n\nassistant: turn\n\nuser: second" in text for text in texts)
 
@@ -101,8 +115,8 @@ def test_a_judge_has_a_limit_and_needs_settings(judge, monkeypatch):
 def test_training_with_a_judge(judge, tmp_path):
     """Its mean is logged, and every completion was graded."""
     data = write_jsonl(tmp_path / "prompts.jsonl", prompt_rows(4))
-    keys = ONLINE["grpo"] | dict(algorithm="grpo", model=tiny_model(tmp_path / "model"), data=data, max_length=200)
-    keys |= dict(output=tmp_path / "run", max_steps=2, batch_size=2, num_iterations=1, num_generations=4)
+    keys = ONLINE["grpo"] | dict(algorithm="grpo", model=tiny_model(tmp_path / "model"), data=data)
+    keys |= dict(max_length=200, output=tmp_path / "run", max_steps=2, batch_size=2, num_iterations=1, num_generations=4)
     train_here(write_config(tmp_path / "config.yml", **keys | {"reward": f"{FOLDER}/judge.py:judge"}))
     assert len(Judge.requests) == 2 * 4      # the two updates are made from one rollout
     assert all(0 <= row["reward"] <= 1 for row in metrics(tmp_path / "run"))
@@ -115,8 +129,9 @@ TESTS = ["assert add(1, 2) == 3", "assert add(2, 2) == 5", "assert add('a', 'b')
 
 
 def test_the_share_of_tests_that_pass():
-    completions = [f"Here:\n```python\nx = 1\n```\nBetter:\n```python\n{ADD}\n```", ADD, "def add(:", "no code",
-                   "```py\ndef add(a, b): return 3\n```", ADD]
+    last_block = f"Here:\n```python\nx = 1\n```\nBetter:\n```python\n{ADD}\n```"
+    wrong = "```py\ndef add(a, b): return 3\n```"
+    completions = [last_block, ADD, "def add(:", "no code", wrong, ADD]
     expected = [2 / 3, 2 / 3, 0.0, 0.0, 1 / 3, None]
     assert graded("unit_tests", completions, tests=[TESTS] * 5 + [None]) == pytest.approx(expected)
 

@@ -1,4 +1,4 @@
-"""Sequence classifiers that somebody else trained, as rewards: their scores are transformers' own, row by row."""
+"""Sequence classifiers that somebody else trained, as rewards: their scores are transformers' own."""
 import json
 import os
 import shutil
@@ -44,7 +44,8 @@ def other_tokenizer(padding=True, template=TEMPLATE):
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     special = ["<s>", "</s>", "<pad>"]
     trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, special_tokens=special)
-    tokenizer.train_from_iterator(["it is what it is", "one two three", "[assistant]", "[user]", "[end]"], trainer)
+    texts = ["it is what it is", "one two three", "[assistant]", "[user]", "[end]"]
+    tokenizer.train_from_iterator(texts, trainer)
     pad = {"pad_token": "<pad>"} if padding else {}
     wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", **pad)
     wrapped.chat_template = template
@@ -109,9 +110,9 @@ def policy(tmp_path_factory):
 
 def grpo(folder, policy, reward, **values):
     model, data = policy
-    options = ONLINE["grpo"] | dict(algorithm="grpo", model=model, data=data, output=folder / "run", max_steps=2,
-                                    batch_size=2, lr=1e-3, reward=reward, num_iterations=1, sample_every=1,
-                                    max_length=200)
+    options = ONLINE["grpo"] | dict(algorithm="grpo", model=model, data=data, output=folder / "run")
+    options |= dict(max_steps=2, batch_size=2, lr=1e-3, reward=reward, num_iterations=1, sample_every=1)
+    options |= dict(max_length=200)
     return write_config(folder / "config.yml", **options | values)
 
 
@@ -126,7 +127,7 @@ def test_grpo_learns_from_a_classifier(tmp_path, policy, classifier):
     for row in rows:
         prompt, = [text for text in prompts if text in row["prompt"]]
         completion = row["completion"].replace("<|im_end|>", "").replace("<|endoftext|>", "")
-        conversations.append([{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}])
+        conversations.append(messages(prompt, completion))
     expected = own_scores(classifier, conversations)
     assert [row["reward"] for row in rows] == pytest.approx(expected.tolist(), abs=1e-5)
     (tmp_path / "two").mkdir()
@@ -137,17 +138,19 @@ def test_grpo_learns_from_a_classifier(tmp_path, policy, classifier):
 
 
 def test_ppo_and_several_rewards(tmp_path, policy, classifier):
-    """A classifier's trunk reads other tokens than the policy's, so the critic starts from the start model."""
+    """A classifier reads other tokens than the policy, so the critic starts from the start model."""
     model, data = policy
     keys = ONLINE["ppo"] | dict(algorithm="ppo", model=model, data=data, output=tmp_path / "run", max_steps=2)
-    keys |= dict(max_length=200, reward=f"{classifier}, {keys['reward']}", reward_weights="1, 0.5", eval_data="null")
+    keys |= dict(reward=f"{classifier}, {keys['reward']}", reward_weights="1, 0.5")
+    keys |= dict(max_length=200, eval_data="null")
     train_here(write_config(tmp_path / "config.yml", **keys))
     assert "rewards/skywork/mean" in metrics(tmp_path / "run")[0]
-    assert "critic: the start model's trunk under a head of 0" in (tmp_path / "run" / "events.log").read_text()
+    events = (tmp_path / "run" / "events.log").read_text()
+    assert "critic: the start model's trunk under a head of 0" in events
 
 
 def test_the_classifier_of_an_rm_run(tmp_path, policy, classifier):
-    """A run of rm whose tokenizer is another one: the error names its classifier, which has the same scores."""
+    """A run of rm whose tokenizer is another one: the error names its classifier, which is taken."""
     from helpers import pair_rows
     other = tiny_model(tmp_path / "other", vocab_size=259)
     tokenizer = byte_tokenizer()
@@ -160,7 +163,7 @@ def test_the_classifier_of_an_rm_run(tmp_path, policy, classifier):
     data = write_jsonl(tmp_path / "pairs.jsonl", pair_rows(6))
     train_here(write_config(tmp_path / "rm.yml", algorithm="rm", model=other, data=data, max_length=200,
                             output=tmp_path / "rm", max_steps=1, batch_size=2))
-    with pytest.raises(UserError, match=f"another tokenizer than the model; fix: reward={tmp_path}/rm/classifier, "):
+    with pytest.raises(UserError, match=f"another tokenizer .*; fix: reward={tmp_path}/rm/classifier, "):
         train_here(grpo(tmp_path, policy, tmp_path / "rm"))
     train_here(grpo(tmp_path, policy, tmp_path / "rm" / "classifier"))
     assert (tmp_path / "run" / "final").exists()
@@ -169,8 +172,8 @@ def test_the_classifier_of_an_rm_run(tmp_path, policy, classifier):
 def test_completions_scored_by_a_classifier(tmp_path, policy, classifier):
     model, data = policy
     output = tmp_path / "results"
-    words = [model, f"data={data}", f"reward={classifier}", "n=2", "max_completion_length=4", f"output={output}"]
-    evaluate.main(words)
+    words = [model, f"data={data}", f"reward={classifier}", "n=2", "max_completion_length=4"]
+    evaluate.main([*words, f"output={output}"])
     file, = output.glob("*_results.jsonl")
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     conversations = []
@@ -195,11 +198,11 @@ def test_what_is_no_reward_model(tmp_path, policy, monkeypatch):
         raise AssertionError("weights are loaded")
     monkeypatch.setattr("engine.build.build_policy", no_weights)
     save_classifier(tmp_path / "two", labels=2)
-    refuses(tmp_path, policy, tmp_path / "two", "has 2 labels and gives no single score; fix: pass a classifier with one")
+    refuses(tmp_path, policy, tmp_path / "two", "has 2 labels and gives no single score; fix: pass a")
     save_classifier(tmp_path / "bare", template=None)
     refuses(tmp_path, policy, tmp_path / "bare", "has no chat template, so nothing says how it reads")
-    refuses(tmp_path, policy, policy[0], "is a Qwen2ForCausalLM, which gives no score; fix: pass a run of algorithm: rm, or")
-    refuses(tmp_path, policy, "owner/reward-model", "reward: .*owner/reward-model is neither a local directory nor")
+    refuses(tmp_path, policy, policy[0], "is a Qwen2ForCausalLM, which gives no score; fix: pass a run of")
+    refuses(tmp_path, policy, "owner/rm", "reward: .*owner/rm is neither a local directory nor")
 
 
 def test_weights_that_are_not_there(tmp_path, policy, classifier):
@@ -209,13 +212,13 @@ def test_weights_that_are_not_there(tmp_path, policy, classifier):
     weights = load_file(path / "model.safetensors")
     del weights["score.weight"]
     save_file(weights, path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(UserError, match=r"lacks 1 weights of a LlamaForSequenceClassification \(score.weight"):
+    with pytest.raises(UserError, match=r"lacks 1 weights of a LlamaForSequenceClass\w+ \(score.weight"):
         Classifier(str(path), texts)
 
 
 def test_conversations_that_are_too_long(tmp_path):
     path = save_classifier(tmp_path / "rm", max_position_embeddings=16)
-    with pytest.raises(RunError, match="reads 16 tokens, and a completion with its prompt has .* fix: lower max_comp"):
+    with pytest.raises(RunError, match="reads 16 tokens, and .* its prompt has .* fix: lower max_completion"):
         Classifier(path, texts).scores(CONVERSATIONS)
 
 

@@ -1,4 +1,5 @@
-"""Several ranks write a checkpoint and the final model together, in the background, and any number of ranks reads them.
+"""Several ranks write a checkpoint and the final model together, in the background, and any number of ranks
+reads them.
 
 A small model is written by rank 0 alone; here every rank writes its share, however small."""
 import errno
@@ -31,7 +32,7 @@ def share(rank, port):
 
 
 def in_save(step, action):
-    """Share, and do `action(rank, name of a function)` before the functions of the background's save of this update."""
+    """Share, and do `action(rank, function's name)` before the functions of this update's save."""
     def wrap(name, function):
         def wrapped(directory, *arguments, **options):
             if f"step-{step:06d}" in str(directory) and threading.current_thread() is background.thread:
@@ -187,8 +188,9 @@ def test_a_full_disk_of_one_rank_ends_all(config):  # noqa: F811
     assert [rank.code for rank in done] == [1, 1]
     for rank in done:
         line = rank.err.splitlines()[-1]
-        assert line.startswith("error: cannot write ") and "step-000002" in line and "Traceback" not in rank.err
-        assert line.endswith("earlier checkpoints are untouched; fix: free disk space and run the same command again")
+        assert line.startswith("error: cannot write ") and "step-000002" in line
+        assert line.endswith("untouched; fix: free disk space and run the same command again")
+        assert "Traceback" not in rank.err
     run = run_of(path)
     assert checkpoint.newest(run, pytest.fail).endswith("step-000001") and not list(run.rglob("*.tmp-*"))
 
@@ -201,13 +203,13 @@ def test_training_goes_on_while_a_checkpoint_is_written(config, whole):  # noqa:
     for step in (2, 4):
         name = f"checkpoints/step-{step:06d}"
         assert sealed.broken(run / name) is None
-        assert_equal(tensors(run / name), tensors(whole / name))      # as they were then, not as they are later
+        assert_equal(tensors(run / name), tensors(whole / name))      # as they were then, not later
 
 
 # ---- who writes and reads what
 
 def test_shares_are_even_and_layers_stay_together(monkeypatch):
-    """Sixteen ranks and 28 layers: nobody has more than two, and what is outside of the layers is one unit."""
+    """Sixteen ranks, 28 layers and what is outside of them, one unit: nobody has more than two layers."""
     monkeypatch.setattr(shares, "ALONE", 0)
     sizes = [28] * 28 + [90]
     units = [{f"{i}-{k}": torch.zeros(size, device="meta") for k in range(2)} for i, size in enumerate(sizes)]
