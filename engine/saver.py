@@ -82,6 +82,7 @@ class Saver:
         engine = self.engine
         if not engine.optimizer.state:      # nothing is trained yet, and a new start makes the same
             return
+        background.wait()                   # for the save before: there is never more than one copy
         from_main(engine.run.check_there)
         self.check_weights(update)
         directory = engine.run.path("checkpoints", f"step-{update:06d}")

@@ -130,8 +130,8 @@ def finish(temporary: str, directory: str, world: int) -> None:
 
 
 def join(temporary: str, world: int) -> dict:
-    """Move the weights of all parts and the other files of rank 0 into `temporary`; the entries of these
-    files in the manifest."""
+    """Move the files of all parts into `temporary`, those with weights under numbers; their entries in the
+    manifest."""
     entries = {}
     files = defaultdict(list)          # the name of several files without their number: [(path, entry)]
     for rank in range(world):
@@ -140,7 +140,7 @@ def join(temporary: str, world: int) -> dict:
             path = os.path.join(part, name)
             if name.endswith(WEIGHTS):
                 files[NUMBERED.sub("", name)].append((path, entry))
-            elif rank == 0 and name != INDEX:
+            elif name != INDEX and name not in entries:      # all ranks write the same
                 os.renames(path, os.path.join(temporary, name))
                 entries[name] = entry
     place = {}                         # name of a weight: its file

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import metrics, train_here
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_distributed import config, join, two_ranks  # noqa: F401  a fixture
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -222,6 +222,31 @@ def test_shares_are_even_and_layers_stay_together(monkeypatch):
     assert min(loads) > 0 and max(loads) == 4 * 2 * 90
     monkeypatch.setattr(shares, "ALONE", 4 * 2 * sum(sizes))
     assert shares.owners_of(units, 16) == {}
+
+
+def test_parts_are_joined_as_transformers_shards_a_model(tmp_path):
+    """Rank 0 has no weight of the LM here, and rank 1 two files; the files without weights are in any part."""
+    files = {0: {"critic": "a", "trainer.json": "{}"},
+             1: {"model-00001-of-00002": "b", "model-00002-of-00002": "c", "config.json": "{}", "more/x.json": "1"},
+             2: {"model": "d", "critic": "e", "config.json": "{}"}}
+    for rank, part in files.items():
+        folder = tmp_path / f"part-{rank:05d}"
+        (folder / "more").mkdir(parents=True)
+        for name, content in part.items():
+            if name.endswith("json"):
+                (folder / name).write_text(content)
+            else:
+                save_file({content: torch.tensor([float(rank)])}, folder / f"{name}.safetensors")
+        sealed.seal(folder)
+    sealed.seal(tmp_path, known=shares.join(tmp_path, 3))
+    assert sealed.broken(tmp_path) is None
+    numbered = [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
+    critics = [f"critic-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    others = ["manifest.json", "trainer.json", "config.json", "more/x.json", shares.INDEX]
+    assert sealed.files_below(tmp_path) == sorted(numbered + critics + others)
+    index = json.loads((tmp_path / shares.INDEX).read_text())["weight_map"]
+    assert index == dict(zip("bcd", numbered))
+    assert [load_file(tmp_path / index[name])[name].item() for name in "bcd"] == [1.0, 1.0, 2.0]
 
 
 @pytest.mark.parametrize("rows, ranks", [(7, 3), (4, 4), (2, 4), (1, 2), (8, 2)])
