@@ -25,11 +25,13 @@ SAME = {
     "not)":
         "scale_rewards use_std_normalization norm_adv_by_std_in_grpo normalize_by_std scale_advantages "
         "std_normalization no_advantage_std_norm",
-    "algorithm of grpo dr_grpo gspo cispo: dapo (it has mask_truncated_completions)":
+    "algorithm of grpo: gdpo (it normalises each reward by itself)": "multi_objective_aggregation",
+    "algorithm of grpo gdpo dr_grpo gspo cispo: dapo (it has mask_truncated_completions)":
         "mask_truncated_completions overlong_filter overlong_filtering mask_truncated",
-    "algorithm of grpo dr_grpo dapo gspo cispo rloo reinforce_pp ppo (gspo has one ratio per completion)":
+    "algorithm of grpo gdpo dr_grpo dapo gspo cispo rloo reinforce_pp ppo (gspo has one ratio per "
+    "completion)":
         "importance_sampling_level",
-    "algorithm of grpo dr_grpo dapo gspo cispo rloo reinforce_pp ppo (dr_grpo divides by a constant "
+    "algorithm of grpo gdpo dr_grpo dapo gspo cispo rloo reinforce_pp ppo (dr_grpo divides by a constant "
     "length, dapo by all tokens)":
         "loss_agg_mode length_normalization_type loss_aggregation token_level_loss",
     "model":
@@ -187,16 +189,16 @@ SAME = {
         "num_inner_epochs",
     "num_ppo_epochs":
         "num_iterations ppo_epochs epochs_per_rollout_batch update_epochs noptepochs ppo_inner_epochs",
-    "epsilon of grpo dr_grpo dapo gspo rloo reinforce_pp (epsilon_high bounds the ratio above)":
+    "epsilon of grpo gdpo dr_grpo dapo gspo rloo reinforce_pp (epsilon_high bounds the ratio above)":
         "cliprange clip_range eps_clip clip_eps clip_epsilon clip_ratio ppo_clip clip_param",
-    "epsilon of grpo dr_grpo dapo gspo rloo reinforce_pp":
+    "epsilon of grpo gdpo dr_grpo dapo gspo rloo reinforce_pp":
         "clip_ratio_low epsilon_low eps_low clip_low eps_clip_low",
-    "epsilon_high of grpo dr_grpo dapo gspo rloo reinforce_pp":
+    "epsilon_high of grpo gdpo dr_grpo dapo gspo rloo reinforce_pp":
         "clip_ratio_high eps_high clip_high eps_clip_high",
-    "epsilon and epsilon_high of grpo dr_grpo dapo gspo rloo reinforce_pp": "eps_clip_low_high",
+    "epsilon and epsilon_high of grpo gdpo dr_grpo dapo gspo rloo reinforce_pp": "eps_clip_low_high",
     "cliprange": "epsilon clip_range eps_clip clip_eps clip_epsilon clip_ratio ppo_clip clip_param",
     "cliprange_value": "value_clip clip_range_vf value_clip_range vf_clip",
-    "beta of grpo (weight of the KL to the reference)":
+    "beta of grpo gdpo (weight of the KL to the reference)":
         "kl_coef kl_loss_coef kl_beta kl_coeff init_kl_coef kl_coefficient kl_weight kl_penalty_coef "
         "kl_ctrl.kl_coef",
     "kl_coef (weight of the KL to the reference)":

@@ -158,6 +158,9 @@ class Engine:
     def score(self, rollout: Rollout) -> None:
         self.online.score(rollout)
 
+    def each_reward(self, rollout: Rollout) -> tuple[list, list[float]]:
+        return self.online.each_reward(rollout)
+
     def resample(self, rollout: Rollout, which: list[int], attempt: int) -> None:
         self.online.resample(rollout, which, attempt)
 

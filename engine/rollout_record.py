@@ -7,7 +7,7 @@ import torch
 from data.errors import UserError
 from engine.console import per_second
 from engine.ranks import PATIENCE, from_main
-from engine.rollout import Rollout, alike
+from engine.rollout import PerPrompt, Rollout, alike
 
 MANY = 10      # updates in a row without a signal, after which a warning is given
 
@@ -37,18 +37,19 @@ class RolloutRecord:
 
     def reward_metrics(self, rollout: Rollout) -> dict:
         """What TRL logs of a rollout, under its names; completions without a reward are left out and
-        counted."""
-        groups = [rewards[~rewards.isnan()] for rewards in rollout.rewards]
-        rewards, lengths = torch.cat(groups), torch.cat(rollout.lengths)
+        counted. `std` is the mean over the groups of their standard deviations."""
+        rewards, lengths = torch.cat(known(rollout.rewards)), torch.cat(rollout.lengths)
         truncated = torch.cat(rollout.truncated)
+        is_grouped = any(len(example.responses) > 1 for example in rollout.examples)
         metrics = {"reward": rewards.mean()}
-        if any(len(example.responses) > 1 for example in rollout.examples):
-            metrics["reward_std"] = torch.stack([spread(group) for group in groups]).mean()
-            metrics["frac_reward_zero_std"] = sum(map(alike, groups)) / len(groups)
+        if is_grouped:
+            metrics["reward_std"], metrics["frac_reward_zero_std"] = spreads(rollout.rewards)
         if len(self.rollouts.rewards) > 1:
             for reward in self.rollouts.rewards:
-                values = torch.cat(rollout[f"rewards/{reward.name}"])
-                metrics[f"rewards/{reward.name}/mean"] = values.nanmean()
+                name = f"rewards/{reward.name}"
+                metrics[f"{name}/mean"] = torch.cat(rollout[name]).nanmean()
+                if is_grouped:
+                    metrics[f"{name}/std"], metrics[f"{name}/frac_zero_std"] = spreads(rollout[name])
         metrics["completions/mean_length"] = lengths.mean()
         metrics["completions/min_length"] = lengths.min()
         metrics["completions/max_length"] = lengths.max()
@@ -123,6 +124,15 @@ class RolloutRecord:
         return found
 
 
-def spread(rewards: torch.Tensor) -> torch.Tensor:
-    """The standard deviation of a group (G,) -> (); exactly 0 where all are equal."""
-    return torch.zeros((), dtype=torch.float64) if alike(rewards) else rewards.std()
+def known(groups: PerPrompt) -> PerPrompt:
+    """(G,) per prompt -> the same without NaN."""
+    return [group[~group.isnan()] for group in groups]
+
+
+def spreads(groups: PerPrompt) -> tuple[float, float]:
+    """(G,) per prompt -> the mean of the groups' standard deviations, and the share of groups whose numbers
+    are all equal. NaN is left out; a deviation is exactly 0 where all are equal."""
+    deviations = []
+    for group in known(groups):
+        deviations.append(0.0 if alike(group) else float(group.std()))
+    return sum(deviations) / len(groups), sum(map(alike, groups)) / len(groups)

@@ -193,6 +193,7 @@ GROUPS = dict(SAMPLED, num_generations=4, num_iterations=2, num_mini_batches=2)
 ONLINE = {    # name -> keys with which it makes four updates per rollout
     "ppo": dict(SAMPLED, num_ppo_epochs=2, num_mini_batches=2),
     **dict.fromkeys(("grpo", "dr_grpo", "gspo", "cispo", "rloo", "reinforce_pp"), GROUPS),
+    "gdpo": GROUPS | dict(reward=f"{REWARDS}:varied, {REWARDS}:coarse", reward_weights="1, 0.5"),
     "dapo": GROUPS | dict(reward=f"{REWARDS}:coarse", soft_overlong_cache=6),
 }
 ROWS = ALGORITHMS | dict.fromkeys(ONLINE, prompt_rows)

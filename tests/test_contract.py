@@ -174,6 +174,8 @@ LINES = {    # name: (algorithm, edits, what the sentence says)
     "mean": ("dpo", [(LOG, REDUCED)], "pass the losses per example, response or token"),
     "score": ("grpo", [("        engine.score(rollout)", "        pass #")],
               "add the line engine.score(rollout) before"),
+    "each reward": ("gdpo", [("        engine.score(rollout)", "        pass #")],
+                    "add the line engine.score(rollout) before engine.each_reward(rollout)"),
     "advantages": ("grpo", [("        rollout.advantages = ", "        rollout.advantage = ")],
                    "write rollout.advantages"),
     "read": ("grpo", [("(rollout.rewards)", "(rollout.reward)")], "write rollout.rewards"),

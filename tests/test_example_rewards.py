@@ -1,4 +1,4 @@
-"""The rewards in example/rewards/: a judge, unit tests, a lexicon, reasoning-gym's scorers."""
+"""The rewards in example/rewards/: a judge, unit tests, a lexicon, a format, reasoning-gym's scorers."""
 import importlib.util
 import itertools
 import json
@@ -159,6 +159,17 @@ def test_code_sees_no_variables_of_the_environment(monkeypatch, tmp_path):
     code = "import os\nvalues = (os.environ.get('JUDGE_KEY'), os.listdir())\nopen('left', 'w').write('x')"
     assert graded("unit_tests", [code], tests=[["assert values == (None, [])"]]) == [1.0]
     assert list(tmp_path.iterdir()) == []
+
+
+# ---- a format
+
+def test_the_format_alone():
+    """Also of a completion that opens <think> itself, and with a wrong answer."""
+    right = ["so 5. </think> <answer> 5 </answer>", "<think>2+3=6</think> <answer>6</answer>\n"]
+    wrong = ["5", "<answer>5</answer>", "</think><answer>5</answer>", "</think> <answer>5</answer> or 6", "",
+             "</think> <answer>4</answer> </think> <answer>5</answer>", "</think> <answer>5",
+             "</think> so <answer>5</answer>"]
+    assert graded("in_format", right + wrong) == [1.0] * len(right) + [0.0] * len(wrong)
 
 
 # ---- a lexicon

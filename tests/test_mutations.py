@@ -53,9 +53,11 @@ def family_parts(*names):
     return [f"test_families_parts.py::test_{name}" for name in names]
 
 
+of_several_rewards = [*online("gdpo"), "test_online_losses.py::test_decoupled_advantages[0]",
+                      "test_online_losses.py::test_worked_advantages_of_two_rewards"]
 PAIRS = "dpo", "ipo", "apo", "orpo", "simpo", "cpo"      # algorithms that take log-probs of pairs; rm takes scores
 TOKENS = "sft", "dft", "kto", *PAIRS
-GROUPS = "grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "reinforce_pp"
+GROUPS = "grpo", "gdpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "reinforce_pp"
 SHIFT = "data/pack.py", "source.append(predictors[response.trained])", "source.append(predictors[response.trained] + 1)"
 UNCHECKED = "; import model.check; model.check.check_policy = lambda *_: None"
 MUTATIONS = {    # name: (file, text, what it becomes, the tests that must fail)
@@ -115,6 +117,12 @@ MUTATIONS = {    # name: (file, text, what it becomes, the tests that must fail)
         "model/completions.py", "Completion(tokens, logps, stopped)",
         "Completion(*((x[:-1] if stopped and start else x) for x in (tokens, logps)), stopped)",
         [*online("grpo", "dapo"), *(f"test_rollout.py::test_sampler_equals_a_plain_loop[{name}-plain]" for name in ("qwen2", "llama"))]),
+    "rewards that are normalised after their sum": (
+        "algorithms/gdpo.py", "[group_advantages(groups) for groups in rewards]", "rewards", of_several_rewards),
+    "no deviation over the rollout": (
+        "algorithms/gdpo.py", "total / (known.std() + 1e-4)", "total", of_several_rewards),
+    "every reward weighs the same": (
+        "engine/rollouts.py", "[reward.weight for", "[1.0 for", online("gdpo")),
     "one completion's draws for another": (
         "model/sampler.py", "(*keys[prompt], copy)", "(*keys[prompt], copy + 1)",
         ["test_rollout.py::test_sampler_equals_a_plain_loop[qwen2-plain]"]),

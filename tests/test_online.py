@@ -139,6 +139,23 @@ def normalised(completions, is_scaled=True):
                 completion.advantage /= deviation + 1e-4
 
 
+def decoupled(completions):
+    """GDPO's, of two rewards with the weights 1 and 0.25."""
+    for completion in completions:
+        completion.advantage = 0.0
+    for which, weight in enumerate((1, 0.25)):
+        for group in by_group(completions):
+            judged = [completion for completion in group if completion.parts[which] is not None]
+            if not judged:
+                continue
+            mean, deviation = mean_and_std([completion.parts[which] for completion in judged], 1)
+            for completion in judged:
+                completion.advantage += weight * (completion.parts[which] - mean) / (deviation + 1e-4)
+    _, deviation = mean_and_std([completion.advantage for completion in completions], 1)
+    for completion in completions:
+        completion.advantage /= deviation + 1e-4
+
+
 def left_out(completions, kl_coef=0.05):
     """RLOO's."""
     for completion in completions:
@@ -226,7 +243,7 @@ def plain_loop(model, seen, reward, advantages, loss_of, skip=False, temperature
             for i, response in enumerate(responses):
                 sampled[id(response)] = completion = SimpleNamespace(
                     group=group, prompt=prompt_ids(rows[answer]), tokens=tokens[i], reward=rewards[i], score=rewards[i],
-                    truncated=tokens[i][-1] != 258)
+                    truncated=tokens[i][-1] != 258, parts=getattr(rewards[i], "parts", None))
                 with torch.no_grad():
                     completion.old, completion.reference = (token_logps(lm, completion, temperature) for lm in (policy, reference))
                 completion.kl = (completion.old - completion.reference).tolist()
@@ -268,10 +285,26 @@ def plain_loop(model, seen, reward, advantages, loss_of, skip=False, temperature
 
 NARROW = dict(epsilon=0.02, epsilon_high=0.02)      # so that clipping is at work
 GRPO = per_token(completion_means, beta=0.04)
+
+
+def weighed(prompts, completions, answer):
+    """Two rewards, the first of which always judges: what each says, and their weighted sum."""
+    judged = []
+    for first, second in zip(varied(prompts, completions, answer), some(prompts, completions, answer)):
+        judged.append(Several(first + 0.25 * (second or 0.0)))
+        judged[-1].parts = first, second
+    return judged
+
+
+class Several(float):
+    """A sum of rewards that knows its parts."""
+
+
 CASES = {    # name: (algorithm, its keys, the reward, advantages, loss of the completions of an update)
     "grpo": ("grpo", NARROW, varied, normalised, GRPO),
     "grpo-no-kl": ("grpo", NARROW | {"beta": 0}, varied, normalised, per_token(completion_means)),
     "grpo-none": ("grpo", NARROW, some, normalised, GRPO),
+    "gdpo": ("gdpo", NARROW | {"reward_weights": "1, 0.25"}, weighed, decoupled, GRPO),
     "dr_grpo": ("dr_grpo", NARROW, varied, lambda made: normalised(made, False), per_token(by_a_constant)),
     "dr_grpo-kl": ("dr_grpo", NARROW | {"beta": 0.04}, varied, lambda made: normalised(made, False),
                    per_token(by_a_constant, beta=0.04)),
@@ -292,7 +325,8 @@ CASES = {    # name: (algorithm, its keys, the reward, advantages, loss of the c
 def test_updates_equal_a_plain_loop(files, run, seen, updates, name):
     """Four updates from one rollout, groups cut by small micro-batches, and two of the next, with which max_steps ends the run."""
     algorithm, options, reward, advantages, loss_of = CASES[name]
-    keys = ONLINE[algorithm] | options | {"reward": f"{REWARDS}:{reward.__name__}"}
+    named = f"{REWARDS}:varied, {REWARDS}:some" if reward is weighed else f"{REWARDS}:{reward.__name__}"
+    keys = ONLINE[algorithm] | options | {"reward": named}
     result = run(name, algorithm, **keys, max_steps=6, temperature=0.8, max_grad_norm=0.7, micro_batch_tokens=90)
     assert len(seen.rollouts) == 2 and [place for place, _ in seen.updates] == [0, 0, 0, 0, 1, 1]
     expected, expected_gradients = plain_loop(files["model"], seen, reward, advantages, loss_of,
@@ -358,7 +392,7 @@ def test_held_out_prompts_without_a_reward(files, run):
 
 
 def test_several_rewards_are_weighed(run, seen):
-    """Where one does not judge a completion the others do."""
+    """Where one does not judge a completion the others do. Each has its own mean and spread."""
     row, = metrics(run("two", "grpo", **ONCE_GROUPS | {"max_steps": 1, "reward": f"{REWARDS}:varied, {REWARDS}:some",
                                                        "reward_weights": "2, -0.5"}))
     texts = [(str(answer), text_of(response.tokens.tolist())) for answer, responses in seen.rollouts[0] for response in responses]
@@ -368,6 +402,30 @@ def test_several_rewards_are_weighed(run, seen):
     assert row["rewards/varied/mean"] == pytest.approx(sum(first) / 12)
     assert row["rewards/some/mean"] == pytest.approx(sum(known) / len(known))
     assert row["reward"] == pytest.approx((2 * sum(first) - 0.5 * sum(known)) / 12)
+    for name, values in (("varied", first), ("some", second)):
+        groups = [[value for value in values[start:start + 4] if value is not None] for start in (0, 4, 8)]
+        spreads = [mean_and_std(group, 1)[1] if group else 0 for group in groups]
+        assert row[f"rewards/{name}/std"] == pytest.approx(sum(spreads) / 3)
+        assert row[f"rewards/{name}/frac_zero_std"] == pytest.approx(spreads.count(0) / 3)
+    assert row["rewards/some/frac_zero_std"] > 0 == row["rewards/varied/frac_zero_std"]
+
+
+def test_one_reward_has_no_numbers_of_its_own(run):
+    row, = metrics(run("one", "grpo", **ONCE_GROUPS | {"max_steps": 1}))
+    assert "reward_std" in row and not any(name.startswith("rewards/") for name in row)
+
+
+@pytest.mark.parametrize("algorithm", ["dapo", "reinforce_pp"])
+def test_each_of_several_rewards_is_logged(files, run, algorithm):
+    """Held-out prompts have one completion each, so no spread."""
+    keys = once(algorithm) | {"reward": f"{REWARDS}:varied, {REWARDS}:coarse", "max_steps": 1}
+    result = run("two", algorithm, eval_data=files["eval"], **keys)
+    numbers = {f"rewards/{name}/{what}" for name in ("varied", "coarse") for what in ("mean", "std", "frac_zero_std")}
+    row, = metrics(result)
+    assert {name for name in row if name.startswith("rewards/")} - {"rewards/soft_overlong/mean"} == numbers
+    for row in metrics(result, "eval"):
+        assert {name for name in row if name.startswith("rewards/")} == {"rewards/varied/mean", "rewards/coarse/mean"}
+        assert "reward_std" not in row
 
 
 def test_watching_changes_nothing(files, run):

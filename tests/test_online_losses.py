@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from algorithms import dapo, dr_grpo, grpo, reinforce_pp, rloo
+from algorithms import dapo, dr_grpo, gdpo, grpo, reinforce_pp, rloo
 from algorithms.cispo import cispo_loss
 from algorithms.dapo import dapo_loss, soft_overlong
 from algorithms.dr_grpo import dr_grpo_loss
+from algorithms.gdpo import decoupled_advantages, gdpo_loss
 from algorithms.grpo import grpo_loss
 from algorithms.gspo import gspo_loss
 from algorithms.reinforce_pp import reinforce_loss, token_returns, whiten
@@ -23,7 +24,7 @@ from data.pack import Example, Response, collate
 from engine.config import load_config
 from engine.rollout import Rollout, alike
 
-OF_TOKENS = {"grpo": grpo_loss, "dr_grpo": dr_grpo_loss, "dapo": dapo_loss, "cispo": cispo_loss, "reinforce_pp": reinforce_loss}
+OF_TOKENS = {"grpo": grpo_loss, "gdpo": gdpo_loss, "dr_grpo": dr_grpo_loss, "dapo": dapo_loss, "cispo": cispo_loss, "reinforce_pp": reinforce_loss}
 
 
 # ---- worked numbers: two completions of 4 and 2 tokens ----
@@ -110,11 +111,76 @@ def test_worked_advantages():
         assert_groups(algorithm.group_advantages(rewards), by_hand)
 
 
-@pytest.mark.parametrize("name", ["grpo", "dapo", "gspo", "cispo"])
+@pytest.mark.parametrize("name", ["grpo", "gdpo", "dapo", "gspo", "cispo"])
 def test_group_advantages_of_the_kin(name):
     advantages = importlib.import_module(f"algorithms.{name}").group_advantages(tensors(GROUPS))
     assert_groups(advantages, [[reward / (spread(group) + 1e-4) for reward in centered(group)] for group in GROUPS])
     assert_groups(dr_grpo.group_advantages(tensors(GROUPS)), map(centered, GROUPS))
+
+
+def decoupled_by_hand(rewards, weights):
+    """`rewards`: of each reward its groups, lists of numbers."""
+    sums = []
+    for groups in zip(*rewards):
+        total = [NAN if all(reward != reward for reward in one) else 0.0 for one in zip(*groups)]
+        for group, weight in zip(groups, weights):
+            known = [reward for reward in group if reward == reward]
+            for i, reward in enumerate(group):
+                if reward == reward:
+                    total[i] += weight * (reward - statistics.fmean(known)) / (spread(group) + 1e-4)
+        sums.append(total)
+    everything = [value for total in sums for value in total if value == value]
+    mean, std = statistics.fmean(everything), statistics.stdev(everything)
+    return [[(value - mean) / (std + 1e-4) for value in total] for total in sums]
+
+
+def test_worked_advantages_of_two_rewards():
+    """The spread of a reward does not count, its weight does; grpo hardly sees the second one."""
+    large, small = tensors([[1000., 0., 1000., 0.]]), tensors([[0., .001, .001, 0.]])
+    small = [1000 * group for group in small]                      # so that 1e-4 is little
+    advantages, = decoupled_advantages([large, small], [1.0, 1.0])
+    assert advantages.tolist() == pytest.approx([0, 0, math.sqrt(1.5), -math.sqrt(1.5)], abs=1e-3)
+    of_sum, = grpo.group_advantages([large[0] + small[0]])
+    assert of_sum.tolist() == pytest.approx([.8656, -.8656, .8665, -.8665], abs=2e-4)
+    advantages, = decoupled_advantages([large, small], [3.0, 1.0])
+    assert advantages.tolist() == pytest.approx([value * math.sqrt(3 / 20) for value in (2, -2, 4, -4)], abs=1e-3)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_decoupled_advantages(seed):
+    """Against loops. Completions that one reward or all of them left out; groups that are alike in one of them
+    or in all; a large and a small spread."""
+    generator = torch.Generator().manual_seed(seed)
+    rewards = torch.randn(3, 6, 4, generator=generator, dtype=torch.float64)
+    rewards *= torch.tensor([100.0, .01, 1.0])[:, None, None]
+    rewards[0, 1] = .1
+    rewards[:, 2] = torch.tensor([1.0, .1, 3.0])[:, None]
+    rewards[1, 3, 1:] = NAN
+    rewards[2, 4] = NAN
+    rewards[:, 5, 2] = NAN
+    by_reward = [list(groups) for groups in rewards]
+    for weights in ([1.0, 1.0, 1.0], [2.0, .5, -1.0]):
+        advantages = decoupled_advantages(by_reward, weights)
+        assert_groups(advantages, decoupled_by_hand(rewards.tolist(), weights))
+        assert advantages[2].tolist() == [0] * 4 and advantages[5].isnan().tolist() == [False, False, True, False]
+
+
+def test_decoupled_advantages_of_one_reward():
+    """grpo's, divided by their standard deviation over the rollout."""
+    of_grpo = grpo.group_advantages(tensors(GROUPS))
+    std = statistics.stdev(value for group in of_grpo for value in group.tolist() if value == value)
+    expected = [[value / (std + 1e-4) for value in group.tolist()] for group in of_grpo]
+    assert_groups(decoupled_advantages([tensors(GROUPS)], [1.0]), expected)
+    assert_groups(decoupled_advantages([tensors(GROUPS)], [7.0]), [
+        [7 * value / (7 * std + 1e-4) for value in group.tolist()] for group in of_grpo])
+
+
+def test_decoupled_advantages_without_a_signal():
+    """One completion with a reward, or rewards that cancel out, leave no deviation to divide by."""
+    one = decoupled_advantages([tensors([[NAN, 2., NAN], [NAN] * 3])], [1.0])
+    assert_groups(one, [[NAN, 0, NAN], [NAN] * 3])
+    pair = tensors([[1., 0., 2.]])
+    assert decoupled_advantages([pair, [-pair[0]]], [1.0, 1.0])[0].tolist() == [0, 0, 0]
 
 
 def leave_one_out_by_hand(group):
@@ -164,7 +230,7 @@ def test_cispo_refuses_a_bound_below_one(tmp_path):
 def test_a_group_has_two_completions(tmp_path):
     file = tmp_path / "x.yml"
     file.write_text("model: m\ndata: d\nreward: gsm8k\nnum_generations: 1\n")
-    for name in ("grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo"):
+    for name in ("grpo", "gdpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo"):
         with pytest.raises(UserError, match=r"num_generations \(.*x.yml:4\) is 1; fix: give 2 or more"):
             load_config([str(file), f"algorithm={name}"])
     assert load_config([str(file), "algorithm=reinforce_pp"]).config.num_generations == 1
@@ -311,6 +377,11 @@ class Engine:
     def score(self, rollout):
         rollout.metrics = {}
 
+    def each_reward(self, rollout):
+        """Twice the same reward, the second time of the other sign for one completion."""
+        second = [group * torch.tensor([1, 1, 1, -1]) for group in rollout.rewards]
+        return [rollout.rewards, second], WEIGHTS
+
     def resample(self, rollout, which, attempt):
         self.resampled.append((which, attempt))
         for i in which:
@@ -357,6 +428,9 @@ def plain_loss(name, config, lengths, rewards, new, old, reference, weights):
     ids, groups = iter(range(len(new))), []
     for group, group_rewards in zip(lengths, rewards):
         groups.append([(reward, [next(ids) for _ in range(length)]) for length, reward in zip(group, group_rewards)])
+    if name == "gdpo":
+        second = [[-reward if i == 3 else reward for i, reward in enumerate(group)] for group in rewards]
+        decoupled = iter(decoupled_by_hand([rewards, second], WEIGHTS))
     everything = []                                                # (advantage, or one per token, and the tokens' ids)
     for group in groups:
         scores = [reward for reward, _ in group]
@@ -367,6 +441,8 @@ def plain_loss(name, config, lengths, rewards, new, old, reference, weights):
             scores = centered(scores) if config.baseline else scores
             advantages = [[score - kl_coef * sum(old[u] - reference[u] for u in tokens[i:]) for i in range(len(tokens))]
                           for score, (_, tokens) in zip(scores, group)]
+        elif name == "gdpo":
+            advantages = next(decoupled)
         else:
             if name == "dapo" and config.soft_overlong_cache:
                 start = LONGEST - config.soft_overlong_cache
@@ -383,7 +459,7 @@ def plain_loss(name, config, lengths, rewards, new, old, reference, weights):
     for advantage, tokens in everything:
         bounds = getattr(config, "epsilon", None), config.epsilon_high
         log_ratios = [new[t] - old[t] for t in tokens]
-        if name == "grpo":
+        if name in ("grpo", "gdpo"):
             for t, log_ratio in zip(tokens, log_ratios):
                 k3 = math.exp(reference[t] - new[t]) - (reference[t] - new[t]) - 1
                 total += (clipped(log_ratio, advantage, *bounds) + config.beta * k3) / len(tokens) / count
@@ -402,6 +478,7 @@ def plain_loss(name, config, lengths, rewards, new, old, reference, weights):
     return total
 
 
+WEIGHTS = [1.0, .5]
 GROUP_LENGTHS = [[3, 6, 1, 2], [5, 2, 4, 6], [1, 1, 3, 2]]
 GROUP_REWARDS = [[1., 0., 0., 1.], [.5, NAN, 1., 0.], [0., 1., .25, NAN]]
 
@@ -414,7 +491,7 @@ def tables(seed=0):
 
 
 @pytest.mark.parametrize("name, options", [
-    ("grpo", {}), ("grpo", {"beta": 0}), ("dr_grpo", {}), ("dr_grpo", {"epsilon": .05}),
+    ("grpo", {}), ("grpo", {"beta": 0}), ("gdpo", {}), ("gdpo", {"beta": 0}), ("dr_grpo", {}), ("dr_grpo", {"epsilon": .05}),
     ("dapo", {}), ("dapo", {"soft_overlong_cache": 3}), ("dapo", {"mask_truncated_completions": True}),
     ("gspo", {}), ("gspo", {"epsilon": .1, "epsilon_high": .2}), ("cispo", {}), ("cispo", {"epsilon_high": 1.1}),
     ("rloo", {}), ("rloo", {"kl_coef": 0, "epsilon": .9, "epsilon_high": 3}), ("reinforce_pp", {}), ("reinforce_pp", {"kl_coef": 0}),

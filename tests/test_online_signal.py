@@ -22,7 +22,7 @@ from helpers import (
 from safetensors.torch import load_file
 from test_distributed import two_ranks
 
-from algorithms import ppo, reinforce_pp, rloo
+from algorithms import gdpo, ppo, reinforce_pp, rloo
 from data.errors import RunError, UserError
 from data.pack import Example, Response
 from engine import checkpoint
@@ -37,7 +37,7 @@ VALUES = 0.1, 0.3, 0.6, 0.7, 0.9, -0.1, 1 / 3
 DTYPES = torch.float32, torch.float64
 # one update per rollout, no reference
 KEYS = dict(max_completion_length=6, batch_size=2, lr=1e-3, max_length=64, schedule="constant", warmup=0)
-WITHOUT_KL = {"grpo": {"beta": 0}, "rloo": {"kl_coef": 0}, "reinforce_pp": {"kl_coef": 0},
+WITHOUT_KL = {"grpo": {"beta": 0}, "gdpo": {"beta": 0}, "rloo": {"kl_coef": 0}, "reinforce_pp": {"kl_coef": 0},
               "dapo": {"max_resample_times": 1}, "gspo": {"num_mini_batches": 1},
               # the critic starts at 0, and with lam 1 the first advantages are the whole returns: all alike
               "ppo": {"kl_coef": 0, "lam": 1.0, "num_ppo_epochs": 1}}
@@ -120,8 +120,10 @@ def whitened_gae(rewards):
 
 
 ADVANTAGES = {name: importlib.import_module(f"algorithms.{name}").group_advantages for name in
-              ("grpo", "dr_grpo", "dapo", "gspo", "cispo")}
+              ("grpo", "gdpo", "dr_grpo", "dapo", "gspo", "cispo")}
 OF_A_GROUP = {name: lambda rewards, made=made: made([rewards]) for name, made in ADVANTAGES.items()} | {
+    "gdpo": lambda rewards: gdpo.decoupled_advantages([[rewards]], [1.0]),
+    "gdpo-2": lambda rewards: gdpo.decoupled_advantages([[rewards], [-3 * rewards]], [1.0, 0.3]),
     "rloo": lambda rewards: [rloo.leave_one_out(rewards)],
     "rloo-kl-0": lambda rewards: [rloo.leave_one_out(less_the_kl(rewards))],
     "reinforce_pp": whitened_returns,
@@ -319,7 +321,7 @@ def test_what_top_p_and_top_k_mean_is_said(run):
 
 # ---- groups that are not computed ----
 
-@pytest.mark.parametrize("algorithm", ["grpo", "dr_grpo", "gspo", "cispo"])
+@pytest.mark.parametrize("algorithm", ["grpo", "gdpo", "dr_grpo", "gspo", "cispo"])
 def test_groups_without_a_gradient_can_be_left_out(run, monkeypatch, algorithm):
     """The same gradient from fewer groups: half of the eight rows have equal rewards. Two groups make an
     update, so that some updates have none to compute."""
@@ -332,7 +334,7 @@ def test_groups_without_a_gradient_can_be_left_out(run, monkeypatch, algorithm):
 
     monkeypatch.setattr(Step, "__init__", watch)
     keys = dict(max_steps=12, num_mini_batches=2, batch_size=4)
-    if algorithm in ("grpo", "dr_grpo"):
+    if algorithm in ("grpo", "gdpo", "dr_grpo"):
         keys["beta"] = 0
     whole = run(algorithm, "equal_for_half_of_the_rows", "whole", skip_zero_std="false", **keys)
     less = run(algorithm, "equal_for_half_of_the_rows", "less", skip_zero_std="true", **keys)

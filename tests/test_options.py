@@ -42,6 +42,7 @@ LIMITS = {
     "simpo": BETA | SMOOTHING | {"cpo_alpha": NOT_NEGATIVE, "simpo_gamma": NOT_NEGATIVE},
     "rm": {"center_rewards_coefficient": NOT_NEGATIVE},
     "grpo": CLIPPED | {"beta": NOT_NEGATIVE},
+    "gdpo": CLIPPED | {"beta": NOT_NEGATIVE},
     "dr_grpo": CLIPPED | {"beta": NOT_NEGATIVE},
     "dapo": CLIPPED | {"max_resample_times": ("0 7", "-1"), "soft_overlong_cache": ("0 7", "-1")},
     "gspo": CLIPPED,
@@ -163,13 +164,14 @@ def test_what_the_engine_is_told():
             values["reward"] = "gsm8k"
         return config_of(name)(**values)
 
-    with_reference = ("apo", "dpo", "grpo", "ipo", "kto", "ppo", "reinforce_pp", "rloo", "rpo")
+    with_reference = ("apo", "dpo", "gdpo", "grpo", "ipo", "kto", "ppo", "reinforce_pp", "rloo", "rpo")
     for name in NAMES:
         assert made(name).uses_reference() == (name in with_reference)
         assert made(name).uses_critic() == (name == "ppo")
         assert made(name).allows_dropout == (name in ("sft", "dft"))
     assert not made("dpo", reference_free=True).uses_reference()
     assert not made("grpo", beta=0.0).uses_reference()
+    assert not made("gdpo", beta=0.0).uses_reference()
     assert made("dr_grpo", beta=0.1).uses_reference()
     assert not made("rloo", kl_coef=0.0).uses_reference()
     assert not made("reinforce_pp", kl_coef=0.0).uses_reference()

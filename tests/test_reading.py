@@ -145,9 +145,15 @@ APO = {
     "always sums": ["logps = batch . sum ( policy ( batch ) )", "policy . tolerance ,"],
 }
 
+GDPO = {
+    "each reward in its group": ["normalised", "groups", "rewards , weights"],
+    "the weighted sum": ["total", "unscored", "sums = [ ]"],
+    "the deviation over the rollout": ["known", "return sums"],
+}
+
 
 @pytest.mark.parametrize("old, new, changes", [
-    ("grpo", "dapo", DAPO), ("dpo", "rpo", RPO), ("dpo", "apo", APO)])
+    ("grpo", "dapo", DAPO), ("grpo", "gdpo", GDPO), ("dpo", "rpo", RPO), ("dpo", "apo", APO)])
 def test_a_diff_is_the_paper(old, new, changes):
     """Every added line belongs to a named change, and every change is there. The loss's name and the imports
     of option types differ besides."""

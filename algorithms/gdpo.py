@@ -1,0 +1,167 @@
+"""GDPO: Group reward-Decoupled Normalization Policy Optimization - GRPO with several rewards, each of which
+is normalised by itself within its group before they are summed, so that none is drowned by one with a larger
+spread.
+
+Paper:    Liu et al. 2026, arXiv 2601.05242, section 3; the loss is GRPO's (arXiv 2402.03300, eq. 3 and 4)
+Formula:  L = mean over o_i of 1/|o_i| sum_t [ -min( rho A_i, clip(rho, 1 - eps, 1 + eps_high) A_i )
+          + beta k3 ]
+          rho = pi(o_t) / pi_old(o_t),    A_i = B_i / std(B) over all completions of the rollout
+          B_i = sum over k of w_k (r_ik - mean(r_k)) / std(r_k), with mean and std over the group
+          k3 = pi_ref / pi - log(pi_ref / pi) - 1
+Symbols:  log pi(o_t)        logps            each token of a completion, at the sampling temperature
+          log pi_old(o_t)    old_logps        the same under the policy that sampled it; in the first pass
+                                              rho is exactly 1
+          log pi_ref(o_t)    reference_logps
+          r_k, w_k           rewards, weights       one number per completion of each reward; one weight
+          B, A               sums, advantages       one per completion, the same for all of its tokens
+          eps, eps_high      epsilon, epsilon_high
+          G, mu              num_generations, num_iterations
+Shapes:   (N,) sampled tokens of a micro-batch, (S,) its completions, (G,) completions of one prompt
+Trains:   the policy: every weight, or with lora_r an adapter. The reference is frozen, and only loaded if
+          beta > 0
+Data:     {"prompt": ..., "answer": ...}: a prompt, plus the columns that the rewards read
+Normalised by: each completion by its tokens, their sum by the completions of the whole update, over all
+          micro-batches and ranks. So is std(B), over the whole rollout
+Metrics:  loss                       0 in the first update from a rollout with beta 0: a group's advantages
+                                     sum to 0 and every ratio is 1, but the gradient is not 0. It is not a
+                                     progress measure; watch `reward`
+          reward, reward_std         of the weighted sum of the rewards: mean over all completions; mean over
+                                     the groups of their standard deviation
+          rewards/<name>/mean, /std, /frac_zero_std    the same of each reward, if there are several; share
+                                     of groups in which it is equal, and does not count
+          frac_reward_zero_std       share of groups whose weighted sums are all equal. They give no gradient
+                                     where each reward is equal, too; rewards that cancel out in the sum
+                                     do give one
+          kl                         mean over tokens of k3; 0 at step 0
+          entropy                    mean of -log pi of the sampled tokens: an estimate of the entropy at
+                                     the sampling temperature
+          clip_ratio/low_mean, /high_mean, /region_mean    share of tokens clipped below, above, either; 0
+                                     in a first pass
+          completions/mean_length, /clipped_ratio, ...     tokens; share truncated at
+                                     max_completion_length
+          sampling/sampling_logp_difference/mean    sampler against training forward: rounding
+Step 0:   before the first rollout the held-out prompts are sampled and scored
+Differences from the paper: the reference is never replaced by the policy (the paper's outer loop); the upper
+          bound has a key of its own; both standard deviations are unbiased (n - 1), plus 1e-4; the mean of B
+          is not subtracted, since it is 0 in every group
+Run:      python train.py example/tiny-gdpo.yml
+"""
+from dataclasses import dataclass
+
+import torch
+
+from data.errors import UserError
+from engine.loop import Engine
+from engine.options import Count, NonNegative, Positive, Sampling, TwoOrMore
+from engine.rollout import alike
+
+DATA = "prompts"                   # every row holds a prompt and what its reward needs
+MODEL = "policy"                   # what is trained
+PROGRESS = "reward"                # the number shown beside the loss
+
+
+@dataclass
+class Config(Sampling):            # reward, temperature, max_completion_length, ...: see engine/options.py
+    num_generations: TwoOrMore = 8  # completions per prompt: the group
+    num_iterations: Count = 1      # passes over each rollout
+    num_mini_batches: Count = 1    # updates per pass
+    skip_zero_std: bool = False    # do not compute groups without advantages: the same gradient, sooner;
+    #                                loss, entropy, clip ratios and a router's loss are means over the others
+    epsilon: Positive = 0.2        # ratios are clipped to [1 - epsilon, 1 + epsilon_high]; a huge value
+    #                                disables clipping
+    epsilon_high: Positive = 0.2   # the upper bound is 1 + epsilon_high
+    beta: NonNegative = 0.04       # KL strength: larger keeps the policy closer to the reference; 0 = none
+    reference: str | None = None   # model directory or hub name; null = the start model
+
+    def uses_reference(self) -> bool:
+        return self.beta > 0
+
+    def check(self, common) -> None:
+        super().check(common)
+        if self.skip_zero_std and self.beta > 0:
+            raise UserError("skip_zero_std: the KL term gives every group a gradient; fix: beta=0")
+
+
+def group_advantages(rewards):
+    """Per prompt (G,) rewards -> per prompt (G,) advantages, exactly 0 where the rewards are all equal. NaN
+    marks a completion without a reward; it is left out of mean and std."""
+    advantages = []
+    for group in rewards:
+        if alike(group):
+            advantages.append(0 * group)
+            continue
+        centered = group - group.nanmean()
+        std = group[~group.isnan()].std()
+        advantages.append(centered / (std + 1e-4))
+    return advantages
+
+
+def decoupled_advantages(rewards, weights):
+    """Of each reward, per prompt (G,) numbers, and its weight -> per prompt (G,) advantages. NaN marks a
+    completion that a reward did not score; the sum is then over the others."""
+    normalised = [group_advantages(groups) for groups in rewards]
+    sums = []                                                                           # (G,) per prompt: B
+    for groups in zip(*normalised):
+        total = torch.zeros_like(groups[0])
+        for group, weight in zip(groups, weights):
+            total = total + weight * group.nan_to_num()
+        unscored = torch.stack(groups).isnan().all(0)
+        sums.append(total.masked_fill(unscored, torch.nan))
+    known = torch.cat(sums)
+    known = known[~known.isnan()]
+    if alike(known):                                       # all 0, or a single one, which has no std
+        return sums
+    return [total / (known.std() + 1e-4) for total in sums]
+
+
+def gdpo_loss(logps, old_logps, advantages, reference_logps=None, epsilon=0.2, epsilon_high=0.2, beta=0.04):
+    """Three or four (N,) -> (losses (N,), metrics); nothing is reduced."""
+    ratios = (logps - old_logps).exp()                                                  # (N,) rho
+    clipped = ratios.clamp(1 - epsilon, 1 + epsilon_high)
+    losses = -torch.min(ratios * advantages, clipped * advantages)                      # (N,) eq. 3
+    low = (ratios < 1 - epsilon) & (advantages < 0)
+    high = (ratios > 1 + epsilon_high) & (advantages > 0)
+    metrics = {
+        "entropy": -logps,
+        "clip_ratio/low_mean": low,
+        "clip_ratio/high_mean": high,
+        "clip_ratio/region_mean": low | high,
+    }
+    if reference_logps is not None:
+        log_ratios = reference_logps - logps
+        kl = log_ratios.exp() - log_ratios - 1                                          # (N,) eq. 4
+        losses = losses + beta * kl
+        metrics["kl"] = kl
+    return losses, metrics
+
+
+def train(engine: Engine, config: Config):
+    policy, optimizer = engine.policy, engine.optimizer
+    reference = engine.reference(config.reference) if config.beta > 0 else None
+
+    for rollout in engine.rollouts(config):                        # 1 sample
+        engine.score(rollout)                                      # 2 reward
+        rewards, weights = engine.each_reward(rollout)
+        rollout.advantages = decoupled_advantages(rewards, weights)      # 3 advantage
+        if reference:
+            rollout.once("reference_logps", engine.logps, reference, rollout)      # for batch.extra below
+        if config.skip_zero_std:
+            rollout.skip_zero_gradients()      # advantages that are all 0: counted below, not computed
+        for step in engine.steps(rollout):
+            for batch in step:                                     # 4 loss, one micro-batch
+                logps = policy(batch, config.temperature)          # (N,) under the current policy
+                old_logps = engine.old_logps(batch, logps)         # (N,) when they were sampled
+                advantages = batch.expand(batch.extra("advantages"))      # (S,) -> (N,)
+                reference_logps = batch.extra("reference_logps") if reference else None
+                losses, metrics = gdpo_loss(
+                    logps, old_logps, advantages,
+                    reference_logps,
+                    config.epsilon, config.epsilon_high,
+                    config.beta,
+                )
+                losses = batch.mean(losses)                     # (S,) mean over the tokens of each completion
+                (losses.sum() / step.num_responses).backward()     # mean over completions of the whole update
+                step.log(losses, metrics)
+            engine.clip_gradients()                            # 5 update; stops if loss or norm is not finite
+            optimizer.step()
+            optimizer.zero_grad()
