@@ -12,6 +12,7 @@ import torch
 from helpers import byte_tokenizer, metrics, tiny_model, train_here, write_config, write_jsonl
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from algorithms.gdpo import decoupled_advantages
 from benchmark import vs_trl
 
 pytestmark = pytest.mark.skipif(
@@ -159,6 +160,56 @@ def test_a_run_equals_trl(algorithm, model, tmp_path):
     ours = train_ours(tmp_path, algorithm, model, rows, **our_options)
     theirs = train_trl(tmp_path, trainer, their_options, model, rows)
     assert_equal_metrics(ours, theirs, names)
+
+
+# ---- several rewards, each normalised by itself
+
+def by_length(completions, **columns):
+    return [float(len(completion)) for completion in completions]
+
+
+def by_letters(completions, **columns):
+    """A small spread; None for one completion in four."""
+    sums = [sum(map(ord, completion)) for completion in completions]
+    return [None if total % 4 == 0 else total % 7 / 1000 for total in sums]
+
+
+def at_times(completions, **columns):
+    """Mostly equal, and None wherever `by_letters` says so."""
+    letters = by_letters(completions)
+    return [None if value is None else float(value > .004) for value in letters]
+
+
+@pytest.mark.parametrize("functions, weights", [
+    ([by_length], [1.0]), ([by_length, by_letters], [1.0, 1.0]), ([by_letters, at_times], [2.0, -0.5]),
+    ([by_length, by_letters, at_times], [0.3, 1.0, 0.7])])
+def test_decoupled_advantages_equal_trl(functions, weights, model, tmp_path):
+    """One rollout of TRL's trainer: its rewards give its advantages, and the means that it logs. A completion
+    that no reward scored has advantage 0 there; here it is left out."""
+    from datasets import Dataset
+    from trl import GRPOConfig, GRPOTrainer
+    config = GRPOConfig(
+        output_dir=str(tmp_path), per_device_train_batch_size=24, num_generations=6, max_completion_length=6,
+        max_steps=1, multi_objective_aggregation="normalize_then_sum", reward_weights=weights, seed=3,
+        bf16=False, use_cpu=True, logging_steps=1, disable_tqdm=True, save_strategy="no", report_to="none")
+    rows = [{"prompt": f"{i} plus {i} = "} for i in range(8)]
+    policy = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    trainer = GRPOTrainer(model=policy, args=config, train_dataset=Dataset.from_list(rows), reward_funcs=functions,
+                          processing_class=byte_tokenizer(chat_template=False))
+    trainer.train()
+    rewards = []
+    for function in functions:
+        values = trainer._logs["rewards"][function.__name__]
+        rewards.append(torch.tensor(list(values), dtype=torch.float64).split(6))
+    advantages = torch.cat(decoupled_advantages(rewards, weights))
+    theirs = list(trainer._logs["advantages"])
+    assert len(theirs) == 24 and sum(value != 0 for value in theirs) > 6
+    assert advantages.nan_to_num().tolist() == pytest.approx(theirs, abs=1e-5)
+    assert (by_length in functions) == (not advantages.isnan().any())
+    row = trainer.state.log_history[0]
+    for function, groups in zip(functions, rewards):
+        mean = torch.cat(groups).nanmean().item()
+        assert row[f"rewards/{function.__name__}/mean"] == pytest.approx(mean, abs=1e-5)
 
 
 def padded(pairs):
