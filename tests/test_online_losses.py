@@ -297,6 +297,7 @@ def assert_same(losses, metrics, reduce, theirs, logps):
     ("grpo", {"beta": 0}, {}),
     ("grpo", {"beta": .04}, {}),
     ("grpo", {"beta": .5, "epsilon": .1, "epsilon_high": .3}, {}),
+    ("gdpo", {"beta": .04}, {"loss_type": "grpo"}),
     ("dr_grpo", {}, {}),
     ("dapo", {"epsilon_high": .28}, {}),
     ("gspo", {"epsilon": 3e-4, "epsilon_high": 4e-4}, {"loss_type": "grpo", "importance_sampling_level": "sequence"}),
@@ -311,11 +312,15 @@ def test_equals_trl(name, ours, theirs, seed):
     flat = new[kept], old[kept]
     if name == "gspo":
         losses, metrics = gspo_loss(*flat, advantages, lengths, **ours)
-    elif name == "grpo":
-        losses, metrics = grpo_loss(*flat, per_token, reference[kept] if ours["beta"] else None, **ours)
+    elif name in ("grpo", "gdpo"):
+        losses, metrics = OF_TOKENS[name](*flat, per_token, reference[kept] if ours["beta"] else None, **ours)
     else:
         losses, metrics = OF_TOKENS[name](*flat, per_token, **ours)
-    reduce = {"grpo": lambda x: sum(part.mean() for part in x.split(lengths.tolist())) / 10, "dr_grpo": lambda x: x.sum() / (10 * 9)}
+
+    def mean_of_means(x):
+        return sum(part.mean() for part in x.split(lengths.tolist())) / 10
+
+    reduce = {"grpo": mean_of_means, "gdpo": mean_of_means, "dr_grpo": lambda x: x.sum() / (10 * 9)}
     assert_same(losses, metrics, reduce.get(name, torch.mean), by_trl(trl.GRPOTrainer, batch, **theirs), new)
 
 
