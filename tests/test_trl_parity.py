@@ -194,8 +194,9 @@ def test_decoupled_advantages_equal_trl(functions, weights, model, tmp_path):
         bf16=False, use_cpu=True, logging_steps=1, disable_tqdm=True, save_strategy="no", report_to="none")
     rows = [{"prompt": f"{i} plus {i} = "} for i in range(8)]
     policy = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    trainer = GRPOTrainer(model=policy, args=config, train_dataset=Dataset.from_list(rows), reward_funcs=functions,
-                          processing_class=byte_tokenizer(chat_template=False))
+    trainer = GRPOTrainer(
+        model=policy, args=config, train_dataset=Dataset.from_list(rows), reward_funcs=functions,
+        processing_class=byte_tokenizer(chat_template=False))
     trainer.train()
     rewards = []
     for function in functions:
