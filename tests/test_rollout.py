@@ -196,8 +196,8 @@ def test_many_prompts_are_computed_in_several_forwards(tokenizer, monkeypatch):
 
 def test_memory_bounds_the_rows(tokenizer, monkeypatch):
     policy, given, sizes = Policy(model(ARCHITECTURES["llama"])), prompts(), []
-    original = Cache.__init__
-    monkeypatch.setattr(Cache, "__init__", lambda cache, *arguments: original(cache, *arguments) or sizes.append(cache.rows))
+    original = Cache.add
+    monkeypatch.setattr(Cache, "add", lambda cache, *arguments: original(cache, *arguments) or sizes.append(cache.rows))
     whole = sample(policy, tokenizer, given, keys(5), COPIES, settings())
     row = (20 + LIMIT) * 2 * 2 * 2 * 8 * 4         # tokens x layers x keys and values x heads x their width x bytes
     monkeypatch.setattr("model.cache.CACHE_BYTES", 4 * row)
@@ -363,7 +363,8 @@ def test_rows_that_go_on_keep_their_keys_and_values():
         count, column = rng.randint(1, 9), rng.randint(1, 4)
         alive = [row for row in range(count) if rng.random() < rng.choice([0.1, 0.5, 0.9])]
         groups = [(np.zeros(rng.randint(1, column)), slice(row, row + 1)) for row in range(count)]
-        cache = Cache(groups, 3, "cpu")
+        cache = Cache("cpu")
+        cache.add(groups, 3)
         cache.column = column
         cache.layers = {layer: [torch.randn(count, 2, column + 3, 4) for _ in range(2)] for layer in range(2)}
         before, mask = copy.deepcopy(cache.layers), cache.mask
