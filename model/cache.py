@@ -37,9 +37,9 @@ class Cache:
 
     def __init__(self, device):
         self.device = device
-        self.start = torch.zeros(0, dtype=torch.long)              # (rows,): the first column that each sees
+        self.start = torch.zeros(0, dtype=torch.long)              # (rows,): where each row's prompt begins
         self.column = 0                                            # the one that the next step writes
-        self.width = 0
+        self.width = 0                                             # how many columns there are
         self.layers = {}                                           # layer: [keys, values]
         self.prompts = []                                          # the groups that the next forward computes
         self.mask = None                                           # (rows, 1, 1, width)
@@ -50,10 +50,11 @@ class Cache:
         return len(self.start)
 
     def add(self, groups: list[tuple[np.ndarray, slice]], room: int) -> None:
-        """Make new rows, and move what the old ones hold to where the longest of all rows begins in column 0.
+        """Make rows for new prompts. What the old rows hold moves to the columns where the longest of all
+        rows, old and new, begins in the first one.
 
-        `groups`: each prompt's ids and its rows, a slice behind the rows that there are. `room`: how many
-        columns follow the last token."""
+        `groups`: each new prompt's ids and its rows, a slice; they follow the old rows. `room`: how many
+        columns follow the prompts."""
         lengths = torch.zeros(groups[-1][1].stop, dtype=torch.long)
         lengths[:self.rows] = self.column - self.start
         for prompt, rows in groups:
@@ -64,11 +65,11 @@ class Cache:
         self.start = self.column - lengths
         self.hide()
         for stored in self.layers.values():
-            for i, old in enumerate(stored):                       # one at a time, so that few are there twice
+            for i, old in enumerate(stored):                       # one by one: memory holds both of one only
                 stored[i] = self.moved(old, old_column)
 
     def hide(self) -> None:
-        """Set the mask of the columns before each row's first token; there is none where each row sees all."""
+        """Set the mask, which hides the columns before each prompt; None where there are no such columns."""
         self.hidden = int(self.start.max())
         self.mask = None
         if self.hidden:
@@ -76,7 +77,7 @@ class Cache:
             self.mask = visible[:, None, None].to(self.device)
 
     def moved(self, old, old_column: int):
-        """One layer's keys or values with room for the new rows; what ended before `old_column` ends before
+        """One layer's keys or values with room for the new rows; those that ended at `old_column` end at
         `column`."""
         made = self.empty(old)
         count = min(old_column, self.column)

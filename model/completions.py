@@ -68,17 +68,18 @@ class Drawn:
                 self.append(row, tokens[place], logps[place], stops)
         return len(self.completions) > before
 
-    def append(self, row: int, tokens, logps, stops: Stops) -> None:
+    def append(self, row: int, drawn_tokens, drawn_logps, stops: Stops) -> None:
         """Note tokens and log-probs (c,) of a row up to its end, and its completion if they hold the end."""
         limit = self.tokens.shape[1]
-        for token, logp in zip(tokens, logps):
+        for token, logp in zip(drawn_tokens, drawn_logps):
             length = self.lengths[row]
             self.tokens[row, length] = token
             self.logps[row, length] = logp
             length += 1
             self.lengths[row] = length
-            stopped = stops(self.tokens[row, :length])
+            tokens = self.tokens[row, :length]
+            stopped = stops(tokens)
             if stopped or length == limit:
-                completed = self.tokens[row, :length], self.logps[row, :length]
-                self.completions[row] = Completion(*completed, stopped)
+                logps = self.logps[row, :length]
+                self.completions[row] = Completion(tokens, logps, stopped)
                 return

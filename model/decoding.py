@@ -28,9 +28,10 @@ class Decoding:
         kind = CacheInPlace if device.type == "cuda" else Cache
         self.cache = kind(device)
         self.head_logits = HeadLogits(lm, rows)
-        self.positions = torch.zeros(0, 1, dtype=torch.long, device=device)     # (n, 1) of the next step's tokens
-        self.last_position = 0                                          # that any row can have
-        # (n, limit), counted from the last token that each row had when rows were added:
+        # (n, 1), of the tokens that the next step computes:
+        self.positions = torch.zeros(0, 1, dtype=torch.long, device=device)
+        self.last_position = 0                                          # of the longest prompt's completion
+        # (n, limit), from the last token on that each row had when rows were added:
         self.uniforms = torch.zeros(0, limit, dtype=torch.float64, device=device)
         self.tokens = torch.zeros(0, limit, dtype=torch.long, device=device)
         self.logps = torch.zeros(0, limit, device=device)
@@ -51,7 +52,7 @@ class Decoding:
         tokens, logps = self.draw(hidden, uniforms[:, 0])
         positions = torch.tensor(lengths, device=device)[:, None]
         self.positions = torch.cat([self.positions, positions])
-        self.last_position = max(self.last_position, max(lengths) + limit)
+        self.last_position = max(self.last_position, max(lengths) + limit - 1)
         used = self.length - 1
         left = F.pad(self.uniforms[:, used:], (0, used))
         self.uniforms = torch.cat([left, uniforms])
@@ -80,7 +81,8 @@ class Decoding:
         tokens = self.tokens.index_select(1, self.place - 1)            # (n, 1)
         self.cache.start_step()
         states = last_hidden(self.lm, self.cache, tokens, self.positions)
-        # rows that have ended go on, but not to positions for which some rotary embeddings change all others
+        # rows that have ended are computed on; some rotary embeddings (longrope) would change for all rows if
+        # one had a position that no completion reaches
         self.positions.add_(1).clamp_(max=self.last_position)
         uniforms = self.uniforms.index_select(1, self.place)
         tokens, logps = self.draw(states[:, 0], uniforms[:, 0])

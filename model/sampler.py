@@ -113,12 +113,16 @@ def decode_in_batches(
     stops: Stops,
     ended,
 ) -> list[Completion]:
-    """What `decode` does, for plain rows. All rows of a batch wait for its longest completion: the loop and
-    the cache are transformers', which take no new rows."""
+    """What `decode` does, for plain rows. All rows of a batch wait for its longest completion: the loop over
+    its tokens and its cache are transformers', which take no new rows."""
     limit = sampling.max_completion_length
     longest = max(map(len, prompts), default=0)
     size = rows_at_once(tokens_in_memory(policy.lm), longest, sampling)
     found = []
+
+    def more_ended(count):
+        ended(len(found) + count)
+
     for start in range(0, len(prompts), size):
         end = start + size
         found += decode_plain(
@@ -127,7 +131,7 @@ def decode_in_batches(
             uniform_numbers(keys[start:end], limit),
             sampling,
             stops,
-            lambda count: ended(len(found) + count),
+            more_ended,
             policy.form.has_exact_cache,
         )
     return found
@@ -141,9 +145,9 @@ def rows_at_once(memory: int, longest: int, sampling) -> int:
 
 
 def rows_that_come(running: int, most: int, waiting: int) -> int:
-    """How many of the rows that wait join those that run. They come when at least half of the places are free:
-    each time the keys and values of those that run are moved, a GPU records the step anew, and it is as
-    fast with twice as many rows."""
+    """How many of the rows that wait join those that run: as many as there are places, once half of these are
+    free. Each time what the cache holds is moved and a GPU records the step anew, so they come together;
+    where a quarter or three quarters had to be free, tokens took longer on a CPU."""
     return min(most - running, waiting) if 2 * running <= most else 0
 
 
