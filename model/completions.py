@@ -60,16 +60,16 @@ class Drawn:
     def add(self, rows: list[int], tokens, logps, stops: Stops) -> bool:
         """Note the tokens and log-probs (n, c) that c steps drew for `rows`; whether any of them has ended
         now. What was drawn after the end of a row is dropped."""
-        tokens = tokens.cpu().numpy()
-        logps = logps.cpu().numpy()
+        tokens = tokens.tolist()                       # many numbers of NumPy take longer than those of Python
+        logps = logps.tolist()
         before = len(self.completions)
         for place, row in enumerate(rows):
             if row not in self.completions:
                 self.append(row, tokens[place], logps[place], stops)
         return len(self.completions) > before
 
-    def append(self, row: int, drawn_tokens, drawn_logps, stops: Stops) -> None:
-        """Note tokens and log-probs (c,) of a row up to its end, and its completion if they hold the end."""
+    def append(self, row: int, drawn_tokens: list[int], drawn_logps: list[float], stops: Stops) -> None:
+        """Note tokens and log-probs of a row up to its end, and its completion if they hold the end."""
         limit = self.tokens.shape[1]
         for token, logp in zip(drawn_tokens, drawn_logps):
             length = self.lengths[row]

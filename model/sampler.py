@@ -67,7 +67,9 @@ def decode(
     ended,
 ) -> list[Completion]:
     """One completion for each of `prompts` with the key of its draws; copies of a prompt are neighbours, and
-    the same object. `ended(count)` is called as completions end."""
+    the same object. `ended(count)` is called as completions end.
+
+    A pass of the loop draws a token or a few for all rows, or the first ones of rows that come."""
     lm = policy.lm
     limit = sampling.max_completion_length
     lengths = [len(prompt) for prompt in prompts]
@@ -146,8 +148,9 @@ def rows_at_once(memory: int, longest: int, sampling) -> int:
 
 def rows_that_come(running: int, most: int, waiting: int) -> int:
     """How many of the rows that wait join those that run: as many as there are places, once half of these are
-    free. Each time what the cache holds is moved and a GPU records the step anew, so they come together;
-    where a quarter or three quarters had to be free, tokens took longer on a CPU."""
+    free. Each time what the cache holds is moved and a GPU records the step anew, so they come together. On a
+    CPU tokens took longer where three quarters had to be free; where a quarter had to be, they took longer
+    for completions of similar length."""
     return min(most - running, waiting) if 2 * running <= most else 0
 
 
