@@ -60,7 +60,7 @@ class Drawn:
     def add(self, rows: list[int], tokens, logps, stops: Stops) -> bool:
         """Note the tokens and log-probs (n, c) that c steps drew for `rows`; whether any of them has ended
         now. What was drawn after the end of a row is dropped."""
-        tokens = tokens.tolist()                       # many numbers of NumPy take longer than those of Python
+        tokens = tokens.tolist()                       # numbers of NumPy one by one take longer than Python's
         logps = logps.tolist()
         before = len(self.completions)
         for place, row in enumerate(rows):
