@@ -155,7 +155,8 @@ def test_compiled_layers_compute_the_same_with_one_graph():
     assert len(set(graphs)) == 1
 
 
-def test_steps_of_sampling_are_recorded(monkeypatch):
+@pytest.mark.parametrize("rows", [64, 6])       # all at once; as others end
+def test_steps_of_sampling_are_recorded(monkeypatch, rows):
     graphs = []
     record = Recorded.record
 
@@ -167,6 +168,6 @@ def test_steps_of_sampling_are_recorded(monkeypatch):
     lm = random_lm(config_of(**KINDS["grouped heads"]), attn_implementation=VARLEN).cuda()
     prompts = [example.prompt for example in examples_of(LAYOUTS["pairs"])]
     keys = [(0, number) for number in range(len(prompts))]
-    sampling = Sampling(reward="", max_completion_length=40)
+    sampling = Sampling(reward="", max_completion_length=40, rollout_batch_size=rows)
     sample(Policy(lm, "bf16", Form(VARLEN)), byte_tokenizer(), prompts, keys, 8, sampling)
     assert graphs and None not in graphs

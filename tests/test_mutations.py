@@ -49,6 +49,11 @@ def left_out(*names):
     return [f"{test}[{name}]" for name in names]
 
 
+def refilled(*names):
+    """Rows that come to a running batch, for these architectures."""
+    return [f"test_rollout.py::test_rows_come_when_others_have_ended[{name}-False]" for name in names]
+
+
 def family_parts(*names):
     return [f"test_families_parts.py::test_{name}" for name in names]
 
@@ -113,7 +118,7 @@ MUTATIONS = {    # name: (file, text, what it becomes, the tests that must fail)
          "test_entropy.py::test_policy_equals_the_models_own_logits[False-False-1.0]"]),
     "completions cut before their stop token": (
         "model/completions.py", "Completion(tokens, logps, stopped)",
-        "Completion(*((x[:-1] if stopped and start else x) for x in (tokens, logps)), stopped)",
+        "Completion(*((x[:-1] if stopped and length > 1 else x) for x in (tokens, logps)), stopped)",
         [*online("grpo", "dapo"), *(f"test_rollout.py::test_sampler_equals_a_plain_loop[{name}-plain]" for name in ("qwen2", "llama"))]),
     "one completion's draws for another": (
         "model/sampler.py", "(*keys[prompt], copy)", "(*keys[prompt], copy + 1)",
@@ -131,6 +136,20 @@ MUTATIONS = {    # name: (file, text, what it becomes, the tests that must fail)
     "steps in place that see the columns after them": (
         "model/cache.py", "self.mask.index_fill_(3, self.place, True)", "self.mask.fill_(True)",
         ["test_rollout.py::test_steps_in_place_equal_a_plain_loop[qwen2-plain]"]),
+    "a row that goes on and sees what lies before its prompt": (
+        "model/cache.py", "lengths[:self.rows] = self.column - self.start", "lengths[:self.rows] = self.column",
+        refilled("qwen2", "gpt_oss")),
+    "a new row that sees what lies before its prompt": (
+        "model/cache.py", ">= self.start[:, None]\n            self.mask",
+        ">= self.start.where(self.start < 12, 0)[:, None]\n            self.mask", refilled("qwen2", "gpt_oss")),
+    "a row that goes on without its keys and values": (
+        "model/cache.py", "= old[:, :, old_column - count:old_column]", "= old[:, :, :count]",
+        refilled("qwen2", "mistral-window", "gpt_oss")),
+    "a row that goes on with draws of tokens that it has": (
+        "model/decoding.py", "self.uniforms[:, used:], (0, used)", "self.uniforms, (0, 0)",
+        refilled("qwen2", "mistral-window", "gpt_oss")),
+    "positions that no completion reaches": (
+        "model/decoding.py", ".clamp_(max=self.last_position)", "", refilled("gemma2")),
     "the bias of a head": (
         "model/slices.py", "logits += bias[rows]", "pass", rows("phi")),
     "the scale of a head": (
