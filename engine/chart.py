@@ -3,7 +3,7 @@ from html import escape
 from typing import NamedTuple
 
 WIDTH, HEIGHT = 340, 180
-LEFT, RIGHT, TOP, BOTTOM = 54, 8, 8, 22      # margins, in which the numbers of the axes stand
+LEFT, RIGHT, TOP, BOTTOM = 62, 8, 8, 22      # margins, in which the numbers of the axes stand
 MOST_POINTS = 300                            # of a curve; more are averaged in groups
 
 

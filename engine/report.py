@@ -8,6 +8,7 @@ import statistics
 from html import escape
 from typing import NamedTuple
 
+from data.errors import printable
 from engine.chart import Curve, chart, number
 from engine.intervals import wilson
 from engine.yaml_file import read_config
@@ -267,13 +268,13 @@ def held_out_cells(runs: list[RunFiles]) -> list[list[str]]:
 
 
 def legend(groups: list[list[RunFiles]]) -> str:
-    shown = []
+    labels = []
     for i, group in enumerate(groups):
-        shown.append(f'<span class="c{i % COLORS}">{escape(label_of(group))}</span>')
+        labels.append(f'<span class="c{i % COLORS}">{escape(label_of(group))}</span>')
     text = "Lines are updates, points evaluations on held-out rows."
     if any(len(group) > 1 for group in groups):
         text += " A band holds the lowest and the highest seed."
-    return f'<p class="legend">{"".join(shown)}</p><p>{text}</p>'
+    return f'<p class="legend">{"".join(labels)}</p><p>{text}</p>'
 
 
 def curves(groups: list[list[RunFiles]]) -> str:
@@ -325,11 +326,16 @@ def samples(runs: list[RunFiles]) -> str:
         for row in last:
             if row.get("prompt") != prompt:
                 prompt = row.get("prompt")
-                lines.append(f'<pre class="prompt">{escape(str(prompt))}</pre>')
+                lines.append(f'<pre class="prompt">{shown(prompt)}</pre>')
             reward = "" if row.get("reward") is None else f"<b>{number(row['reward'])}</b> "
-            lines.append(f"<pre>{reward}{escape(str(row.get('completion')))}</pre>")
+            lines.append(f"<pre>{reward}{shown(row.get('completion'))}</pre>")
         columns.append(f"<div>{''.join(lines)}</div>")
     return f'<div class="samples">{"".join(columns)}</div>' if columns else ""
+
+
+def shown(text) -> str:
+    """A text of a model, in which anything may stand."""
+    return escape(printable(str(text)))
 
 
 def data_rows(runs: list[RunFiles]) -> list[list[str]]:
