@@ -40,7 +40,8 @@ def main(argv: list[str]) -> None:
         with open(output, "w", encoding="utf-8") as file:
             file.write(page(runs))
     except OSError as error:
-        raise UserError(f"{output} cannot be written ({error.strerror}); fix: choose another output") from error
+        raise UserError(f"{output} cannot be written ({error.strerror}); "
+                        "fix: choose another output") from error
     print(f"report  {output}")
 
 

@@ -8,8 +8,8 @@ MOST_POINTS = 300                            # of a curve; more are averaged in 
 
 
 class Curve(NamedTuple):
-    """(step, value) pairs in order of the steps. `band`: (step, lowest, highest) over several runs. `is_dotted`:
-    its points are shown, as of evaluations, which are few."""
+    """(step, value) pairs in order of the steps. `band`: (step, lowest, highest) over several runs.
+    `is_dotted`: its points are shown, as of evaluations, which are few."""
     label: str
     color: str                                # a class of the page's style: c0, c1, ...
     points: list[tuple[float, float]]
@@ -21,8 +21,9 @@ def chart(title: str, curves: list[Curve]) -> str:
     """One picture with the title and all curves."""
     steps, values = [], []
     for curve in curves:
-        steps += [step for step, _ in curve.points]
-        values += [value for _, value in curve.points]
+        for step, value in curve.points:
+            steps.append(step)
+            values.append(value)
         for _, low, high in curve.band:
             values += [low, high]
     first, last = min(steps), max(steps)

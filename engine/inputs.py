@@ -3,7 +3,7 @@ from typing import Any
 
 from data.store import Together
 from engine.prepared import Data, read_data
-from engine.score import check_reward_models
+from engine.reward_models import check_reward_models
 from model.load import base_of, check_path, check_rotary, load_tokenizer_for
 from rewards.functions import check_rewards
 

@@ -2,6 +2,7 @@
 
 The page has no scripts and asks no server: curves are SVG, everything else is text.
 """
+import itertools
 import json
 import os
 import statistics
@@ -40,7 +41,19 @@ class RunFiles(NamedTuple):
     def values(self, split: str, metric: str) -> list[tuple[float, float]]:
         """(step, value) of a metric, without steps at which it was not finite."""
         rows = self.train if split == "train" else self.held_out
-        return [(row["step"], row[metric]) for row in rows if row.get(metric) is not None]
+        found = []
+        for row in rows:
+            if row.get(metric) is not None:
+                found.append((row["step"], row[metric]))
+        return found
+
+    def numbers(self, metric: str) -> list[float]:
+        """The values of a metric in the order of the updates."""
+        return [value for _, value in self.values("train", metric)]
+
+    def data(self, split: str) -> dict:
+        """What run.json says of the rows of a split; {} where there are none."""
+        return (self.started.get("data") or {}).get(split) or {}
 
 
 # ---- read --------------------------------------------------------------------------------------------
@@ -56,11 +69,15 @@ def read_run(directory: str) -> RunFiles | None:
     except (OSError, ValueError):
         started = {}
     rows = read_rows(os.path.join(directory, "metrics.jsonl"))
-    train = [row for row in rows if row.get("split") == "train"]
-    held_out = [row for row in rows if row.get("split") == "eval"]
+    for key, value in config.items():
+        if not isinstance(value, str):               # such as a list of files
+            config[key] = json.dumps(value, ensure_ascii=False)
+    splits = {"train": [], "eval": []}
+    for row in rows:
+        splits.setdefault(row.get("split"), []).append(row)
     samples = read_rows(os.path.join(directory, "samples.jsonl"))
     events = read_lines(os.path.join(directory, "events.log"))
-    return RunFiles(directory, config, started, train, held_out, samples, events)
+    return RunFiles(directory, config, started, splits["train"], splits["eval"], samples, events)
 
 
 def read_lines(path: str) -> list[str]:
@@ -88,15 +105,22 @@ def read_rows(path: str) -> list[dict]:
 
 def differing(runs: list[RunFiles]) -> list[str]:
     """The keys of the configurations that have more than one value."""
-    keys = dict.fromkeys(key for run in runs for key in run.config)
-    return [key for key in keys if len({run.config.get(key) for run in runs}) > 1]
+    keys = {}
+    for run in runs:
+        keys |= run.config
+    found = []
+    for key in keys:
+        values = {run.config.get(key) for run in runs}
+        if len(values) > 1 and key not in ("output", "resume"):
+            found.append(key)
+    return found
 
 
 def groups_of(runs: list[RunFiles]) -> list[list[RunFiles]]:
     """Runs that differ in their seed only are together."""
     groups = {}
     for run in runs:
-        kept = {key: value for key, value in run.config.items() if key not in PLACES}
+        kept = run.config | dict.fromkeys(PLACES)
         groups.setdefault(json.dumps(kept, sort_keys=True), []).append(run)
     return list(groups.values())
 
@@ -119,16 +143,17 @@ def metrics_of(runs: list[RunFiles]) -> list[str]:
         names.pop(name, None)
 
     def rank(name):
-        matching = [i for i, start in enumerate(FIRST) if name.startswith(start)]
-        return min(matching, default=len(FIRST))
+        for i, start in enumerate(FIRST):
+            if name.startswith(start):
+                return i
+        return len(FIRST)
 
     return sorted(names, key=rank)
 
 
 def with_interval(run: RunFiles, name: str, value: float) -> str:
     """A value of held-out rows; a share of them with its 95 % interval."""
-    data = (run.started.get("data") or {}).get("eval") or {}
-    count = data.get("used", 0)
+    count = run.data("eval").get("used", 0)
     if name.rpartition("/")[2] in RATES and count and 0 <= value <= 1:
         low, high = wilson(value, count)
         return f"{number(value)} ({low:.3f} to {high:.3f})"
@@ -144,7 +169,7 @@ def warnings_of(run: RunFiles) -> list[str]:
         _, mark, text = line.partition(" warning: ")
         if mark:
             found.append(text)
-    losses = [value for _, value in run.values("train", "loss")]
+    losses = run.numbers("loss")
     if losses and not any(losses):
         found.append("The loss is exactly 0 in every update, so nothing was learned: look at the rewards.")
     if mean_at_end(run, "frac_reward_zero_std") > 0.5:
@@ -159,18 +184,18 @@ def warnings_of(run: RunFiles) -> list[str]:
         if held_out[-1][1] > least + 0.05 * abs(least):
             found.append(f"The held-out loss was lowest at step {step} ({number(least)}) and is "
                          f"{number(held_out[-1][1])} at the end: fewer updates may be better.")
-    kl = [value for _, value in run.values("train", "kl")]
+    kl = run.numbers("kl")
     if len(kl) > 20:
         middle = statistics.median(kl[len(kl) // 4:len(kl) // 2])
         if mean_at_end(run, "kl") > max(1.0, 5 * middle):
-            found.append("The KL to the reference grew more than fivefold in the second half: the policy runs "
-                         "away from it; raise beta, or lower lr.")
+            found.append("The KL to the reference grew more than fivefold in the second half: the policy "
+                         "runs away from it; raise beta, or lower lr.")
     return found
 
 
 def mean_at_end(run: RunFiles, name: str) -> float:
     """The mean of a metric over the last tenth of the updates; 0 where it is not there."""
-    values = [value for _, value in run.values("train", name)]
+    values = run.numbers(name)
     last = values[-max(1, len(values) // 10):]
     return sum(last) / len(last) if last else 0.0
 
@@ -220,9 +245,9 @@ def facts(runs: list[RunFiles]) -> str:
     """A sentence about each run."""
     lines = []
     for run in runs:
-        steps = [row["step"] for row in run.train]
-        updates = f"{max(steps)} updates" if steps else "no updates"
-        text = f"{run.config['algorithm']} of {run.config.get('model')} on {run.config.get('data')}, {updates}"
+        updates = f"{run.train[-1]['step']} updates" if run.train else "no updates"
+        config = run.config
+        text = f"{config['algorithm']} of {config.get('model')} on {config.get('data')}, {updates}"
         machine = run.started.get("machine") or {}
         place = machine.get("gpu") or f"{machine.get('cores', '?')} CPU cores"
         count = run.started.get("world_size", 1)
@@ -240,12 +265,10 @@ def list_of_warnings(runs: list[RunFiles]) -> str:
 
 
 def differences(runs: list[RunFiles]) -> list[list[str]]:
-    if len(runs) == 1:
-        return []
     rows = []
     for key in differing(runs):
-        if key not in ("output", "resume"):
-            rows.append([key, *(run.config.get(key, "-") for run in runs)])
+        values = [run.config.get(key, "-") for run in runs]
+        rows.append([key, *values])
     return rows
 
 
@@ -272,7 +295,7 @@ def legend(groups: list[list[RunFiles]]) -> str:
     for i, group in enumerate(groups):
         labels.append(f'<span class="c{i % COLORS}">{escape(label_of(group))}</span>')
     text = "Lines are updates, points evaluations on held-out rows."
-    if any(len(group) > 1 for group in groups):
+    if len(groups) < sum(map(len, groups)):
         text += " A band holds the lowest and the highest seed."
     return f'<p class="legend">{"".join(labels)}</p><p>{text}</p>'
 
@@ -280,8 +303,7 @@ def legend(groups: list[list[RunFiles]]) -> str:
 def curves(groups: list[list[RunFiles]]) -> str:
     """A picture for every metric that is not the same number everywhere; the others as a line of text."""
     figures, constant = [], []
-    runs = [run for group in groups for run in group]
-    for metric in metrics_of(runs):
+    for metric in metrics_of(list(itertools.chain(*groups))):
         drawn, values = [], set()
         for i, group in enumerate(groups):
             for split in ("train", "eval"):
@@ -320,10 +342,10 @@ def samples(runs: list[RunFiles]) -> str:
         if not run.samples:
             continue
         step = run.samples[-1]["step"]
-        last = [row for row in run.samples if row["step"] == step][:SAMPLES]
+        last = [row for row in run.samples if row["step"] == step]
         lines = [f"<h3>{escape(run.name)}, step {step}</h3>"]
         prompt = None
-        for row in last:
+        for row in last[:SAMPLES]:
             if row.get("prompt") != prompt:
                 prompt = row.get("prompt")
                 lines.append(f'<pre class="prompt">{shown(prompt)}</pre>')
@@ -343,27 +365,28 @@ def data_rows(runs: list[RunFiles]) -> list[list[str]]:
     for split, title in (("train", "training rows"), ("eval", "held-out rows")):
         cells = []
         for run in runs:
-            report = (run.started.get("data") or {}).get(split)
-            cells.append(data_cell(report) if report else "-")
+            cells.append(data_cell(run.data(split)) if run.data(split) else "-")
         if set(cells) != {"-"}:
             rows.append([title, *cells])
     return rows
 
 
 def data_cell(report: dict) -> str:
-    dropped = [f"{count} dropped: {reason}" for reason, count in (report.get("dropped") or {}).items()]
-    lengths = (report.get("total") or {}).get("50")
-    length = f"half of them up to {lengths} tokens" if lengths else ""
-    parts = [str(report.get("source")), f"{report.get('read')} read, {report.get('used')} used", *dropped, length]
-    return "; ".join(part for part in parts if part)
+    parts = [str(report.get("source")), f"{report.get('read')} read, {report.get('used')} used"]
+    for reason, count in (report.get("dropped") or {}).items():
+        parts.append(f"{count} dropped: {reason}")
+    median = (report.get("total") or {}).get("50")
+    if median:
+        parts.append(f"half of them up to {median} tokens")
+    return "; ".join(parts)
 
 
 def again(runs: list[RunFiles]) -> str:
     """The command of every run, its versions, and its whole configuration."""
     parts = []
     for run in runs:
-        versions = ", ".join(f"{name} {value}" for name, value in (run.started.get("versions") or {}).items())
-        config = "\n".join(f"{key}: {value}" for key, value in run.config.items())
+        versions = ", ".join(map(" ".join, (run.started.get("versions") or {}).items()))
+        config = "\n".join(map(": ".join, run.config.items()))
         parts.append(f"<pre>{escape(run.started.get('command', ''))}</pre><p>{escape(versions)}</p>"
                      f"<details><summary>config.yaml of {escape(run.name)}</summary>"
                      f"<pre>{escape(config)}</pre></details>")
@@ -390,10 +413,11 @@ def write_report(directory: str) -> str | None:
 def as_markdown(runs: list[RunFiles]) -> str:
     """What differs, and the held-out rows, as tables in markdown."""
     lines = []
-    if len(runs) > 1:
-        lines += markdown_table(["key", *names(runs)], differences(runs))
+    lines += markdown_table(["key", *names(runs)], differences(runs))
     lines += markdown_table(["held-out", "run", "first", "last", "change"], held_out_cells(runs))
-    lines += [f"- {run.name}: {text}" for run in runs for text in warnings_of(run)]
+    for run in runs:
+        for text in warnings_of(run):
+            lines.append(f"- {run.name}: {text}")
     return "\n".join(lines) + "\n"
 
 

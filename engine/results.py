@@ -22,8 +22,9 @@ from engine.fingerprint import fingerprints
 from engine.help import key_lines
 from engine.logs import Run, write_whole
 from engine.options import Count, NonNegative, Sampling, Seed, TwoOrMore, stop_strings, usual_stop
+from engine.reward_models import load_off_the_shelf, reward_model_path
 from engine.rollout import Rollout, with_completions
-from engine.score import load_off_the_shelf, reward_model_path, score_rollout, text_of
+from engine.score import score_rollout, text_of
 from engine.yaml_file import read_config
 from model.load import base_of, load_config, load_tokenizer_for
 from model.reward_model import is_reward_model

@@ -15,9 +15,10 @@ from data.errors import RunError
 from data.pack import Example
 from engine import rollout_state
 from engine.plan import Plan
+from engine.reward_models import load_off_the_shelf, reward_model_path
 from engine.rollout import PerPrompt, Rollout, with_completions
 from engine.rollout_record import RolloutRecord
-from engine.score import by_all_ranks, load_off_the_shelf, reward_model_path, score_rollout
+from engine.score import by_all_ranks, score_rollout
 from engine.signals import Stopped
 from engine.step import Step
 from model.build import build_second_model, reshard

@@ -95,7 +95,8 @@ def test_one_point_and_one_value_are_drawn():
 # ---- the page
 
 def test_runs_that_differ_in_their_seed_are_one_line(tmp_path):
-    paths = [a_run(tmp_path / f"a{seed}", seed) for seed in (0, 1)] + [a_run(tmp_path / "b", beta=0.5)]
+    paths = [a_run(tmp_path / f"a{seed}", seed, stop='["x"]') for seed in (0, 1)]
+    paths.append(a_run(tmp_path / "b", beta=0.5, stop='["x"]'))
     runs = [read_run(path) for path in paths]
     assert [[run.name for run in group] for group in groups_of(runs)] == [["a0", "a1"], ["b"]]
     html = page(runs)
