@@ -18,7 +18,7 @@ def main(argv: list[str]) -> None:
         return print(text)
     run_config = load_config(argv)
     # these imports take seconds, so they wait until the configuration is known to be good
-    from engine import checkpoint, ranks
+    from engine import background, checkpoint, ranks
     from engine.build import build, stored_yaml
     from engine.claim import release
     from engine.directory import changed_rates, choose_directory
@@ -56,6 +56,7 @@ def main(argv: list[str]) -> None:
         engine.finish()
         ranks.from_main(run.summary, algorithm.MODEL != "reward")      # all leave together
     except Stopped as stop:
+        background.wait()
         # resume=never would start another run, resume=PATH an older part of this one
         words = argv if common.resume == "auto" else [*argv, f"resume={place.directory}"]
         line = f"{stop}; continue with: {ranks.command(words)}"
@@ -63,6 +64,7 @@ def main(argv: list[str]) -> None:
         ranks.from_main(run.notice, line)      # all wait: torchrun ends all when the first one leaves
         sys.exit(stop.exit_code)
     finally:
+        background.join()
         if place and rank == 0:
             release(place.directory)
         ranks.stop_processes()

@@ -1,8 +1,10 @@
 """DPO: Direct Preference Optimization - a classification loss on pairs, without reward model or sampling.
 
-Paper:    Rafailov et al. 2023, arXiv 2305.18290; the loss is eq. 7. Label smoothing is cDPO (Mitchell 2023)
+Paper:    Rafailov et al. 2023, arXiv 2305.18290; the loss is eq. 7. Label smoothing is cDPO (Mitchell 2023);
+          average_log_prob is the length-normalised DPO of Tulu 3, arXiv 2411.15124, section 5
 Formula:  L = -log sigmoid( beta * [ log pi(y_w|x) / pi_ref(y_w|x)  -  log pi(y_l|x) / pi_ref(y_l|x) ] )
-Symbols:  log pi(y_w|x)      policy_chosen_logps      sum over the chosen response's tokens, stop token too
+Symbols:  log pi(y_w|x)      policy_chosen_logps      sum over the chosen response's tokens, stop token too;
+                                                      with average_log_prob their mean
           log pi(y_l|x)      policy_rejected_logps    the same for the rejected response
           log pi_ref(...)    reference_chosen_logps, reference_rejected_logps
           beta * log-ratio   chosen_rewards, rejected_rewards: the implicit rewards of eq. 5, up to a
@@ -18,11 +20,14 @@ Metrics:  loss                                log 2 = 0.6931 at step 0, where po
           rewards/margins                     chosen - rejected; 0 at step 0
           rewards/accuracies                  share of pairs with margin > beta * 1e-4 (bf16: beta * 0.05):
                                               a smaller one is rounding, a tie; 0 at step 0, except for
-                                              rounding of sums above 1,000 nats and of bf16
-          logps/chosen, logps/rejected        summed log-probs under the policy. Both usually fall: the loss
-                                              only widens their distance (rpo keeps the chosen ones up)
+                                              rounding of sums above 1,000 nats and of bf16. With means
+                                              times (1 / |y_w| + 1 / |y_l|), as in ipo
+          logps/chosen, logps/rejected        summed log-probs under the policy, with average_log_prob mean
+                                              ones. Both usually fall: the loss only widens their distance
+                                              (rpo keeps the chosen ones up)
 Step 0:   step 0 has no micro-batches: only eval_batches evaluates the start model
-Differences from the paper: AdamW with a linear schedule, where its code uses RMSprop; label smoothing (cDPO)
+Differences from the paper: AdamW with a linear schedule, where its code uses RMSprop; label smoothing (cDPO);
+          average_log_prob
 Run:      python train.py example/tiny-dpo.yml
 """
 from dataclasses import dataclass
@@ -42,6 +47,8 @@ PROGRESS = "rewards/accuracies"    # the number shown beside the loss
 class Config(Options):
     beta: Positive = 0.1           # KL strength: larger keeps the policy closer to the reference (0.01-0.5)
     label_smoothing: Smoothing = 0.0    # share of pairs assumed to have swapped labels (cDPO); 0 = plain DPO
+    average_log_prob: bool = False  # true = means over tokens, so that length does not count (Tulu 3, OLMo,
+    #                                 with beta 5); false = sums, as in the paper
     reference: str | None = None   # model directory or hub name; null = the start model
     reference_free: bool = False   # true = no reference: its log-probs count as 0
 
@@ -55,7 +62,7 @@ def dpo_loss(
     label_smoothing=0.0,
     tie=0.0,
 ):
-    """Four (B,) summed log-probs -> (losses (B,), metrics); nothing is reduced.
+    """Four (B,) summed (or mean) log-probs -> (losses (B,), metrics); nothing is reduced.
     `tie`: log-ratios that differ by less are equal."""
     chosen_logratios = policy_chosen_logps - reference_chosen_logps                     # (B,)
     rejected_logratios = policy_rejected_logps - reference_rejected_logps               # (B,)
@@ -82,15 +89,17 @@ def train(engine: Engine, config: Config):
         reference = engine.reference(config.reference)
 
     def forward(batch: Batch):
-        logps = batch.sum(policy(batch))                                                # (N,) -> (S,)
-        reference_logps = batch.sum(reference(batch)) if reference else 0 * logps.detach()
+        per_response = batch.mean if config.average_log_prob else batch.sum             # (N,) -> (S,)
+        logps = per_response(policy(batch))                                             # (S,)
+        reference_logps = per_response(reference(batch)) if reference else 0 * logps.detach()
         policy_chosen_logps, policy_rejected_logps = batch.pairs(logps)                 # (B,), (B,)
         reference_chosen_logps, reference_rejected_logps = batch.pairs(reference_logps)
+        ties = sum(batch.pairs(batch.per_token(policy.tolerance)))                      # (B,) for two means
         return dpo_loss(
             policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps,
             config.beta,
             config.label_smoothing,
-            policy.tolerance,      # 1e-4, in bf16 0.05
+            ties if config.average_log_prob else policy.tolerance,      # 1e-4, in bf16 0.05
         )
 
     for step in engine.steps():                                    # one optimizer update

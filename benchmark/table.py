@@ -48,7 +48,7 @@ from benchmark import shared  # noqa: E402
 
 MEASURE = str(ROOT / "benchmark" / "measure.py")
 PREFERENCE = "preference.jsonl"
-OFFLINE = ("sft", "dft", "dpo", "rpo", "ipo", "kto", "orpo", "simpo", "cpo", "rm")
+OFFLINE = ("sft", "dft", "dpo", "rpo", "ipo", "apo", "kto", "orpo", "simpo", "cpo", "rm")
 ONLINE = ("grpo", "dapo", "dr_grpo", "gspo", "cispo", "rloo", "reinforce_pp", "ppo")
 PROMPTING = ("prompt_template", "stop")      # keys of a recipe that say how its problems are asked
 WEIGHTED = ("dpo", "orpo")      # rows with several weights of the loss

@@ -62,6 +62,7 @@ PEERS = {
     "dpo": Peer(DPO, PAIR, LOSS + PAIRED, reference=True),
     # its rewards and log-probs are sums, while the loss, and ours, take means
     "ipo": Peer(DPO, PAIR, LOSS, {"loss_type": ["ipo"]}, reference=True),
+    "apo": Peer(DPO, PAIR, LOSS + PAIRED, {"loss_type": ["apo_zero"]}, reference=True),
     # it estimates kl from the rows of one forward, we from those of the update
     "kto": Peer(
         "trl.KTO",

@@ -89,7 +89,7 @@ SAME = {
         "max_seq_length max_seq_len max_sequence_length cutoff_len sequence_len seq_length seq_len "
         "max_len model_max_length context_length max_context_length",
     "epochs": "n_epochs num_train_epochs num_epochs total_epochs num_episodes train_epochs",
-    "epochs of sft dft dpo rpo ipo kto orpo simpo cpo rm": "max_epochs",
+    "epochs of sft dft dpo rpo ipo apo kto orpo simpo cpo rm": "max_epochs",
     "max_steps":
         "max_train_steps total_steps num_steps n_steps train_steps num_train_steps num_training_steps "
         "training_steps total_training_steps max_iters max_iterations n_grpo_steps n_sft_steps "
@@ -145,7 +145,7 @@ SAME = {
     "train_on (all trains the prompts too)": "train_on_prompt train_on_inputs train_on_prompts",
 
     # preferences
-    "beta of dpo rpo ipo kto orpo simpo cpo": "pref_beta rl_beta dpo_beta",
+    "beta of dpo rpo ipo apo kto orpo simpo cpo": "pref_beta rl_beta dpo_beta",
     "beta of kto": "kto_beta",
     "beta of simpo": "simpo_beta",
     "beta of cpo": "cpo_beta",
@@ -156,6 +156,7 @@ SAME = {
         "pref_ftx rpo_alpha sft_weight nll_weight nll_loss_coef sft_loss_weight sft_coef cpo_weight "
         "bc_weight",
     "label_smoothing": "dpo_label_smoothing",
+    "average_log_prob of dpo": "dpo_norm_loss preference_average_log_probs",
     "simpo_gamma (their ratio times beta)": "gamma_beta_ratio",
     "simpo_gamma of simpo": "gamma",
     "desirable_weight": "kto_chosen_weight kto_desirable_weight",

@@ -96,7 +96,9 @@ class Common:
     resume: str = "auto"                   # auto = continue an unfinished run in output, never, or a
     #                                        checkpoint's directory
     log_every: Count = 1                   # updates between lines of metrics
-    sample_every: Count | None = None      # updates between printed sample responses; null = none
+    sample_every: Count | None = None      # updates between responses in samples.jsonl; null = none offline,
+    #                                        online ten times in a run
+    show_samples: bool = False             # print these responses, online with their rewards
 
 
 class RunConfig(NamedTuple):

@@ -147,6 +147,11 @@ class Console:
                 Bar.write(text, file=self.stream)
                 self.stream.flush()
 
+    def block(self, lines: list[str]) -> None:
+        """Write lines, each of which fits a terminal."""
+        columns = columns_of(self.stream) if self.terminal else math.inf
+        self.say("\n".join(cut(line, columns) for line in lines))
+
     def line(self, label: str, done: int, total: int, parts: list[str], leave_out: list[str]) -> None:
         columns = columns_of(self.stream) if self.terminal else math.inf
         head = counted(label, done, total, columns)

@@ -9,13 +9,13 @@ from typing import NamedTuple
 import yaml
 
 from data.errors import UserError, notice
-from engine import checkpoint
+from engine import checkpoint, sealed
 from engine.claim import LOCK, claim, release
 from engine.ranks import TOKEN
 
 # these keys change neither a number nor the final model ...
-SILENT = {"output", "resume", "eval_every", "save_every", "log_every", "sample_every", "keep",
-          "reward_timeout"}
+SILENT = {"output", "resume", "eval_every", "save_every", "log_every", "sample_every",
+          "show_samples", "keep", "reward_timeout"}
 # ... and a run may be continued with other values of these; every other key changes the numbers
 MAY_CHANGE = SILENT | {"max_steps", "epochs", "merge", "save_dtype"}
 
@@ -167,7 +167,7 @@ def newest_whole(directory: str, notice) -> str | None:
     start = checkpoint.newest(directory, notice)
     damaged = checkpoint.checkpoints(directory)
     if start is None and damaged:
-        fault = checkpoint.broken(damaged[-1])
+        fault = sealed.broken(damaged[-1])
         raise UserError(f"output: no checkpoint of {directory} is whole ({fault}); fix: restore one, or "
                         "start a new run beside it with resume=never (and another output, if it is given)")
     return start
@@ -181,7 +181,7 @@ def named_checkpoint(output: str | None, resume: str, config_yaml: str) -> Place
         raise UserError(f"resume: {resume} is neither a run nor a checkpoint of one; "
                         "fix: pass runs/<name> or runs/<name>/checkpoints/step-…")
     start = checkpoint.newest(run, notice) if path == run else path
-    fault = "it has no whole checkpoint" if start is None else checkpoint.broken(start)
+    fault = "it has no whole checkpoint" if start is None else sealed.broken(start)
     if fault:
         raise UserError(f"resume: {resume} cannot be continued: {fault}; "
                         "fix: pass another checkpoint or resume=auto")

@@ -8,6 +8,7 @@ from model.build import build_policy
 from model.check import check_policy
 from model.keys import ModelKeys
 from model.load import is_adapter
+from model.off_the_shelf import Classifier
 from model.reward_model import RewardModel, build_reward_model, is_reward_model
 
 
@@ -26,6 +27,9 @@ def load_frozen(path: str, tokenizer, examples: list[Example], notice):
 def response_scores(model, examples: list[Example]) -> list[torch.Tensor]:
     """Per example a number for each of its responses (K,), on the CPU: a reward model's score, else the
     summed log-prob."""
+    if isinstance(model, Classifier):
+        counts = [len(example.responses) for example in examples]
+        return list(model.of_examples(examples).cpu().split(counts))
     sizes = [example.size(model.share_prompt) for example in examples]
     micro_batches = pack(sizes, Common.micro_batch_tokens)[0]
     scores = [None] * len(examples)

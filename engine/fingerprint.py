@@ -20,7 +20,7 @@ INPUT = re.compile(r".*\.(safetensors|jinja|model)|.*model.*\.bin|.*\.index\.jso
                    r"|(config|adapter_config|tokenizer|tokenizer_config|special_tokens_map)\.json"
                    r"|(added_tokens|vocab)\.json")
 # ... and these of a checkpoint, which only its own run reads
-NO_INPUT = ("optimizer.safetensors", checkpoint.ROLLOUT, checkpoint.REMEMBERED)
+NO_INPUT = re.compile(r"(optimizer|rollout|remembered)(-\d{5}-of-\d{5})?\.safetensors")
 # keys without digests here; the reports of the data files hold the digests of those
 NOT_HERE = ("algorithm", "data", "eval_data", "output", "resume")
 HUB_NAME = re.compile(f"{NAME}/{NAME}")
@@ -68,7 +68,7 @@ def model_files(directory: str) -> dict[str, str]:
     digests = {}
     for name in sorted(os.listdir(directory)):
         path = os.path.join(directory, name)
-        is_input = INPUT.fullmatch(name) and name not in NO_INPUT
+        is_input = INPUT.fullmatch(name) and not NO_INPUT.fullmatch(name)
         if is_input and os.path.isfile(path):
             digests[path] = digest_of(path)
     if is_adapter(directory):

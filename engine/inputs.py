@@ -3,6 +3,7 @@ from typing import Any
 
 from data.store import Together
 from engine.prepared import Data, read_data
+from engine.score import check_reward_models
 from model.load import base_of, check_path, check_rotary, load_tokenizer_for
 from rewards.functions import check_rewards
 
@@ -17,6 +18,7 @@ def read_inputs(common, config, kind: str, notice, runs: str | None = None) -> t
     if kind == "prompts":
         check_rotary(base_of(common.model), common.max_length)
         check_rewards(config, Together(data.train_set, data.eval_set))
+        check_reward_models(config.reward, tokenizer)
     return tokenizer, data
 
 

@@ -15,7 +15,7 @@ import sys
 import time
 
 from data.errors import RunError, UserError, printable
-from engine import checkpoint
+from engine import checkpoint, sealed
 from engine.console import Console
 from engine.directory import made_final, shape_of_final
 from engine.fingerprint import check_unchanged
@@ -52,7 +52,7 @@ class Run:
             return
         saved = checkpoint.checkpoints(self.directory)
         self.newer = [path for path in saved if checkpoint.step_of(path) > step]
-        whole = [path for path in self.newer if checkpoint.broken(path) is None]
+        whole = [path for path in self.newer if sealed.broken(path) is None]
         goes_back = bool(whole) or checkpoint.finished(self.directory)
         try:
             os.makedirs(self.directory, exist_ok=True)
@@ -215,6 +215,15 @@ class Run:
             now = time.strftime("%Y-%m-%d %H:%M:%S")
             self.console.say(text)
             self.append("events.log", f"{now} {text}")
+
+    def show_samples(self, rows: list[dict]) -> None:
+        """Print rows of samples.jsonl that have the same prompt."""
+        lines = [f"samples at step {rows[0]['step']} for {rows[0]['prompt']!r}"]
+        for row in rows:
+            shown = f"{row['reward']:8.3g}" if "reward" in row else ""
+            lines.append(f"{shown}  {row['completion']!r}")
+        if self.main:
+            self.console.block(lines)
 
     def summary(self, chat: bool = True) -> None:
         """Print what the run changed on held-out rows (else on its own rows), where the model is, and with

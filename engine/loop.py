@@ -26,7 +26,7 @@ from data.errors import RunError, UserError
 from data.pack import Batch, Example
 from data.packing import pack
 from data.store import Examples
-from engine import checkpoint, frozen
+from engine import checkpoint, frozen, restore
 from engine.logs import Run
 from engine.optimizer import Optimizer
 from engine.plan import Plan
@@ -65,7 +65,7 @@ class Engine:
         self.online: Rollouts | None = None
         self.optimizer = Optimizer(self)
         if start:
-            checkpoint.load_optimizer(start, policy, self.optimizer)
+            restore.load_optimizer(start, policy, self.optimizer)
         self.record = Record(self, progress)
         self.saver = Saver(self)
         self.signals = Signals(run)
@@ -127,7 +127,7 @@ class Engine:
         averaged reference, a KL controller). After a resume they hold the saved values again. Change them in
         place."""
         if self.start:
-            checkpoint.recall(self.start, {f"{name}/{key}": tensor for key, tensor in tensors.items()})
+            restore.recall(self.start, {f"{name}/{key}": tensor for key, tensor in tensors.items()})
         self.remembered[name] = tensors
         return tensors
 
@@ -161,7 +161,7 @@ class Engine:
 
     # ---- what online algorithms call besides; see engine/rollouts.py ---------------------------------
 
-    def rollouts(self, config, num_samplings: int = 0) -> Iterator[Rollout]:
+    def rollouts(self, config, num_samplings: int = 10) -> Iterator[Rollout]:
         self.online = Rollouts(self, config, num_samplings)
         return self.online.iterate()
 

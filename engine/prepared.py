@@ -22,7 +22,7 @@ from data.files import digest_of, find_file
 from data.formats import read_template
 from data.sources import source_name
 from data.store import Examples
-from engine import checkpoint
+from engine import sealed
 from engine.ranks import from_all_ranks, from_main
 from engine.reference import write_into
 
@@ -73,7 +73,7 @@ def silent(text: str) -> None:
 def prepare(store: str, folder: str, from_files, digest_now, notice, unstored: list) -> str | None:
     """Write the data into `folder`, unless they are there. None, or why that cannot be done; then they are in
     the list `unstored`. What `load_datasets` tells of them is told, now or again."""
-    fault = checkpoint.broken(folder)
+    fault = sealed.broken(folder)
     if fault is None:
         for line in json.loads(Path(folder, REPORTS).read_text())["notices"]:
             notice(line)

@@ -18,11 +18,12 @@ FOR_MAIN = datetime.timedelta(days=7)          # ... and for what rank 0 does al
 TOKEN = ".shared"                              # a file in the run's directory, while it is looked for
 SHARED_WITHIN = 10                             # seconds until a file is seen through a network's disk
 objects: dist.ProcessGroup | None = None       # all processes, on the CPU, for Python objects
+aside: dist.ProcessGroup | None = None         # the same for what runs in the background
 
 
 def start_processes(deterministic: bool) -> None:
-    """Under torchrun, join the process group: nccl on CUDA, gloo on the CPU; and one of gloo for objects."""
-    global objects
+    """Under torchrun, join the process group: nccl on CUDA, gloo on the CPU; and two of gloo for objects."""
+    global objects, aside
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -31,6 +32,7 @@ def start_processes(deterministic: bool) -> None:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
         objects = dist.new_group(backend="gloo", timeout=FOR_MAIN)
+        aside = dist.new_group(backend="gloo", timeout=FOR_MAIN)
 
 
 def stop_processes() -> None:
@@ -38,15 +40,16 @@ def stop_processes() -> None:
         dist.destroy_process_group()
 
 
-def from_main(function, *arguments):
+def from_main(function, *arguments, group: dist.ProcessGroup | None = None):
     """Call `function(*arguments)` on rank 0 only; every rank returns its result, or raises its UserError. Any
-    other exception is raised on rank 0, and the other ranks exit without a message instead of waiting."""
+    other exception is raised on rank 0, and the other ranks exit without a message instead of waiting.
+    `group`: the processes, where this does not run in the main thread."""
     if not dist.is_initialized():
         return function(*arguments)
     box, fault = [None], None
     if dist.get_rank() == 0:
         box[0], fault = outcome(function, *arguments)
-    dist.broadcast_object_list(box, group=objects)
+    dist.broadcast_object_list(box, group=group or objects)
     raise_failure(box, fault)
     return box[0]
 
@@ -70,12 +73,12 @@ def raise_failure(results: list, own: Exception | None) -> None:
             raise result
 
 
-def from_all_ranks(values: list) -> list:
+def from_all_ranks(values: list, group: dist.ProcessGroup | None = None) -> list:
     """The lists of all ranks, one after the other, on every rank."""
     if not dist.is_initialized():
         return values
     parts = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, values, group=objects)
+    dist.all_gather_object(parts, values, group=group or objects)
     return list(itertools.chain(*parts))
 
 

@@ -5,7 +5,7 @@ import time
 import torch
 
 from data.errors import RunError
-from engine import checkpoint
+from engine import checkpoint, shares
 from engine.console import per_second
 from engine.ranks import from_all_ranks, sum_over_ranks
 from engine.signals import Stopped
@@ -136,6 +136,6 @@ class Record:
         found = []
         for parameter in self.engine.policy.parameters():
             if parameter.requires_grad:
-                values = checkpoint.local_part(parameter).flatten()
+                values = shares.local_part(parameter).flatten()
                 found.append(values[:MOST].clone())
         return found

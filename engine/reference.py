@@ -16,7 +16,7 @@ from transformers.utils import cached_file
 from data.errors import RunError, UserError
 from data.files import sha256
 from data.store import Examples, mapped, response_keys
-from engine import checkpoint
+from engine import checkpoint, sealed
 from engine.claim import claim, release
 from model.load import base_of, check_name, first_line, is_adapter
 
@@ -127,7 +127,7 @@ def whole_parts(store: str, notice) -> list[str]:
     """The parts of `store` that can be read; a damaged one is skipped with a notice."""
     found = []
     for part in finished_parts(store):
-        if fault := checkpoint.broken(part):
+        if fault := sealed.broken(part):
             notice(f"reference log-probs ignored: {fault}")
         else:
             found.append(str(part))
@@ -181,7 +181,7 @@ def write_into(store: str, directory: str, save) -> None:
                        "fix: make it writable, or choose another output") from error
     try:
         checkpoint.tidy(store)
-        if checkpoint.broken(directory):
-            checkpoint.write_sealed(directory, save)
+        if sealed.broken(directory):
+            sealed.write_sealed(directory, save)
     finally:
         release(store)

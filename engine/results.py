@@ -24,7 +24,7 @@ from engine.help import key_lines
 from engine.logs import Run, write_whole
 from engine.options import Count, NonNegative, Sampling, Seed, TwoOrMore, stop_strings, usual_stop
 from engine.rollout import Rollout, with_completions
-from engine.score import reward_model_path, score_rollout, text_of
+from engine.score import load_off_the_shelf, reward_model_path, score_rollout, text_of
 from model.load import base_of, load_config, load_tokenizer_for
 from model.reward_model import is_reward_model
 from model.sampler import sample
@@ -243,7 +243,10 @@ def complete(settings, path: str, name: str, notice) -> tuple[list[dict], dict]:
     if results.left:
         policy = load_frozen(path, tokenizer, examples, notice)
         for reward, reward_path in reward_paths.items():
-            reward_models[reward] = load_frozen(reward_path, tokenizer, examples, notice)
+            if is_reward_model(reward_path):
+                reward_models[reward] = load_frozen(reward_path, tokenizer, examples, notice)
+            else:
+                reward_models[reward] = load_off_the_shelf(reward_path, tokenizer)
     for first, last in results.left:
         rollout = sample_part(policy, tokenizer, examples[first:last], first, settings, results)
         with results.run.console.cleared():      # a reward may print

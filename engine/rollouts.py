@@ -17,12 +17,12 @@ from engine import rollout_state
 from engine.plan import Plan
 from engine.rollout import PerPrompt, Rollout, with_completions
 from engine.rollout_record import RolloutRecord
-from engine.score import by_all_ranks, reward_model_path, score_rollout
+from engine.score import by_all_ranks, load_off_the_shelf, reward_model_path, score_rollout
 from engine.signals import Stopped
 from engine.step import Step
 from model.build import build_second_model, reshard
 from model.policy import Policy
-from model.reward_model import build_reward_model
+from model.reward_model import build_reward_model, is_reward_model
 from model.sampler import sample
 from rewards.functions import load_reward
 
@@ -56,9 +56,11 @@ class Rollouts:
         self.record.tell_sampling()
 
     def load_reward_model(self, run: str):
-        """The run of `rm` that a reward names, frozen; it must have the policy's tokenizer."""
+        """The reward model that a reward names, frozen: a run of `rm`, or a classifier off the shelf."""
         engine = self.engine
         path = reward_model_path(run, engine.tokenizer, engine.notice)
+        if not is_reward_model(path):
+            return load_off_the_shelf(path, engine.tokenizer, engine.config.precision)
         trunk = build_second_model(
             path, engine.tokenizer, engine.config, engine.policy, engine.train_set, engine.notice)
         return build_reward_model(trunk, path, engine.config.seed, engine.notice).requires_grad_(False)

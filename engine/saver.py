@@ -6,16 +6,19 @@ import torch
 from data.errors import RunError, UserError
 from data.pack import Example
 from data.tokenise import stop_ids
-from engine import checkpoint
+from engine import background, checkpoint, ranks, sealed
 from engine.options import Sampling
 from engine.ranks import from_main, sum_over_ranks
 from engine.rollout import with_completions
+from engine.sealed import write_sealed
+from engine.shares import deal, local_part, saved_tensors, share_of, trained, write_by_all
 from model import lora
 from model.build import reshard
 from model.classifier import save_classifier, why_no_classifier
 from model.load import base_of, generation_settings, is_finite
 from model.reward_model import RewardModel
 from model.sampler import sample
+from model.state import num_bytes
 
 SAMPLES, SAMPLE_LENGTH = 4, 128      # completions in samples.jsonl at a time, and their tokens
 
@@ -44,14 +47,20 @@ class Saver:
         if isinstance(engine.policy, RewardModel) and reason:
             engine.notice(f"classifier/ will not be written: {reason}")
         outline = checkpoint.outline(engine.policy)
+        one = num_bytes(outline)
 
         def write(temporary):
             checkpoint.write_checkpoint(temporary, lm, engine.tokenizer, outline, {}, {"step": 0}, {})
 
-        checkpoint.write_sealed(engine.run.path("checkpoint"), write, trial=True)
-        final = self.write_final(outline, trial=True)
-        moments = 2 * checkpoint.num_bytes(checkpoint.trained(engine.policy))
-        self.check_disk(checkpoint.num_bytes(outline) + moments, final)
+        def try_to(directory, fill):
+            write_sealed(directory, fill, trial=True)
+
+        try_to(engine.run.path("checkpoint"), write)
+        if merge:
+            lm, outline = lora.merged(lm, outline)
+        weights = self.write_final(lm, outline, try_to, with_final=merge)
+        moments = 2 * num_bytes(trained(engine.policy))
+        self.check_disk(one + moments, weights)
 
     def check_disk(self, one: int, final: int) -> None:
         """Warn if the disk has no room for checkpoints of `one` bytes each and `final` bytes at the end."""
@@ -73,6 +82,7 @@ class Saver:
         engine = self.engine
         if not engine.optimizer.state:      # nothing is trained yet, and a new start makes the same
             return
+        background.wait()                   # for the save before: there is never more than one copy
         from_main(engine.run.check_there)
         self.check_weights(update)
         directory = engine.run.path("checkpoints", f"step-{update:06d}")
@@ -84,13 +94,24 @@ class Saver:
         for name, tensors in engine.remembered.items():
             for key, tensor in tensors.items():
                 remembered[f"{name}/{key}"] = tensor
-        checkpoint.save_checkpoint(
-            directory, engine.policy, engine.tokenizer, engine.optimizer, trainer, stored, remembered)
-        if engine.rank == 0:
-            engine.run.replace(saved=directory)
-            checkpoint.clean(engine.run.directory, keep=engine.config.keep)
+        # there all that is saved is a copy anyway
+        is_copy = engine.world > 1 or engine.policy.device.type == "cuda"
+        write = checkpoint.writer_of(directory, engine.policy, engine.tokenizer, engine.optimizer, trainer,
+                                     stored, remembered, is_copy)
+
+        def finish(group=None):
+            write(group)
+            if engine.rank == 0:
+                engine.run.replace(saved=directory)
+                checkpoint.clean(engine.run.directory, keep=engine.config.keep)
+
+        if is_copy:
+            background.start(finish, ranks.aside)
+        else:
+            finish()
 
     def last_checkpoint(self) -> str:
+        background.join()
         saved = checkpoint.checkpoints(self.engine.run.directory)
         return saved[-1] if saved else "none"
 
@@ -100,11 +121,11 @@ class Saver:
         policy = self.engine.policy
         reshard(policy)
         tensors = {}
-        for name, parameter in checkpoint.trained(policy).items():
+        for name, parameter in trained(policy).items():
             tensors[name] = parameter
             for key, value in self.engine.optimizer.state.get(parameter, {}).items():
                 tensors[f"{key} of {name}"] = value
-        faults = [float(not is_finite(checkpoint.local_part(tensor))) for tensor in tensors.values()]
+        faults = [float(not is_finite(local_part(tensor))) for tensor in tensors.values()]
         counts = sum_over_ranks(faults, policy.device)
         bad = [name for name, count in zip(tensors, counts) if count]
         if not bad:
@@ -131,57 +152,86 @@ class Saver:
         """`final/`, loadable by name; for a reward model also `classifier/`, for
         AutoModelForSequenceClassification."""
         engine = self.engine
+        background.wait()
         from_main(engine.run.check_there)
         self.check_weights(engine.last)
-        weights = checkpoint.model_state(engine.policy)
+        lm = engine.policy.lm
+        weights = share_of(saved_tensors(engine.policy), deal(engine.policy, engine.world))
         try:
-            from_main(self.write_final, weights)
+            if engine.config.merge:
+                lm, weights = self.merged(weights)
+            self.write_final(lm, weights, self.write_over)
         except UserError:
             if engine.config.merge:
                 engine.save(engine.last)          # the merge may have failed: at least the adapter is kept
+                background.wait()
             raise
+        from_main(engine.run.replace)
+        from_main(engine.run.finish)
 
-    def write_final(self, weights: dict, trial: bool = False) -> int:
-        """Write, or try, what a run ends with, on rank 0; the number of bytes of its weights."""
-        engine, lm = self.engine, self.engine.policy.lm
-        if engine.config.merge:
-            lm, weights = lora.merged(lm, weights)
+    def merged(self, weights: dict) -> tuple:
+        """The LM with the adapter merged into it, and its weights, on rank 0; nothing to write on others."""
+        lm, merged = self.engine.policy.lm, []
+        from_main(lambda: merged.append(lora.merged(lm, weights)))
+        return merged[0] if merged else (lm, {})
+
+    def write_over(self, directory: str, fill) -> None:
+        """Write a directory, in the place of an earlier one; what a user changed in that is kept."""
+        aside = from_main(sealed.set_aside, directory)
+        if aside:
+            self.engine.notice(f"what was changed in {directory} is kept in {aside}")
+        write_by_all(directory, fill)
+
+    def write_final(self, lm, weights: dict, write, with_final: bool = True) -> int:
+        """Write what a run ends with by `write(directory, function that fills it)`; the number of bytes of
+        these weights, this rank's share."""
+        engine = self.engine
         if engine.config.save_dtype == "bf16":
             weights = checkpoint.in_dtype(weights, torch.bfloat16)
 
-        def write(name, save):
-            def fill(temporary):
-                save(lm, engine.tokenizer, weights, temporary)
-
-            path = engine.run.path(name)
-            aside = None if trial else checkpoint.set_aside(path)
-            if aside:
-                engine.notice(f"what was changed in {path} is kept in {aside}")
-            checkpoint.write_sealed(path, fill, trial)
+        def filling(save):
+            return lambda temporary: save(lm, engine.tokenizer, weights, temporary)
 
         copies = 1
         if isinstance(engine.policy, RewardModel) and not why_no_classifier(lm):
-            write("classifier", save_classifier)
+            write(engine.run.path("classifier"), filling(save_classifier))
             copies = 2
-        if engine.config.merge or not trial:            # else a trial has written the same as a checkpoint
-            write("final", checkpoint.save_model)       # last: it marks the run as finished
-        if not trial:
-            engine.run.replace()
-            engine.run.finish()
-        return copies * checkpoint.num_bytes(weights)
+        if with_final:                                                            # else it is a checkpoint's
+            write(engine.run.path("final"), filling(checkpoint.save_model))       # last: the run is finished
+        return copies * num_bytes(weights)
 
     # ---- samples -------------------------------------------------------------------------------------
 
     def write_samples(self, update: int) -> None:
-        """Append SAMPLES prompts and completions to samples.jsonl; those of a rollout with their reward."""
-        engine, decode = self.engine, self.engine.tokenizer.decode
-        examples = engine.online.rollout.examples if engine.online else self.sampled(update)
+        """Append the completions of SAMPLES prompts to samples.jsonl; those of a rollout as whole groups,
+        with their rewards."""
+        engine = self.engine
+        rollout = engine.online.rollout if engine.online else None
+        examples = rollout.examples if rollout else self.sampled(update)
         for example in examples[:SAMPLES]:
-            completion = decode(example.responses[0].tokens)
-            row = {"step": update, "prompt": decode(example.prompt), "completion": completion}
-            if engine.online:
-                row["reward"] = float(example.extras["rewards"][0])
-            engine.run.append("samples.jsonl", row)
+            rows = self.samples_of(example, update)
+            for row in rows:
+                engine.run.append("samples.jsonl", row)
+            if engine.config.show_samples:
+                engine.run.show_samples(rows)
+
+    def samples_of(self, example: Example, update: int) -> list[dict]:
+        """A row for each of an example's responses, of a rollout with its rewards."""
+        decode, online = self.engine.tokenizer.decode, self.engine.online
+        known = {}      # what a row calls a number, and what a rollout calls it
+        if online:
+            known["reward"] = "rewards"
+            if len(online.rewards) > 1:
+                for reward in online.rewards:
+                    known[f"rewards/{reward.name}"] = f"rewards/{reward.name}"
+            known["truncated"] = "truncated"
+        rows = []
+        for k, response in enumerate(example.responses):
+            row = {"step": update, "prompt": decode(example.prompt), "completion": decode(response.tokens)}
+            for name, number in known.items():
+                row[name] = example.extras[number][k].item()
+            rows.append(row)
+        return rows
 
     def sampled(self, update: int) -> list[Example]:
         """The first held-out (else training) prompts with one completion each, at temperature 1 and keyed by

@@ -11,6 +11,7 @@ from model import lora
 from model.form import trunk_of
 from model.policy import Policy
 from model.reward_model import hidden_size, linear_head, saved_head
+from model.state import files_of
 
 CRITIC = "critic.safetensors"      # in a checkpoint of a policy with a critic: the critic's trained weights
 
@@ -63,7 +64,7 @@ def build_actor_critic(policy: Policy, trunk: Policy | None, reward_model: str |
         trunk = headless(trunk, policy, seed)
     model = ActorCritic(policy, head, trunk)
     if start:
-        load_critic(model, os.path.join(start, CRITIC))
+        load_critic(model, start)
     else:
         notice(f"critic: {origin}")
     return model
@@ -77,12 +78,16 @@ def headless(critic: Policy, policy: Policy, seed: int) -> Policy:
     return Policy(trunk_of(critic.lm), policy.precision, critic.form)
 
 
-def load_critic(model: ActorCritic, file: str) -> None:
+def load_critic(model: ActorCritic, start: str) -> None:
+    """Load the critic of the checkpoint `start`."""
     trained = set()
     for name, parameter in model.named_parameters():
         if name.startswith("critic_") and parameter.requires_grad:
             trained.add(name)
-    saved = load_file(file)
+    saved = {}
+    for file in files_of(start, CRITIC):
+        saved |= load_file(file)
     unexpected = model.load_state_dict(saved, strict=False).unexpected_keys
     if unexpected or not trained <= saved.keys():
+        file = os.path.join(start, CRITIC)
         raise UserError(f"{file} is the critic of another model; fix: start a new run")

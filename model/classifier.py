@@ -6,7 +6,9 @@ from transformers import AutoModelForSequenceClassification
 
 from data.tokenise import stop_ids
 from model import lora
-from model.state import precision, written
+from model.state import precision, save_pretrained
+
+HEAD = "score.weight"      # the classifier's name of the value head
 
 
 def why_no_classifier(lm, merge: bool = False) -> str | None:
@@ -19,8 +21,10 @@ def why_no_classifier(lm, merge: bool = False) -> str | None:
 
 
 def save_classifier(lm, tokenizer, state: dict, directory: str) -> None:
-    """Write the reward model with the weights `state` as a sequence classifier, which gives the same
-    scores."""
+    """Write the reward model with the weights `state`, or this rank's share of them, as a sequence
+    classifier, which gives the same scores."""
+    if not state:
+        return
     tokenizer = with_padding(tokenizer)
     config = copy.deepcopy(lm.config)
     config.num_labels = 1
@@ -31,16 +35,20 @@ def save_classifier(lm, tokenizer, state: dict, directory: str) -> None:
     dtype = precision(state)
     with torch.device("meta"):
         classifier = AutoModelForSequenceClassification.from_config(config, dtype=dtype)
-    weights = {"score.weight": state["value_head.weight"].to(dtype)}
+    weights = {}
+    known = lm.state_dict().keys() | {HEAD}
     for name, wanted in classifier.state_dict().items():
-        if name in weights:
+        if name not in known:
+            raise KeyError(name)
+        tensor = state.get("value_head.weight" if name == HEAD else f"lm.{name}")
+        if tensor is None:                     # another rank writes it
             continue
-        tensor = state[f"lm.{name}"]
+        tensor = tensor.to(dtype)
         added = len(wanted) - len(tensor)
         if added:                              # a new pad token needs an (unused) row in the embedding
             tensor = torch.cat([tensor, tensor.new_zeros(added, *tensor.shape[1:])])
         weights[name] = tensor
-    classifier.save_pretrained(directory, state_dict=written(weights), max_shard_size="5GB")
+    save_pretrained(classifier, weights, directory)
     tokenizer.save_pretrained(directory)
 
 

@@ -22,7 +22,11 @@ def decoder_layers(module) -> list:
     names = set()                                  # the classes of decoder layers, also of a critic's trunk
     for part in module.modules():
         names.update(getattr(part, "_no_split_modules", None) or ())
-    layers = [part for part in module.modules() if type(part).__name__ in names]
+    layers = []
+    for part in module.modules():
+        kinds = {kind.__name__ for kind in type(part).__mro__}      # FSDP2 makes a subclass
+        if kinds & names:
+            layers.append(part)
     return layers[::-1]
 
 

@@ -1,5 +1,8 @@
 """Weights by name, as they are saved: plain tensors on the CPU, or for a trial tensors without numbers
 (meta)."""
+import glob
+import os
+
 import torch
 
 
@@ -19,6 +22,27 @@ def written(state: dict) -> dict:
     """The tensors of a state that are written to a file: all of them, or none of a trial's, which have no
     numbers."""
     return {name: tensor for name, tensor in state.items() if not tensor.is_meta}
+
+
+def num_bytes(state: dict) -> int:
+    return sum({id(tensor): tensor.nbytes for tensor in state.values()}.values())
+
+
+def save_pretrained(lm, weights: dict, directory: str) -> None:
+    """`lm.save_pretrained` with these weights, on every rank: without them, it writes on rank 0 only."""
+    lm.should_save_on_this_rank = lambda is_main_process: True
+    try:
+        lm.save_pretrained(directory, state_dict=written(weights), max_shard_size="5GB")
+    finally:
+        del lm.should_save_on_this_rank
+
+
+def files_of(directory: str, name: str) -> list[str]:
+    """The paths of the file `name`, or of the files `...-00001-of-00008...` that several ranks wrote in its
+    place."""
+    stem, ending = os.path.splitext(name)
+    numbered = sorted(glob.glob(os.path.join(glob.escape(directory), f"{stem}-?????-of-?????{ending}")))
+    return numbered or [os.path.join(directory, name)]
 
 
 def precision(state: dict) -> torch.dtype:

@@ -18,9 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.errors import RunError, UserError, printable
+from data.hub import NAME
 from rewards.guard import Interrupted, TimedOut, guarded
 from rewards.verifiers import golds_of, gsm8k, math_answer, no_gold, r1_zero
 
+ON_HUB = re.compile(f"(?!runs/){NAME}/{NAME}(?<!\\.py)")          # owner/name, neither a run nor a file
 IMPORT_SECONDS = 600.0                             # limit for the import of its file, which may load a model
 GIVEN = ("prompts", "completions", "completion_ids")               # what a reward gets beside the columns
 OF_TRL = ("trainer_state", "log_extra", "log_metric", "environments")      # what only TRL passes to it
@@ -78,7 +80,7 @@ class Reward:
     name: str
     weight: float
     function: Callable | None      # None: the model in `path` scores
-    path: str | None = None        # a reward model's directory
+    path: str | None = None        # a reward model's directory or hub name
     file: str = ""                 # where the function is the user's: its file
 
 
@@ -97,14 +99,16 @@ def parts_of(spec):
 
 
 def is_model(part):
-    """Whether such a name is the directory of a reward model."""
-    return part not in BUILT_IN and bool(part) and Path(part).is_dir()
+    """Whether such a name is the directory of a reward model, or the hub name of one."""
+    if part in BUILT_IN or not part:
+        return False
+    return Path(part).is_dir() or bool(ON_HUB.fullmatch(part)) and not Path(part).exists()
 
 
 @functools.cache
 def load_reward(spec, weights=None, where="reward"):
     """The rewards named in `spec`, separated by commas: gsm8k, r1_zero, math, path.py:function, or a reward
-    model's directory.
+    model's directory or hub name.
 
     `weights`: as many numbers, separated by commas; None = all 1. `where`: the key, for errors. Raises
     UserError; a Python file is run to load it, once in a process.

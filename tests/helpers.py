@@ -185,7 +185,7 @@ ALGORITHMS = {    # name -> the rows it trains on
     "sft": sft_rows,
     "dft": sft_rows,
     "kto": labelled_rows,
-    **dict.fromkeys(("dpo", "rpo", "ipo", "orpo", "simpo", "cpo", "rm"), pair_rows),
+    **dict.fromkeys(("dpo", "rpo", "ipo", "apo", "orpo", "simpo", "cpo", "rm"), pair_rows),
 }
 REWARDS = f"{ROOT}/tests/some_rewards.py"
 SAMPLED = dict(reward=f"{REWARDS}:varied", max_completion_length=10)

@@ -147,7 +147,7 @@ def kill_after_save(step):
 
 
 def kill_at_call(name, count):
-    """SIGKILL instead of the `count`-th call of engine.checkpoint's os.`name`."""
+    """SIGKILL instead of the `count`-th call of engine.sealed's os.`name`."""
     calls = []
 
     def due(*_):

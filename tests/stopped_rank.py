@@ -8,10 +8,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from engine import checkpoint  # noqa: E402
+from engine import sealed  # noqa: E402
 from engine.loop import Engine  # noqa: E402
 
-clip, write = Engine.clip_gradients, checkpoint.write_sealed
+clip, place = Engine.clip_gradients, sealed.put_in_place
 
 
 def clip_and_stop(engine):
@@ -21,10 +21,10 @@ def clip_and_stop(engine):
             signal.raise_signal(signal.SIGTERM)
 
 
-def write_slowly(directory, function, trial=False):
+def place_slowly(temporary, directory):
     time.sleep(1)
-    write(directory, function, trial)
+    place(temporary, directory)
 
 
-Engine.clip_gradients, checkpoint.write_sealed = clip_and_stop, write_slowly
+Engine.clip_gradients, sealed.put_in_place = clip_and_stop, place_slowly
 runpy.run_path(str(ROOT / "train.py"), run_name="__main__")

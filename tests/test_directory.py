@@ -16,7 +16,7 @@ import torch
 from helpers import ROOT, final_weights, prompt_rows, tiny_model, write_jsonl
 
 from data.errors import UserError
-from engine import checkpoint
+from engine import checkpoint, sealed
 from engine.claim import claim, release
 from engine.directory import Place, choose_directory
 from engine.fingerprint import fingerprints
@@ -249,7 +249,7 @@ def test_a_final_model_in_the_way_is_set_aside(finished):
     result = child.train(finished, "max_steps=4")
     assert result.code == 0 and "run/final-1" in result.err
     assert child.contents(finished / "run" / "final-1") == before
-    assert checkpoint.broken(str(final)) is None and not (final / "README.md").exists()
+    assert sealed.broken(str(final)) is None and not (final / "README.md").exists()
     assert child.train(finished, "max_steps=5").code == 0 and not (finished / "run" / "final-2").exists()
 
 

@@ -200,16 +200,23 @@ def log_odds(logp):
     return logp - torch.log(1 - torch.exp(logp))
 
 
-def dpo_loss_of(beta=0.1, smoothing=0.0, rpo_alpha=None, with_reference=1):
+def dpo_loss_of(beta=0.1, smoothing=0.0, rpo_alpha=None, with_reference=1, average=False):
     def reward(logp, frozen):
         return beta * (logp - with_reference * frozen)
-    return over_pairs(reward, lambda c, r: cross_entropy(c - r, smoothing), nll=rpo_alpha)
+    return over_pairs(reward, lambda c, r: cross_entropy(c - r, smoothing), average, nll=rpo_alpha)
 
 
 def ipo_loss_of(beta=0.1, average=True):
     def loss(chosen, rejected):
         return ((chosen - rejected) / beta - 1 / (2 * beta)) ** 2
     return over_pairs(lambda logp, frozen: beta * (logp - frozen), loss, average)
+
+
+def apo_loss_of(beta=0.1):
+    def loss(chosen, rejected):
+        kept, lost = torch.exp(chosen), torch.exp(rejected)
+        return 1 - kept / (1 + kept) + lost / (1 + lost)
+    return over_pairs(lambda logp, frozen: beta * (logp - frozen), loss)
 
 
 def orpo_loss_of(beta=0.1):
@@ -297,6 +304,7 @@ LOSS_OF = {
     "dpo": dpo_loss_of(),
     "rpo": dpo_loss_of(rpo_alpha=1.0),
     "ipo": ipo_loss_of(),
+    "apo": apo_loss_of(),
     "kto": kto_loss_of(),
     "orpo": orpo_loss_of(),
     "simpo": simpo_loss_of(),
@@ -346,6 +354,9 @@ VARIANTS = {    # name: (algorithm, its loss by the plain loop, options)
     "cdpo": ("dpo", dpo_loss_of(0.5, 0.2), dict(beta=0.5, label_smoothing=0.2)),
     "rpo-weight": ("rpo", dpo_loss_of(0.5, 0.2, 0.3), dict(beta=0.5, label_smoothing=0.2, rpo_alpha=0.3)),
     "dpo-free": ("dpo", dpo_loss_of(with_reference=0), dict(reference_free="true")),
+    "dpo-means": ("dpo", dpo_loss_of(5, 0.2, average=True),
+                  dict(beta=5, label_smoothing=0.2, average_log_prob="true")),
+    "apo-beta": ("apo", apo_loss_of(0.7), dict(beta=0.7)),
     "ipo-sums": ("ipo", ipo_loss_of(0.5, average=False), dict(beta=0.5, average_log_prob="false")),
     "kto-weights": ("kto", kto_loss_of(0.5, 1.5, 0.5),
                     dict(beta=0.5, desirable_weight=1.5, undesirable_weight=0.5)),
@@ -474,8 +485,9 @@ def test_dpo_starts_at_log_two(run):
     assert row["rewards/accuracies"] == 0
 
 
-@pytest.mark.parametrize("algorithm", ["dpo", "ipo"])
-def test_rounding_wins_no_pair(run, monkeypatch, algorithm):
+@pytest.mark.parametrize("algorithm, options", [
+    ("dpo", {}), ("dpo", dict(average_log_prob="true")), ("ipo", {}), ("apo", {})])
+def test_rounding_wins_no_pair(run, monkeypatch, algorithm, options):
     """The reference's log-probs are off by what another CPU, or another cut into micro-batches, may make of
     them."""
     original, generator = Engine.collect, torch.Generator().manual_seed(0)
@@ -487,7 +499,7 @@ def test_rounding_wins_no_pair(run, monkeypatch, algorithm):
         return [logps + 3e-6 * torch.randn(logps.shape, generator=generator) for logps in exact]
 
     monkeypatch.setattr(Engine, "collect", rounded)
-    first, second = metrics(run("rounded", algorithm, max_steps=2))
+    first, second = metrics(run("rounded", algorithm, max_steps=2, **options))
     assert first["rewards/margins"] != 0 and first["rewards/accuracies"] == 0 < second["rewards/accuracies"]
 
 

@@ -22,7 +22,8 @@ def test_the_base_is_capable_but_unaligned():
     assert 0.2 <= base["sampled"]["accuracy"] <= 0.5 and base["greedy"]["accuracy"] >= 0.9
 
 
-@pytest.mark.parametrize("algorithm, level, updates", [("dpo", 0.75, 32), ("sft", 0.8, 32), ("grpo", 0.75, 6)])
+@pytest.mark.parametrize("algorithm, level, updates", [
+    ("dpo", 0.75, 32), ("apo", 0.75, 30), ("sft", 0.8, 32), ("grpo", 0.75, 6)])
 def test_training_elicits_the_skill(tmp_path, monkeypatch, algorithm, level, updates):
     monkeypatch.chdir(ROOT)
     words = [f"output={tmp_path / 'run'}", f"max_steps={updates}", "eval_data=null", "log_every=1000"]

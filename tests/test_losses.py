@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 
+from algorithms.apo import apo_zero_loss
 from algorithms.cpo import cpo_loss
 from algorithms.dft import dft_loss
 from algorithms.dpo import dpo_loss
@@ -18,8 +19,9 @@ from algorithms.rm import rm_loss
 from algorithms.sft import sft_loss
 from algorithms.simpo import simpo_loss
 
-LOSSES = {"sft": sft_loss, "dft": dft_loss, "dpo": dpo_loss, "ipo": ipo_loss, "kto": kto_loss, "orpo": orpo_loss, "simpo": simpo_loss,
-          "cpo": cpo_loss, "rm": rm_loss}
+LOSSES = {
+    "sft": sft_loss, "dft": dft_loss, "dpo": dpo_loss, "ipo": ipo_loss, "apo": apo_zero_loss, "kto": kto_loss,
+    "orpo": orpo_loss, "simpo": simpo_loss, "cpo": cpo_loss, "rm": rm_loss}
 
 
 # ---- worked numbers ----
@@ -34,8 +36,10 @@ LABELLED = [-2.0, -3.5, -4.0], [-2.5, -3.0, -3.5], torch.tensor([True, True, Fal
 @pytest.mark.parametrize("name, inputs, options, expected", [
     ("dpo", SUMS, {}, .668772),
     ("dpo", SUMS, {"label_smoothing": .1}, .673772),
+    ("dpo", AVERAGES, {"beta": 5.0}, .508157),
     ("ipo", AVERAGES, {}, 23.530869),
     ("ipo", SUMS, {}, 20.5),
+    ("apo", SUMS, {}, .987503),
     ("kto", (*LABELLED, .5 / 3), {}, .497223),
     ("kto", (*LABELLED, 0.0), {}, .495834),
     ("kto", (*LABELLED, .5 / 3), {"undesirable_weight": 1.5}, .577779),
@@ -72,6 +76,7 @@ PAIR_METRICS = "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards
 
 @pytest.mark.parametrize("name, inputs, expected", [
     ("dpo", SUMS, dict(zip(PAIR_METRICS, (0, -.05, .05, .5, -2.75, -3.5)))),
+    ("apo", SUMS, dict(zip(PAIR_METRICS, (0, -.05, .05, .5, -2.75, -3.5)))),
     ("ipo", AVERAGES, dict(zip(PAIR_METRICS, (-.1 / 48, -.0175, .0175 - .1 / 48, .5, -5 / 6, -1.3)))),
     ("kto", (*LABELLED, .5 / 3), {"kl": .5 / 3, "rewards/chosen": 0, "rewards/rejected": -.05, "rewards/margins": .05,
                                   "logps/chosen": -2.75, "logps/rejected": -4}),
@@ -86,12 +91,12 @@ def test_worked_metrics(name, inputs, expected):
     assert averages(metrics) == pytest.approx(expected, abs=1e-6)
 
 
-@pytest.mark.parametrize("name", ["dpo", "ipo", "orpo", "simpo", "cpo", "rm"])
+@pytest.mark.parametrize("name", ["dpo", "ipo", "apo", "orpo", "simpo", "cpo", "rm"])
 def test_a_difference_of_rounding_size_is_a_tie(name):
     """Of five pairs the first wins; without `tie`, the first two. Nothing else depends on it."""
     rejected = torch.full((5,), -1.0, dtype=torch.float64)
     inputs = [rejected + torch.tensor([.03, .01, 0, -.01, -.03]), rejected]
-    if name in ("dpo", "ipo"):
+    if name in ("dpo", "ipo", "apo"):
         inputs += [rejected, rejected]
     for beta in {"rm": [{}]}.get(name, [{"beta": 0.1}, {"beta": 2.0}]):
         losses, metrics = LOSSES[name](*inputs, **beta, tie=.02)
@@ -112,13 +117,15 @@ def vectors(count, size=7, seed=0):
 
 
 @pytest.mark.parametrize("name, options, expected", [
-    ("dpo", {}, math.log(2)), ("dpo", {"label_smoothing": .3}, math.log(2)), ("ipo", {}, 25), ("ipo", {"beta": .5}, 1),
-    ("kto", {}, .5), ("orpo", {}, .1 * math.log(2)), ("simpo", {}, math.log(1 + math.e)), ("cpo", {}, math.log(2)),
+    ("dpo", {}, math.log(2)), ("dpo", {"label_smoothing": .3}, math.log(2)), ("ipo", {}, 25),
+    ("ipo", {"beta": .5}, 1), ("apo", {}, 1), ("apo", {"beta": 2.0}, 1), ("kto", {}, .5),
+    ("orpo", {}, .1 * math.log(2)), ("simpo", {}, math.log(1 + math.e)), ("cpo", {}, math.log(2)),
     ("rm", {}, math.log(2))])
 def test_step_zero(name, options, expected):
     first, second = vectors(2)
     labels = torch.arange(7) % 2 == 0
-    inputs = {"dpo": (first, second, first, second), "ipo": (first, second, first, second),
+    both = first, second, first, second
+    inputs = {"dpo": both, "ipo": both, "apo": both,
               "kto": (first, first, labels, torch.tensor(0.0))}.get(name, (first, first))
     losses, metrics = LOSSES[name](*inputs, **options)
     assert losses.tolist() == pytest.approx([expected] * 7, rel=1e-6)
@@ -128,6 +135,10 @@ def test_step_zero(name, options, expected):
 
 
 # ---- plain Python ----
+
+def sigmoid(x):
+    return 1 / (1 + math.exp(-x))
+
 
 def log_sigmoid(x):
     return -math.log(1 + math.exp(-x))
@@ -145,12 +156,13 @@ BY_HAND = {
     "sft": lambda logp: -logp,
     "dpo": lambda pc, pr, rc, rr, beta=.1, label_smoothing=0.0: smoothed(beta * ((pc - rc) - (pr - rr)), label_smoothing),
     "ipo": lambda pc, pr, rc, rr, beta=.1: ((pc - rc) - (pr - rr) - 1 / (2 * beta)) ** 2,
+    "apo": lambda pc, pr, rc, rr, beta=.1: 1 - sigmoid(beta * (pc - rc)) + sigmoid(beta * (pr - rr)),
     "orpo": lambda pc, pr, beta=.1: -beta * log_sigmoid(math.log(odds(pc) / odds(pr))),
     "simpo": lambda pc, pr, beta=2.0, simpo_gamma=1.0, label_smoothing=0.0: smoothed(beta * (pc - pr) - simpo_gamma, label_smoothing),
     "cpo": lambda pc, pr, beta=.1, label_smoothing=0.0: smoothed(beta * (pc - pr), label_smoothing),
     "rm": lambda c, r, m=0.0, center_rewards_coefficient=0.0: -log_sigmoid(c - r - m) + center_rewards_coefficient * (c + r) ** 2,
 }
-COUNTS = {"sft": 1, "dpo": 4, "ipo": 4, "orpo": 2, "simpo": 2, "cpo": 2, "rm": 3}      # tensor arguments
+COUNTS = {"sft": 1, "dpo": 4, "ipo": 4, "apo": 4, "orpo": 2, "simpo": 2, "cpo": 2, "rm": 3}      # tensor arguments
 
 
 def kto_by_hand(policy, reference, desirable, kl, beta=.1, desirable_weight=1.0, undesirable_weight=1.0):
@@ -179,9 +191,11 @@ def assert_equals_by_hand(loss, by_hand, inputs, tolerance):
 
 
 @pytest.mark.parametrize("name, options", [
-    ("sft", {}), ("dpo", {}), ("dpo", {"beta": 2.0}), ("dpo", {"beta": .3, "label_smoothing": .2}), ("ipo", {}), ("ipo", {"beta": .7}),
-    ("orpo", {}), ("orpo", {"beta": 1.5}), ("simpo", {}), ("simpo", {"beta": .5, "simpo_gamma": .25, "label_smoothing": .2}),
-    ("cpo", {}), ("cpo", {"beta": .5, "label_smoothing": .3}), ("rm", {}), ("rm", {"center_rewards_coefficient": .01})])
+    ("sft", {}), ("dpo", {}), ("dpo", {"beta": 2.0}), ("dpo", {"beta": .3, "label_smoothing": .2}),
+    ("ipo", {}), ("ipo", {"beta": .7}), ("apo", {}), ("apo", {"beta": 2.0}), ("orpo", {}),
+    ("orpo", {"beta": 1.5}), ("simpo", {}), ("simpo", {"beta": .5, "simpo_gamma": .25, "label_smoothing": .2}),
+    ("cpo", {}), ("cpo", {"beta": .5, "label_smoothing": .3}), ("rm", {}),
+    ("rm", {"center_rewards_coefficient": .01})])
 def test_values_and_gradients_equal_plain_python(name, options):
     tolerance = 3e-6 if name == "orpo" else 1e-8          # orpo works in fp32
     assert_equals_by_hand(partial(LOSSES[name], **options), partial(BY_HAND[name], **options), vectors(COUNTS[name]), tolerance)
@@ -225,6 +239,15 @@ def test_no_overflow(name, inputs, expected):
     loss = LOSSES[name](*inputs, **options)[0]
     loss.backward()
     assert loss.item() == expected and [abs(x.grad.item()) for x in inputs] == [1] * len(inputs)
+
+
+@pytest.mark.parametrize("logps, expected", [((-5000, -1, -1, -5000), 2), ((-1, -5000, -5000, -1), 0)])
+def test_apo_has_an_end_on_both_sides(logps, expected):
+    """A pair that is far from the reference, on the wrong side or the right one, moves nothing any more."""
+    inputs = [torch.tensor([float(x)], requires_grad=True) for x in logps]
+    loss = apo_zero_loss(*inputs, 1.0)[0]
+    loss.backward()
+    assert loss.item() == expected and [x.grad.item() for x in inputs] == [0] * 4
 
 
 def test_orpo_is_finite_everywhere():

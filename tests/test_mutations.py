@@ -58,7 +58,7 @@ def family_parts(*names):
     return [f"test_families_parts.py::test_{name}" for name in names]
 
 
-PAIRS = "dpo", "ipo", "orpo", "simpo", "cpo"             # algorithms that take log-probs of pairs; rm takes scores
+PAIRS = "dpo", "ipo", "apo", "orpo", "simpo", "cpo"      # algorithms that take log-probs of pairs; rm takes scores
 TOKENS = "sft", "dft", "kto", *PAIRS
 GROUPS = "grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "reinforce_pp"
 SHIFT = "data/pack.py", "source.append(predictors[response.trained])", "source.append(predictors[response.trained] + 1)"
@@ -80,6 +80,12 @@ MUTATIONS = {    # name: (file, text, what it becomes, the tests that must fail)
     "chosen and rejected swapped": (
         "data/pack.py", "return y.view(-1, 2).unbind(1)", "return y.view(-1, 2).flip(1).unbind(1)",
         [*exact(*PAIRS, "cdpo", "rm"), *held_out(*PAIRS, "rm")]),
+    "a sum against a mean": (
+        "algorithms/dpo.py", "per_response(reference(batch)) if", "batch.sum(reference(batch)) if",
+        exact("dpo-means")),
+    "the chosen response anchored to the rejected one": (
+        "algorithms/apo.py", "(-chosen_rewards).sigmoid()", "(-margins).sigmoid()",
+        [*exact("apo", "apo-beta"), *held_out("apo")]),
     "the likelihood of the rejected responses": (
         "data/pack.py", "x.split(self.lengths)[::2]", "x.split(self.lengths)[1::2]", exact("orpo", "cpo", "rpo", "cpo-simpo")),
     "labels flipped": (
@@ -118,7 +124,7 @@ MUTATIONS = {    # name: (file, text, what it becomes, the tests that must fail)
         "model/sampler.py", "(*keys[prompt], copy)", "(*keys[prompt], copy + 1)",
         ["test_rollout.py::test_sampler_equals_a_plain_loop[qwen2-plain]"]),
     "a collective in a loop over a set": (
-        "engine/checkpoint.py", "for key, tensor in state.items():", "for key, tensor in set(state.items()):",
+        "engine/frozen.py", "enumerate(blocks_of(groups, size), 1)", "enumerate(set(blocks_of(groups, size)), 1)",
         ["test_ranks.py::test_no_collective_in_a_loop_over_a_set"]),
     "the copies of a prompt without a gradient": (
         "model/varlen.py", "total.index_add_(0, tokens, grad.index_select(0, places))", "pass",

@@ -28,7 +28,7 @@ from some_rewards import coarse, some, varied
 from test_engine_exact import PLAIN, chat, close, ids, read
 from transformers import AutoModelForCausalLM
 
-from data.errors import RunError, UserError
+from data.errors import RunError, UserError, printable
 from engine.options import Sampling
 from engine.rollouts import Rollouts
 from engine.step import Step
@@ -377,9 +377,25 @@ def test_watching_changes_nothing(files, run):
     assert_same_weights(final_weights(watched), final_weights(bare))
     assert metrics(watched) == metrics(bare)
     samples = read(watched / "samples.jsonl")
-    assert [line["step"] for line in samples] == [step for step in range(1, 7) for _ in range(3)]
+    group = GROUPS["num_generations"]
+    assert [line["step"] for line in samples] == [step for step in range(1, 7) for _ in range(3 * group)]
+    for start in range(0, len(samples), group):                  # whole groups
+        assert len({line["prompt"] for line in samples[start:start + group]}) == 1
+    of_last = [line for line in samples if line["step"] == 4]            # by default at the end of a rollout
+    assert [line for line in read(bare / "samples.jsonl") if line["step"] == 4] == of_last
     for line in samples:
+        assert set(line) == {"step", "prompt", "completion", "reward", "truncated"}
         assert line["reward"] in [row["reward"] for row in samples if row["completion"] == line["completion"]]
+
+
+def test_samples_on_the_console(run, capsys):
+    """A prompt, and below it the group's completions, each after its reward."""
+    directory = run("shown", "grpo", **GROUPS | {"max_steps": 4, "show_samples": "true"})
+    lines = capsys.readouterr().err.splitlines()
+    samples = read(directory / "samples.jsonl")
+    title = lines.index(f"samples at step 4 for {samples[0]['prompt']!r}")
+    for line, row in zip(lines[title + 1:], samples[:GROUPS["num_generations"]]):
+        assert line == printable(f"{row['reward']:8.3g}  {row['completion']!r}")
 
 
 # ---- what stops a run ----

@@ -35,6 +35,7 @@ LIMITS = {
     "dpo": BETA | SMOOTHING | {"lora_dropout": ("0", "0.1")},
     "rpo": BETA | SMOOTHING | {"rpo_alpha": NOT_NEGATIVE},
     "ipo": BETA,
+    "apo": BETA,
     "kto": BETA | {"desirable_weight": POSITIVE, "undesirable_weight": POSITIVE},
     "orpo": BETA,
     "cpo": BETA | SMOOTHING | {"cpo_alpha": NOT_NEGATIVE},
@@ -162,7 +163,7 @@ def test_what_the_engine_is_told():
             values["reward"] = "gsm8k"
         return config_of(name)(**values)
 
-    with_reference = ("dpo", "grpo", "ipo", "kto", "ppo", "reinforce_pp", "rloo", "rpo")
+    with_reference = ("apo", "dpo", "grpo", "ipo", "kto", "ppo", "reinforce_pp", "rloo", "rpo")
     for name in NAMES:
         assert made(name).uses_reference() == (name in with_reference)
         assert made(name).uses_critic() == (name == "ppo")

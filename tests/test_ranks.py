@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from data import errors
 from data.errors import RunError
-from engine import checkpoint, ranks
+from engine import checkpoint, ranks, restore, sealed
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
@@ -117,7 +117,7 @@ def test_no_collective_in_a_loop_over_a_set():
     paths = [path for path in everything if path.parent.name not in ("tests", "benchmark")]
     trees = {str(path.relative_to(ROOT)): ast.parse(path.read_text()) for path in paths}
     names = collective_names(trees.values())
-    known = {"from_main", "sum_over_ranks", "whole", "model_state", "save_checkpoint", "stop_requested"}
+    known = {"from_main", "sum_over_ranks", "share_of", "writer_of", "write_by_all", "stop_requested"}
     assert known <= names
     found = {path: disordered_collectives([tree], names) for path, tree in trees.items()}
     assert "engine/checkpoint.py" in found and not any(found.values()), found
@@ -159,7 +159,7 @@ def load_into_a_fresh_one(moments, folder):
     save_file(moments, folder / "optimizer.safetensors")
     layer = torch.nn.Linear(3, 2)
     optimizer = torch.optim.AdamW(layer.parameters(), fused=True)
-    checkpoint.load_optimizer(str(folder), layer, optimizer)
+    restore.load_optimizer(str(folder), layer, optimizer)
     return saved_moments((layer, optimizer))
 
 
@@ -221,13 +221,13 @@ def test_weights_that_no_run_can_go_on_from(interrupted):
     path = checkpoint.newest(interrupted / "run", print)
     weights = load_file(f"{path}/model.safetensors")
     weights["model.norm.weight"][3] = torch.nan
-    files = {name: Path(path, name).read_bytes() for name in os.listdir(path) if name != checkpoint.MANIFEST}
+    files = {name: Path(path, name).read_bytes() for name in os.listdir(path) if name != sealed.MANIFEST}
 
     def write(folder):
         for name, content in files.items():
             Path(folder, name).write_bytes(content)
         save_file(weights, os.path.join(folder, "model.safetensors"), {"format": "pt"})
-    checkpoint.write_sealed(path, write)
+    sealed.write_sealed(path, write)
     result = child.train(interrupted)
     error = result.err.splitlines()[-1]
     assert result.code == 2 and "Traceback" not in result.err

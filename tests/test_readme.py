@@ -1,9 +1,12 @@
 """Each English page and its Chinese one say the same things in the same order, and what they name exists and
 runs."""
+import importlib
+import math
 import re
 import subprocess
 
 import pytest
+import torch
 from helpers import (
     ONLINE,
     ROOT,
@@ -147,6 +150,87 @@ def test_the_whole_file_of_the_guide_runs(train):
     assert plain[0]["loss"] == pytest.approx((1 + 2 + 3 + 1 + 2) / 5, rel=1e-6)
     with_bonus = train("with_bonus", code(0), rows, entropy_coef=0.5)
     assert plain[0]["loss"] - 0.5 * 6 < with_bonus[0]["loss"] < plain[0]["loss"] - 0.5
+
+
+def softplus(x):
+    return math.log(1 + math.exp(x))
+
+
+def hinge(margin, weight, swapped):
+    return (1 - swapped) * max(0, 1 - margin) + swapped * max(0, 1 + margin)
+
+
+def robust(margin, weight, swapped):
+    return ((1 - swapped) * softplus(-margin) - swapped * softplus(margin)) / (1 - 2 * swapped)
+
+
+def weighted(margin, weight, swapped):
+    return weight * ((1 - swapped) * softplus(-margin) + swapped * softplus(margin))
+
+
+def exercise(number):
+    """The lines of the guide's diff of this number, from 0."""
+    found = [block for block in blocks(read(GUIDE)) if block.startswith("```diff")]
+    return found[number].splitlines(keepends=True)[1:-1]
+
+
+def applied(lines, source):
+    """The source after a diff: "-" is before an old line, "+" before a new one, " " before others."""
+    old = "".join(line[1:] for line in lines if line[0] in " -")
+    new = "".join(line[1:] for line in lines if line[0] in " +")
+    assert source.count(old) == 1
+    return source.replace(old, new)
+
+
+def slope(loss, margin, weight, swapped, size=1e-4):
+    return (loss(margin + size, weight, swapped) - loss(margin - size, weight, swapped)) / (2 * size)
+
+
+def plain(margin, weight, swapped):
+    return weighted(margin, 1, swapped)
+
+
+MARGINS = [-3, -1.5, -0.5, 0, 0.5, 1.5, 3]       # on both sides of the hinge's corners
+
+
+@pytest.mark.parametrize("number, loss, of_margin", [
+    (0, hinge, hinge), (1, robust, robust), (2, weighted, plain)])
+def test_an_exercise_of_the_guide(train, number, loss, of_margin):
+    """One pair per update: its loss from its margin, and at a margin of 0 its gradient beside that of dpo.
+    Then the loss function alone, values and gradients."""
+    lines = exercise(number)
+    assert sum(line[0] in "+-" for line in lines) <= 6
+    name, source = f"exercise_{number}", read(ROOT / "algorithms" / "dpo.py")
+    keys = dict(batch_size=1, max_steps=2, label_smoothing=0.2, beta=0.5)
+    weights = [3, 2]
+    rows = [row | {"weight": weight} for row, weight in zip(pair_rows(2), weights)]
+    made, of_dpo = train(name, applied(lines, source), rows, **keys), train("plain_dpo", source, rows, **keys)
+    for row, weight in zip(made, weights, strict=True):
+        assert row["loss"] == pytest.approx(loss(row["rewards/margins"], weight, 0.2), rel=1e-5)
+    assert made[0]["rewards/margins"] == pytest.approx(0, abs=1e-5) and made[1]["rewards/margins"] != 0
+    steeper = slope(loss, 0, weights[0], 0.2) / slope(plain, 0, 1, 0.2)
+    assert made[0]["grad_norm"] == pytest.approx(steeper * of_dpo[0]["grad_norm"], rel=1e-5)
+
+    margins = torch.tensor(MARGINS, dtype=torch.float64, requires_grad=True)
+    zero = torch.zeros_like(margins)
+    dpo_loss = importlib.import_module(f"algorithms.{name}").dpo_loss
+    losses, _ = dpo_loss(margins, zero, zero, zero, 1.0, 0.2)
+    losses.sum().backward()
+    assert losses.tolist() == pytest.approx([of_margin(margin, 1, 0.2) for margin in MARGINS])
+    slopes = [slope(of_margin, margin, 1, 0.2) for margin in MARGINS]
+    assert margins.grad.tolist() == pytest.approx(slopes, rel=1e-6)
+
+
+def test_a_weight_counts_like_copies_of_a_pair(train):
+    """Three rows in both: pairs with the weights 2, 1 and 0, and their copies in plain dpo."""
+    source = read(ROOT / "algorithms" / "dpo.py")
+    first, second, third = pair_rows(3)
+    rows = [first | {"weight": 2}, second | {"weight": 1}, third | {"weight": 0}]
+    keys = dict(batch_size=3, max_steps=1)
+    made, = train("weighted_dpo", applied(exercise(2), source), rows, **keys)
+    copies, = train("plain_dpo", source, [first, first, second], **keys)
+    for name in ("loss", "grad_norm"):
+        assert made[name] == pytest.approx(copies[name], rel=1e-5)
 
 
 def test_the_online_lines_of_the_guide_run(train):

@@ -15,7 +15,7 @@ import torch
 from helpers import ALGORITHMS, CLOCK, ONLINE, final_weights, sft_rows, tiny_model, train_here, trained_weights, write_jsonl
 from safetensors.torch import load_file, save_file
 
-from engine import checkpoint
+from engine import checkpoint, sealed
 from engine.logs import Run
 from engine.loop import Engine
 
@@ -161,15 +161,15 @@ def test_killed_while_saving(call, count, model, uninterrupted, tmp_path):
     assert_same_run(tmp_path / "run", uninterrupted["dpo"])
 
 
-def sealed(directory, step):
+def sealed_step(directory, step):
     def write(temporary):
         save_file({"weight": torch.full((64,), float(step))}, f"{temporary}/model.safetensors")
         Path(temporary, "trainer.json").write_text(json.dumps({"step": step}))
-    checkpoint.write_sealed(directory, write)
+    sealed.write_sealed(directory, write)
 
 
 def save(run, step):
-    sealed(f"{run}/checkpoints/step-{step:06d}", step)
+    sealed_step(f"{run}/checkpoints/step-{step:06d}", step)
     checkpoint.clean(run, keep=2)
 
 
@@ -209,7 +209,7 @@ def test_killed_before_every_call_of_a_save(tmp_path):
         assert step in (6, 9) and found.endswith(f"step-{step:06d}")
         assert torch.equal(load_file(f"{found}/model.safetensors")["weight"], torch.full((64,), float(step)))
         for path in checkpoint.checkpoints(run):      # one that is being removed may be half there, and is known to be
-            assert checkpoint.broken(path) is None or checkpoint.step_of(path) == 3, count
+            assert sealed.broken(path) is None or checkpoint.step_of(path) == 3, count
         seen.add(step)
         checkpoint.tidy(run)
         for path in checkpoint.checkpoints(run):
@@ -225,9 +225,9 @@ def test_killed_before_every_call_of_a_save(tmp_path):
 
 
 def test_replacing_a_sealed_directory_keeps_a_whole_one(tmp_path):
-    sealed(tmp_path / "final", 1)
-    sealed(tmp_path / "final", 2)
-    assert checkpoint.load_trainer(tmp_path / "final") == {"step": 2} and checkpoint.broken(tmp_path / "final") is None
+    sealed_step(tmp_path / "final", 1)
+    sealed_step(tmp_path / "final", 2)
+    assert checkpoint.load_trainer(tmp_path / "final") == {"step": 2} and sealed.broken(tmp_path / "final") is None
     assert os.listdir(tmp_path) == ["final"]
 
 
@@ -252,19 +252,19 @@ def test_every_damaged_file_is_named(uninterrupted, tmp_path):
         for damage in (truncate, flip, os.remove, lambda path: path.write_bytes(b"")):
             shutil.copytree(newest, tmp_path / "step", dirs_exist_ok=True)
             damage(tmp_path / "step" / name)
-            fault = checkpoint.broken(tmp_path / "step")
+            fault = sealed.broken(tmp_path / "step")
             assert fault and (str(tmp_path / "step" / name) in fault or name == "manifest.json"), (name, fault)
 
 
 def test_no_bit_of_a_manifest_can_be_wrong(tmp_path):
-    sealed(tmp_path / "step", 1)
+    sealed_step(tmp_path / "step", 1)
     manifest = tmp_path / "step" / "manifest.json"
     content = manifest.read_bytes()
     data = {key: tuple(value.values()) for key, value in json.loads(content).items()}
     for position in range(len(content)):
         for bit in random.Random(position).sample(range(8), 2):
             manifest.write_bytes(content[:position] + bytes([content[position] ^ 1 << bit]) + content[position + 1:])
-            if checkpoint.broken(tmp_path / "step") is None:      # only where the change has no meaning: white space
+            if sealed.broken(tmp_path / "step") is None:      # only where the change has no meaning: white space
                 assert {key: tuple(value.values()) for key, value in json.loads(manifest.read_bytes()).items()} == data
 
 
@@ -290,7 +290,7 @@ def test_damaged_checkpoints_do_not_push_out_whole_ones(tmp_path):
     """`keep` counts what can be continued from: a run that falls back to step 3 removes the broken 8 and 9
     once it has saved 4."""
     for step in (3, 8, 9):
-        sealed(f"{tmp_path}/checkpoints/step-{step:06d}", step)
+        sealed_step(f"{tmp_path}/checkpoints/step-{step:06d}", step)
     for step in (8, 9):
         truncate(tmp_path / "checkpoints" / f"step-{step:06d}" / "model.safetensors")
     (tmp_path / "run.json").write_text('{"data": {}}')
@@ -298,7 +298,7 @@ def test_damaged_checkpoints_do_not_push_out_whole_ones(tmp_path):
     run = Run(str(tmp_path))
     run.begin("", {}, {}, checkpoint.load_trainer(start)["step"])
     assert [checkpoint.step_of(path) for path in checkpoint.checkpoints(tmp_path)] == [3, 8, 9]
-    sealed(f"{tmp_path}/checkpoints/step-000004", 4)
+    sealed_step(f"{tmp_path}/checkpoints/step-000004", 4)
     run.replace(f"{tmp_path}/checkpoints/step-000004")
     save(tmp_path, 5)
     assert [checkpoint.step_of(path) for path in checkpoint.checkpoints(tmp_path)] == [4, 5]

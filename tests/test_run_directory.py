@@ -22,8 +22,8 @@ from helpers import (
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from engine.checkpoint import broken
 from engine.logs import Run
+from engine.sealed import broken
 
 TRAIN_KEYS = {"step", "split", "epoch", "loss", "grad_norm", "lr", "tokens_per_second"}
 DPO_KEYS = {"rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen",

@@ -36,7 +36,7 @@ from transformers import (
 )
 
 from data.errors import RunError, UserError
-from engine import checkpoint, saver
+from engine import checkpoint, restore, saver, sealed, shares
 from engine.logs import Run
 from engine.loop import Engine
 from engine.saver import Saver
@@ -150,27 +150,27 @@ def test_files_in_subdirectories_are_sealed(tmp_path):
     run = train(tmp_path, named_templates(tmp_path / "model"), save_every=1)
     assert AutoTokenizer.from_pretrained(run / "final").chat_template["rag"] == "{{ messages }}"
     nested = "additional_chat_templates/rag.jinja"
-    for sealed in (run / "final", run / "checkpoints" / "step-000001"):
-        assert checkpoint.broken(sealed) is None
-        assert nested in json.loads((sealed / "manifest.json").read_text())
-        assert (sealed / nested).stat().st_mode & 0o777 == 0o644
-        assert (sealed / nested).parent.stat().st_mode & 0o777 == 0o755
-    (sealed / nested).write_text("{{ messagez }}")
-    assert nested in checkpoint.broken(sealed) and "damaged" in checkpoint.broken(sealed)
-    shutil.rmtree((sealed / nested).parent)
-    assert nested in checkpoint.broken(sealed) and "missing" in checkpoint.broken(sealed)
+    for folder in (run / "final", run / "checkpoints" / "step-000001"):
+        assert sealed.broken(folder) is None
+        assert nested in json.loads((folder / "manifest.json").read_text())
+        assert (folder / nested).stat().st_mode & 0o777 == 0o644
+        assert (folder / nested).parent.stat().st_mode & 0o777 == 0o755
+    (folder / nested).write_text("{{ messagez }}")
+    assert nested in sealed.broken(folder) and "damaged" in sealed.broken(folder)
+    shutil.rmtree((folder / nested).parent)
+    assert nested in sealed.broken(folder) and "missing" in sealed.broken(folder)
 
 
 def test_every_file_is_synced_before_the_manifest_and_every_directory_after(tmp_path, monkeypatch):
     order = []
-    monkeypatch.setattr(checkpoint, "sync", lambda path: order.append(str(path).partition(".tmp-")[2][9:]))
+    monkeypatch.setattr(sealed, "sync", lambda path: order.append(str(path).partition(".tmp-")[2][9:]))
 
     def write(temporary):
         os.makedirs(f"{temporary}/a/b", mode=0o700)
         for name in ("one", "a/two", "a/b/three"):
             with open(f"{temporary}/{name}", "w") as file:
                 file.write(name)
-    checkpoint.write_sealed(tmp_path / "sealed", write)
+    sealed.write_sealed(tmp_path / "sealed", write)
     assert set(order[:3]) == {"one", "a/two", "a/b/three"} and order[3] == "manifest.json"
     assert set(order[4:7]) == {"", "a", "a/b"}
     assert (tmp_path / "sealed" / "a" / "b").stat().st_mode & 0o777 == 0o755
@@ -196,7 +196,7 @@ def test_whatever_a_save_raises_is_one_line_with_its_own_fix(error, fix, tmp_pat
         raise error
     (tmp_path / "step").mkdir()
     with pytest.raises(RunError) as raised:
-        checkpoint.write_sealed(tmp_path / "step", write)
+        sealed.write_sealed(tmp_path / "step", write)
     text = str(raised.value)
     assert "\n" not in text and f"; fix: {fix}" in text and f"cannot write {tmp_path / 'step'} (" in text
     assert os.listdir(tmp_path) == ["step"]
@@ -206,7 +206,7 @@ def test_what_stood_there_comes_back_if_its_replacement_cannot(tmp_path, monkeyp
     def write(temporary):
         with open(f"{temporary}/file", "w") as file:
             file.write("text")
-    checkpoint.write_sealed(tmp_path / "step", write)
+    sealed.write_sealed(tmp_path / "step", write)
     rename = os.rename
 
     def refuse(source, target):
@@ -215,8 +215,8 @@ def test_what_stood_there_comes_back_if_its_replacement_cannot(tmp_path, monkeyp
         rename(source, target)
     monkeypatch.setattr(os, "rename", refuse)
     with pytest.raises(RunError):
-        checkpoint.write_sealed(tmp_path / "step", write)
-    assert os.listdir(tmp_path) == ["step"] and checkpoint.broken(tmp_path / "step") is None
+        sealed.write_sealed(tmp_path / "step", write)
+    assert os.listdir(tmp_path) == ["step"] and sealed.broken(tmp_path / "step") is None
 
 
 # ---- the trial
@@ -253,25 +253,25 @@ def test_a_trial_writes_every_file_but_no_weight(algorithm, values, forms, model
     if values:
         pytest.importorskip("peft")
     names, weights = {}, []
-    seal = checkpoint.seal
+    seal = sealed.seal
 
     def looked_at(directory, durable=True):
         form = os.path.basename(directory).partition(".tmp-")[0]
         if not durable:
-            names[form] = set(checkpoint.files_below(directory))
+            names[form] = set(sealed.files_below(directory))
             files = [name for name in names[form] if name.endswith(".safetensors")]
             weights.extend(tensor for name in files if name != "value_head.safetensors"
                            for tensor in load_file(f"{directory}/{name}"))
         seal(directory, durable)
-    monkeypatch.setattr(checkpoint, "seal", looked_at)
+    monkeypatch.setattr(sealed, "seal", looked_at)
     folder = child.project(tmp_path, algorithm, model, output=tmp_path / "run", **values)
     train_here(folder / "config.yml", "max_steps=1")
     run = tmp_path / "run"
     assert sorted(names) == forms and weights == []
     for form in forms:
         real = run / {"checkpoint": "checkpoints/step-000001"}.get(form, form)
-        found = set(checkpoint.files_below(real))
-        assert found - names[form] <= {"manifest.json", "model.safetensors", "rollout.safetensors"}
+        found = set(sealed.files_below(real))
+        assert found - names[form] <= {"manifest.json", "model.safetensors", "optimizer.safetensors", "rollout.safetensors"}
         assert names[form] <= found
     assert not list(run.glob("*.tmp-*"))
 
@@ -290,22 +290,21 @@ def test_an_adapter_that_cannot_be_merged_at_the_end_is_kept(model, tmp_path):
     pytest.importorskip("peft")
     base = shutil.copytree(model, tmp_path / "base")
 
-    write = Saver.write_final
+    save = Saver.save_final
 
-    def after_the_base_has_gone(engine, weights, trial=False):
-        if not trial:
-            os.rename(base, tmp_path / "elsewhere")
-        return write(engine, weights, trial)
+    def after_the_base_has_gone(engine):
+        os.rename(base, tmp_path / "elsewhere")
+        save(engine)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Saver, "write_final", after_the_base_has_gone)
+        patch.setattr(Saver, "save_final", after_the_base_has_gone)
         with pytest.raises(UserError):
             train(tmp_path, base, lora_r=2, merge="true", epochs=1)
     run = tmp_path / "run"
-    assert not (run / "final").exists() and checkpoint.broken(run / "checkpoints" / "step-000002") is None
+    assert not (run / "final").exists() and sealed.broken(run / "checkpoints" / "step-000002") is None
     assert load_file(run / "checkpoints" / "step-000002" / "adapter_model.safetensors")
     os.rename(tmp_path / "elsewhere", base)
     train_here(tmp_path / "config.yml")
-    assert final_weights(run) and checkpoint.broken(run / "final") is None
+    assert final_weights(run) and sealed.broken(run / "final") is None
 
 
 def test_a_killed_trial_is_tidied(model, tmp_path):
@@ -420,7 +419,8 @@ def free_port():
 def save_remembered(model, folder, remembered):
     policy = build_policy(str(model), byte_tokenizer())
     optimizer = torch.optim.AdamW(policy.parameters())
-    checkpoint.save_checkpoint(folder, policy, byte_tokenizer(), optimizer, {"step": 1}, {}, remembered)
+    write = checkpoint.writer_of(folder, policy, byte_tokenizer(), optimizer, {"step": 1}, {}, remembered)
+    write()
 
 
 def one_of_two_ranks(rank, model, folder, port):
@@ -430,7 +430,7 @@ def one_of_two_ranks(rank, model, folder, port):
     save_remembered(model, folder, remembered)
     live = {"ema": distribute_tensor(torch.zeros(5, 3), mesh, [Shard(0)]), "count": torch.tensor(0)}
     before = live["ema"].to_local()
-    checkpoint.recall(folder, live)
+    restore.recall(folder, live)
     assert torch.equal(before, ROWS[:3] if rank == 0 else ROWS[3:])              # this rank's part, in place
     assert live["count"] == 7
     torch.distributed.barrier()
@@ -450,7 +450,7 @@ def test_remembered_tensors_come_back_sharded_as_they_are(model, tmp_path):
     assert [process.exitcode for process in processes] == [0, 0]
     saved = load_file(f"{folder}/remembered.safetensors")
     assert_same_weights(saved, {"ema": ROWS, "count": torch.tensor(7)})
-    assert checkpoint.broken(folder) is None
+    assert sealed.broken(folder) is None
 
 
 def test_one_process_remembers_views_and_nothing(model, tmp_path):
@@ -459,10 +459,10 @@ def test_one_process_remembers_views_and_nothing(model, tmp_path):
     assert not (tmp_path / "nothing" / "remembered.safetensors").exists()
     save_remembered(model, str(tmp_path / "views"), {"all": ROWS, "column": ROWS[:, 1], "rows": ROWS[:2]})
     live = {"all": torch.zeros(5, 3), "column": torch.zeros(5), "rows": torch.zeros(2, 3)}
-    checkpoint.recall(str(tmp_path / "views"), live)
+    restore.recall(str(tmp_path / "views"), live)
     assert_same_weights(live, {"all": ROWS, "column": ROWS[:, 1], "rows": ROWS[:2]})
     column = {"column": torch.zeros(5)}
-    checkpoint.recall(str(tmp_path / "views"), column)              # the other names belong to other groups
+    restore.recall(str(tmp_path / "views"), column)              # the other names belong to other groups
     assert torch.equal(column["column"], ROWS[:, 1])
 
 
@@ -479,7 +479,7 @@ def test_what_does_not_fit_is_not_recalled(saved, says, tmp_path):
         save_file(saved, path)
     live = {"ema/w": torch.full((5, 3), 2.0)}
     with pytest.raises(RunError, match=says) as refused:
-        checkpoint.recall(str(tmp_path), live)
+        restore.recall(str(tmp_path), live)
     assert "; fix: " in str(refused.value) and "\n" not in str(refused.value)
     assert torch.equal(live["ema/w"], torch.full((5, 3), 2.0))
 
@@ -517,7 +517,7 @@ def test_nothing_that_is_not_finite_is_saved(step, value, where, names, model, t
     assert not (run / "final").exists() and not list(run.rglob("*tmp*"))
     found = checkpoint.checkpoints(run)
     assert [checkpoint.step_of(path) for path in found] == list(range(2, step, 2))[-2:]
-    assert all(checkpoint.broken(path) is None for path in found)
+    assert all(sealed.broken(path) is None for path in found)
 
 
 @pytest.mark.parametrize("lr, with_eval", [("1e20", True), ("1e20", False), ("1e39", True)])
@@ -571,7 +571,7 @@ def spoil_on_one_rank(rank, step, where):
 
     def patched(engine):
         if rank == 1 and engine.step and engine.step.index == step:
-            name, tensor = next(iter(checkpoint.saved_tensors(engine.policy).items()))
+            name, tensor = next(iter(shares.saved_tensors(engine.policy).items()))
             assert name == "lm.model.embed_tokens.weight"
             tensor = tensor if where == "weight" else engine.optimizer.state[tensor][where]
             tensor.to_local().data[-1, -1] = float("nan")
@@ -595,7 +595,7 @@ def test_all_ranks_stop_where_a_save_cannot_be_made(patch, arguments, says, mode
         assert result.code == 1 and "Traceback" not in result.err
         assert says in result.err.splitlines()[-1]
     found = checkpoint.checkpoints(tmp_path / "run")
-    assert [checkpoint.step_of(path) for path in found] == [2] and checkpoint.broken(found[0]) is None
+    assert [checkpoint.step_of(path) for path in found] == [2] and sealed.broken(found[0]) is None
 
 
 def test_rows_are_always_json(tmp_path):

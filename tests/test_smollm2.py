@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from data.files import digest_of
 from data.tokenise import stop_ids
-from engine.checkpoint import broken, model_path
+from engine.checkpoint import model_path
+from engine.sealed import broken
 from tests.helpers import (
     CHATML,
     ROOT,

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from algorithms.apo import apo_zero_loss
 from algorithms.cpo import cpo_loss
 from algorithms.dpo import dpo_loss
 from algorithms.ipo import ipo_loss
@@ -75,6 +76,25 @@ def test_dpo_and_rpo(beta, loss_of, rpo_alpha):
     losses, ours = loss_of(*logps.sum(1).chunk(2), *reference.sum(1).chunk(2), beta)
     chosen = mask[:6, 1:].bool()
     assert_same(losses.mean() - rpo_alpha * logps[:6][chosen].mean(), theirs, logps, ours, metrics)
+
+
+@pytest.mark.parametrize("beta", [0.1, 5.0])
+def test_length_normalised_dpo(beta):
+    (logps, mask), (reference, _) = responses(12, 11), responses(12, 12)
+    reference = (reference * mask[:, 1:]).detach()
+    theirs, _ = by_trl(logps, mask, reference, beta=beta, loss_types=["sigmoid_norm"])
+    lengths = mask.sum(1)
+    losses, _ = dpo_loss(*(logps.sum(1) / lengths).chunk(2), *(reference.sum(1) / lengths).chunk(2), beta)
+    assert_same(losses.mean(), theirs, logps)
+
+
+@pytest.mark.parametrize("beta", [0.05, 0.1, 0.7])
+def test_apo_zero(beta):
+    (logps, mask), (reference, _) = responses(12, 13), responses(12, 14)
+    reference = (reference * mask[:, 1:]).detach()
+    theirs, metrics = by_trl(logps, mask, reference, beta=beta, loss_types=["apo_zero"])
+    losses, ours = apo_zero_loss(*logps.sum(1).chunk(2), *reference.sum(1).chunk(2), beta)
+    assert_same(losses.mean(), theirs, logps, ours, metrics)
 
 
 @pytest.mark.parametrize("beta", [0.1, 0.7])

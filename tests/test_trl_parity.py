@@ -1,6 +1,6 @@
 """Whole runs equal TRL's over several updates: loss, gradient norm, rewards and log-probs. sft and dpo go
 through `benchmark/vs_trl.py`, which holds the same against the real tokenizer and real HH pairs; the others
-train here on plain strings."""
+and length-normalised dpo train here on plain strings."""
 import importlib
 import importlib.util
 import math
@@ -73,7 +73,10 @@ PAIRS, LABELLED = make_rows()
 CPO, DPO = "trl.experimental.cpo.CPOTrainer", "trl.DPOTrainer"
 CENTERED = dict(center_rewards_coefficient=0.01)
 TRAINERS = {    # name: (TRL's trainer, its options, ours, the rows, the metrics with the same definition)
-    "ipo": (DPO, dict(loss_type="ipo"), {}, PAIRS, []),             # TRL's metrics are of sums
+    # of the length-normalised losses TRL's metrics are of sums
+    "dpo": (DPO, dict(loss_type="sigmoid_norm", beta=5.0), dict(average_log_prob="true", beta=5), PAIRS, []),
+    "ipo": (DPO, dict(loss_type="ipo"), {}, PAIRS, []),
+    "apo": (DPO, dict(loss_type="apo_zero"), {}, PAIRS, [*REWARDS, *LOGPS, "rewards/accuracies"]),
     "rpo": (DPO, dict(loss_type=["sigmoid", "sft"], loss_weights=[1.0, 0.5]), dict(rpo_alpha=0.5), PAIRS,
             [*REWARDS, *LOGPS]),
     "kto": ("trl.KTOTrainer", dict(desirable_weight=1.5), dict(desirable_weight=1.5), LABELLED,

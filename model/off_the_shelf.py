@@ -1,0 +1,124 @@
+"""A reward model that somebody else trained: any sequence classifier with one label, with its own tokenizer
+and chat template."""
+import torch
+from transformers import AutoModelForSequenceClassification
+
+from data.errors import RunError, UserError
+from data.messages import unflagged
+from data.pack import Example
+from model.build import product_precision, this_device
+from model.load import check_finite, load_config, load_tokenizer, unloadable
+
+PADDED = 1.25      # rows are computed together as long as padding makes no more of them than this
+KIND = "ForSequenceClassification"
+
+
+class Classifier:
+    """`classifier(batch)` -> (S,) fp32: its scores of the batch's responses. Their texts, as `decode` makes
+    them of token ids, go through its own chat template, and the scores are those of transformers.
+
+    It is frozen, whole on every rank, and in bf16 where a run on a GPU is. UserError where it cannot be
+    loaded."""
+
+    def __init__(self, path: str, decode, precision: str = "auto"):
+        self.path, self.decode = path, decode
+        self.tokenizer = check_classifier(path)
+        device = this_device()
+        is_bf16 = device.type == "cuda" and product_precision(precision, device) == "bf16"
+        self.model = load_classifier(path, torch.bfloat16 if is_bf16 else torch.float32).to(device)
+        self.config = self.model.config.get_text_config()
+        self.longest = getattr(self.config, "max_position_embeddings", None) or torch.inf
+
+    def __call__(self, batch) -> torch.Tensor:
+        return self.of_examples(batch.examples)
+
+    def of_examples(self, examples: list[Example]) -> torch.Tensor:
+        """(S,) fp32: a score for each of the examples' responses."""
+        conversations = []
+        for example in examples:
+            for response in example.responses:
+                conversations.append(conversation(example.extras["prompt"], self.decode(response.tokens)))
+        return self.scores(conversations)
+
+    @torch.no_grad()
+    def scores(self, conversations: list[list[dict]]) -> torch.Tensor:
+        """(n,) fp32, a score for each conversation."""
+        rows = self.tokenizer.apply_chat_template(conversations, return_dict=False) if conversations else []
+        lengths = [len(row) for row in rows]
+        if max(lengths, default=0) > self.longest:
+            raise RunError(f"reward: {self.path} reads {self.longest} tokens, and a completion with its "
+                           f"prompt has {max(lengths)}; fix: lower max_completion_length")
+        found = torch.zeros(len(rows), device=self.model.device)
+        for places in together(lengths):
+            found[places] = self.forward([rows[place] for place in places])
+        return found
+
+    def forward(self, rows: list[list[int]]) -> torch.Tensor:
+        """(n,) fp32. Rows are padded on the right, where a causal model does not see it, with the token that
+        this model takes for padding; without one, with a token that no row contains."""
+        padding = self.config.pad_token_id
+        if padding is None:
+            used = set().union(*rows)
+            padding = next(token for token in range(len(used) + 1) if token not in used)
+        longest = max(map(len, rows))
+        ids = torch.full((len(rows), longest), padding)
+        mask = torch.zeros_like(ids)
+        for i, row in enumerate(rows):
+            ids[i, :len(row)] = torch.tensor(row)
+            mask[i, :len(row)] = 1
+        own, self.config.pad_token_id = self.config.pad_token_id, padding
+        try:
+            output = self.model(ids.to(self.model.device), attention_mask=mask.to(self.model.device))
+        finally:
+            self.config.pad_token_id = own
+        return output.logits[:, 0].float()
+
+
+def conversation(prompt, completion: str) -> list[dict]:
+    """A prompt, as text or as messages, and its completion."""
+    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else unflagged(prompt)
+    return [*turns, {"role": "assistant", "content": completion}]
+
+
+def together(lengths: list[int]) -> list[list[int]]:
+    """The places of rows that are computed together: of similar length."""
+    groups = []
+    for place in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if groups and lengths[place] <= PADDED * lengths[groups[-1][0]]:
+            groups[-1].append(place)
+        else:
+            groups.append([place])
+    return groups
+
+
+def check_classifier(path: str):
+    """The tokenizer of the classifier at `path`. UserError, before its weights are loaded, where it is no
+    classifier, has more than one label or no chat template."""
+    config = load_config(path)
+    kinds = config.architectures or ["model without a class"]
+    if not kinds[0].endswith(KIND):
+        raise UserError(f"reward: {path} is a {kinds[0]}, which gives no score; "
+                        "fix: pass a run of algorithm: rm, or a sequence classifier with one label")
+    if config.num_labels != 1:
+        raise UserError(f"reward: {path} has {config.num_labels} labels and gives no single score; "
+                        "fix: pass a classifier with one label")
+    tokenizer = load_tokenizer(path)
+    if not tokenizer.chat_template:
+        raise UserError(f"reward: {path} has no chat template, so nothing says how it reads a "
+                        "conversation; fix: save one with its tokenizer")
+    return tokenizer
+
+
+def load_classifier(path: str, dtype: torch.dtype):
+    """The classifier at `path`, frozen; UserError where its weights cannot be loaded or are not all there."""
+    try:
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            path, dtype=dtype, output_loading_info=True)
+    except Exception as error:  # noqa: BLE001  somebody else's files: anything may be raised
+        raise unloadable(path, error) from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise UserError(f"reward: {path} lacks {len(missing)} weights of a {type(model).__name__} "
+                        f"({missing[0]}, ...); fix: pass a complete reward model")
+    check_finite(model.named_parameters(), path)
+    return model.eval().requires_grad_(False)
