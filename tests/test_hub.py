@@ -56,15 +56,19 @@ for argv in sys.argv[1:]:
 
 
 def train_offline(home, argvs):
-    """train.py for each of these texts of arguments, with the hub cache `home`, which counts where a process starts. In one process,
-    since importing everything takes longer than training. The CompletedProcess; a UserError is a line on stdout."""
-    environment = {**os.environ, "HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    """train.py for each of these texts of arguments, with the hub cache `home`, which a process reads when it
+    starts. In one process, since importing everything takes longer than training. -> CompletedProcess; a
+    UserError is a line of its stdout."""
+    environment = {
+        **os.environ, "HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false"}
     command = [sys.executable, "-c", PROGRAM, *argvs]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
 
 
 def test_every_real_configuration_runs_two_updates(tmp_path):
-    """All of them unchanged but for max_steps (and the length of rollouts: a random model never stops by itself)."""
+    """All of them unchanged but for max_steps (and the length of rollouts: a random model never stops by
+    itself)."""
     hh = [{"chosen": transcript(i, f"It is {2 * i}."), "rejected": transcript(i, "No idea!")} for i in range(420)]
     user, reply = ({"role": role, "content": "Hello"} for role in ("user", "assistant"))
     chats = [{"prompt": "Hello", "prompt_id": str(i), "messages": [user | {"content": f"Hi {i}"}, reply, user, reply]}
@@ -99,8 +103,8 @@ def test_every_real_configuration_runs_two_updates(tmp_path):
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """A hub cache with one model and hh, and runs/NAME of configurations that are unchanged, or take the test split to
-    evaluate, or name what is nowhere; errors.txt has the lines of the latter two."""
+    """A hub cache with one model and hh, and runs/NAME of configurations that are unchanged, or take the test
+    split to evaluate, or name what is nowhere; errors.txt has the lines of the latter two."""
     home = tmp_path_factory.mktemp("home")
     rows = [{"chosen": transcript(i, f"It is {2 * i}."), "rejected": transcript(i, "No idea!")} for i in range(71)]
     hub_model(home, "Qwen/Qwen2.5-0.5B-Instruct", max_position_embeddings=2048)
@@ -138,7 +142,8 @@ def test_test_split_as_evaluation_data(home):
 
 
 def test_name_that_is_nowhere(home):
-    no_data, no_model = [line for line in (home / "errors.txt").read_text().splitlines() if line.startswith("error: ")]
+    lines = (home / "errors.txt").read_text().splitlines()
+    no_data, no_model = [line for line in lines if line.startswith("error: ")]
     cause = "the hub is not asked, since HF_HUB_OFFLINE is set"
     assert no_data.startswith(f"error: {cause}, and 'HuggingFaceH4/ultrafeedback_binarized' is neither")
     assert "Qwen/none" in no_model

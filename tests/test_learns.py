@@ -1,5 +1,5 @@
-"""The embedded default learns: levels to reach, on held-out problems, from the base's 36 % sampled at temperature 1. Half
-of an epoch is enough for them."""
+"""The embedded default learns: levels to reach, on held-out problems, from the base's 36 % sampled at
+temperature 1. Half of an epoch is enough for them."""
 import importlib.util
 
 import pytest

@@ -10,10 +10,11 @@ import pytest
 from helpers import ROOT
 
 # Imports the libraries once and forks for each copy: pytest's own process may already have the project itself imported.
-# What is there before a fork is no garbage: `freeze` keeps the collector of every copy from reading all of it.
+# What is there before a fork is no garbage: `freeze` keeps the collector of every copy from reading it.
 RUNNER = """
 import gc, importlib, json, os, sys
-import pytest, torch, torch.distributed.fsdp, torch.nn.attention.varlen, torch.optim, transformers.generation.utils
+import pytest, torch, torch.distributed.fsdp, torch.nn.attention.varlen, torch.optim
+import transformers.generation.utils
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2ForCausalLM
 for name in ("cohere", "gemma2", "gpt_oss", "granite", "llama", "mistral", "phi", "qwen2", "qwen3"):
     importlib.import_module(f"transformers.models.{name}.modeling_{name}")
