@@ -129,8 +129,8 @@ def called(command, folder):
 
 
 def test_parts_are_kept_and_a_table_goes_on(tmp_path, monkeypatch, capsys):
-    """Two rows of two updates: base, by the command as a whole, and sft on the best of two answers of the start
-    model, whose scripts the fork server starts."""
+    """Two rows of two updates: base, by the command as a whole, and sft on the best of two answers of the
+    start model, whose scripts the fork server starts."""
     output = tmp_path / "table"
     words = ["--seeds", 0, "--problems", 8, "--k", 2, "--jobs", 1, "--output", output]
     words += ["--data", small_data(tmp_path), "max_steps=2", "batch_size=4"]
