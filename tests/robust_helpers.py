@@ -84,7 +84,8 @@ def free_port():
 
 def train_on_ranks(config, *words, count=2, patch=join, arguments=()):
     """What torchrun does with train.py, without its seconds of imports: `count` processes, each in a
-    directory of its own with a copy of `config`. `patch(rank, port, count, *arguments)` runs first, and calls `join`.
+    directory of its own with a copy of `config`. `patch(rank, port, count, *arguments)` runs first, and calls
+    `join`.
 
     -> of each rank what `train` gives"""
     port = free_port()
