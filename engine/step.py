@@ -2,6 +2,7 @@
 import torch
 
 from data.errors import RunError
+from engine.prefetch import prefetched
 from engine.ranks import sum_over_ranks
 
 
@@ -35,7 +36,8 @@ class Step:
 
     def __iter__(self):
         engine = self.engine
-        for i, examples in enumerate(self.micro_batches):
+        batches = map(engine.policy.collate, self.micro_batches)
+        for i, batch in enumerate(prefetched(batches, engine.policy.device)):
             if engine.policy.dropouts:               # every random draw is a function of its place in the run
                 place = (engine.config.seed, self.index, engine.rank, i)
                 torch.manual_seed(hash(place) % 2 ** 31)
@@ -43,7 +45,7 @@ class Step:
                 engine.optimizer.check_cleared()
             self.num_yielded += 1
             self.start_micro_batch("train")
-            yield engine.policy.collate(examples)
+            yield batch
 
     def start_micro_batch(self, split: str) -> None:
         self.split, self.is_logged = split, False

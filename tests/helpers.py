@@ -105,9 +105,9 @@ def tiny_model(directory, seed=0, chat_template=True, **config):
 
 
 def algorithms_of(project, monkeypatch):
-    """An empty folder `project`/algorithms, whose files train.py finds beside ours; its path."""
+    """A folder `project`/algorithms, whose files train.py finds beside ours; its path."""
     folder = project / "algorithms"
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     monkeypatch.setattr(definition, "ROOT", project)
     monkeypatch.setattr(algorithms, "__path__", [str(folder), *algorithms.__path__])
     return folder

@@ -10,10 +10,16 @@ import pytest
 from helpers import ROOT
 
 # Imports the libraries once and forks for each copy: pytest's own process may already have the project itself imported.
+# What is there before a fork is no garbage: `freeze` keeps the collector of every copy from reading it.
 RUNNER = """
-import json, os, sys
-import pytest, torch, torch.distributed.fsdp, torch.optim, transformers.generation.utils
+import gc, importlib, json, os, sys
+import pytest, torch, torch.distributed.fsdp, torch.nn.attention.varlen, torch.optim
+import transformers.generation.utils
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2ForCausalLM
+for name in ("cohere", "gemma2", "gpt_oss", "granite", "llama", "mistral", "phi", "qwen2", "qwen3"):
+    importlib.import_module(f"transformers.models.{name}.modeling_{name}")
+torch.compile(lambda x: x)      # imports the compiler
+gc.freeze()
 for folder, tests in json.loads(sys.argv[1]).items():
     if os.fork() == 0:
         os.chdir(folder)
@@ -181,14 +187,15 @@ def results(tmp_path_factory):
     for mutation, (path, old, new, _) in MUTATIONS.items():
         folder = folders[mutation] = tmp_path_factory.mktemp("copy")
         for name in ("algorithms", "data", "engine", "model", "rewards", "tests"):
-            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+            unfinished = shutil.ignore_patterns("*.pyc.*")      # of what Python has compiled already
+            shutil.copytree(ROOT / name, folder / name, ignore=unfinished)
         shutil.copy(ROOT / "train.py", folder)
         source = (folder / path).read_text()
         assert source.count(old) == 1, f"{path} holds {old!r} {source.count(old)} times"
         (folder / path).write_text(source.replace(old, new))
     jobs = {str(folder): [f"tests/{killer}" for killer in MUTATIONS[mutation][3]] for mutation, folder in folders.items()}
     command = [sys.executable, "-c", RUNNER, json.dumps(jobs)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     subprocess.run(command, env=environment, timeout=1500, capture_output=True, check=True)
     return {mutation: ElementTree.parse(folder / "result.xml").getroot() for mutation, folder in folders.items()}
 
