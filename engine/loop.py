@@ -30,7 +30,6 @@ from engine import checkpoint, frozen, restore
 from engine.logs import Run
 from engine.optimizer import Optimizer
 from engine.plan import Plan
-from engine.prefetch import prefetched
 from engine.ranks import distributed, sum_over_ranks
 from engine.record import Record
 from engine.rollout import Rollout
@@ -133,22 +132,13 @@ class Engine:
 
     def batches(self, examples: list[Example], label: str | None = None) -> Iterator[Batch]:
         """Micro-batches of any examples, which the ranks share; `label` names their bar on a terminal."""
-        since = time.perf_counter()
-        for batch, done in prefetched(self.collated(examples), self.policy.device):
-            yield batch
-            if label:
-                self.run.console.count(label, done, len(examples), " rows/s", since)
-
-    def collated(self, examples: list[Example]) -> Iterator[tuple[Batch, int]]:
-        """This rank's micro-batches, and how many of `examples` all ranks have done with each of them. It may
-        run on a thread: it calls no other rank and draws no random number."""
-        size = self.config.batch_size
+        since, size = time.perf_counter(), self.config.batch_size
         for start in range(0, len(examples), size):
             block = examples[start:start + size]
-            micro_batches = self.deal(block)
-            for number, members in enumerate(micro_batches, 1):
-                done = start + len(block) * number // len(micro_batches)
-                yield self.policy.collate(members), done
+            for members in self.deal(block):
+                yield self.policy.collate(members)
+            if label:
+                self.run.console.count(label, start + len(block), len(examples), " rows/s", since)
 
     def mean(self, total: float, count: float) -> float:
         """total / count, each summed over all ranks first."""

@@ -2,7 +2,6 @@
 import torch
 
 from data.errors import RunError
-from engine.prefetch import prefetched
 from engine.ranks import sum_over_ranks
 
 
@@ -36,8 +35,7 @@ class Step:
 
     def __iter__(self):
         engine = self.engine
-        batches = map(engine.policy.collate, self.micro_batches)
-        for i, batch in enumerate(prefetched(batches, engine.policy.device)):
+        for i, examples in enumerate(self.micro_batches):
             if engine.policy.dropouts:               # every random draw is a function of its place in the run
                 place = (engine.config.seed, self.index, engine.rank, i)
                 torch.manual_seed(hash(place) % 2 ** 31)
@@ -45,7 +43,7 @@ class Step:
                 engine.optimizer.check_cleared()
             self.num_yielded += 1
             self.start_micro_batch("train")
-            yield batch
+            yield engine.policy.collate(examples)
 
     def start_micro_batch(self, split: str) -> None:
         self.split, self.is_logged = split, False

@@ -153,26 +153,6 @@ def test_between_micro_batches_nothing_is_unsharded(config):
         assert len(lines) >= 4 and {line.split(" of ")[0] for line in lines} == {"unsharded 0"}
 
 
-def make_ahead(*place):
-    """Make every micro-batch on a thread, as on a GPU."""
-    join(*place)
-    from engine import loop, prefetch, step
-
-    for module in (step, loop):
-        module.prefetched = lambda batches, device: prefetch.made_ahead(batches, lambda: None)
-
-
-def test_micro_batches_made_ahead_are_the_same(config, both):
-    """To the bit, although ranks get two rows and one, or one and none."""
-    path = config("ahead", "dpo", save_every="null")
-    for done in train_on_ranks(path, patch=make_ahead):
-        assert done.code == 0, done.err
-    ours, expected = path.with_suffix("") / "run", both["dpo"][1]
-    for split in ("train", "eval"):
-        assert metrics(ours, split) == metrics(expected, split)
-    assert_same_weights(final_weights(ours), final_weights(expected))
-
-
 def watch_bytes(*place):
     """Print what a rank keeps after its first update, and the most that is whole on it in a backward."""
     join(*place)
