@@ -1,6 +1,6 @@
 """The options of an algorithm: the ranges of their values and what every Config has.
 
-An algorithm's Config derives from `Options` (online from `Sampling`) and owns its options: each field has a
+An algorithm's Config derives from `Options` (online from `Sampling`, or without a reward from `Generation`) and owns its options: each field has a
 type with its range, a default, and a comment that `--help` prints.
 """
 from collections.abc import Callable
@@ -34,6 +34,7 @@ class Options:
     differs; a field with the name of one of these attributes makes it an option."""
     allows_dropout = False           # True: lora_dropout may be used, because no log-probs are compared
     reference = None                 # the reference's directory or hub name; None = the start model
+    reward = None                    # what scores completions; None = nothing does
     train_on = "assistant"           # "all": every token of a conversation is trained
     prompt_template = None           # a name in data/prompts/ or a file
     max_completion_length = 0        # tokens of max_length that completions may take
@@ -49,6 +50,16 @@ class Options:
         """Whether a critic with a trunk of its own is trained too."""
         return False
 
+    def frozen_models(self) -> dict[str, str]:
+        """{key: its directory or hub name} of frozen models beside the reference. They need not have the
+        policy's size, but its tokenizer."""
+        return {}
+
+    def sampled_share(self) -> float:
+        """Online: the share of the prompts whose completions are sampled. Below 1 the others keep the
+        responses that the data have."""
+        return 1.0
+
     def rollout_shape(self) -> tuple[int, int, int]:
         """(completions per prompt, passes over a rollout, updates per pass)."""
         return self.num_generations, self.num_iterations, self.num_mini_batches
@@ -59,11 +70,17 @@ class Options:
 
 
 @dataclass
-class Sampling(Options):
-    """The keys of every online algorithm: how completions are sampled and scored."""
+class Scoring(Options):
+    """The keys of algorithms that learn from rewards."""
     reward: str                            # gsm8k, r1_zero, math, FILE.py:FUNCTION or the run of a reward
     #                                        model; several: a, b
     reward_weights: str | None = None      # one weight per reward, such as 1, 0.5; null = each has weight 1
+    reward_timeout: Positive = 60.0        # seconds that a call of a reward may take
+
+
+@dataclass
+class Generation(Options):
+    """The keys of every online algorithm: how completions are sampled."""
     prompt_template: str | None = None     # a name in data/prompts/, such as r1_zero, or a file with
     #                                        {question}; null = the chat template
     max_completion_length: Count = 512     # in tokens; longer completions are truncated
@@ -75,7 +92,6 @@ class Sampling(Options):
     #                                        A text is split at its commas, \n in it is a newline; a list,
     #                                        such as ["\n\n", "Question:"], is not changed. auto = </answer>
     #                                        with the template r1_zero, else none
-    reward_timeout: Positive = 60.0        # seconds that a call of a reward may take
     rollout_batch_size: Count = 64         # completions decoded together on one device; affects memory and
     #                                        speed, not the result
 
@@ -93,6 +109,11 @@ class Sampling(Options):
 
     def stop_strings(self) -> list[str]:
         return stop_strings(self.stop)
+
+
+@dataclass
+class Sampling(Generation, Scoring):
+    """The keys of every online algorithm with rewards: how completions are sampled and scored."""
 
 
 def usual_stop(prompt_template: str | None) -> str | None:

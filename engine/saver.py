@@ -7,7 +7,7 @@ from data.errors import RunError, UserError
 from data.pack import Example
 from data.tokenise import stop_ids
 from engine import checkpoint
-from engine.options import Sampling
+from engine.options import Generation
 from engine.ranks import from_main, sum_over_ranks
 from engine.rollout import with_completions
 from model import lora
@@ -179,7 +179,7 @@ class Saver:
         for example in examples[:SAMPLES]:
             completion = decode(example.responses[0].tokens)
             row = {"step": update, "prompt": decode(example.prompt), "completion": completion}
-            if engine.online:
+            if "rewards" in example.extras:
                 row["reward"] = float(example.extras["rewards"][0])
             engine.run.append("samples.jsonl", row)
 
@@ -188,7 +188,7 @@ class Saver:
         (seed, update). All ranks generate the same, so that sharded forwards stay in step."""
         engine = self.engine
         examples = (engine.eval_set or engine.train_set)[:SAMPLES]
-        sampling = Sampling(reward="", max_completion_length=SAMPLE_LENGTH)
+        sampling = Generation(max_completion_length=SAMPLE_LENGTH)
         prompts = [example.prompt for example in examples]
         keys = [(engine.config.seed, update, number) for number in range(len(examples))]
         found = sample(engine.policy, engine.tokenizer, prompts, keys, 1, sampling)
