@@ -1,8 +1,8 @@
 """Online training: completions, their rewards, and the updates made from them.
 
 An algorithm iterates `engine.rollouts(config)`; for each rollout it calls `engine.score(rollout)`, sets
-`rollout.advantages` and iterates `engine.steps(rollout)`. One without a reward iterates the steps at once. A checkpoint in the middle of a rollout holds it: a
-resumed run goes on with the same completions.
+`rollout.advantages` and iterates `engine.steps(rollout)`. One without a reward iterates the steps at once. A
+checkpoint in the middle of a rollout holds it: a resumed run goes on with the same completions.
 """
 import math
 import time
