@@ -318,7 +318,7 @@ class Rollouts:
             return
         differences = (logps - batch.extra("sampler_logps")).abs()
         if self.share < 1:
-            differences = differences[batch.expand(batch.extra("sampled"))]
+            differences = differences[batch.expand(batch.extra("sampled")).bool()]
         step.add({SAMPLER: differences})
 
     def check_sampler(self, step: Step) -> None:
