@@ -1,35 +1,35 @@
-"""Distillation: on-policy knowledge distillation - the student samples, and a frozen teacher says what it would
-have predicted at every token of these samples.
+"""Distillation: on-policy knowledge distillation - the student samples, and a frozen teacher gives its whole
+distribution at every token of these samples.
 
 Paper:    Agarwal et al. 2024 (GKD, On-Policy Distillation of Language Models), arXiv 2306.13649, algorithm 1;
           the divergence is eq. 1
-Formula:  L = (1/N) sum over tokens t of  D( p_T(. | x, y_<t) || p_S(. | x, y_<t) ),    y sampled by the student
-          beta = 0:    D = KL(p_T || p_S), forward KL        beta = 1:    D = KL(p_S || p_T), reverse KL
-          between:     D = beta KL(p_T || m) + (1 - beta) KL(p_S || m),    m = beta p_T + (1 - beta) p_S
+Formula:  L = (1/N) sum over tokens t of  D( p_T(. | x, y_<t) || p_S(. | x, y_<t) ),    y from the student
+          beta = 0:   D = KL(p_T || p_S), forward KL;    beta = 1:   D = KL(p_S || p_T), reverse KL
+          between:    D = beta KL(p_T || m) + (1 - beta) KL(p_S || m),    m = beta p_T + (1 - beta) p_S
           KL(p || q) = sum over the vocabulary of  p (log p - log q)
-Symbols:  log p_S, log p_T    student_logps, teacher_logps    at the sampling temperature, of every token of the
-                                                   vocabulary
+Symbols:  log p_S, log p_T    student_logps, teacher_logps    of tokens of the vocabulary, at the sampling
+                                                   temperature
           log m               mixture_logps
           N                   num_tokens           trained tokens of the whole update
           lambda              lmbda                share of the prompts that the student answers itself
-Shapes:   (N,) trained tokens of a micro-batch; (N, slice) the same for a slice of the vocabulary: the sum over
-          the V tokens is made slice by slice, so that the full (N, V) exist of neither model
-Trains:   the policy (the student): every weight, or with lora_r an adapter. The teacher is frozen; it may have
-          any size, and has the tokenizer of the student
-Data:     {"prompt": ...}: a prompt. With lmbda below 1 also a response: the rows of sft
+Shapes:   (N,) trained tokens of a micro-batch, (N, slice) the same for a slice of the vocabulary: D is added
+          slice by slice, so that the full (N, V) logits exist of neither model
+Trains:   the policy (the student): every weight, or with lora_r an adapter. The teacher is frozen; it has the
+          student's tokenizer and may have any size
+Data:     {"prompt": ...}: a prompt; with lmbda below 1 also a response, in the rows of sft
 Normalised by: the trained tokens of the whole update, over all micro-batches and ranks
-Metrics:  loss                       token mean of D; 0 if the student is the teacher. With beta between 0 and 1
-                                     it is at most -beta log(beta) - (1 - beta) log(1 - beta)
+Metrics:  loss                       token mean of D; 0 where the student is the teacher. With beta between 0
+                                     and 1 it is -beta log(beta) - (1 - beta) log(1 - beta) at most
           entropy                    mean of -log p_S of the trained tokens: of own samples an estimate of the
                                      entropy, of the data's responses their negative log-likelihood
           completions/mean_length, /clipped_ratio, ...     tokens; share truncated at
                                      max_completion_length
           sampling/sampling_logp_difference/mean    sampler against training forward: rounding
-Step 0:   has no micro-batches. There, and wherever an evaluation is due, the student answers the held-out prompts:
-          the loss on these answers needs no reward and no reference answer
-Differences from the paper: lambda is a share of the prompts of each batch, where the paper draws whole batches.
-          Where the teacher's head has more rows than the student's, the further ones do not count: they stand
-          for no token
+Step 0:   step 0 has no micro-batches. There, and where an evaluation is due, the student answers the held-out
+          prompts, and the loss is that on its answers
+Differences from the paper: lambda is a share of the prompts of each batch; the paper draws whole batches.
+          Where the teacher's head has more rows than the student's, the further ones, which stand for no
+          token, do not count
 Run:      python train.py example/tiny-distill.yml
 """
 import math
@@ -73,8 +73,8 @@ class Config(Generation):          # temperature, max_completion_length, ...: se
 
 
 def distill_loss(student_logps, teacher_logps, beta=1.0):
-    """Log-probs of some tokens of the vocabulary, twice (N, slice) -> (N, slice): their summands of D, which is
-    the sum over the whole vocabulary."""
+    """Log-probs of some tokens of the vocabulary, twice (N, slice) -> (N, slice): their summands of D.
+    The sum over the whole vocabulary is D."""
     student, teacher = student_logps.exp(), teacher_logps.exp()
     if beta == 0:
         return teacher * (teacher_logps - student_logps)                               # forward KL
@@ -95,7 +95,7 @@ def train(engine: Engine, config: Config):
         with torch.no_grad():
             same_tokens = teacher.collate(batch.examples)
             predictions = teacher(same_tokens, config.temperature, predictions=True)
-        logps, losses = policy(batch, config.temperature, other=predictions, summands=summands)
+        logps, losses = policy(batch, config.temperature, against=(predictions, summands))
         return losses, logps                                       # (N,), (N,) of the sampled tokens
 
     for rollout in engine.rollouts(config):                        # 1 sample

@@ -50,8 +50,8 @@ def build_dataset(source, kind, tokenizer, max_length, train_on="assistant", tru
     `max_length` is the prompt's; `template` and `system`: see `parse`. `max_length`, `train_on`, `truncate`:
     see `Tokeniser.encode`; `hh`: see `parse` (without a chat template HH transcripts stay text). `base`: the
     YAML's folder, for the error about a missing file. `columns`: {our name: the file's name}; `seed`: for the
-    choice among the pairs where a prompt of shp or se has too many. `longest_prompt`: the tokens that a prompt
-    may have, so that a completion has room behind it. Raises UserError for anything wrong with
+    choice among the pairs where a prompt of shp or se has too many. `longest_prompt`: the tokens that a
+    prompt may have, so that a completion has room behind it. Raises UserError for anything wrong with
     the file or a row, when no row can be used, or when more than 1 % of the rows have an empty response.
     """
     columns = columns or {}

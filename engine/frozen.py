@@ -74,7 +74,7 @@ def reference_model(engine, path: str | None):
 
 def frozen_model(engine, path: str | None) -> Policy:
     """The model at `path` (None: the start model), without gradients, sharded where the policy is."""
-    model = load_reference(engine, path).requires_grad_(False)
+    model = load_reference(engine, resolved(engine, path)).requires_grad_(False)
     return shard(model, engine.config.replicate) if engine.world > 1 else model
 
 

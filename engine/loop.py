@@ -30,7 +30,7 @@ from engine import checkpoint, frozen
 from engine.logs import Run
 from engine.optimizer import Optimizer
 from engine.plan import Plan
-from engine.ranks import distributed, from_main, sum_over_ranks
+from engine.ranks import distributed, sum_over_ranks
 from engine.record import Record
 from engine.rollout import Rollout
 from engine.rollouts import Rollouts
@@ -107,7 +107,7 @@ class Engine:
         if not self.eval_set or not due:
             return
         if examples is None:
-            examples = self.online.held_out(step) if self.online else self.eval_set
+            examples = self.online.record.held_out(step) if self.online else self.eval_set
         with torch.no_grad():              # it holds for the caller's loop too, which runs while this waits
             for batch in self.batches(examples, "held-out rows"):
                 step.start_micro_batch("eval")
@@ -124,9 +124,9 @@ class Engine:
         return frozen.reference_table(self, path, also)
 
     def frozen_model(self, path: str) -> Policy:
-        """The model at `path`, a directory or a hub name, frozen, of any size; what it computes is asked as of
-        the policy, for a batch of its own: `model(model.collate(batch.examples))`."""
-        return frozen.frozen_model(self, from_main(checkpoint.model_path, path, self.notice))
+        """The model at `path`, a directory or a hub name, frozen. It may have any size, and is asked as the
+        policy is, for a batch of its own: `model(model.collate(batch.examples))`."""
+        return frozen.frozen_model(self, path)
 
     def remember(self, name: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Keep `tensors` in every checkpoint, for what an algorithm carries from update to update (an

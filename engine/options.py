@@ -1,7 +1,7 @@
 """The options of an algorithm: the ranges of their values and what every Config has.
 
-An algorithm's Config derives from `Options` (online from `Sampling`, or without a reward from `Generation`) and
-owns its options: each field has a type with its range, a default, and a comment that `--help` prints.
+An algorithm's Config derives from `Options` (online from `Sampling`, or without a reward from `Generation`)
+and owns its options: each field has a type with its range, a default, and a comment that `--help` prints.
 """
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -144,10 +144,3 @@ def with_completions(example: Example, completions: list[Completion]) -> Example
     truncated = [not completion.finished for completion in completions]
     known = {"sampler_logps": torch.from_numpy(logps), "truncated": torch.tensor(truncated)}
     return Example(example.prompt, responses, example.where, example.extras | known)
-
-
-def with_own_responses(example: Example) -> Example:
-    """The same for an example that keeps the responses it has: no sampler gave them log-probs."""
-    count = len(example.responses)
-    known = {"sampler_logps": torch.zeros(example.num_trained), "truncated": torch.zeros(count, dtype=torch.bool)}
-    return Example(example.prompt, example.responses, example.where, example.extras | known)

@@ -5,6 +5,7 @@ import math
 import torch
 
 from data.errors import UserError
+from data.pack import Example
 from engine.console import per_second
 from engine.ranks import PATIENCE, from_main
 from engine.rollout import Rollout, alike
@@ -65,6 +66,20 @@ class RolloutRecord:
             "completions/mean_terminated_length": lengths[~truncated].mean(),
         })
 
+    def measured(self, rollout: Rollout) -> Rollout:
+        """A rollout with the metrics that it has without a reward."""
+        rollout.metrics = self.completion_metrics(rollout)
+        return rollout
+
+    def nothing_to_train(self, rollout: Rollout) -> str:
+        """Why no completion of a rollout is trained."""
+        count = len(torch.cat(rollout.truncated))
+        without = int(torch.cat(rollout.rewards).isnan().sum()) if self.rollouts.rewards else 0
+        counts = {"without a reward": without,
+                  "cut at max_completion_length, and masked": count - without}
+        reasons = ", ".join(f"{count} {reason}" for reason, count in counts.items() if count)
+        return f"nothing to train in rollout {rollout.number + 1} ({reasons})"
+
     def episodes(self, rollout: Rollout) -> dict:
         """How far the run is, under TRL's names: completions so far, and per second of this process."""
         done = self.completions(rollout.number + 1)
@@ -119,6 +134,13 @@ class RolloutRecord:
             if name.startswith("reward"):
                 rewards.append(f"{name} {value:.4g}")
         engine.notice(f"held-out prompts at step {update}: {'  '.join(rewards)}")
+
+    def held_out(self, step) -> list[Example]:
+        """The held-out prompts, each with a completion of the policy as it is; the evaluation of `step` gets
+        their metrics."""
+        rollout = self.rollouts.sample_held_out(step.index)
+        step.add(self.completion_metrics(rollout), "eval")
+        return rollout.examples
 
     def evaluated(self) -> set[int]:
         """The updates after which this run was evaluated already."""

@@ -14,8 +14,9 @@ import torch
 from data.errors import RunError
 from data.pack import Example
 from engine import rollout_state
+from engine.mixture import mixed_rollout
 from engine.plan import Plan
-from engine.rollout import PerPrompt, Rollout, with_completions, with_own_responses
+from engine.rollout import PerPrompt, Rollout, with_completions
 from engine.rollout_record import RolloutRecord
 from engine.score import by_all_ranks, reward_model_path, score_rollout
 from engine.signals import Stopped
@@ -26,7 +27,7 @@ from model.reward_model import build_reward_model
 from model.sampler import sample
 from rewards.functions import load_reward
 
-EVALUATION, TRAINING, REPLACEMENT, SHARE = range(4)      # so that the random draws of these never coincide
+EVALUATION, TRAINING, REPLACEMENT = range(3)      # so that the random draws of these never coincide
 MANY = 10      # rollouts in a row with nothing to train, after which a run ends
 FIX = "look at the reward, or raise max_completion_length"
 SAMPLER = "sampling/sampling_logp_difference/mean"
@@ -68,7 +69,7 @@ class Rollouts:
 
     def iterate(self) -> Iterator[Rollout]:
         """The rollouts of the run. Before, between and after them the held-out prompts are sampled and scored
-        when that is due; without a reward the algorithm evaluates in its steps, with `held_out`."""
+        when that is due; without a reward the algorithm evaluates in its steps, see `eval_batches`."""
         engine, size = self.engine, self.updates_per_rollout
         engine.begin()
         begun, within = divmod(engine.first, size)
@@ -77,10 +78,10 @@ class Rollouts:
         for number in range(begun, math.ceil(engine.plan.total / size)):
             engine.close_step(is_left=True)               # the algorithm may have left the rollout before
             if within and number == begun:
-                yield self.measured(rollout_state.restored(engine.start, number, engine.train_set))
+                yield self.record.measured(rollout_state.restored(engine.start, number, engine.train_set))
                 continue
             self.record.evaluate(number * size)
-            yield self.measured(self.sample_rollout(number))
+            yield self.record.measured(self.sample_rollout(number))
         engine.close_step(is_left=True)
         self.record.evaluate(engine.plan.total)
         if not engine.optimizer.state:
@@ -90,37 +91,16 @@ class Rollouts:
     # ---- 1 sample ------------------------------------------------------------------------------------
 
     def sample_rollout(self, number: int) -> Rollout:
-        """Completions for the prompts of the `number`-th draw (from 0). Where a share of them is not sampled,
-        each prompt is drawn by (seed, number, row) to be sampled or to keep its response."""
-        prompts, rows, key = self.engine.train_set, self.engine.plan.rows(number + 1), (TRAINING, number)
+        """Completions for the prompts of the `number`-th draw (from 0)."""
+        rows, key = self.engine.plan.rows(number + 1), (TRAINING, number)
         label = f"rollout {number + 1}"
-        if self.share == 1:
-            return Rollout(number, rows, self.complete(rows, prompts, key, self.group_size, label))
-        sampled = [row for row in rows if self.is_sampled(number, row)]
-        found = dict(zip(sampled, self.complete(sampled, prompts, key, self.group_size, label)))
-        examples, flags = [], []
-        for row in rows:
-            example = found.get(row) or with_own_responses(prompts[row])
-            examples.append(example)
-            flags.append(torch.full((len(example.responses),), row in found))
-        rollout = Rollout(number, rows, examples)
-        rollout.once("sampled", list, flags)
-        return rollout
 
-    def is_sampled(self, number: int, row: int) -> bool:
-        key = (self.engine.config.seed, SHARE, number, row)
-        return np.random.default_rng(key).random() < self.share
+        def complete(rows):
+            return self.complete(rows, self.engine.train_set, key, self.group_size, label)
 
-    def measured(self, rollout: Rollout) -> Rollout:
-        """A rollout with the metrics that it has without a reward."""
-        rollout.metrics = self.record.completion_metrics(rollout)
-        return rollout
-
-    def held_out(self, step: Step) -> list[Example]:
-        """The held-out prompts with a completion each by the policy as it is, which are logged."""
-        rollout = self.sample_held_out(step.index)
-        step.add(self.record.completion_metrics(rollout), "eval")
-        return rollout.examples
+        if self.share < 1:
+            return mixed_rollout(self.engine, number, rows, self.share, complete)
+        return Rollout(number, rows, complete(rows))
 
     def sample_held_out(self, update: int) -> Rollout:
         """One completion of every held-out prompt, with the same random numbers every time."""
@@ -178,8 +158,8 @@ class Rollouts:
         scored a completion. A checkpoint holds these sums, so that a penalty which an algorithm adds to
         rollout.rewards is added once, not once more after a resume."""
         if not self.rewards:
-            raise RunError("engine.score was called in a run without a reward; fix: remove the line, or derive "
-                           "Config from Sampling, which has the key reward")
+            raise RunError("engine.score was called in a run without a reward; fix: remove the line, or "
+                           "write class Config(Sampling), which has the key reward")
         named = [f"rewards/{reward.name}" for reward in self.rewards]
         rollout.once(("scored", *named), self.scores, rollout, named)
         rollout.rewards = rollout["scored"]
@@ -311,8 +291,8 @@ class Rollouts:
         return old_logps
 
     def compare_sampler(self, batch, logps: torch.Tensor) -> None:
-        """Log how far the sampler's log-probs are from `logps` (N,), those of the training forward, if this is
-        the first update of a rollout; `clip_gradients` checks it."""
+        """Log how far the sampler's log-probs are from `logps` (N,), those of the training forward, if this
+        is the first update of a rollout; `clip_gradients` checks it."""
         step = self.engine.step
         if (step.index - 1) % self.updates_per_rollout != 0:
             return
@@ -338,12 +318,7 @@ class Rollouts:
         """The `updates` of a rollout with nothing to train: they count, are logged and saved, but no weight
         moves, not even by AdamW's momentum. RunError after MANY such rollouts in a row."""
         self.rollouts_without_training += 1
-        count = len(torch.cat(rollout.truncated))
-        without = int(torch.cat(rollout.rewards).isnan().sum()) if self.rewards else 0
-        counts = {"without a reward": without,
-                  "cut at max_completion_length, and masked": count - without}
-        reasons = ", ".join(f"{count} {reason}" for reason, count in counts.items() if count)
-        fault = f"nothing to train in rollout {rollout.number + 1} ({reasons})"
+        fault = self.record.nothing_to_train(rollout)
         if self.rollouts_without_training == MANY:
             raise RunError(f"{fault}; so it was in {MANY} rollouts in a row; fix: {FIX}")
         self.engine.notice(f"{fault}; it is passed over")

@@ -1,35 +1,25 @@
 """Sums over the whole vocabulary that compare the predictions of two models, in slices of the vocabulary like
-`ChunkedLogps`: the full logits of neither model exist. What is summed, a formula, is given."""
-from typing import NamedTuple
-
+`ChunkedLogps`: the full logits of neither model exist. The formula that is summed is given."""
 import torch
 
-from model.head import SoftCap
+from model.head import Predictions
 from model.slices import logit_slices, target_logits
 
-PARTS = 16      # of a slice of ChunkedLogps: beside the logits of both models there are a formula's own tensors
+PARTS = 16      # of a slice of ChunkedLogps: the formula has tensors of its own beside both models' logits
 
 
-class Predictions(NamedTuple):
-    """N distributions over the vocabulary, as what their logits are made of."""
-    hidden: torch.Tensor             # (N, D)
-    weight: torch.Tensor             # (V, D)
-    dtype: torch.dtype               # of the products of both
-    bias: torch.Tensor | None        # (V,)
-    cap: SoftCap | None
+def compared(own: Predictions, other: Predictions, summands, target):
+    """-> log-probs (N,) of `target` (N,) under `own`, without a gradient, and (N,): the sums over the
+    vocabulary of `summands(own_logps, other_logps)`, with their gradient to states and head of `own` alone.
 
-
-def compared(own: Predictions, other: Predictions, target, summands):
-    """-> log-probs (N,) of `target` (N,) under `own`, without a gradient, and (N,): the sums over the vocabulary
-    of `summands(own_logps, other_logps)`, with their gradient to the states and the head of `own` alone.
-
-    `summands` takes the log-probs of both models for any tokens of the vocabulary (N, slice) twice, and returns
-    as many numbers, each a function of the two log-probs at its place. Where the head of `other` has more rows,
-    those beyond the V of `own` do not count in its distribution: they stand for no token."""
+    `summands` takes the log-probs of both models for some tokens of the vocabulary, twice (N, slice), and
+    returns as many numbers, each a function of the two log-probs at its place. Where the head of `other` has
+    more rows, those beyond the V of `own` do not count in its distribution: they stand for no token."""
     rows = len(own.weight)
     bias = None if other.bias is None else other.bias[:rows]
-    other = other._replace(hidden=other.hidden.to(other.dtype), weight=other.weight[:rows], bias=bias)
-    return ChunkedSum.apply(own.hidden, own.weight, own.bias, own.cap, own.dtype, other, target, summands)
+    hidden = other.hidden.to(other.dtype)
+    other = other._replace(hidden=hidden, weight=other.weight[:rows], bias=bias)
+    return ChunkedSum.apply(own.hidden, own.weight, own.bias, own.cap, own.dtype, other, summands, target)
 
 
 class ChunkedSum(torch.autograd.Function):
@@ -41,7 +31,7 @@ class ChunkedSum(torch.autograd.Function):
     The forward makes three passes over the slices of the own head, the backward one."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, cap, dtype, other, target, summands):
+    def forward(ctx, hidden, weight, bias, cap, dtype, other, summands, target):
         own = Predictions(hidden.to(dtype), weight, dtype, bias, cap)
         chosen, log_z = target_logits(slices_of(own, target), target)
         _, other_log_z = target_logits(slices_of(other, target), target)
@@ -88,8 +78,8 @@ def slices_of(model: Predictions, target, parts: int = 1):
 
 
 def both_slices(own: Predictions, other: Predictions, target):
-    """Yield the logits of both models for a slice of the vocabulary (N, slice), and its rows and own head as in
-    `logit_slices`."""
+    """Yield the logits of both models for a slice of the vocabulary (N, slice), and its rows and own head as
+    in `logit_slices`."""
     slices = zip(slices_of(own, target, PARTS), slices_of(other, target, PARTS), strict=True)
     for (logits, _, _, rows, head), (other_logits, *_) in slices:
         yield logits, other_logits, rows, head

@@ -4,11 +4,11 @@ from torch import nn
 
 from data.pack import Batch, collate
 from model import dense, lora  # noqa: F401  a form of attention is registered
-from model.divergence import Predictions, compared
+from model.divergence import compared
 from model.entropy import ChunkedEntropy
 from model.experts import router_options, with_router_loss
 from model.form import PLAIN, Form, set_form, trunk_of
-from model.head import Head
+from model.head import Head, predictions_of
 from model.logps import ChunkedLogps
 from model.plain import plain_hidden
 from model.tied import inputs_and_head
@@ -25,11 +25,11 @@ class Policy(nn.Module):
     `policy(batch, entropy=True)` -> (N,), (N,): the log-probs, and the entropy over the whole vocabulary at
     each trained token's position, in nats. Both have gradients.
 
-    `policy(batch, temperature, predictions=True)` -> Predictions: the distributions over the whole vocabulary
-    from which the trained tokens come, as hidden states and head.
+    `policy(batch, temperature, predictions=True)` -> Predictions: the distributions over the vocabulary that
+    the trained tokens come from, as hidden states and head (divergence.py).
 
-    `policy(batch, temperature, other=predictions, summands=function)` -> (N,), (N,): the log-probs without a
-    gradient, and the sums over the vocabulary of function(own log-probs, those of `other`), see divergence.py.
+    `policy(batch, temperature, against=(predictions, summands))` -> (N,), (N,): the log-probs, without their
+    gradient, and the sums over the vocabulary of summands(own log-probs, those of another model).
 
     A forward has three parts, in this order:
     1. `hidden`: the LM without its head reads the flat row (attention.py), or where its layers cannot, a row
@@ -79,13 +79,11 @@ class Policy(nn.Module):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
     def forward(self, batch: Batch, temperature: float = 1.0, entropy: bool = False,
-                predictions: bool = False, other: Predictions | None = None, summands=None):
+                predictions: bool = False, against: tuple | None = None):
         states, head = self.states(batch)
-        if predictions:
-            return self.predictions(states, head, temperature)
-        if other is not None:
-            own = self.predictions(states, head, temperature)
-            return compared(own, other, batch.target, summands)
+        if predictions or against:
+            own = predictions_of(states, head, temperature, self.precision)
+            return compared(own, *against, batch.target) if against else own
         return self.logps(states, head, batch.target, temperature, entropy)
 
     def states(self, batch: Batch):
@@ -94,16 +92,8 @@ class Policy(nn.Module):
         # not `hidden[source]`: its backward is not deterministic
         return self.hidden(batch, **inputs).index_select(0, batch.source), head
 
-    def predictions(self, states, head: Head, temperature: float) -> Predictions:
-        weight, bias, scale, cap = head.at(temperature)
-        if scale != 1:
-            states = states * scale
-            bias = None if bias is None else bias * scale
-        dtype = torch.bfloat16 if self.precision == "bf16" else states.dtype
-        return Predictions(states, weight, dtype, bias, cap)
-
     def logps(self, states, head: Head, target, temperature: float, entropy: bool):
-        states, weight, dtype, bias, cap = self.predictions(states, head, temperature)
+        states, weight, dtype, bias, cap = predictions_of(states, head, temperature, self.precision)
         if entropy:
             return ChunkedEntropy.apply(states, weight, target, dtype, bias, cap)
         return ChunkedLogps.apply(states, weight, target, dtype, bias, cap, self.is_compiled)

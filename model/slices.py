@@ -8,7 +8,7 @@ LOGITS_AT_ONCE = {
 
 
 def logit_slices(hidden, weight, target, bias=None, cap=None, parts=1):
-    """Yield the logits, a slice of the vocabulary at a time, in one buffer of at most LOGITS_AT_ONCE / `parts`
+    """Yield the logits, a slice of the vocabulary at a time, in one buffer of at most LOGITS_AT_ONCE / parts
     numbers. `bias` (V,) fp32 and `cap` as in head.Head.
 
     logits   (N, slice) fp32; the caller may overwrite them

@@ -13,8 +13,8 @@ from transformers import LlamaConfig, Qwen2Config
 from algorithms.distill import distill_loss
 from data.pack import collate
 from model import build  # noqa: F401  it registers the forms of attention
-from model.divergence import PARTS, Predictions, compared
-from model.head import SoftCap
+from model.divergence import PARTS, compared
+from model.head import Predictions, SoftCap
 from model.policy import Policy
 from model.slices import LOGITS_AT_ONCE
 
@@ -85,7 +85,7 @@ def test_values_and_gradients_equal_full_logits(monkeypatch, beta, width, bias, 
     expected = plain_divergence(exact, logits_of(teacher)[:, :50], beta)
     expected_gradients = torch.autograd.grad(weighted(expected), inputs)
 
-    logps, found = compared(student, teacher, target, summed(beta))
+    logps, found = compared(student, teacher, summed(beta), target)
     gradients = torch.autograd.grad(weighted(found), inputs)
     assert found.dtype == torch.float32 and expected.max() > 0.1
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5, check_dtype=False)
@@ -99,10 +99,10 @@ def test_values_and_gradients_equal_full_logits(monkeypatch, beta, width, bias, 
 def test_a_head_without_a_gradient(beta):
     student, (hidden, weight) = trainable(random_predictions(5, 50, 8, 0))
     teacher = random_predictions(5, 50, 8, 1)
-    _, found = compared(student, teacher, torch.arange(5), summed(beta))
+    _, found = compared(student, teacher, summed(beta), torch.arange(5))
     whole = torch.autograd.grad(found.sum(), hidden)
     weight.requires_grad_(False)
-    _, found = compared(student, teacher, torch.arange(5), summed(beta))
+    _, found = compared(student, teacher, summed(beta), torch.arange(5))
     assert torch.equal(torch.autograd.grad(found.sum(), hidden)[0], whole[0])
 
 
@@ -118,7 +118,7 @@ def test_two_tokens_by_hand(beta, value):
         def entropy(p):
             return -p * math.log(p) - (1 - p) * math.log(1 - p)
         value = entropy(3 / 8) - entropy(1 / 2) / 2 - entropy(1 / 4) / 2
-    _, found = compared(student, teacher, torch.tensor([0]), summed(beta))
+    _, found = compared(student, teacher, summed(beta), torch.tensor([0]))
     assert found.item() == pytest.approx(value, rel=1e-5)
 
 
@@ -126,7 +126,7 @@ def test_two_tokens_by_hand(beta, value):
 def test_a_student_that_is_its_teacher_has_no_divergence(beta):
     student, inputs = trainable(random_predictions(9, 50, 8, 0))
     teacher = random_predictions(9, 50, 8, 0)
-    _, found = compared(student, teacher, torch.arange(9), summed(beta))
+    _, found = compared(student, teacher, summed(beta), torch.arange(9))
     assert found.abs().max() < (1e-12 if beta in (0, 1) else 1e-6)
     for gradient in torch.autograd.grad(found.sum(), inputs):
         assert gradient.abs().max() < 1e-5
@@ -137,7 +137,7 @@ def test_jensen_shannon_has_a_largest_value(beta):
     """Where the two have no token in common, it is the entropy of (beta, 1 - beta)."""
     student = Predictions(torch.ones(1, 1), torch.tensor([[60.0], [0.0]]), torch.float32, None, None)
     teacher = student._replace(weight=torch.tensor([[0.0], [60.0]]))
-    _, found = compared(student, teacher, torch.tensor([0]), summed(beta))
+    _, found = compared(student, teacher, summed(beta), torch.tensor([0]))
     assert found.item() == pytest.approx(-beta * math.log(beta) - (1 - beta) * math.log(1 - beta), rel=1e-5)
 
 
@@ -147,7 +147,7 @@ def test_near_certainty_is_finite(beta):
     student, inputs = trainable(Predictions(torch.full((1, 1), 300.0), torch.tensor([[1.0], [0.0], [-1.0]]),
                                             torch.float32, None, None))
     teacher = student._replace(hidden=torch.full((1, 1), 200.0), weight=inputs[1].detach())
-    _, found = compared(student, teacher, torch.tensor([0]), summed(beta))
+    _, found = compared(student, teacher, summed(beta), torch.tensor([0]))
     assert found.isfinite().all()
     for gradient in torch.autograd.grad(found.sum(), inputs):
         assert gradient.isfinite().all()
@@ -160,7 +160,7 @@ def test_no_tensor_has_the_size_of_the_logits(monkeypatch):
     student.hidden.requires_grad_()
     teacher = random_predictions(40, 1000, 4, 1)
     with Largest() as largest:
-        _, found = compared(student, teacher, torch.zeros(40, dtype=torch.long), summed(0.5))
+        _, found = compared(student, teacher, summed(0.5), torch.zeros(40, dtype=torch.long))
         found.sum().backward()
     assert 120 <= largest.numbers <= 4000                     # a view of the teacher's head is (1000, 4)
 
@@ -171,7 +171,7 @@ def test_bf16_products(beta):
     student, inputs = trainable(exact._replace(dtype=torch.bfloat16))
     teacher = random_predictions(11, 50, 8, 1)._replace(dtype=torch.bfloat16)
     expected = plain_divergence(logits_of(student), logits_of(teacher), beta)
-    _, found = compared(student, teacher, torch.arange(11), summed(beta))
+    _, found = compared(student, teacher, summed(beta), torch.arange(11))
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, expected, rtol=0.05, atol=0.05, check_dtype=False)
     theirs = torch.autograd.grad(expected.sum(), inputs)
@@ -215,7 +215,7 @@ def test_policy_and_teacher_equal_the_models_own_logits(family, temperature, bet
     batch = collate(made)
     with torch.no_grad():
         predictions = teacher(teacher.collate(batch.examples), temperature, predictions=True)
-    logps, found = policy(batch, temperature, other=predictions, summands=summed(beta))
+    logps, found = policy(batch, temperature, against=(predictions, summed(beta)))
     torch.testing.assert_close(found, expected, rtol=2e-5, atol=2e-5, check_dtype=False)
     torch.testing.assert_close(logps, policy(batch, temperature), rtol=1e-5, atol=1e-5)
     weighted(found).backward()
@@ -229,7 +229,7 @@ def test_the_filler_has_no_divergence_and_zero_gradients():
     teacher = Policy(random_lm(config_of(), seed=1, attn_implementation="segments"))
     with torch.no_grad():
         predictions = teacher(collate([]), predictions=True)
-    logps, found = policy(collate([]), other=predictions, summands=summed(0.5))
+    logps, found = policy(collate([]), against=(predictions, summed(0.5)))
     assert logps.shape == found.shape == (0,)
     found.sum().backward()
     assert not any(parameter.grad.any() for parameter in policy.lm.parameters())

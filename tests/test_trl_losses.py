@@ -16,8 +16,8 @@ from algorithms.orpo import orpo_loss
 from algorithms.rm import rm_loss
 from algorithms.rpo import rpo_loss
 from algorithms.simpo import simpo_loss
-from model.divergence import Predictions, compared
-from model.head import SoftCap
+from model.divergence import compared
+from model.head import Predictions, SoftCap
 
 trl = pytest.importorskip("trl", reason="trl is not installed: pip install -r requirements-dev.txt")
 TOKENS = 9
@@ -172,7 +172,7 @@ TRAINED = torch.tensor([[False, True, True, True, True], [True, True, True, True
 def by_ours(student, teacher, beta):
     """The mean over the eight trained tokens, as train() in distill.py makes it."""
     fixed = teacher._replace(hidden=teacher.hidden.detach(), weight=teacher.weight.detach())
-    _, losses = compared(student, fixed, torch.zeros(8, dtype=torch.long), partial(distill_loss, beta=beta))
+    _, losses = compared(student, fixed, partial(distill_loss, beta=beta), torch.zeros(8, dtype=torch.long))
     return losses.sum() / 8
 
 
