@@ -106,20 +106,25 @@ def test_a_head_without_a_gradient(beta):
     assert torch.equal(torch.autograd.grad(found.sum(), hidden)[0], whole[0])
 
 
-@pytest.mark.parametrize("beta, value", [
-    (0.0, 0.5 * math.log(0.5 / 0.25) + 0.5 * math.log(0.5 / 0.75)),
-    (1.0, 0.25 * math.log(0.25 / 0.5) + 0.75 * math.log(0.75 / 0.5)),
-    (0.5, 0.0342513)])      # of the entropies: H(3/8) - H(1/2) / 2 - H(1/4) / 2
-def test_two_tokens_by_hand(beta, value):
-    """The student is at 1/4 and 3/4, the teacher at 1/2 and 1/2."""
+def entropy(p):
+    """Of two tokens, of which one has the probability p."""
+    return -p * math.log(p) - (1 - p) * math.log(1 - p)
+
+
+BY_HAND = {
+    0.0: 0.5 * math.log(0.5 / 0.25) + 0.5 * math.log(0.5 / 0.75),
+    1.0: 0.25 * math.log(0.25 / 0.5) + 0.75 * math.log(0.75 / 0.5),
+    0.5: entropy(3 / 8) - entropy(1 / 2) / 2 - entropy(1 / 4) / 2,
+}
+
+
+@pytest.mark.parametrize("beta", BY_HAND)
+def test_two_tokens_by_hand(beta):
+    """The student is at 1/4 and 3/4, the teacher at 1/2 and 1/2; Jensen-Shannon is a difference of entropies."""
     student = Predictions(torch.ones(1, 1), torch.tensor([[0.0], [math.log(3.0)]]), torch.float32, None, None)
     teacher = student._replace(weight=torch.zeros(2, 1))
-    if beta == 0.5:
-        def entropy(p):
-            return -p * math.log(p) - (1 - p) * math.log(1 - p)
-        value = entropy(3 / 8) - entropy(1 / 2) / 2 - entropy(1 / 4) / 2
     _, found = compared(student, teacher, summed(beta), torch.tensor([0]))
-    assert found.item() == pytest.approx(value, rel=1e-5)
+    assert found.item() == pytest.approx(BY_HAND[beta], rel=1e-5)
 
 
 @pytest.mark.parametrize("beta", BETAS)
