@@ -3,7 +3,7 @@ import importlib.util
 
 import pytest
 import torch
-from helpers import ROOT, train_here
+from helpers import ROOT, metrics, train_here
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 spec = importlib.util.spec_from_file_location("measure", ROOT / "example" / "tiny" / "measure.py")
@@ -28,9 +28,38 @@ def test_the_base_is_capable_but_unaligned():
     assert 0.2 <= base["sampled"]["accuracy"] <= 0.5 and base["greedy"]["accuracy"] >= 0.9
 
 
-@pytest.mark.parametrize("algorithm, level, less", [("dpo", 0.75, []), ("sft", 0.8, []), ("grpo", 0.75, ["max_steps=6", "eval_data=null"])])
-def test_training_elicits_the_skill(tmp_path, monkeypatch, algorithm, level, less):
-    monkeypatch.chdir(ROOT)
-    train_here(f"example/tiny-{algorithm}.yml", f"output={tmp_path / 'run'}", "eval_every=1000", "log_every=1000", *less)
-    trained = shares(tmp_path / "run" / "final")
-    assert trained["sampled"]["accuracy"] >= level and trained["greedy"]["accuracy"] >= 0.9
+def trained(folder, algorithm, *words):
+    """The directory of a run of an example."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        train_here(f"example/tiny-{algorithm}.yml", f"output={folder / algorithm}", "eval_every=1000", "log_every=1000", *words)
+    return folder / algorithm
+
+
+@pytest.fixture(scope="module")
+def sft_run(tmp_path_factory):
+    torch.set_num_threads(2)
+    return trained(tmp_path_factory.mktemp("runs"), "sft")
+
+
+def assert_reaches(run, level):
+    reached = shares(run / "final")
+    assert reached["sampled"]["accuracy"] >= level and reached["greedy"]["accuracy"] >= 0.9
+
+
+@pytest.mark.parametrize("algorithm, level, less", [("dpo", 0.75, []), ("grpo", 0.75, ["max_steps=6", "eval_data=null"])])
+def test_training_elicits_the_skill(tmp_path, algorithm, level, less):
+    assert_reaches(trained(tmp_path, algorithm, *less), level)
+
+
+def test_supervised_fine_tuning_elicits_the_skill(sft_run):
+    assert_reaches(sft_run, 0.8)
+
+
+def test_a_student_learns_what_its_teacher_knows(tmp_path, sft_run):
+    """Its own answers and the teacher's distribution are enough: no reward, no reference answer. The divergence
+    is that on its own answers."""
+    run = trained(tmp_path, "distill", f"teacher={sft_run}", "max_steps=8", "eval_data=null", "log_every=1")
+    assert_reaches(run, 0.75)
+    losses = [row["loss"] for row in metrics(run)]
+    assert losses[0] > 0.1 and max(losses[-3:]) < 0.03
