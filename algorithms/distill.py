@@ -51,7 +51,7 @@ PROGRESS = "loss"                  # the number shown on the progress line
 @dataclass
 class Config(Generation):          # temperature, max_completion_length, ...: see engine/options.py
     teacher: str = field(kw_only=True)    # model directory, run or hub name; it must have the tokenizer of
-    #                                `model`
+    #                                `model`; with load_in_4bit it is in 4 bits, too
     beta: Probability = 1.0        # 0 = forward KL (the student covers what the teacher does), 1 = reverse KL
     #                                (it keeps to what the teacher likes best), between: Jensen-Shannon
     lmbda: Probability = 1.0       # share of the prompts that the student answers itself; the others keep the

@@ -51,7 +51,8 @@ def forecast(common, config, lm, tokens: int, online: bool = False, world: int =
             reference = width * counts.every
         sizes["reference (a frozen model)"] = reference / shards
     for key, path in config.frozen_models().items():
-        sizes[f"{key} (a frozen model)"] = frozen_bytes(path, is_bf16, shards, world)
+        rounded = is_bf16 and not (counts.frozen and width == 2)
+        sizes[f"{key} (a frozen model)"] = frozen_bytes(common, path, width, rounded, world)
     if config.uses_critic():
         critic = 16 * counts.trained + width * counts.frozen
         sizes["critic (weights, gradients, optimizer)"] = critic / shards
@@ -73,14 +74,20 @@ def forecast(common, config, lm, tokens: int, online: bool = False, world: int =
     return [f"{name:<66} {size / 1e9:7.2f} GB" for name, size in sizes.items()]
 
 
-def frozen_bytes(path: str, is_bf16: bool, shards: int, world: int) -> float:
-    """A device's share of the frozen model in a directory or of that name on the hub; a head that was
-    gathered stays whole."""
+def frozen_bytes(common, path: str, width: int, rounded: bool, world: int) -> float:
+    """A device's share of a frozen model beside the policy, of `width` bytes per weight; `rounded`: its linear
+    layers are in bf16. Like the policy's they may be in 4 bits. A head that was gathered stays whole."""
     base = base_of(model_path(path, lambda text: None))
     lm = empty_lm(load_config(base), base)
-    linear = sum(weight.numel() for weight in rounded_weights(lm)) if is_bf16 else 0
+    size = width * size_of(lm)
+    if rounded:
+        size = 4 * size_of(lm) - 2 * sum(weight.numel() for weight in rounded_weights(lm))
     head = 4 * lm.get_output_embeddings().weight.numel() if world > 1 else 0
-    return (4 * size_of(lm) - 2 * linear) / shards + head
+    quantized = 0
+    if common.load_in_4bit:      # these are not sharded
+        quantized = sum(layer.weight.numel() for layer in lora.linear_layers(lm).values())
+    shards = world // common.replicate
+    return (size - width * quantized) / shards + BYTES_IN_4_BIT * quantized + head
 
 
 def kept_bytes(counts: Counts, shards: int, width: int) -> dict[str, float]:
