@@ -75,8 +75,9 @@ def forecast(common, config, lm, tokens: int, online: bool = False, world: int =
 
 
 def frozen_bytes(common, path: str, width: int, rounded: bool, world: int) -> float:
-    """A device's share of a frozen model beside the policy, of `width` bytes per weight; `rounded`: its linear
-    layers are in bf16. Like the policy's they may be in 4 bits. A head that was gathered stays whole."""
+    """A device's share of a frozen model beside the policy, of `width` bytes per weight; `rounded`: its
+    linear layers are in bf16. Like the policy's they may be in 4 bits. A head that was gathered stays
+    whole."""
     base = base_of(model_path(path, lambda text: None))
     lm = empty_lm(load_config(base), base)
     size = width * size_of(lm)

@@ -21,7 +21,7 @@ def read_inputs(common, config, kind: str, notice, runs: str | None = None) -> t
     data = read_data(common, config, kind, tokenizer, notice, runs)
     if kind == "prompts":
         check_rotary(base_of(common.model), common.max_length)
-        if config.reward:
+        if config.uses_reward():
             check_rewards(config, Together(data.train_set, data.eval_set))
     return tokenizer, data
 

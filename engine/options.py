@@ -34,7 +34,6 @@ class Options:
     differs; a field with the name of one of these attributes makes it an option."""
     allows_dropout = False           # True: lora_dropout may be used, because no log-probs are compared
     reference = None                 # the reference's directory or hub name; None = the start model
-    reward = None                    # what scores completions; None = nothing does
     train_on = "assistant"           # "all": every token of a conversation is trained
     prompt_template = None           # a name in data/prompts/ or a file
     max_completion_length = 0        # tokens of max_length that completions may take
@@ -48,6 +47,10 @@ class Options:
 
     def uses_critic(self) -> bool:
         """Whether a critic with a trunk of its own is trained too."""
+        return False
+
+    def uses_reward(self) -> bool:
+        """Online: whether completions are scored, by what the key `reward` names."""
         return False
 
     def frozen_models(self) -> dict[str, str]:
@@ -76,6 +79,9 @@ class Scoring(Options):
     #                                        model; several: a, b
     reward_weights: str | None = None      # one weight per reward, such as 1, 0.5; null = each has weight 1
     reward_timeout: Positive = 60.0        # seconds that a call of a reward may take
+
+    def uses_reward(self) -> bool:
+        return True
 
 
 @dataclass

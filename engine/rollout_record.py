@@ -30,7 +30,7 @@ class RolloutRecord:
         if strings:
             engine.notice(f"a completion ends at {' or '.join(strings)}, and at a stop token")
         patience = PATIENCE.total_seconds() / 3      # a reward that fails is called again, to find out where
-        if engine.world > 1 and config.reward and config.reward_timeout > patience:
+        if engine.world > 1 and config.uses_reward() and config.reward_timeout > patience:
             raise UserError(f"reward_timeout is {config.reward_timeout:g}, longer than the other processes "
                             f"wait for the first; fix: give {patience:g} or less")
 

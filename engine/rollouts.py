@@ -43,7 +43,9 @@ class Rollouts:
         self.group_size, passes, self.mini_batches = config.rollout_shape()
         self.updates_per_rollout = passes * self.mini_batches
         self.share = config.sampled_share()
-        self.rewards = load_reward(config.reward, config.reward_weights) if config.reward else []
+        self.rewards = []
+        if config.uses_reward():
+            self.rewards = load_reward(config.reward, config.reward_weights)
         # a loss without a reward has no ratio to the policy that sampled
         self.uses_old_logps = self.updates_per_rollout > 1 and bool(self.rewards)
         self.reward_models = {}

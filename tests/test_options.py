@@ -180,7 +180,7 @@ def test_what_the_engine_is_told():
     assert made("distill", num_iterations=3, num_mini_batches=2).rollout_shape() == (1, 3, 2)
     assert made("distill").frozen_models() == {"teacher": "t"} and made("grpo").frozen_models() == {}
     assert made("distill", lmbda=0.3).sampled_share() == 0.3 and made("grpo").sampled_share() == 1
-    assert made("distill").reward is None and made("sft").reward is None
+    assert made("grpo").uses_reward() and not made("distill").uses_reward() and not made("sft").uses_reward()
 
 
 def test_the_defaults_are_no_options():
