@@ -96,7 +96,7 @@ def train(engine: Engine, config: Config):
             same_tokens = teacher.collate(batch.examples)
             predictions = teacher(same_tokens, config.temperature, predictions=True)
         logps, losses = policy(batch, config.temperature, against=(predictions, summands))
-        return losses, logps                                       # (N,), (N,) of the sampled tokens
+        return losses, logps                                       # (N,), (N,) of the trained tokens
 
     for rollout in engine.rollouts(config):                        # 1 sample
         for step in engine.steps(rollout):                         # at first step 0, without micro-batches
