@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -181,6 +182,18 @@ def refused(function, *arguments, **options):
     return str(caught.value)
 
 
+class OtherModel:
+    """The path of a model beside the start model, with its tokenizer and other weights; it is made where the
+    path is first written into a configuration."""
+    folder = None
+
+    def __str__(self):
+        if self.folder is None:
+            self.folder = tempfile.TemporaryDirectory(prefix="other-model-")
+            tiny_model(self.folder.name, seed=1)
+        return self.folder.name
+
+
 ALGORITHMS = {    # name -> the rows it trains on
     "sft": sft_rows,
     "dft": sft_rows,
@@ -195,6 +208,9 @@ ONLINE = {    # name -> keys with which it makes four updates per rollout
     **dict.fromkeys(("grpo", "dr_grpo", "gspo", "cispo", "rloo", "reinforce_pp"), GROUPS),
     "dapo": GROUPS | dict(reward=f"{REWARDS}:coarse", soft_overlong_cache=6),
 }
+REWARDED = tuple(ONLINE)      # those that learn from rewards
+ONLINE["distill"] = dict(
+    teacher=OtherModel(), max_completion_length=10, num_iterations=2, num_mini_batches=2)
 ROWS = ALGORITHMS | dict.fromkeys(ONLINE, prompt_rows)
 CLOCK = "tokens_per_second", "eps"      # what metrics.jsonl holds of it
 
@@ -225,7 +241,7 @@ def keys_for(algorithm):
     module = importlib.import_module(f"algorithms.{algorithm}")
     if module.DATA != "prompts":
         return {}
-    wanted = GROUPS | {"num_ppo_epochs": 2}
+    wanted = GROUPS | ONLINE["distill"] | {"num_ppo_epochs": 2}
     options = {field.name for field in dataclasses.fields(module.Config)}
     return {name: value for name, value in wanted.items() if name in options}
 

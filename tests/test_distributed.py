@@ -116,6 +116,19 @@ def test_two_processes_equal_one(both, updates, algorithm):
         assert len(completions(one)) == groups and completions(two) == completions(one)
 
 
+@pytest.mark.parametrize("algorithm", ["grpo", "distill"])
+def test_a_rank_without_a_prompt_and_one_update_per_rollout(config, updates, algorithm):
+    """Nothing runs between sampling and the update then: FSDP would gather in advance what each rank ran last."""
+    keys = {"num_mini_batches": 1, "save_every": "null"}
+    one, two = (config(f"{algorithm}-once-{count}", algorithm, **keys) for count in (1, 2))
+    train_here(one)
+    assert [rank.code for rank in train_on_ranks(two)] == [0, 0]
+    ours, theirs = (metrics(path.with_suffix("") / "run") for path in (one, two))
+    assert len(ours) == 3
+    for x, y in zip(ours, theirs, strict=True):
+        assert x.pop("split") == y.pop("split") and y == pytest.approx(x, rel=2e-5, abs=2e-5)
+
+
 def watch_storage(*place):
     """Print after each micro-batch how many bytes of unsharded weights and gradients are in memory, and how
     many the model has."""

@@ -45,6 +45,15 @@ def online(*names):
     return [f"test_online.py::test_updates_equal_a_plain_loop[{name}]" for name in names]
 
 
+def distill(*names):
+    """Six updates from two rollouts against the plain loop."""
+    return [f"test_distill.py::test_updates_equal_a_plain_loop[{name}]" for name in names]
+
+
+def divergence(*names):
+    return [f"test_divergence.py::test_{name}" for name in names]
+
+
 def rows(*names):
     """Pairs in flat rows of these architectures against separate ones."""
     return [f"test_model.py::test_flat_shared_rows_equal_separate_rows[{name}-2]" for name in names]
@@ -116,12 +125,29 @@ MUTATIONS = {    # name: (file, text, what it becomes, the tests that must fail)
         "example.extras[name] = (-1 if name == 'advantages' else 1) * checked(name, value, example)",
         online(*GROUPS)),
     "log-probs at temperature 1": (
-        "model/policy.py", "head.at(temperature)", "head", online("grpo", "rloo")),
+        "model/head.py", "head.at(temperature)", "head", online("grpo", "rloo")),
     "the gradient of the entropy without H": (
         "model/entropy.py", "logps.add_(entropy).mul_(grad_entropies)", "logps.mul_(grad_entropies)",
         ["test_entropy.py::test_values_and_gradients_equal_full_logits[True-7]",
          "test_entropy.py::test_equal_logits_have_the_entropy_of_a_fair_die",
          "test_entropy.py::test_policy_equals_the_models_own_logits[False-False-1.0]"]),
+    "the slopes of a divergence without their sum": (
+        "model/divergence.py", "slopes - logps.exp_().mul_(slope_total)", "slopes",
+        [*divergence("values_and_gradients_equal_full_logits[False-None-7-0.5]"),
+         *distill("reverse", "jensen-shannon", "half of the data")]),
+    "the teacher beyond the student's tokens": (
+        "model/divergence.py", "weight=other.weight[:rows]", "weight=other.weight[-rows:]",
+        [*divergence("values_and_gradients_equal_full_logits[False-None-7-0.5]"), *distill("forward", "reverse")]),
+    "student and teacher exchanged": (
+        "algorithms/distill.py", "def distill_loss(student_logps, teacher_logps,",
+        "def distill_loss(teacher_logps, student_logps,",
+        [*divergence("values_and_gradients_equal_full_logits[False-None-7-0.0]",
+                     "values_and_gradients_equal_full_logits[False-None-7-1.0]", "two_tokens_by_hand[0.0]"),
+         *distill("forward", "reverse", "jensen-shannon")]),
+    "own samples in the place of the data's responses": (
+        "engine/mixture.py", "random() < share", "random() >= share",
+        ["test_distill.py::test_each_prompt_is_drawn_to_be_sampled_or_not",
+         "test_distill.py::test_the_responses_of_the_data_are_trained_as_they_are"]),
     "completions cut before their stop token": (
         "model/completions.py", "Completion(tokens, logps, stopped)",
         "Completion(*((x[:-1] if stopped and length > 1 else x) for x in (tokens, logps)), stopped)",
@@ -159,7 +185,7 @@ MUTATIONS = {    # name: (file, text, what it becomes, the tests that must fail)
     "the bias of a head": (
         "model/slices.py", "logits += bias[rows]", "pass", rows("phi")),
     "the scale of a head": (
-        "model/policy.py", "states = states * scale", "pass", rows("cohere", "granite")),
+        "model/head.py", "states = states * scale", "pass", rows("cohere", "granite")),
     "the slope of capped logits": (
         "model/slices.py", "error *= slope", "pass", rows("gemma2")),
     "the cap of scores": (

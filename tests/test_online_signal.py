@@ -8,7 +8,7 @@ import statistics
 import pytest
 import torch
 from helpers import (
-    ONLINE,
+    REWARDED,
     REWARDS,
     assert_same_weights,
     final_weights,
@@ -178,7 +178,7 @@ def test_rewards_that_differ_by_rounding_are_one():
 
 # ---- whole runs ----
 
-@pytest.mark.parametrize("algorithm", ONLINE)
+@pytest.mark.parametrize("algorithm", REWARDED)
 def test_a_constant_reward_moves_nothing(algorithm, run, files):
     result = run(algorithm, max_steps=1 if algorithm == "ppo" else 3, **WITHOUT_KL.get(algorithm, {}))
     assert_same_weights(final_weights(result), load_file(f"{files['model']}/model.safetensors"))

@@ -298,10 +298,11 @@ FILES = {"responses": "sft", "pairs": "preference", "labelled": "feedback", "pro
 
 @pytest.mark.parametrize("algorithm", sorted(ROWS))
 def test_every_algorithm_has_a_configuration(folder, tmp_path, capsys, algorithm):
-    kind = importlib.import_module(f"algorithms.{algorithm}").DATA
-    model = tiny_model(tmp_path / "model")
+    module = importlib.import_module(f"algorithms.{algorithm}")
+    kind, model = module.DATA, tiny_model(tmp_path / "model")
+    others = [f"teacher={model}"] if "teacher" in module.Config.__dataclass_fields__ else []
     train_here(f"example/smollm2-{algorithm}.yml", f"model={model}", f"data={folder}/{FILES[kind]}.jsonl",
-               f"eval_data={folder}/eval-{FILES[kind]}.jsonl", "max_length=256", "--dry-run")
+               f"eval_data={folder}/eval-{FILES[kind]}.jsonl", "max_length=256", "--dry-run", *others)
     shown = capsys.readouterr().out
     assert "nothing was trained" in shown and "dropped" not in shown
 
