@@ -1,4 +1,4 @@
-"""The reward models among the rewards of a run: which they are, and whether they can score its completions."""
+"""The reward models among the rewards of a run: which they are, and whether they can score completions."""
 import functools
 import os
 
@@ -6,9 +6,10 @@ from data.errors import UserError
 from engine import checkpoint
 from engine.ranks import from_main
 from engine.score import decoded
+from model.build import build_second_model
 from model.load import check_name, load_tokenizer
 from model.off_the_shelf import Classifier, check_classifier
-from model.reward_model import is_reward_model
+from model.reward_model import build_reward_model, is_reward_model
 from rewards.functions import is_model, parts_of
 
 
@@ -45,6 +46,16 @@ def reward_model_path(name: str, tokenizer, notice) -> str:
             fix = f"reward={classifier}, which reads texts with its own"
         raise UserError(f"reward: the reward model {name} has another tokenizer than the model; fix: {fix}")
     return path
+
+
+def load_reward_model(engine, name: str):
+    """The reward model that a reward of a run names, frozen: a run of `rm`, or a classifier off the shelf."""
+    path = reward_model_path(name, engine.tokenizer, engine.notice)
+    if not is_reward_model(path):
+        return load_off_the_shelf(path, engine.tokenizer, engine.config.precision)
+    trunk = build_second_model(
+        path, engine.tokenizer, engine.config, engine.policy, engine.train_set, engine.notice)
+    return build_reward_model(trunk, path, engine.config.seed, engine.notice).requires_grad_(False)
 
 
 def load_off_the_shelf(path: str, tokenizer, precision: str = "auto") -> Classifier:

@@ -16,15 +16,14 @@ from data.pack import Example
 from engine import rollout_state
 from engine.mixture import mixed_rollout
 from engine.plan import Plan
-from engine.reward_models import load_off_the_shelf, reward_model_path
+from engine.reward_models import load_reward_model
 from engine.rollout import PerPrompt, Rollout, with_completions
 from engine.rollout_record import RolloutRecord
 from engine.score import by_all_ranks, score_rollout
 from engine.signals import Stopped
 from engine.step import Step
-from model.build import build_second_model, reshard
+from model.build import reshard
 from model.policy import Policy
-from model.reward_model import build_reward_model, is_reward_model
 from model.sampler import sample
 from rewards.functions import load_reward
 
@@ -52,7 +51,7 @@ class Rollouts:
         self.reward_models = {}
         for reward in self.rewards:
             if reward.path:
-                self.reward_models[reward.name] = self.load_reward_model(reward.path)
+                self.reward_models[reward.name] = load_reward_model(engine, reward.path)
         engine.plan = Plan(engine.config, len(engine.train_set), self.updates_per_rollout)
         if num_samplings and not engine.sample_every:
             num_rollouts = engine.plan.total / self.updates_per_rollout
@@ -61,16 +60,6 @@ class Rollouts:
         self.rollouts_without_training = 0
         self.record = RolloutRecord(self)
         self.record.tell_sampling()
-
-    def load_reward_model(self, run: str):
-        """The reward model that a reward names, frozen: a run of `rm`, or a classifier off the shelf."""
-        engine = self.engine
-        path = reward_model_path(run, engine.tokenizer, engine.notice)
-        if not is_reward_model(path):
-            return load_off_the_shelf(path, engine.tokenizer, engine.config.precision)
-        trunk = build_second_model(
-            path, engine.tokenizer, engine.config, engine.policy, engine.train_set, engine.notice)
-        return build_reward_model(trunk, path, engine.config.seed, engine.notice).requires_grad_(False)
 
     def iterate(self) -> Iterator[Rollout]:
         """The rollouts of the run. Before, between and after them the held-out prompts are sampled and scored

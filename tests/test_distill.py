@@ -24,7 +24,7 @@ from helpers import (
     write_config,
     write_jsonl,
 )
-from test_distributed import two_ranks
+from robust_helpers import train_on_ranks
 from test_divergence import plain_divergence
 from test_engine_exact import PLAIN, chat, close, ids, read, sft_sequence
 from test_resume import assert_same_run, resumed_from, train  # noqa: F401  a fixture
@@ -194,7 +194,7 @@ def test_two_processes_equal_one(run, tmp_path):
     one = run("one", sft_rows(7), lmbda=0.5, beta=0.5, **FOUR, epochs=1, eval_data=held_out, eval_every=6)
     config = tmp_path / "two.yml"
     config.write_text((tmp_path / "one.yml").read_text().replace(f"{one}\n", f"{tmp_path / 'two'}\n"))
-    assert [rank.code for rank in two_ranks(config)] == [0, 0]
+    assert [rank.code for rank in train_on_ranks(config)] == [0, 0]
     for split in ("train", "eval"):
         for ours, theirs in zip(metrics(tmp_path / "two", split), metrics(one, split), strict=True):
             assert ours.pop("split") == theirs.pop("split") and ours == pytest.approx(theirs, rel=2e-5, abs=2e-5)
