@@ -23,6 +23,7 @@ from engine import console
 from engine.cast import cast
 from engine.checkpoint import model_path
 from engine.evaluation import load_frozen, response_scores
+from engine.intervals import Z, wilson
 from engine.logs import write_whole
 from engine.results import (
     Results,
@@ -43,7 +44,6 @@ from model.load import check_path, load_tokenizer, load_tokenizer_for
 from model.reward_model import is_reward_model
 
 PAIRS_AT_ONCE = 64
-Z = 1.959964      # standard deviations on either side of the mean that hold 95 % of a normal distribution
 
 
 @dataclass(kw_only=True)
@@ -177,12 +177,7 @@ def mean(values: list) -> float:
 def rate(name: str, values: list[float], count: int) -> dict:
     """A share and its 95 % interval (Wilson's) for `count` independent observations."""
     p = mean(values)
-    center = p + Z * Z / (2 * count)
-    half = Z * math.sqrt(p * (1 - p) / count + Z * Z / (4 * count * count))
-    scale = 1 + Z * Z / count
-    low = (center - half) / scale
-    high = (center + half) / scale
-    return {name: p, f"{name}_95": [max(0.0, min(low, p)), min(1.0, max(high, p))]}
+    return {name: p, f"{name}_95": list(wilson(p, count))}
 
 
 def around_mean(values: list[float]) -> list[float] | None:

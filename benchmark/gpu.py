@@ -1168,6 +1168,7 @@ def run_section(name: str, seconds: float, scale: Scale) -> dict:
 
 def main() -> None:
     started = time.perf_counter()
+    gc.freeze()      # what was imported is no garbage, and `free_memory` need not read it after every case
     sys.stdout.reconfigure(line_buffering=True)
     parser = shared.new_parser(__doc__)
     parser.add_argument("--budget", type=float, default=600, help="seconds for everything")

@@ -40,7 +40,7 @@ class Dataset:
 
 
 def build_dataset(source, kind, tokenizer, max_length, train_on="assistant", truncate="none", hh="messages",
-                  base=None, columns=None, seed=0, template=None, system=False):
+                  base=None, columns=None, seed=0, template=None, system=False, longest_prompt=None):
     """Read, parse and tokenise `source`: a local file's path or a hub name such as "Anthropic/hh-rlhf:test".
 
     `kind`: "responses" (sft), "pairs", or "labelled" (kto): one response and extras["label"] per example; a
@@ -50,7 +50,8 @@ def build_dataset(source, kind, tokenizer, max_length, train_on="assistant", tru
     `max_length` is the prompt's; `template` and `system`: see `parse`. `max_length`, `train_on`, `truncate`:
     see `Tokeniser.encode`; `hh`: see `parse` (without a chat template HH transcripts stay text). `base`: the
     YAML's folder, for the error about a missing file. `columns`: {our name: the file's name}; `seed`: for the
-    choice among the pairs where a prompt of shp or se has too many. Raises UserError for anything wrong with
+    choice among the pairs where a prompt of shp or se has too many. `longest_prompt`: the tokens that a
+    prompt may have, so that a completion has room behind it. Raises UserError for anything wrong with
     the file or a row, when no row can be used, or when more than 1 % of the rows have an empty response.
     """
     columns = columns or {}
@@ -62,7 +63,8 @@ def build_dataset(source, kind, tokenizer, max_length, train_on="assistant", tru
         hub_kind = "responses" if kind == "prompts" else kind
         rows = hub_rows(str(source), hub_kind, hh == "messages", seed)
     chat = bool(tokenizer.chat_template) and not template
-    reading = Reading(str(source), kind, max_length, train_on, truncate, hh, columns, template, chat, system)
+    reading = Reading(str(source), kind, max_length, train_on, truncate, hh, columns, template, chat, system,
+                      longest_prompt)
     found = Found(str(source), kind, train_on)
     for part in read_chunks(rows, reading, tokenizer):
         found.add(part)
@@ -117,20 +119,24 @@ def load_datasets(config, kind, tokenizer, notice,
     if template and config.system_prompt:
         raise UserError("system_prompt beside prompt_template, which has no place for it; "
                         "fix: remove one of them, or write the system prompt into the prompt_template's file")
-    max_length = config.max_length
-    if kind == "prompts":
-        max_length -= max_completion_length
-        if max_length < 1:
+    max_length, longest_prompt = config.max_length, None
+    if kind in ("prompts", "responses") and max_completion_length:
+        longest_prompt = max_length - max_completion_length
+        if longest_prompt < 1:
             raise UserError(f"max_completion_length is {max_completion_length}, which leaves no room for a "
                             "prompt in "
                             f"max_length {config.max_length}; fix: raise max_length")
+
+    if kind == "prompts" and longest_prompt:
+        max_length = longest_prompt
 
     def build(data):
         sources = [{"path": data}] if isinstance(data, str) else data
         parts = [build_dataset(source_name(source), kind, tokenizer, max_length,
                                train_on, config.truncate, config.hh,
                                columns=source.get("columns"), seed=config.seed, template=template,
-                               system=bool(config.system_prompt)) for source in sources]
+                               system=bool(config.system_prompt), longest_prompt=longest_prompt)
+                 for source in sources]
         for part in parts:
             _tell(part, notice)
         dataset = parts[0]

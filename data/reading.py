@@ -38,6 +38,7 @@ class Reading(NamedTuple):
     template: str | None
     chat: bool      # whether there is a chat template
     system: bool
+    longest_prompt: int | None = None      # in tokens
 
 
 def read_chunks(rows: Iterator, reading: Reading, tokenizer) -> Iterator["Found"]:
@@ -122,6 +123,8 @@ def read_chunk(chunk: list, reading: Reading, tokeniser: Tokeniser) -> "Found":
         texts.append(text)
     results = tokeniser.encode(texts, reading.max_length, reading.train_on, reading.truncate)
     for text, examples in zip(texts, results):
+        if reading.longest_prompt and has_longer_prompt(examples, reading.longest_prompt):
+            examples = "prompt that leaves no room for max_completion_length"
         if isinstance(examples, str):
             found.drop(examples, text.where)
         else:
@@ -129,6 +132,12 @@ def read_chunk(chunk: list, reading: Reading, tokeniser: Tokeniser) -> "Found":
     found.split_rows, found.continued = tokeniser.split, tokeniser.continued
     found.close_chunk()
     return found
+
+
+def has_longer_prompt(examples: list | str, most: int) -> bool:
+    """Whether the prompt of one of a row's examples has more than `most` tokens."""
+    lengths = [len(example.prompt) for example in examples] if isinstance(examples, list) else []
+    return max(lengths, default=0) > most
 
 
 @dataclass

@@ -45,6 +45,8 @@ SAME = {
         "ref_pretrain ref_policy ref_model_id ref_adapters ref_model_adapters ref_model.path "
         "ref.model.path",
     "reference_free": "ref_free use_reference_free",
+    "teacher": "teacher_model teacher_model_name_or_path teacher_model_path teacher_model_id",
+    "lmbda (the share of the prompts that the student answers itself)": "lambda",
     "data":
         "dataset_name dataset datasets dataset_path dataset_id data_path data_file data_files train_file "
         "train_files train_data train_dataset train_path train_data_path prompt_data in_path dataset.name "

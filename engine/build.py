@@ -13,7 +13,7 @@ from engine.logs import Run
 from engine.loop import Engine
 from engine.plan import Plan
 from engine.ranks import check_copies, check_shared, distributed, from_main
-from engine.score import critic_path
+from engine.reward_models import critic_path
 from model import lora
 from model.actor_critic import build_actor_critic
 from model.build import build_policy, build_second_model, shard

@@ -12,6 +12,7 @@ from data.errors import UserError, notice
 from engine import checkpoint, sealed
 from engine.claim import LOCK, claim, release
 from engine.ranks import TOKEN
+from engine.yaml_file import read_config
 
 # these keys change neither a number nor the final model ...
 SILENT = {"output", "resume", "eval_every", "save_every", "log_every", "sample_every",
@@ -25,16 +26,6 @@ class Place(NamedTuple):
     directory: str
     start: str | None = None
     finished: bool = False
-
-
-def read_config(directory: str) -> dict | None:
-    """The configuration a run directory was started with; None if it is not a run."""
-    try:
-        with open(os.path.join(directory, "config.yaml"), encoding="utf-8") as file:
-            config = yaml.load(file, yaml.BaseLoader)      # every value a string, for `differing`
-        return config if isinstance(config, dict) else None
-    except (OSError, ValueError, yaml.YAMLError):          # no such file, not text, or somebody else's
-        return None
 
 
 def differing(directory: str, config_yaml: str, ignored: set = MAY_CHANGE) -> list[str]:

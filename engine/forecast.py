@@ -3,11 +3,12 @@ from typing import NamedTuple
 
 import torch
 
+from engine.checkpoint import model_path
 from engine.ranks import check_copies
 from model import lora
 from model.build import embeddings, product_precision, rounded_weights, this_device
 from model.compiled import decoder_layers
-from model.load import is_adapter
+from model.load import base_of, empty_lm, is_adapter, load_config
 from model.slices import LOGITS_AT_ONCE
 
 BYTES_IN_4_BIT = 0.52      # per weight, with the scales
@@ -49,6 +50,9 @@ def forecast(common, config, lm, tokens: int, online: bool = False, world: int =
         if is_adapter(common.model):
             reference = width * counts.every
         sizes["reference (a frozen model)"] = reference / shards
+    for key, path in config.frozen_models().items():
+        rounded = is_bf16 and not (counts.frozen and width == 2)
+        sizes[f"{key} (a frozen model)"] = frozen_bytes(common, path, width, rounded, world)
     if config.uses_critic():
         critic = 16 * counts.trained + width * counts.frozen
         sizes["critic (weights, gradients, optimizer)"] = critic / shards
@@ -68,6 +72,23 @@ def forecast(common, config, lm, tokens: int, online: bool = False, world: int =
         sizes["before that, while it is loaded: the whole model"] = loading
     sizes["a checkpoint, on the disk"] = CHECKPOINT * counts.trained
     return [f"{name:<66} {size / 1e9:7.2f} GB" for name, size in sizes.items()]
+
+
+def frozen_bytes(common, path: str, width: int, rounded: bool, world: int) -> float:
+    """A device's share of a frozen model beside the policy, of `width` bytes per weight; `rounded`: its
+    linear layers are in bf16. Like the policy's they may be in 4 bits. A head that was gathered stays
+    whole."""
+    base = base_of(model_path(path, lambda text: None))
+    lm = empty_lm(load_config(base), base)
+    size = width * size_of(lm)
+    if rounded:
+        size = 4 * size_of(lm) - 2 * sum(weight.numel() for weight in rounded_weights(lm))
+    head = 4 * lm.get_output_embeddings().weight.numel() if world > 1 else 0
+    quantized = 0
+    if common.load_in_4bit:      # these are not sharded
+        quantized = sum(layer.weight.numel() for layer in lora.linear_layers(lm).values())
+    shards = world // common.replicate
+    return (size - width * quantized) / shards + BYTES_IN_4_BIT * quantized + head
 
 
 def kept_bytes(counts: Counts, shards: int, width: int) -> dict[str, float]:

@@ -25,6 +25,7 @@ from engine.signals import Stopped
 from model import lora
 from model.build import build_second_model, shard
 from model.load import is_adapter
+from model.policy import Policy
 
 SEAL_SECONDS = 120      # at least between two parts of the reference's log-probs,
 SEAL_SHARE = 0.1        # ... and this share of the time until then: every part is three open files
@@ -68,7 +69,12 @@ def reference_model(engine, path: str | None):
     has_fresh_adapter = lora.settings(engine.policy.lm) and not is_adapter(engine.config.model)
     if is_start_model and has_fresh_adapter:
         return WithoutAdapter(engine.policy)
-    model = load_reference(engine, path).requires_grad_(False)
+    return frozen_model(engine, path)
+
+
+def frozen_model(engine, path: str | None) -> Policy:
+    """The model at `path` (None: the start model), without gradients, sharded where the policy is."""
+    model = load_reference(engine, resolved(engine, path)).requires_grad_(False)
     return shard(model, engine.config.replicate) if engine.world > 1 else model
 
 

@@ -1,6 +1,6 @@
 """A run's directory and its console.
 
-    config.yaml run.json metrics.jsonl samples.jsonl events.log checkpoints/ final/
+    config.yaml run.json metrics.jsonl samples.jsonl events.log checkpoints/ final/ report.html
 
 Only rank 0 writes. The console (console.py) is a view of metrics.jsonl.
 """
@@ -19,6 +19,7 @@ from engine import checkpoint, sealed
 from engine.console import Console
 from engine.directory import made_final, shape_of_final
 from engine.fingerprint import check_unchanged
+from engine.report import write_report
 
 ROWS = ("metrics.jsonl", "samples.jsonl")
 REPLACED = ".replaced"     # ending of a copy of a file of rows, kept from when a run goes back until it saves
@@ -252,6 +253,9 @@ class Run:
         if chat:
             console.say(f"chat     python chat.py {self.directory}")
         console.say(f"metrics  {self.path('metrics.jsonl')}")
+        report = write_report(self.directory)
+        if report:
+            console.say(f"report   {report}")
 
     def erase(self) -> None:
         """Remove the bars from the terminal, so that what is printed next has a line of its own."""

@@ -102,12 +102,14 @@ class Engine:
 
     def eval_batches(self, step: Step, examples: list[Example] | None = None) -> Iterator[Batch]:
         """The micro-batches of the held-out rows, or of `examples` in their place, without gradients; nothing
-        where no evaluation is due at this step."""
+        where no evaluation is due at this step. Online the rows are prompts, and each gets a completion."""
         due = step.index % self.plan.eval_every == 0 or step.index == self.plan.total
         if not self.eval_set or not due:
             return
+        if examples is None:
+            examples = self.online.record.held_out(step) if self.online else self.eval_set
         with torch.no_grad():              # it holds for the caller's loop too, which runs while this waits
-            for batch in self.batches(self.eval_set if examples is None else examples, "held-out rows"):
+            for batch in self.batches(examples, "held-out rows"):
                 step.start_micro_batch("eval")
                 yield batch
 
@@ -120,6 +122,11 @@ class Engine:
         if self.is_online:
             return frozen.reference_model(self, path)
         return frozen.reference_table(self, path, also)
+
+    def frozen_model(self, path: str) -> Policy:
+        """The model at `path`, a directory or a hub name, frozen. It may have any size, and is asked as the
+        policy is, for a batch of its own: `model(model.collate(batch.examples))`."""
+        return frozen.frozen_model(self, path)
 
     def remember(self, name: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Keep `tensors` in every checkpoint, for what an algorithm carries from update to update (an
@@ -175,6 +182,9 @@ class Engine:
 
     def old_logps(self, batch: Batch, logps: torch.Tensor) -> torch.Tensor:
         return self.online.old_logps(batch, logps)
+
+    def compare_sampler(self, batch: Batch, logps: torch.Tensor) -> None:
+        self.online.compare_sampler(batch, logps)
 
     # ---- the bookkeeping of an update ----------------------------------------------------------------
 

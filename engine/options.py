@@ -1,7 +1,7 @@
 """The options of an algorithm: the ranges of their values and what every Config has.
 
-An algorithm's Config derives from `Options` (online from `Sampling`) and owns its options: each field has a
-type with its range, a default, and a comment that `--help` prints.
+An algorithm's Config derives from `Options` (online from `Sampling`, or without a reward from `Generation`)
+and owns its options: each field has a type with its range, a default, and a comment that `--help` prints.
 """
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -49,6 +49,20 @@ class Options:
         """Whether a critic with a trunk of its own is trained too."""
         return False
 
+    def uses_reward(self) -> bool:
+        """Online: whether completions are scored, by what the key `reward` names."""
+        return False
+
+    def frozen_models(self) -> dict[str, str]:
+        """{key: its directory or hub name} of frozen models beside the reference. They need not have the
+        policy's size, but its tokenizer."""
+        return {}
+
+    def sampled_share(self) -> float:
+        """Online: the share of the prompts whose completions are sampled. Below 1 the others keep the
+        responses that the data have."""
+        return 1.0
+
     def rollout_shape(self) -> tuple[int, int, int]:
         """(completions per prompt, passes over a rollout, updates per pass)."""
         return self.num_generations, self.num_iterations, self.num_mini_batches
@@ -59,11 +73,20 @@ class Options:
 
 
 @dataclass
-class Sampling(Options):
-    """The keys of every online algorithm: how completions are sampled and scored."""
+class Scoring(Options):
+    """The keys of algorithms that learn from rewards."""
     reward: str                            # gsm8k, r1_zero, math, FILE.py:FUNCTION or the run of a reward
     #                                        model; several: a, b
     reward_weights: str | None = None      # one weight per reward, such as 1, 0.5; null = each has weight 1
+    reward_timeout: Positive = 60.0        # seconds that a call of a reward may take
+
+    def uses_reward(self) -> bool:
+        return True
+
+
+@dataclass
+class Generation(Options):
+    """The keys of every online algorithm: how completions are sampled."""
     prompt_template: str | None = None     # a name in data/prompts/, such as r1_zero, or a file with
     #                                        {question}; null = the chat template
     max_completion_length: Count = 512     # in tokens; longer completions are truncated
@@ -75,7 +98,6 @@ class Sampling(Options):
     #                                        A text is split at its commas, \n in it is a newline; a list,
     #                                        such as ["\n\n", "Question:"], is not changed. auto = </answer>
     #                                        with the template r1_zero, else none
-    reward_timeout: Positive = 60.0        # seconds that a call of a reward may take
     rollout_batch_size: Count = 64         # completions decoded together on one device; affects memory and
     #                                        speed, not the result
 
@@ -93,6 +115,11 @@ class Sampling(Options):
 
     def stop_strings(self) -> list[str]:
         return stop_strings(self.stop)
+
+
+@dataclass
+class Sampling(Generation, Scoring):
+    """The keys of every online algorithm with rewards: how completions are sampled and scored."""
 
 
 def usual_stop(prompt_template: str | None) -> str | None:

@@ -41,7 +41,11 @@ class Data(NamedTuple):
 
 def read_data(common, config, kind: str, tokenizer, notice, runs: str | None) -> Data:
     """The examples that a configuration names, from the store in the directory `runs` or, where that is None,
-    from the files themselves. UserError as `load_datasets`."""
+    from the files themselves. UserError as `load_datasets`. Where some prompts keep the responses that they
+    have in the data, these are read too."""
+    if config.sampled_share() < 1:
+        kind = "responses"
+
     def from_files(tell):
         found = dataset.load_datasets(
             common, kind, tokenizer, tell,

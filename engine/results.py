@@ -17,14 +17,15 @@ from engine.cast import Lines, cast, show
 from engine.claim import LOCK, claim
 from engine.command_line import parse_argv
 from engine.config import Common, check_output, hints_of, is_required, read_values
-from engine.directory import read_config
 from engine.evaluation import load_frozen, response_scores
 from engine.fingerprint import fingerprints
 from engine.help import key_lines
 from engine.logs import Run, write_whole
 from engine.options import Count, NonNegative, Sampling, Seed, TwoOrMore, stop_strings, usual_stop
+from engine.reward_models import load_off_the_shelf, reward_model_path
 from engine.rollout import Rollout, with_completions
-from engine.score import load_off_the_shelf, reward_model_path, score_rollout, text_of
+from engine.score import score_rollout, text_of
+from engine.yaml_file import read_config
 from model.load import base_of, load_config, load_tokenizer_for
 from model.reward_model import is_reward_model
 from model.sampler import sample

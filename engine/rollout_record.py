@@ -5,6 +5,7 @@ import math
 import torch
 
 from data.errors import UserError
+from data.pack import Example
 from engine.console import per_second
 from engine.ranks import PATIENCE, from_main
 from engine.rollout import PerPrompt, Rollout, alike
@@ -29,7 +30,7 @@ class RolloutRecord:
         if strings:
             engine.notice(f"a completion ends at {' or '.join(strings)}, and at a stop token")
         patience = PATIENCE.total_seconds() / 3      # a reward that fails is called again, to find out where
-        if engine.world > 1 and config.reward_timeout > patience:
+        if engine.world > 1 and config.uses_reward() and config.reward_timeout > patience:
             raise UserError(f"reward_timeout is {config.reward_timeout:g}, longer than the other processes "
                             f"wait for the first; fix: give {patience:g} or less")
 
@@ -38,8 +39,7 @@ class RolloutRecord:
     def reward_metrics(self, rollout: Rollout) -> dict:
         """What TRL logs of a rollout, under its names; completions without a reward are left out and
         counted. `std` is the mean over the groups of their standard deviations."""
-        rewards, lengths = torch.cat(known(rollout.rewards)), torch.cat(rollout.lengths)
-        truncated = torch.cat(rollout.truncated)
+        rewards = torch.cat(known(rollout.rewards))
         is_grouped = any(len(example.responses) > 1 for example in rollout.examples)
         metrics = {"reward": rewards.mean()}
         if is_grouped:
@@ -50,15 +50,36 @@ class RolloutRecord:
                 metrics[f"{name}/mean"] = torch.cat(rollout[name]).nanmean()
                 if is_grouped:
                     metrics[f"{name}/std"], metrics[f"{name}/frac_zero_std"] = spreads(rollout[name])
-        metrics["completions/mean_length"] = lengths.mean()
-        metrics["completions/min_length"] = lengths.min()
-        metrics["completions/max_length"] = lengths.max()
-        metrics["completions/clipped_ratio"] = truncated.float().mean()
-        metrics["completions/mean_terminated_length"] = lengths[~truncated].mean()
-        if len(rewards) < len(lengths):
-            metrics["completions/without_reward"] = len(lengths) - len(rewards)
-        # a mean over none is left out
-        return {name: float(value) for name, value in metrics.items() if not math.isnan(value)}
+        metrics |= self.completion_metrics(rollout)
+        count = sum(map(len, rollout.rewards))
+        if len(rewards) < count:
+            metrics["completions/without_reward"] = count - len(rewards)
+        return numbers(metrics)
+
+    def completion_metrics(self, rollout: Rollout) -> dict:
+        """Those that need no reward."""
+        lengths, truncated = torch.cat(rollout.lengths), torch.cat(rollout.truncated)
+        return numbers({
+            "completions/mean_length": lengths.mean(),
+            "completions/min_length": lengths.min(),
+            "completions/max_length": lengths.max(),
+            "completions/clipped_ratio": truncated.float().mean(),
+            "completions/mean_terminated_length": lengths[~truncated].mean(),
+        })
+
+    def measured(self, rollout: Rollout) -> Rollout:
+        """A rollout with the metrics that it has without a reward."""
+        rollout.metrics = self.completion_metrics(rollout)
+        return rollout
+
+    def nothing_to_train(self, rollout: Rollout) -> str:
+        """Why no completion of a rollout is trained."""
+        count = len(torch.cat(rollout.truncated))
+        without = int(torch.cat(rollout.rewards).isnan().sum()) if self.rollouts.rewards else 0
+        counts = {"without a reward": without,
+                  "cut at max_completion_length, and masked": count - without}
+        reasons = ", ".join(f"{count} {reason}" for reason, count in counts.items() if count)
+        return f"nothing to train in rollout {rollout.number + 1} ({reasons})"
 
     def episodes(self, rollout: Rollout) -> dict:
         """How far the run is, under TRL's names: completions so far, and per second of this process."""
@@ -103,7 +124,8 @@ class RolloutRecord:
         engine, every = self.engine, self.engine.plan.eval_every
         before = update - self.rollouts.updates_per_rollout
         is_due = update in (0, engine.plan.total) or update // every > before // every
-        if not engine.eval_set or not is_due or update in from_main(self.evaluated):
+        is_scored = engine.eval_set and self.rollouts.rewards
+        if not is_scored or not is_due or update in from_main(self.evaluated):
             return
         rollout = self.rollouts.sample_held_out(update)
         self.rollouts.score(rollout)
@@ -113,6 +135,13 @@ class RolloutRecord:
             if name.startswith("reward"):
                 rewards.append(f"{name} {value:.4g}")
         engine.notice(f"held-out prompts at step {update}: {'  '.join(rewards)}")
+
+    def held_out(self, step) -> list[Example]:
+        """The held-out prompts, each with a completion of the policy as it is; the evaluation of `step` gets
+        their metrics."""
+        rollout = self.rollouts.sample_held_out(step.index)
+        step.add(self.completion_metrics(rollout), "eval")
+        return rollout.examples
 
     def evaluated(self) -> set[int]:
         """The updates after which this run was evaluated already."""
@@ -136,3 +165,8 @@ def spreads(groups: PerPrompt) -> tuple[float, float]:
     for group in known(groups):
         deviations.append(0.0 if alike(group) else float(group.std()))
     return sum(deviations) / len(groups), sum(map(alike, groups)) / len(groups)
+
+
+def numbers(metrics: dict) -> dict[str, float]:
+    """The metrics as floats; a mean over none is left out."""
+    return {name: float(value) for name, value in metrics.items() if not math.isnan(value)}

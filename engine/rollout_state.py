@@ -19,13 +19,15 @@ def stored(rollout: Rollout) -> dict[str, torch.Tensor]:
         responses += example.responses
     lengths = [len(response.tokens) for response in responses]
     tokens = [response.tokens for response in responses]
+    trained = [response.trained for response in responses]
     groups = [len(example.responses) for example in rollout.examples]
     tensors = {
         "rows": torch.tensor(rollout.rows),
         "attempts": torch.tensor(rollout.attempts),
         "groups": torch.tensor(groups),
         "lengths": torch.tensor(lengths),
-        "tokens": torch.from_numpy(np.concatenate(tokens))}
+        "tokens": torch.from_numpy(np.concatenate(tokens)),
+        "trained": torch.from_numpy(np.concatenate(trained))}
     for name in rollout.kept:
         tensors[f"extras/{name}"] = torch.cat(rollout[name])
     return tensors
@@ -35,8 +37,9 @@ def restored(directory: str, number: int, prompts: list[Example]) -> Rollout:
     """The rollout that the checkpoint in `directory` holds, over the rows of `prompts`."""
     tensors = load_file(os.path.join(directory, checkpoint.ROLLOUT))
     responses = []
-    for tokens in tensors["tokens"].split(tensors["lengths"].tolist()):
-        responses.append(Response.all_trained(tokens.numpy()))
+    sizes = tensors["lengths"].tolist()
+    for tokens, trained in zip(tensors["tokens"].split(sizes), tensors["trained"].split(sizes)):
+        responses.append(Response(tokens.numpy(), trained.numpy()))
     rows, examples, done = tensors["rows"].tolist(), [], 0
     for row, size in zip(rows, tensors["groups"].tolist()):
         prompt = prompts[row]

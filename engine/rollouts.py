@@ -1,8 +1,8 @@
 """Online training: completions, their rewards, and the updates made from them.
 
 An algorithm iterates `engine.rollouts(config)`; for each rollout it calls `engine.score(rollout)`, sets
-`rollout.advantages` and iterates `engine.steps(rollout)`. A checkpoint in the middle of a rollout holds it: a
-resumed run goes on with the same completions.
+`rollout.advantages` and iterates `engine.steps(rollout)`. One without a reward iterates the steps at once. A
+checkpoint in the middle of a rollout holds it: a resumed run goes on with the same completions.
 """
 import math
 import time
@@ -14,15 +14,16 @@ import torch
 from data.errors import RunError
 from data.pack import Example
 from engine import rollout_state
+from engine.mixture import mixed_rollout
 from engine.plan import Plan
+from engine.reward_models import load_reward_model
 from engine.rollout import PerPrompt, Rollout, with_completions
 from engine.rollout_record import RolloutRecord
-from engine.score import by_all_ranks, load_off_the_shelf, reward_model_path, score_rollout
+from engine.score import by_all_ranks, score_rollout
 from engine.signals import Stopped
 from engine.step import Step
-from model.build import build_second_model, reshard
+from model.build import reshard
 from model.policy import Policy
-from model.reward_model import build_reward_model, is_reward_model
 from model.sampler import sample
 from rewards.functions import load_reward
 
@@ -41,11 +42,16 @@ class Rollouts:
         self.engine, self.config = engine, config
         self.group_size, passes, self.mini_batches = config.rollout_shape()
         self.updates_per_rollout = passes * self.mini_batches
-        self.rewards = load_reward(config.reward, config.reward_weights)
+        self.share = config.sampled_share()
+        self.rewards = []
+        if config.uses_reward():
+            self.rewards = load_reward(config.reward, config.reward_weights)
+        # a loss without a reward has no ratio to the policy that sampled
+        self.uses_old_logps = self.updates_per_rollout > 1 and bool(self.rewards)
         self.reward_models = {}
         for reward in self.rewards:
             if reward.path:
-                self.reward_models[reward.name] = self.load_reward_model(reward.path)
+                self.reward_models[reward.name] = load_reward_model(engine, reward.path)
         engine.plan = Plan(engine.config, len(engine.train_set), self.updates_per_rollout)
         if num_samplings and not engine.sample_every:
             num_rollouts = engine.plan.total / self.updates_per_rollout
@@ -55,19 +61,9 @@ class Rollouts:
         self.record = RolloutRecord(self)
         self.record.tell_sampling()
 
-    def load_reward_model(self, run: str):
-        """The reward model that a reward names, frozen: a run of `rm`, or a classifier off the shelf."""
-        engine = self.engine
-        path = reward_model_path(run, engine.tokenizer, engine.notice)
-        if not is_reward_model(path):
-            return load_off_the_shelf(path, engine.tokenizer, engine.config.precision)
-        trunk = build_second_model(
-            path, engine.tokenizer, engine.config, engine.policy, engine.train_set, engine.notice)
-        return build_reward_model(trunk, path, engine.config.seed, engine.notice).requires_grad_(False)
-
     def iterate(self) -> Iterator[Rollout]:
         """The rollouts of the run. Before, between and after them the held-out prompts are sampled and scored
-        when that is due."""
+        when that is due; without a reward the algorithm evaluates in its steps, see `eval_batches`."""
         engine, size = self.engine, self.updates_per_rollout
         engine.begin()
         begun, within = divmod(engine.first, size)
@@ -76,10 +72,10 @@ class Rollouts:
         for number in range(begun, math.ceil(engine.plan.total / size)):
             engine.close_step(is_left=True)               # the algorithm may have left the rollout before
             if within and number == begun:
-                yield rollout_state.restored(engine.start, number, engine.train_set)
+                yield self.record.measured(rollout_state.restored(engine.start, number, engine.train_set))
                 continue
             self.record.evaluate(number * size)
-            yield self.sample_rollout(number)
+            yield self.record.measured(self.sample_rollout(number))
         engine.close_step(is_left=True)
         self.record.evaluate(engine.plan.total)
         if not engine.optimizer.state:
@@ -92,8 +88,13 @@ class Rollouts:
         """Completions for the prompts of the `number`-th draw (from 0)."""
         rows, key = self.engine.plan.rows(number + 1), (TRAINING, number)
         label = f"rollout {number + 1}"
-        examples = self.complete(rows, self.engine.train_set, key, self.group_size, label)
-        return Rollout(number, rows, examples)
+
+        def complete(rows):
+            return self.complete(rows, self.engine.train_set, key, self.group_size, label)
+
+        if self.share < 1:
+            return mixed_rollout(self.engine, number, rows, self.share, complete)
+        return Rollout(number, rows, complete(rows))
 
     def sample_held_out(self, update: int) -> Rollout:
         """One completion of every held-out prompt, with the same random numbers every time."""
@@ -150,6 +151,9 @@ class Rollouts:
         """Set rollout.rewards, (G,) per prompt: the weighted sum of all rewards, NaN where none of them
         scored a completion. A checkpoint holds these sums, so that a penalty which an algorithm adds to
         rollout.rewards is added once, not once more after a resume."""
+        if not self.rewards:
+            raise RunError("engine.score was called in a run without a reward; fix: remove the line, or "
+                           "write class Config(Sampling), which has the key reward")
         named = [f"rewards/{reward.name}" for reward in self.rewards]
         rollout.once(("scored", *named), self.scores, rollout, named)
         rollout.rewards = rollout["scored"]
@@ -206,8 +210,11 @@ class Rollouts:
         if not any(kept):
             return self.pass_over(rollout, updates)
         self.rollouts_without_training = 0
-        self.record.watch_signal(rollout, len(updates))
-        if self.updates_per_rollout > 1:
+        if self.rewards:
+            self.record.watch_signal(rollout, len(updates))
+        elif engine.eval_set and updates.start == 1:
+            yield engine.open_step(0, [])
+        if self.uses_old_logps:
             rollout.once("old_logps", self.logps, engine.policy, rollout)
         examples = [example.part(which) for example, which in zip(rollout.examples, kept) if which]
         for update in updates:
@@ -227,8 +234,10 @@ class Rollouts:
     def kept(self, rollout: Rollout, skip: PerPrompt | None) -> list[list[int]]:
         """Per prompt, which of its responses have a reward and are not skipped."""
         kept = []
-        for i, rewards in enumerate(rollout.rewards):
-            is_kept = ~rewards.isnan()
+        for i, truncated in enumerate(rollout.truncated):
+            is_kept = torch.ones_like(truncated)
+            if self.rewards:
+                is_kept = ~rollout.rewards[i].isnan()
             if skip:
                 is_kept &= ~skip[i]
             kept.append(is_kept.nonzero()[:, 0].tolist())
@@ -281,11 +290,20 @@ class Rollouts:
         """(N,) log-probs of the batch's tokens under the policy that sampled them: the stored ones, else (in
         the only update made from the rollout) `logps` itself, without its gradient. In the first update of a
         rollout they must be the sampler's: the difference is logged, and `clip_gradients` checks it."""
-        step = self.engine.step
-        old_logps = batch.extra("old_logps") if self.updates_per_rollout > 1 else logps.detach()
-        if (step.index - 1) % self.updates_per_rollout == 0:
-            step.add({SAMPLER: (old_logps - batch.extra("sampler_logps")).abs()})
+        old_logps = batch.extra("old_logps") if self.uses_old_logps else logps.detach()
+        self.compare_sampler(batch, old_logps)
         return old_logps
+
+    def compare_sampler(self, batch, logps: torch.Tensor) -> None:
+        """Log how far the sampler's log-probs are from `logps` (N,), those of the training forward, if this
+        is the first update of a rollout; `clip_gradients` checks it."""
+        step = self.engine.step
+        if (step.index - 1) % self.updates_per_rollout != 0:
+            return
+        differences = (logps - batch.extra("sampler_logps")).abs()
+        if self.share < 1:
+            differences = differences[batch.expand(batch.extra("sampled")).bool()]
+        step.add({SAMPLER: differences})
 
     def check_sampler(self, step: Step) -> None:
         """RunError where the training forward gives the sampled tokens other log-probs than the sampler."""
@@ -304,12 +322,7 @@ class Rollouts:
         """The `updates` of a rollout with nothing to train: they count, are logged and saved, but no weight
         moves, not even by AdamW's momentum. RunError after MANY such rollouts in a row."""
         self.rollouts_without_training += 1
-        rewards = torch.cat(rollout.rewards)
-        without = int(rewards.isnan().sum())
-        counts = {"without a reward": without,
-                  "cut at max_completion_length, and masked": len(rewards) - without}
-        reasons = ", ".join(f"{count} {reason}" for reason, count in counts.items() if count)
-        fault = f"nothing to train in rollout {rollout.number + 1} ({reasons})"
+        fault = self.record.nothing_to_train(rollout)
         if self.rollouts_without_training == MANY:
             raise RunError(f"{fault}; so it was in {MANY} rollouts in a row; fix: {FIX}")
         self.engine.notice(f"{fault}; it is passed over")

@@ -7,7 +7,7 @@ from data.errors import RunError, UserError
 from data.pack import Example
 from data.tokenise import stop_ids
 from engine import background, checkpoint, ranks, sealed
-from engine.options import Sampling
+from engine.options import Generation
 from engine.ranks import from_main, sum_over_ranks
 from engine.rollout import with_completions
 from engine.sealed import write_sealed
@@ -220,11 +220,12 @@ class Saver:
         decode, online = self.engine.tokenizer.decode, self.engine.online
         known = {}      # what a row calls a number, and what a rollout calls it
         if online:
-            known["reward"] = "rewards"
+            known["truncated"] = "truncated"
+            if online.rewards:
+                known["reward"] = "rewards"
             if len(online.rewards) > 1:
                 for reward in online.rewards:
                     known[f"rewards/{reward.name}"] = f"rewards/{reward.name}"
-            known["truncated"] = "truncated"
         rows = []
         for k, response in enumerate(example.responses):
             row = {"step": update, "prompt": decode(example.prompt), "completion": decode(response.tokens)}
@@ -238,7 +239,7 @@ class Saver:
         (seed, update). All ranks generate the same, so that sharded forwards stay in step."""
         engine = self.engine
         examples = (engine.eval_set or engine.train_set)[:SAMPLES]
-        sampling = Sampling(reward="", max_completion_length=SAMPLE_LENGTH)
+        sampling = Generation(max_completion_length=SAMPLE_LENGTH)
         prompts = [example.prompt for example in examples]
         keys = [(engine.config.seed, update, number) for number in range(len(examples))]
         found = sample(engine.policy, engine.tokenizer, prompts, keys, 1, sampling)

@@ -1,18 +1,11 @@
 """Score the completions of a rollout: with functions, with reward models, and their weighted sum."""
-import functools
 import itertools
-import os
 
 import torch
 
-from data.errors import UserError
-from engine import checkpoint
-from engine.ranks import from_main, from_shares
+from engine.ranks import from_shares
 from engine.rollout import Rollout
-from model.load import check_name, load_tokenizer
-from model.off_the_shelf import Classifier, check_classifier
-from model.reward_model import is_reward_model
-from rewards.functions import is_model, parts_of, score_all
+from rewards.functions import score_all
 
 
 def score_rollout(rollout: Rollout, rewards: list, tokenizer, by_functions, by_model) -> None:
@@ -104,45 +97,3 @@ def text_of(tokenizer, response) -> str:
 
 def decoded(tokenizer, tokens) -> str:
     return tokenizer.decode(tokens, skip_special_tokens=True)
-
-
-# ---- reward models ---------------------------------------------------------------------------------------
-
-def check_reward_models(reward: str, tokenizer) -> None:
-    """UserError where a model among the rewards cannot score the completions of a policy with this tokenizer;
-    before any weights are loaded."""
-    for part in parts_of(reward):
-        if is_model(part):
-            reward_model_path(part, tokenizer, lambda text: None)
-
-
-def critic_path(reward: str, tokenizer, notice) -> str | None:
-    """The first run of `rm` among the rewards, which initialises the critic; None where there is none."""
-    for part in parts_of(reward):
-        if is_model(part):
-            path = reward_model_path(part, tokenizer, notice)
-            if is_reward_model(path):
-                return path
-    return None
-
-
-def reward_model_path(name: str, tokenizer, notice) -> str:
-    """The directory of a reward model: of trunk and head of a run of `rm`, which must have the policy's
-    tokenizer, or of a sequence classifier (or its hub name). UserError for anything else."""
-    check_name(name, "reward")
-    path = from_main(checkpoint.model_path, name, notice)
-    if not is_reward_model(path):
-        check_classifier(path)
-        return path
-    if load_tokenizer(path).get_vocab() != tokenizer.get_vocab():
-        fix = "train it from a model with the same tokenizer"
-        classifier = os.path.join(name, "classifier")
-        if os.path.isdir(classifier):
-            fix = f"reward={classifier}, which reads texts with its own"
-        raise UserError(f"reward: the reward model {name} has another tokenizer than the model; fix: {fix}")
-    return path
-
-
-def load_off_the_shelf(path: str, tokenizer, precision: str = "auto") -> Classifier:
-    """A classifier that scores the completions of a policy with this tokenizer."""
-    return Classifier(path, functools.partial(decoded, tokenizer), precision)

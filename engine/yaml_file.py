@@ -1,5 +1,6 @@
 """A flat YAML file as text. Nothing is constructed, so no YAML tag can run code, and a value keeps the form
 in which it is written: YAML would make 5e-7 a string and `no` a bool."""
+import os
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -136,3 +137,13 @@ def syntax_error(error: yaml.YAMLError, path: str, text: str) -> UserError:
     near = "a line with a secret" if SECRET.search(line) else show(line.strip())
     where = f"{path}:{mark.line + 1}:{mark.column + 1}"
     return UserError(f"invalid YAML in {where}: {error.problem} in {near}; fix: {hint}")
+
+
+def read_config(directory: str) -> dict | None:
+    """The configuration a run directory was started with; None if it is not a run."""
+    try:
+        with open(os.path.join(directory, "config.yaml"), encoding="utf-8") as file:
+            config = yaml.load(file, yaml.BaseLoader)      # every value a string, for `differing`
+        return config if isinstance(config, dict) else None
+    except (OSError, ValueError, yaml.YAMLError):          # no such file, not text, or somebody else's
+        return None

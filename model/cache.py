@@ -1,4 +1,6 @@
 """Keys and values of the tokens so far, and the attention that reads them while completions are sampled."""
+from functools import partial
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -6,13 +8,14 @@ from transformers import AttentionInterface
 
 from model.attention import segments_attention
 from model.scores import scored_attention
+from model.varlen import varlen_attention
 
 SHOWN = 128                            # a step in place computes a multiple of so many columns
 CACHE_BYTES = 2 ** 31                  # keys and values at a time on a CPU; on a GPU half of its free memory
 
 
-def rows_in_memory(lm, length: int) -> int:
-    """How many rows of `length` tokens the memory for keys and values holds; at least 1."""
+def tokens_in_memory(lm) -> int:
+    """How many tokens the memory for keys and values holds, those of all rows together."""
     config = lm.config.get_text_config()
     query_heads = getattr(config, "num_attention_heads", None) or 1              # Mamba has none
     heads = getattr(config, "num_key_value_heads", None) or query_heads
@@ -25,31 +28,62 @@ def rows_in_memory(lm, length: int) -> int:
     if lm.device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(lm.device)
         room = free // 2
-    return max(1, room // (length * per_token))
+    return room // per_token
 
 
 class Cache:
-    """Keys and values of every layer, one row per completion. Prompts end in the same column, so that each
-    step writes one column for all rows; `mask` hides the columns before a shorter prompt.
+    """Keys and values of every layer, one row per completion. The tokens of all rows end in the same column,
+    so that each step writes one column for all rows; `mask` hides the columns before a shorter row."""
 
-    `groups`: each prompt's ids and its rows, a slice. `room`: how many columns follow the prompts."""
-
-    def __init__(self, groups: list[tuple[np.ndarray, slice]], room: int, device):
-        self.rows = groups[-1][1].stop
-        lengths = [len(prompt) for prompt, _ in groups]
-        self.column = max(lengths)                                 # the one that the next step writes
-        self.width = self.column + room
+    def __init__(self, device):
+        self.device = device
+        self.start = torch.zeros(0, dtype=torch.long)              # (rows,): where each row's prompt begins
+        self.column = 0                                            # the one that the next step writes
+        self.width = 0                                             # how many columns there are
         self.layers = {}                                           # layer: [keys, values]
         self.prompts = []                                          # the groups that the next forward computes
         self.mask = None                                           # (rows, 1, 1, width)
         self.hidden = 0                                            # columns that it hides from some row
-        start = torch.zeros(self.rows, dtype=torch.long)
+
+    @property
+    def rows(self) -> int:
+        return len(self.start)
+
+    def add(self, groups: list[tuple[np.ndarray, slice]], room: int) -> None:
+        """Make rows for new prompts. What the old rows hold moves to the columns where the longest of all
+        rows, old and new, begins in the first one.
+
+        `groups`: each new prompt's ids and its rows, a slice; they follow the old rows. `room`: how many
+        columns follow the prompts."""
+        lengths = torch.zeros(groups[-1][1].stop, dtype=torch.long)
+        lengths[:self.rows] = self.column - self.start
         for prompt, rows in groups:
-            start[rows] = self.column - len(prompt)
-        if start.any():
-            self.hidden = self.column
-            visible = torch.arange(self.width) >= start[:, None]
-            self.mask = visible[:, None, None].to(device)
+            lengths[rows] = len(prompt)
+        old_column = self.column
+        self.column = int(lengths.max())
+        self.width = self.column + room
+        self.start = self.column - lengths
+        self.hide()
+        for stored in self.layers.values():
+            for i, old in enumerate(stored):                       # one by one: memory holds both of one only
+                stored[i] = self.moved(old, old_column)
+
+    def hide(self) -> None:
+        """Set the mask, which hides the columns before each prompt; None where there are no such columns."""
+        self.hidden = int(self.start.max())
+        self.mask = None
+        if self.hidden:
+            visible = torch.arange(self.width) >= self.start[:, None]
+            self.mask = visible[:, None, None].to(self.device)
+
+    def moved(self, old, old_column: int):
+        """One layer's keys or values with room for the new rows; those that ended at `old_column` end at
+        `column`."""
+        made = self.empty(old)
+        count = min(old_column, self.column)
+        columns = slice(self.column - count, self.column)
+        made[:len(old), :, columns] = old[:, :, old_column - count:old_column]
+        return made
 
     def store_prompts(self, layer: int, key, value) -> None:
         """Copy the keys and values (1, heads, T, head_dim) of `prompts`, one after the other, to each
@@ -72,15 +106,12 @@ class Cache:
         made[:, :, :self.hidden].zero_()               # the mask hides these columns, but 0 times NaN is NaN
         return made
 
-    def show(self, columns: int) -> bool:
+    def show(self) -> bool:
         """Steps compute the columns that there are."""
         return False
 
     def start_step(self) -> None:
         """There is nothing to prepare."""
-
-    def end_step(self) -> None:
-        self.column += 1
 
     def append(self, layer: int, key, value, sliding_window: int | None):
         """Write a step's keys and values (rows, heads, 1, head_dim). Returns those that its queries see, and
@@ -109,41 +140,35 @@ class Cache:
         order = list(range(size))
         for gap, mover in zip(gaps, movers):
             order[gap] = mover
+        self.start = self.start[order]
         if self.mask is not None:
             self.mask = self.mask[order]
         return order
 
 
 class CacheInPlace(Cache):
-    """A Cache for a step that a GPU replays (model/recorded.py): its tensors stay where they are. `place`
-    (1,) is the column that the next step writes. A step computes the first `shown` columns, and `mask` hides
-    those that it does not see."""
+    """A Cache for a step that a GPU replays (model/recorded.py): its tensors stay where they are until rows
+    come or leave. `place` (1,) is the column that the last step wrote. A step computes the first `shown`
+    columns, and `mask` hides those that it does not see."""
 
-    def __init__(self, groups: list[tuple[np.ndarray, slice]], room: int, device):
-        super().__init__(groups, room, device)
+    def hide(self) -> None:
         self.shown = 0
         self.hidden = self.width
-        self.place = torch.tensor([self.column], device=device)
-        columns = torch.arange(self.width, device=device)
-        before = columns < self.place
-        if self.mask is None:
-            self.mask = before.repeat(self.rows, 1, 1, 1)
-        else:
-            self.mask = self.mask & before
+        self.place = torch.tensor([self.column - 1], device=self.device)
+        columns = torch.arange(self.width)
+        visible = (columns >= self.start[:, None]) & (columns < self.column)
+        self.mask = visible[:, None, None].to(self.device)
 
-    def show(self, columns: int) -> bool:
-        """Let steps compute the prompts and so many columns after them; whether that changes anything."""
-        columns += self.column
-        if columns <= self.shown:
+    def show(self) -> bool:
+        """Let steps compute the columns up to the next one; whether that changes anything."""
+        if self.column < self.shown:
             return False
-        self.shown = min(self.width, -(-columns // SHOWN) * SHOWN)
+        self.shown = min(self.width, (self.column // SHOWN + 1) * SHOWN)
         return True
 
     def start_step(self) -> None:
-        self.mask.index_fill_(3, self.place, True)
-
-    def end_step(self) -> None:
         self.place += 1
+        self.mask.index_fill_(3, self.place, True)
 
     def append(self, layer: int, key, value, sliding_window: int | None):
         keys, values = self.layers[layer]
@@ -156,11 +181,12 @@ class CacheInPlace(Cache):
         return keys[:, :, :self.shown], values[:, :, :self.shown], mask
 
     def compact(self, alive: list[int]) -> list[int]:
-        order = torch.tensor(alive, device=self.mask.device)
+        order = torch.tensor(alive, dtype=torch.long, device=self.device)
         for stored in self.layers.values():
             for i, whole in enumerate(stored):
                 stored[i] = whole.index_select(0, order)
         self.mask = self.mask.index_select(0, order)
+        self.start = self.start[alive]
         return alive
 
 
@@ -173,18 +199,24 @@ def rollout_attention(
     scaling=None,
     cache=None,
     segments=None,
+    units=None,
     sliding_window=None,
     softcap=None,
     s_aux=None,
     **_,
 ):
-    """Attention while sampling: within whole prompts (`segments`), or of one new token per row over what
-    `cache` holds. Shapes are those of `segments_attention`."""
+    """Attention while sampling: within whole prompts (`segments`, or their `units`), or of one new token per
+    row over what `cache` holds. Shapes are those of `segments_attention`."""
     key = key.to(value.dtype)                                      # as in segments_attention
+    within = None
     if segments is not None:
+        within = partial(segments_attention, segments=segments)
+    elif units is not None:
+        within = partial(varlen_attention, units=units)
+    if within:
         cache.store_prompts(module.layer_idx, key, value)
-        return segments_attention(
-            module, query, key, value, None, scaling, segments, sliding_window, softcap, s_aux)
+        options = {"scaling": scaling, "sliding_window": sliding_window, "softcap": softcap, "s_aux": s_aux}
+        return within(module, query, key, value, None, **options)
     key, value, mask = cache.append(module.layer_idx, key, value, sliding_window)
     # the query heads of a key's head are its queries: fewer and larger products than with a copy for each
     rows, _, _, head_dim = query.shape

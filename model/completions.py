@@ -48,33 +48,38 @@ class Stops:
 
 
 class Drawn:
-    """What was drawn so far: tokens and log-probs (rows, limit), and by row the completions that have
-    ended."""
+    """What was drawn so far: tokens and log-probs (rows, limit), how many of them each row has, and by row
+    the completions that have ended."""
 
     def __init__(self, rows: int, limit: int):
         self.tokens = np.zeros((rows, limit), np.int32)
         self.logps = np.zeros((rows, limit), np.float32)
+        self.lengths = [0] * rows
         self.completions = {}
 
-    def add(self, step: int, active: list[int], tokens, logps, stops: Stops) -> bool:
-        """Note the tokens and log-probs (n, c) that c steps from `step` on drew for the rows `active`;
-        whether any of them has ended now. What was drawn after the end of a row is dropped."""
-        end = step + tokens.shape[1]
-        self.tokens[active, step:end] = tokens.cpu().numpy()
-        self.logps[active, step:end] = logps.cpu().numpy()
+    def add(self, rows: list[int], tokens, logps, stops: Stops) -> bool:
+        """Note the tokens and log-probs (n, c) that c steps drew for `rows`; whether any of them has ended
+        now. What was drawn after the end of a row is dropped."""
+        tokens = tokens.tolist()                       # numbers of NumPy one by one take longer than Python's
+        logps = logps.tolist()
         before = len(self.completions)
-        for row in active:
+        for place, row in enumerate(rows):
             if row not in self.completions:
-                self.look_for_end(row, step, end, stops)
+                self.append(row, tokens[place], logps[place], stops)
         return len(self.completions) > before
 
-    def look_for_end(self, row: int, start: int, end: int, stops: Stops) -> None:
-        """Note the completion of a row if it ends with one of its tokens `start` to `end`."""
+    def append(self, row: int, drawn_tokens: list[int], drawn_logps: list[float], stops: Stops) -> None:
+        """Note tokens and log-probs of a row up to its end, and its completion if they hold the end."""
         limit = self.tokens.shape[1]
-        for length in range(start + 1, end + 1):
+        for token, logp in zip(drawn_tokens, drawn_logps):
+            length = self.lengths[row]
+            self.tokens[row, length] = token
+            self.logps[row, length] = logp
+            length += 1
+            self.lengths[row] = length
             tokens = self.tokens[row, :length]
-            logps = self.logps[row, :length]
             stopped = stops(tokens)
             if stopped or length == limit:
+                logps = self.logps[row, :length]
                 self.completions[row] = Completion(tokens, logps, stopped)
                 return

@@ -1,94 +1,124 @@
-"""The computation of a rollout: the prompts once, then a token at a time for all rows."""
+"""The computation of a rollout: each prompt once, then a token at a time for all rows."""
 import itertools
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch.distributed.fsdp import FSDPModule
 
 from model.cache import Cache, CacheInPlace
 from model.draw import draw
-from model.form import trunk_of
+from model.form import VARLEN, trunk_of
 from model.head import HeadLogits
 from model.recorded import Recorded
+from model.varlen import units_of
 
 PREFILL_TOKENS = 8192                  # prompt tokens in one forward
 
 
 class Decoding:
-    """The n rows that are decoded together. A step works on tensors that stay in place, so that it can be
-    recorded on a GPU."""
+    """The n rows, at most `rows`, that are decoded together: there is none before `add`. A step works on
+    tensors that stay in place until rows come or leave, so that it can be recorded on a GPU."""
 
-    def __init__(self, lm, prompts: list[np.ndarray], uniforms: np.ndarray, sampling):
-        self.lm, self.sampling = lm, sampling
-        rows, limit = uniforms.shape
-        self.cache, hidden = prefill(lm, prompts, room=limit)          # hidden (n, D)
-        self.head_logits = HeadLogits(lm, rows)
-        lengths = [len(prompt) for prompt in prompts]
+    def __init__(self, policy, rows: int, sampling):
+        lm = policy.lm
         device = lm.device
-        self.positions = torch.tensor(lengths, device=device)[:, None]      # (n, 1) of the next step's tokens
-        self.uniforms = torch.from_numpy(uniforms).to(device)           # (n, limit)
-        self.tokens = torch.zeros(rows, limit, dtype=torch.long, device=device)
-        self.logps = torch.zeros(rows, limit, device=device)
-        self.place = torch.zeros(1, dtype=torch.long, device=device)    # which of the `limit` is drawn next
-        self.length = 0                                                 # the same on the host
+        limit = sampling.max_completion_length
+        self.lm, self.sampling, self.form = lm, sampling, policy.form
+        kind = CacheInPlace if device.type == "cuda" else Cache
+        self.cache = kind(device)
+        self.head_logits = HeadLogits(lm, rows)
+        # (n, 1), of the tokens that the next step computes:
+        self.positions = torch.zeros(0, 1, dtype=torch.long, device=device)
+        self.last_position = 0                                          # of the longest prompt's completion
+        # (n, limit), from the last token on that each row had when rows were added:
+        self.uniforms = torch.zeros(0, limit, dtype=torch.float64, device=device)
+        self.tokens = torch.zeros(0, limit, dtype=torch.long, device=device)
+        self.logps = torch.zeros(0, limit, device=device)
+        self.place = torch.ones(1, dtype=torch.long, device=device)     # which of the `limit` is drawn next
+        self.length = 1                                                 # the same on the host
         # a sharded layer waits for other streams, which a recorded step cannot
         is_sharded = any(isinstance(module, FSDPModule) for module in lm.modules())
         self.recorded = Recorded(self.step, device.type == "cuda" and not is_sharded)
-        self.draw(hidden)
-        self.length += 1
 
-    def draw(self, hidden) -> None:
-        """The next token of each row, from hidden states (n, D)."""
+    def add(self, prompts: list[np.ndarray], uniforms: np.ndarray):
+        """Go on with a row more for each of `prompts`, copies of which are neighbours and the same object.
+        `uniforms` (m, limit). Returns these rows' first tokens and log-probs (m, 1)."""
+        device = self.lm.device
+        limit = uniforms.shape[1]
+        lengths = [len(prompt) for prompt in prompts]
+        hidden = prefill(self.lm, self.form, self.cache, prompts, room=limit)   # (m, D)
+        uniforms = torch.from_numpy(uniforms).to(device)
+        tokens, logps = self.draw(hidden, uniforms[:, 0])
+        positions = torch.tensor(lengths, device=device)[:, None]
+        self.positions = torch.cat([self.positions, positions])
+        self.last_position = max(self.last_position, max(lengths) + limit - 1)
+        used = self.length - 1
+        left = F.pad(self.uniforms[:, used:], (0, used))
+        self.uniforms = torch.cat([left, uniforms])
+        last = torch.cat([self.tokens[:, used:self.length], tokens])            # (n, 1)
+        self.tokens = F.pad(last, (0, limit - 1))
+        self.logps = torch.zeros(self.tokens.shape, device=device)
+        self.length = 1
+        self.place.fill_(1)
+        self.recorded.forget()
+        return tokens, logps
+
+    def draw(self, hidden, uniforms):
+        """Tokens and log-probs (m, 1) from hidden states (m, D) and uniform numbers (m,)."""
         sampling = self.sampling
         tokens, logps = draw(
             self.head_logits(hidden),
-            self.uniforms.index_select(1, self.place)[:, 0],
+            uniforms,
             sampling.temperature,
             sampling.top_p,
             sampling.top_k,
         )
-        self.tokens.index_copy_(1, self.place, tokens[:, None])
-        self.logps.index_copy_(1, self.place, logps[:, None])
-        self.place += 1
+        return tokens[:, None], logps[:, None]
 
     def step(self) -> None:
         """The hidden states of the last tokens, and the tokens after them."""
         tokens = self.tokens.index_select(1, self.place - 1)            # (n, 1)
         self.cache.start_step()
         states = last_hidden(self.lm, self.cache, tokens, self.positions)
-        self.cache.end_step()
-        self.positions += 1
-        self.draw(states[:, 0])
+        # rows that have ended are computed on; some rotary embeddings (longrope) would change for all rows if
+        # one had a position that no completion reaches
+        self.positions.add_(1).clamp_(max=self.last_position)
+        uniforms = self.uniforms.index_select(1, self.place)
+        tokens, logps = self.draw(states[:, 0], uniforms[:, 0])
+        self.tokens.index_copy_(1, self.place, tokens)
+        self.logps.index_copy_(1, self.place, logps)
+        self.place += 1
 
-    def advance(self, steps: int) -> None:
-        """Draw `steps` more tokens for each row."""
-        for _ in range(steps):
-            if self.cache.show(self.length):
+    def advance(self, steps: int):
+        """Draw so many more tokens for each row, or as many as there is room for: tokens and log-probs
+        (n, c)."""
+        start = self.length
+        end = min(start + steps, self.tokens.shape[1])
+        for _ in range(start, end):
+            if self.cache.show():
                 self.recorded.forget()
             self.recorded()
-            self.length += 1
-
-    def drawn(self, start: int):
-        """Tokens and log-probs (n, c) of the steps from `start` on."""
-        return self.tokens[:, start:self.length], self.logps[:, start:self.length]
+            self.cache.column += 1
+        self.length = end
+        return self.tokens[:, start:end], self.logps[:, start:end]
 
     def compact(self, alive: list[int]) -> list[int]:
         """Go on with the rows `alive` only; returns them in their new order."""
         order = self.cache.compact(alive)
-        places = torch.tensor(order, device=self.lm.device)
+        places = torch.tensor(order, dtype=torch.long, device=self.lm.device)
         for name in ("positions", "uniforms", "tokens", "logps"):
             setattr(self, name, getattr(self, name).index_select(0, places))
         self.recorded.forget()
         return order
 
 
-def prefill(lm, prompts: list[np.ndarray], room: int):
-    """A Cache of every prompt's keys and values, with `room` columns more, and the last hidden state of every
-    row's prompt (rows, D). Each prompt is computed once, together with as many others as PREFILL_TOKENS
-    allow."""
-    groups = copies_together(prompts)
-    kind = CacheInPlace if lm.device.type == "cuda" else Cache
-    cache = kind(groups, room, lm.device)
+def prefill(lm, form, cache: Cache, prompts: list[np.ndarray], room: int):
+    """Add rows to the cache for the m `prompts`, with their keys and values and `room` columns behind them;
+    the last hidden state (m, D) of every row's prompt. Each prompt is computed once, together with as many
+    others as PREFILL_TOKENS allow."""
+    groups = copies_together(prompts, first=cache.rows)
+    cache.add(groups, room)
     hidden = []
     while groups:
         ends = np.cumsum([len(prompt) for prompt, _ in groups])
@@ -104,28 +134,37 @@ def prefill(lm, prompts: list[np.ndarray], room: int):
             segments.append((length, []))                          # a prompt without responses
         ids = torch.from_numpy(np.concatenate(ids)).long()
         positions = torch.from_numpy(np.concatenate(positions))
+        layout = {"segments": segments}
+        if form.attention == VARLEN:                               # one launch for all prompts
+            layout = {"units": units_of(segments).to(lm.device)}
         ids = ids[None].to(lm.device)
         positions = positions[None].to(lm.device)
-        states = last_hidden(lm, cache, ids, positions, segments)[0]
+        states = last_hidden(lm, cache, ids, positions, **layout)[0]
         for end, (_, rows) in zip(ends, cache.prompts):
             copies = rows.stop - rows.start
             hidden.append(states[end - 1].expand(copies, -1))
-    return cache, torch.cat(hidden)
+    return torch.cat(hidden)
 
 
-def copies_together(prompts: list[np.ndarray]) -> list[tuple[np.ndarray, slice]]:
-    """Per prompt: its ids and its rows, the copies of it that are neighbours in `prompts`."""
+def copies_together(prompts: list[np.ndarray], first: int) -> list[tuple[np.ndarray, slice]]:
+    """Per prompt: its ids and its rows, the copies of it that are neighbours in `prompts`; rows are counted
+    from `first` on."""
     groups = []
-    start = 0
     for _, copies in itertools.groupby(prompts, key=id):
         copies = list(copies)
-        end = start + len(copies)
-        groups.append((copies[0], slice(start, end)))
-        start = end
+        end = first + len(copies)
+        groups.append((copies[0], slice(first, end)))
+        first = end
     return groups
 
 
-def last_hidden(lm, cache: Cache, ids, positions, segments=None):
-    """(B, T) ids and positions -> hidden states (B, T, D); `cache` takes their keys and values."""
-    options = {"use_cache": False, "cache": cache, "segments": segments}
-    return trunk_of(lm)(input_ids=ids, position_ids=positions, **options).last_hidden_state
+def last_hidden(lm, cache: Cache, ids, positions, **layout):
+    """(B, T) ids and positions -> hidden states (B, T, D); `cache` takes their keys and values. `layout`: the
+    segments or units of whole prompts."""
+    return trunk_of(lm)(
+        input_ids=ids,
+        position_ids=positions,
+        use_cache=False,
+        cache=cache,
+        **layout,
+    ).last_hidden_state

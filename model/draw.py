@@ -1,4 +1,5 @@
 """From logits to tokens: the inverse of the distribution function, in float64, at given uniform numbers."""
+import numpy as np
 import torch
 
 from model.cpu import row_max, slices
@@ -30,6 +31,12 @@ def draw(
     chosen = weights.gather(1, tokens[:, None])
     logps = chosen[:, 0].double().log() - normalizer
     return tokens, logps.float()
+
+
+def uniform_numbers(keys: list[tuple], count: int) -> np.ndarray:
+    """(keys, count) float64 in [0, 1), the same for the same key: whole numbers."""
+    generators = map(np.random.default_rng, keys)
+    return np.stack([generator.random(count) for generator in generators])
 
 
 def softmax_weights(logits, temperature: float):

@@ -35,6 +35,11 @@ def generating(policy, attention: str | None = None):
             lm.set_attn_implementation(implementation)
         for module in training:
             module.training = True
+        if sharded:
+            # The next backward gathers in advance what ran before its forward: on every rank the same then,
+            # also where a rank had nothing to generate. All weights are there, so this costs no collective.
+            with torch.no_grad():
+                policy(policy.collate([]))
         for module in sharded:
             module.reshard()
             module.set_reshard_after_forward(True, recurse=False)

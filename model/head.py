@@ -41,6 +41,25 @@ class Head(NamedTuple):
         return self._replace(scale=self.scale / temperature)
 
 
+class Predictions(NamedTuple):
+    """N distributions over the vocabulary, as what their logits are made of."""
+    hidden: torch.Tensor             # (N, D)
+    weight: torch.Tensor             # (V, D)
+    dtype: torch.dtype               # of the products of both
+    bias: torch.Tensor | None        # (V,)
+    cap: SoftCap | None
+
+
+def predictions_of(states, head: Head, temperature: float, precision: str) -> Predictions:
+    """What the hidden states (N, D) predict at a temperature, with products in "fp32" or "bf16"."""
+    weight, bias, scale, cap = head.at(temperature)
+    if scale != 1:
+        states = states * scale
+        bias = None if bias is None else bias * scale
+    dtype = torch.bfloat16 if precision == "bf16" else states.dtype
+    return Predictions(states, weight, dtype, bias, cap)
+
+
 def head_of(lm) -> Head:
     """The head of an LM, with what its configuration says of the logits."""
     linear = lm.get_output_embeddings()

@@ -136,7 +136,7 @@ class Draws:
             sampling.top_p,
             sampling.top_k,
         )
-        if self.drawn.add(self.step, self.rows, tokens[:, None], logps[:, None], self.stops):
+        if self.drawn.add(self.rows, tokens[:, None], logps[:, None], self.stops):
             self.ended(len(self.drawn.completions))
         self.step += 1
         return torch.full_like(scores, -torch.inf).scatter_(1, tokens[:, None], 0.0)

@@ -4,10 +4,11 @@ from torch import nn
 
 from data.pack import Batch, collate
 from model import dense, lora  # noqa: F401  a form of attention is registered
+from model.divergence import compared
 from model.entropy import ChunkedEntropy
 from model.experts import router_options, with_router_loss
 from model.form import PLAIN, Form, set_form, trunk_of
-from model.head import Head
+from model.head import Head, predictions_of
 from model.logps import ChunkedLogps
 from model.plain import plain_hidden
 from model.tied import inputs_and_head
@@ -23,6 +24,12 @@ class Policy(nn.Module):
 
     `policy(batch, entropy=True)` -> (N,), (N,): the log-probs, and the entropy over the whole vocabulary at
     each trained token's position, in nats. Both have gradients.
+
+    `policy(batch, temperature, predictions=True)` -> Predictions: the distributions over the vocabulary that
+    the trained tokens come from, as hidden states and head (divergence.py).
+
+    `policy(batch, temperature, against=(predictions, summands))` -> (N,), (N,): the log-probs, without their
+    gradient, and the sums over the vocabulary of summands(own log-probs, those of another model).
 
     A forward has three parts, in this order:
     1. `hidden`: the LM without its head reads the flat row (attention.py), or where its layers cannot, a row
@@ -71,8 +78,12 @@ class Policy(nn.Module):
     def autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
-    def forward(self, batch: Batch, temperature: float = 1.0, entropy: bool = False):
+    def forward(self, batch: Batch, temperature: float = 1.0, entropy: bool = False,
+                predictions: bool = False, against: tuple | None = None):
         states, head = self.states(batch)
+        if predictions or against:
+            own = predictions_of(states, head, temperature, self.precision)
+            return compared(own, *against, batch.target) if against else own
         return self.logps(states, head, batch.target, temperature, entropy)
 
     def states(self, batch: Batch):
@@ -82,11 +93,7 @@ class Policy(nn.Module):
         return self.hidden(batch, **inputs).index_select(0, batch.source), head
 
     def logps(self, states, head: Head, target, temperature: float, entropy: bool):
-        weight, bias, scale, cap = head.at(temperature)
-        if scale != 1:
-            states = states * scale
-            bias = None if bias is None else bias * scale
-        dtype = torch.bfloat16 if self.precision == "bf16" else states.dtype
+        states, weight, dtype, bias, cap = predictions_of(states, head, temperature, self.precision)
         if entropy:
             return ChunkedEntropy.apply(states, weight, target, dtype, bias, cap)
         return ChunkedLogps.apply(states, weight, target, dtype, bias, cap, self.is_compiled)

@@ -7,16 +7,16 @@ LOGITS_AT_ONCE = {
 }
 
 
-def logit_slices(hidden, weight, target, bias=None, cap=None):
-    """Yield the logits, a slice of the vocabulary at a time, in one buffer of at most LOGITS_AT_ONCE numbers.
-    `bias` (V,) fp32 and `cap` as in head.Head.
+def logit_slices(hidden, weight, target, bias=None, cap=None, parts=1):
+    """Yield the logits, a slice of the vocabulary at a time, in one buffer of at most LOGITS_AT_ONCE / parts
+    numbers. `bias` (V,) fp32 and `cap` as in head.Head.
 
     logits   (N, slice) fp32; the caller may overwrite them
     column   (N, 1): the target's place in this slice, or any place where the target is in another slice
     hit      (N, 1): whether the target is in this slice
     rows     the slice's rows of the head, as a Python slice
     head     these rows (slice, D), in the precision of `hidden`"""
-    at_once = LOGITS_AT_ONCE[hidden.device.type]
+    at_once = LOGITS_AT_ONCE[hidden.device.type] // parts
     width = max(1, at_once // max(1, len(target)))
     # a GPU adds bf16 products in fp32: logits that are not rounded cost nothing there
     is_unrounded = hidden.is_cuda and hidden.dtype == torch.bfloat16

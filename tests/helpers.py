@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -105,9 +106,9 @@ def tiny_model(directory, seed=0, chat_template=True, **config):
 
 
 def algorithms_of(project, monkeypatch):
-    """An empty folder `project`/algorithms, whose files train.py finds beside ours; its path."""
+    """A folder `project`/algorithms, whose files train.py finds beside ours; its path."""
     folder = project / "algorithms"
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     monkeypatch.setattr(definition, "ROOT", project)
     monkeypatch.setattr(algorithms, "__path__", [str(folder), *algorithms.__path__])
     return folder
@@ -181,6 +182,18 @@ def refused(function, *arguments, **options):
     return str(caught.value)
 
 
+class OtherModel:
+    """The path of a model beside the start model, with its tokenizer and other weights; it is made where the
+    path is first written into a configuration."""
+    folder = None
+
+    def __str__(self):
+        if self.folder is None:
+            self.folder = tempfile.TemporaryDirectory(prefix="other-model-")
+            tiny_model(self.folder.name, seed=1)
+        return self.folder.name
+
+
 ALGORITHMS = {    # name -> the rows it trains on
     "sft": sft_rows,
     "dft": sft_rows,
@@ -196,6 +209,9 @@ ONLINE = {    # name -> keys with which it makes four updates per rollout
     "gdpo": GROUPS | dict(reward=f"{REWARDS}:varied, {REWARDS}:coarse", reward_weights="1, 0.5"),
     "dapo": GROUPS | dict(reward=f"{REWARDS}:coarse", soft_overlong_cache=6),
 }
+REWARDED = tuple(ONLINE)      # those that learn from rewards
+ONLINE["distill"] = dict(
+    teacher=OtherModel(), max_completion_length=10, num_iterations=2, num_mini_batches=2)
 ROWS = ALGORITHMS | dict.fromkeys(ONLINE, prompt_rows)
 CLOCK = "tokens_per_second", "eps"      # what metrics.jsonl holds of it
 
@@ -226,7 +242,7 @@ def keys_for(algorithm):
     module = importlib.import_module(f"algorithms.{algorithm}")
     if module.DATA != "prompts":
         return {}
-    wanted = GROUPS | {"num_ppo_epochs": 2}
+    wanted = GROUPS | ONLINE["distill"] | {"num_ppo_epochs": 2}
     options = {field.name for field in dataclasses.fields(module.Config)}
     return {name: value for name, value in wanted.items() if name in options}
 

@@ -3,8 +3,11 @@ without six seconds of imports."""
 import multiprocessing
 import os
 import runpy
+import shutil
 import signal
+import socket
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -64,6 +67,38 @@ def _child(directory, script, words, patch, arguments):
         patch(*arguments)
     sys.argv = [script, *words]
     runpy.run_path(str(ROOT / script), run_name="__main__")
+
+
+def join(rank, port, count):
+    """The environment that torchrun gives a rank."""
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count), LOCAL_WORLD_SIZE=str(count),
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def train_on_ranks(config, *words, count=2, patch=join, arguments=()):
+    """What torchrun does with train.py, without its seconds of imports: `count` processes, each in a
+    directory of its own with a copy of `config`. `patch(rank, port, count, *arguments)` runs first, and calls
+    `join`.
+
+    -> of each rank what `train` gives"""
+    port = free_port()
+    folders = [config.with_name(f"rank{rank}") for rank in range(count)]
+    for folder in folders:
+        folder.mkdir(exist_ok=True)
+        shutil.copy(config, folder / "config.yml")
+
+    def start_rank(rank):
+        return train(folders[rank], *words, patch=patch, arguments=(rank, port, count, *arguments))
+
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(start_rank, range(count)))
 
 
 def project(directory, algorithm, model, **values):

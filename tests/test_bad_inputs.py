@@ -104,7 +104,7 @@ def refused(tmp_path, models, monkeypatch, capfd):
     ("shuffle=maybe", "shuffle (command line)"),
     ("precision=float16", "precision (command line) is 'float16'; fix: give one (choices: auto, fp32, bf16)"),
     ("attn_implementation=flash_attention_2", "attn_implementation (command line)"),
-    ("beta=0.1", "beta (command line) is used by apo, cpo, dpo"),
+    ("beta=0.1", "beta (command line) is used by apo, cpo, distill, dpo"),
     ("algorithm=dpoo", "fix: give dpo"),
     ("learning_rate=1", "fix: write lr"),
     ("per_device_train_batch_size=1", "fix: write batch_size"),

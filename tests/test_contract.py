@@ -2,11 +2,8 @@
 says which line to add. Nothing that was trained is lost."""
 import itertools
 import math
-import os
 import shutil
 import signal
-import subprocess
-import sys
 
 import pytest
 from helpers import (
@@ -25,6 +22,7 @@ from helpers import (
     write_config,
     write_jsonl,
 )
+from robust_helpers import join, train_on_ranks
 from safetensors.torch import load_file
 
 from data.errors import RunError
@@ -250,6 +248,12 @@ def test_a_resumed_run_ends_as_one_without_a_stop(edit, algorithm, edits, values
     assert metrics(plain("plain", **values)) != metrics(whole)      # the edit does something
 
 
+def own_algorithms(rank, port, count, project):
+    """The files in `project`/algorithms are algorithms too."""
+    join(rank, port, count)
+    algorithms_of(project, pytest.MonkeyPatch())
+
+
 def test_an_averaged_reference_resumes_on_two_ranks(edit, tmp_path):
     """Sharded: what a forward has gathered must not hide that the reference has changed."""
     run = edit("grpo", *AVERAGED)
@@ -257,12 +261,10 @@ def test_an_averaged_reference_resumes_on_two_ranks(edit, tmp_path):
     shutil.rmtree(directory)
     config = tmp_path / "run.yml"
     config.write_text(config.read_text().replace("max_steps: 1", "max_steps: 6"))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-               "tests/own_algorithm.py", str(tmp_path / "project"), str(config)]
 
     def train():
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        subprocess.run(command, cwd=ROOT, env=environment, timeout=200, capture_output=True, check=True)
+        ranks = train_on_ranks(config, patch=own_algorithms, arguments=(tmp_path / "project",))
+        assert [rank.code for rank in ranks] == [0, 0], ranks
         return metrics(directory), final_weights(directory)
 
     rows, weights = train()

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import ONLINE, ROOT, byte_tokenizer, config_of, final_weights, metrics, random_lm, run_train
+from transformers import AutoConfig, AutoTokenizer
 
 from data.pack import Example, Response
 from engine.options import Sampling
@@ -45,14 +46,25 @@ def differences(rows, others):
     return found
 
 
+@pytest.fixture(scope="module")
+def other_model(tmp_path_factory):
+    """A random model with the tokenizer of the embedded one."""
+    folder = tmp_path_factory.mktemp("other")
+    model = ROOT / "example" / "tiny" / "model"
+    random_lm(AutoConfig.from_pretrained(model)).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(model).save_pretrained(folder)
+    return folder
+
+
 @pytest.mark.parametrize("algorithm", [name for name in ALGORITHMS if name not in BASE])
-def test_three_updates_equal_those_of_a_cpu(algorithm, tmp_path):
-    """In fp32, to 1e-4; in bf16 the first loss is near and all are finite."""
-    on_cpu = train(tmp_path / "cpu", algorithm, "precision=fp32")
-    on_gpu = train(tmp_path / "gpu", algorithm, "precision=fp32", device="0")
+def test_three_updates_equal_those_of_a_cpu(algorithm, tmp_path, other_model):
+    """In fp32, to 1e-4; in bf16 the first loss is near and all are finite. The teacher of the example is a run."""
+    words = [f"teacher={other_model}"] if algorithm == "distill" else []
+    on_cpu = train(tmp_path / "cpu", algorithm, "precision=fp32", *words)
+    on_gpu = train(tmp_path / "gpu", algorithm, "precision=fp32", *words, device="0")
     found = differences(on_gpu, on_cpu)
     assert {key: error for key, error in found.items() if not error < 1e-4} == {}
-    in_bf16 = train(tmp_path / "bf16", algorithm, device="0")
+    in_bf16 = train(tmp_path / "bf16", algorithm, *words, device="0")
     assert all(math.isfinite(row["loss"]) for row in in_bf16)
     if algorithm not in ONLINE:             # other rounding may sample other tokens
         assert in_bf16[0]["loss"] == pytest.approx(on_cpu[0]["loss"], rel=2e-2, abs=2e-2)
@@ -155,7 +167,8 @@ def test_compiled_layers_compute_the_same_with_one_graph():
     assert len(set(graphs)) == 1
 
 
-def test_steps_of_sampling_are_recorded(monkeypatch):
+@pytest.mark.parametrize("rows", [64, 6])       # all at once; as others end
+def test_steps_of_sampling_are_recorded(monkeypatch, rows):
     graphs = []
     record = Recorded.record
 
@@ -167,6 +180,6 @@ def test_steps_of_sampling_are_recorded(monkeypatch):
     lm = random_lm(config_of(**KINDS["grouped heads"]), attn_implementation=VARLEN).cuda()
     prompts = [example.prompt for example in examples_of(LAYOUTS["pairs"])]
     keys = [(0, number) for number in range(len(prompts))]
-    sampling = Sampling(reward="", max_completion_length=40)
+    sampling = Sampling(reward="", max_completion_length=40, rollout_batch_size=rows)
     sample(Policy(lm, "bf16", Form(VARLEN)), byte_tokenizer(), prompts, keys, 8, sampling)
     assert graphs and None not in graphs

@@ -192,11 +192,11 @@ def test_a_refused_run_leaves_no_directory(model, tmp_path):
 def test_two_evaluations_at_once(hold, model, tmp_path):
     data = write_jsonl(tmp_path / "prompts.jsonl", prompt_rows(3))
     hold(str(tmp_path / "out"), ".prompts_eval.lock")
-    values = [f"data={data}", "reward=gsm8k", f"output={tmp_path / 'out'}"]
-    words = [sys.executable, "evaluate.py", model, *values]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, env=environment)
-    assert done.returncode == 2 and f"error: output: {tmp_path}/out is in use by process " in done.stderr
+    words = [model, f"data={data}", "reward=gsm8k", f"output={tmp_path / 'out'}"]
+    process = child.start(tmp_path, "evaluate.py", words)
+    process.join(100)
+    said = (tmp_path / child.ERR).read_text()
+    assert process.exitcode == 2 and f"error: output: {tmp_path}/out is in use by process " in said
     assert os.listdir(tmp_path / "out") == [".prompts_eval.lock"]
 
 

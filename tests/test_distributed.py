@@ -4,14 +4,12 @@ import json
 import math
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-import robust_helpers
 import torch
 from helpers import (
     ONLINE,
@@ -31,28 +29,8 @@ from helpers import (
     write_config,
     write_jsonl,
 )
+from robust_helpers import free_port, join, train_on_ranks
 from safetensors.torch import load_file
-
-
-def join(rank, port):
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-
-
-def two_ranks(config, *words, patch=join):
-    """What torchrun does, without its seconds of imports: two processes with its environment variables. -> the results of
-    `robust_helpers.train`"""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    folders = [config.with_name(f"rank{rank}") for rank in range(2)]
-    for folder in folders:
-        folder.mkdir(exist_ok=True)
-        shutil.copy(config, folder / "config.yml")
-
-    def start(rank):
-        return robust_helpers.train(folders[rank], *words, patch=patch, arguments=(rank, port))
-    with ThreadPoolExecutor(2) as pool:
-        return list(pool.map(start, range(2)))
 
 
 @pytest.fixture(scope="module")
@@ -138,10 +116,23 @@ def test_two_processes_equal_one(both, updates, algorithm):
         assert len(completions(one)) == groups and completions(two) == completions(one)
 
 
-def watch_storage(rank, port):
+@pytest.mark.parametrize("algorithm", ["grpo", "distill"])
+def test_a_rank_without_a_prompt_and_one_update_per_rollout(config, updates, algorithm):
+    """Nothing runs between sampling and the update then: FSDP would gather in advance what each rank ran last."""
+    keys = {"num_mini_batches": 1, "save_every": "null"}
+    one, two = (config(f"{algorithm}-once-{count}", algorithm, **keys) for count in (1, 2))
+    train_here(one)
+    assert [rank.code for rank in train_on_ranks(two)] == [0, 0]
+    ours, theirs = (metrics(path.with_suffix("") / "run") for path in (one, two))
+    assert len(ours) == 3
+    for x, y in zip(ours, theirs, strict=True):
+        assert x.pop("split") == y.pop("split") and y == pytest.approx(x, rel=2e-5, abs=2e-5)
+
+
+def watch_storage(*place):
     """Print after each micro-batch how many bytes of unsharded weights and gradients are in memory, and how
     many the model has."""
-    join(rank, port)
+    join(*place)
     from torch.distributed.fsdp import FSDPModule
 
     from engine.step import Step
@@ -169,15 +160,15 @@ def watch_storage(rank, port):
 def test_between_micro_batches_nothing_is_unsharded(config):
     """Neither weights nor gradients: every micro-batch reduces its gradients over the ranks."""
     path = config("storage", "dpo", micro_batch_tokens=2, save_every="null", max_steps=2)
-    for done in two_ranks(path, patch=watch_storage):
+    for done in train_on_ranks(path, patch=watch_storage):
         assert done.code == 0, done.err
         lines = [line for line in done.out.splitlines() if line.startswith("unsharded")]
         assert len(lines) >= 4 and {line.split(" of ")[0] for line in lines} == {"unsharded 0"}
 
 
-def watch_bytes(rank, port):
+def watch_bytes(*place):
     """Print what a rank keeps after its first update, and the most that is whole on it in a backward."""
-    join(rank, port)
+    join(*place)
     from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
     from torch.distributed.tensor import DTensor
 
@@ -226,17 +217,17 @@ def test_the_forecast_is_what_a_rank_holds(config):
     lm = empty_lm(load_config(model), model)
     counts = count_parameters(Common(algorithm="dpo", model=model, data=""), lm)
     expected = [sum(kept_bytes(counts, 2, 4).values()), gathered_bytes(counts)]
-    for done in two_ranks(path, patch=watch_bytes):
+    for done in train_on_ranks(path, patch=watch_bytes):
         assert done.code == 0, done.err
         lines = [line for line in done.out.splitlines() if line.startswith("bytes")]
         *_, line = lines      # before it a trial was saved
         assert [int(word) for word in line.split()[1:]] == pytest.approx(expected, rel=0.1)
 
 
-def watch_copies(rank, port):
+def watch_copies(*place):
     """Print how many bytes of bf16 copies of weights a forward keeps for its backward, and how many bytes
     these weights would take."""
-    join(rank, port)
+    join(*place)
     from model.policy import Policy
 
     hidden = Policy.hidden
@@ -266,7 +257,7 @@ def test_a_sharded_forward_keeps_no_copies_of_weights(config):
     keys = {"precision": "bf16", "save_every": "null"}
     one, two = config("bf16-1", "dpo", **keys), config("bf16-2", "dpo", **keys)
     train_here(one)
-    for done in two_ranks(two, patch=watch_copies):
+    for done in train_on_ranks(two, patch=watch_copies):
         assert done.code == 0, done.err
         lines = [line for line in done.out.splitlines() if line.startswith("copies")]
         assert len(lines) >= 8 and {line.split(" of ")[0] for line in lines} == {"copies 0"}
@@ -286,7 +277,7 @@ def test_the_moments_of_a_head_over_an_adapter_are_saved(config):
     shards."""
     pytest.importorskip("peft")
     path = config("rm-lora", "rm", lora_r=4, max_steps=2, save_every=2)
-    assert [rank.code for rank in two_ranks(path)] == [0, 0]
+    assert [rank.code for rank in train_on_ranks(path)] == [0, 0]
     last = path.with_suffix("") / "run" / "checkpoints" / "step-000002"
     moments = load_file(last / "optimizer.safetensors")
     assert {f"value_head.weight:{kind}" for kind in ("step", "exp_avg", "exp_avg_sq")} <= moments.keys()
@@ -297,7 +288,7 @@ def test_two_processes_sample_with_an_adapter_as_one(config):
     pytest.importorskip("peft")
     one, two = (config(f"grpo-lora-{count}", "grpo", lora_r=4, lr=1e-2) for count in (1, 2))
     train_here(one)
-    assert [rank.code for rank in two_ranks(two)] == [0, 0]
+    assert [rank.code for rank in train_on_ranks(two)] == [0, 0]
     one, two = (path.with_suffix("") / "run" for path in (one, two))
     assert completions(two) == completions(one)
     for x, y in zip(metrics(one), metrics(two), strict=True):
@@ -341,10 +332,11 @@ def resumed(config, both):
         (part / "config.yaml").write_text(settings.replace(str(whole), str(part)))
         runs[algorithm, before, after] = part
         paths[after].append(path)
-    for path in paths.pop(1):
+    for path in paths[1]:
         train_here(path)
-    for count, those in paths.items():
-        torchrun(count, "tests/all_algorithms.py", *those)
+    torchrun(2, "tests/all_algorithms.py", *paths[2])
+    for path in paths[3]:
+        assert [rank.code for rank in train_on_ranks(path, count=3)] == [0, 0, 0]
     return runs
 
 
@@ -404,9 +396,7 @@ def test_an_error_ends_all_processes(whole):
 
 def two_machines(config, *folders):
     """One agent of torchrun per folder in which it runs, as on two machines. -> their CompletedProcess"""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
     def agent(number):
@@ -447,29 +437,27 @@ def test_two_machines_are_one_run(config, tmp_path):
 
 
 def test_machines_without_a_common_disk(config, tmp_path):
-    """One line, from both, before anything is read."""
-    path = config("no_common_disk", "sft", output="run")
-    for name in ("a", "b"):
-        (tmp_path / name).mkdir()
-    done = two_machines(path, tmp_path / "a", tmp_path / "b")
-    text = done[0].stderr + done[1].stderr
-    lines = {line for line in text.splitlines() if line.startswith("error: ")}
-    assert len(lines) == 1 and "output: run is not the same directory for rank 1 on " in lines.pop()
-    assert "fix: choose an output on a disk that all machines share" in text and "rows read" not in text
-    assert [result.returncode for result in done] != [0, 0] and not list(tmp_path.rglob(".token-*"))
+    """One line, from both, before anything is read: each rank has a working directory of its own."""
+    path = shutil.copy(config("no_common_disk", "sft", output="run"), tmp_path)
+    done = train_on_ranks(Path(path))
+    assert [rank.code for rank in done] == [2, 2]
+    line, = {rank.err for rank in done}
+    assert line.startswith("error: output: run is not the same directory for rank 1 on ")
+    assert line.endswith("fix: choose an output on a disk that all machines share\n")
+    assert line.count("\n") == 1
+    assert not list(tmp_path.rglob(".token-*"))
 
 
 def test_copies_of_the_sharded_model_equal_one_process(config, both):
     """Two copies, each on two ranks: the gradients are those of one process, summed over all four."""
     path = config("copies", "dpo", replicate=2)
-    done = run_train([path], processes=4)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert [rank.code for rank in train_on_ranks(path, count=4)] == [0] * 4
     one, ours = both["dpo"][0], path.with_suffix("") / "run"
     for x, y in zip(metrics(one), metrics(ours), strict=True):
         assert x.pop("split") == y.pop("split") and y == pytest.approx(x, rel=2e-5, abs=2e-5)
     assert_same_gradients(saved_gradients(ours, 8), saved_gradients(one, 8), least=4e-8)
-    other = path.with_suffix("") / "other"
-    refused = run_train([path, "replicate=3", f"output={other}"], processes=2)
-    lines = {line for line in refused.stderr.splitlines() if line.startswith("error: ")}
-    assert lines == {"error: replicate is 3, which does not divide the number of processes, 2; "
-                     "fix: replicate=1, or the number of machines"}
+    refused = train_on_ranks(path, "replicate=3", f"output={path.with_suffix('') / 'other'}")
+    assert [rank.code for rank in refused] == [2, 2]
+    assert {rank.err.splitlines()[-1] for rank in refused} == {
+        "error: replicate is 3, which does not divide the number of processes, 2; "
+        "fix: replicate=1, or the number of machines"}

@@ -8,7 +8,7 @@ import sys
 import pytest
 from datasets import Dataset, DatasetInfo, SplitDict, SplitInfo
 from datasets.arrow_writer import ArrowWriter
-from helpers import ROOT, byte_tokenizer, metrics, run_train, tiny_model
+from helpers import ROOT, byte_tokenizer, metrics, tiny_model
 
 from data.dataset import build_dataset
 from data.errors import UserError
@@ -43,9 +43,32 @@ def transcript(i, reply):
     return f"\n\nHuman: What is {i} and {i}?\n\nAssistant: Why do you ask?\n\nHuman: I wonder.\n\nAssistant: {reply}"
 
 
+PROGRAM = """
+import sys
+import train
+from data.errors import UserError
+for argv in sys.argv[1:]:
+    try:
+        train.main(argv.split())
+    except UserError as error:
+        print(f"error: {error}", flush=True)
+"""
+
+
+def train_offline(home, argvs):
+    """train.py for each of these texts of arguments, with the hub cache `home`, which a process reads when it
+    starts. In one process, since importing everything takes longer than training. -> CompletedProcess; a
+    UserError is a line of its stdout."""
+    environment = {
+        **os.environ, "HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false"}
+    command = [sys.executable, "-c", PROGRAM, *argvs]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+
+
 def test_every_real_configuration_runs_two_updates(tmp_path):
-    """All of them unchanged but for max_steps (and the length of rollouts: a random model never stops by itself), in one process:
-    importing everything takes longer than training."""
+    """All of them unchanged but for max_steps (and the length of rollouts: a random model never stops by
+    itself)."""
     hh = [{"chosen": transcript(i, f"It is {2 * i}."), "rejected": transcript(i, "No idea!")} for i in range(420)]
     user, reply = ({"role": role, "content": "Hello"} for role in ("user", "assistant"))
     chats = [{"prompt": "Hello", "prompt_id": str(i), "messages": [user | {"content": f"Hi {i}"}, reply, user, reply]}
@@ -66,53 +89,64 @@ def test_every_real_configuration_runs_two_updates(tmp_path):
     names = {path.stem for path in (ROOT / "example").glob("qwen2.5-*.yml")} - {"qwen2.5-dpo-qlora"}             # needs CUDA
     runs = {"qwen2.5-7b-dpo": f"model={tmp_path / 'qwen2.5-7b-sft'}", "qwen2.5-ppo": f"reward={tmp_path / 'qwen2.5-rm'}"}
     names = sorted(names, key=runs.__contains__)                                 # the last ones start from earlier runs
-    code = "import sys, train\nfor argv in sys.argv[1:]: train.main(argv.split())"
     argvs = []
     for name in names:
         path = ROOT / "example" / f"{name}.yml"
         short = "max_completion_length=16" if "max_completion_length" in path.read_text() else ""
         argvs.append(f"{path} max_steps=2 output={tmp_path / name} {short} {runs.get(name, '')}")
-    environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    done = subprocess.run([sys.executable, "-c", code, *argvs], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    done = train_offline(tmp_path, argvs)
+    assert done.returncode == 0 and "error: " not in done.stdout, done.stdout + done.stderr
     for name in names:
         assert [row["step"] for row in metrics(tmp_path / name)] == [1, 2], name
         assert (tmp_path / name / "final" / "manifest.json").exists(), name
 
 
-@pytest.mark.parametrize("algorithm", ["dpo", "sft"])
-def test_real_configuration_from_the_hub_cache(tmp_path, algorithm):
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A hub cache with one model and hh, and runs/NAME of configurations that are unchanged, or take the test
+    split to evaluate, or name what is nowhere; errors.txt has the lines of the latter two."""
+    home = tmp_path_factory.mktemp("home")
     rows = [{"chosen": transcript(i, f"It is {2 * i}."), "rejected": transcript(i, "No idea!")} for i in range(71)]
-    hub_model(tmp_path, "Qwen/Qwen2.5-0.5B-Instruct", max_position_embeddings=2048)
-    hub_dataset(tmp_path, "Anthropic/hh-rlhf", {"train": rows, "test": rows[:4]})
-    run = tmp_path / "run"
-    done = run_train([f"example/qwen2.5-{algorithm}.yml", f"output={run}"], HF_HOME=str(tmp_path), HF_HUB_OFFLINE="1")
+    hub_model(home, "Qwen/Qwen2.5-0.5B-Instruct", max_position_embeddings=2048)
+    hub_dataset(home, "Anthropic/hh-rlhf", {"train": rows, "test": rows[:4]})
+    model = tiny_model(home / "model")
+    cases = {
+        "dpo": "dpo.yml",
+        "sft": "sft.yml",
+        "split": f"dpo.yml model={model} max_length=256 eval_fraction=0 eval_data=hh:test max_steps=1",
+        "no-data": "dpo.yml data=HuggingFaceH4/ultrafeedback_binarized",
+        "no-model": "dpo.yml model=Qwen/none",
+    }
+    argvs = [f"example/qwen2.5-{words} output={home / 'runs' / name}" for name, words in cases.items()]
+    done = train_offline(home, argvs)
     assert done.returncode == 0, done.stderr
-    report = json.loads((run / "run.json").read_text())["data"]
+    (home / "errors.txt").write_text(done.stdout)
+    return home
+
+
+def data_report(home, name):
+    return json.loads((home / "runs" / name / "run.json").read_text())["data"]
+
+
+@pytest.mark.parametrize("algorithm", ["dpo", "sft"])
+def test_real_configuration_from_the_hub_cache(home, algorithm):
+    report, run = data_report(home, algorithm), home / "runs" / algorithm
     assert (report["train"]["source"], report["train"]["used"], report["eval"]["used"]) == ("Anthropic/hh-rlhf", 70, 1)
     assert [row["step"] for row in metrics(run)] == [1, 2]                       # 70 rows, 64 per update
     assert metrics(run, "eval")[-1]["step"] == 2 and len((run / "samples.jsonl").read_text().splitlines()) == 1
 
 
-def test_test_split_as_evaluation_data(tmp_path):
-    rows = [{"chosen": transcript(i, f"It is {2 * i}."), "rejected": transcript(i, "No idea!")} for i in range(9)]
-    hub_dataset(tmp_path, "Anthropic/hh-rlhf", {"train": rows[:5], "test": rows[5:]})
-    done = run_train(["example/qwen2.5-dpo.yml", f"model={tiny_model(tmp_path / 'model')}", "max_length=256", f"output={tmp_path / 'run'}",
-                      "eval_fraction=0", "eval_data=hh:test"], HF_HOME=str(tmp_path), HF_HUB_OFFLINE="1")
-    assert done.returncode == 0, done.stderr
-    report = json.loads((tmp_path / "run" / "run.json").read_text())["data"]
-    assert (report["eval"]["source"], report["train"]["used"], report["eval"]["used"]) == ("hh:test", 5, 4)
+def test_test_split_as_evaluation_data(home):
+    report = data_report(home, "split")
+    assert (report["eval"]["source"], report["train"]["used"], report["eval"]["used"]) == ("hh:test", 71, 4)
 
 
-def test_name_that_is_nowhere(tmp_path):
-    hub_model(tmp_path, "Qwen/Qwen2.5-0.5B-Instruct")
-    done = run_train(["example/qwen2.5-dpo.yml", f"output={tmp_path / 'run'}"], HF_HOME=str(tmp_path), HF_HUB_OFFLINE="1")
-    last = done.stderr.strip().splitlines()[-1]
+def test_name_that_is_nowhere(home):
+    lines = (home / "errors.txt").read_text().splitlines()
+    no_data, no_model = [line for line in lines if line.startswith("error: ")]
     cause = "the hub is not asked, since HF_HUB_OFFLINE is set"
-    assert done.returncode == 2 and last.startswith(f"error: {cause}, and 'Anthropic/hh-rlhf' is neither")
-    done = run_train(["example/qwen2.5-dpo.yml", f"output={tmp_path / 'run'}", "model=Qwen/none"],
-                     HF_HOME=str(tmp_path), HF_HUB_OFFLINE="1")
-    assert done.returncode == 2 and "Qwen/none" in done.stderr and "Traceback" not in done.stderr
+    assert no_data.startswith(f"error: {cause}, and 'HuggingFaceH4/ultrafeedback_binarized' is neither")
+    assert "Qwen/none" in no_model
 
 
 # ---- shp and se ----

@@ -27,8 +27,8 @@ from helpers import (
     write_config,
     write_jsonl,
 )
+from robust_helpers import train_on_ranks
 from safetensors.torch import load_file, save_file
-from test_distributed import two_ranks
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data.dataset import build_dataset
@@ -289,7 +289,7 @@ def test_two_processes_equal_one(base, tmp_path, monkeypatch):
         if name == "one":
             train_here(path)
         else:
-            ranks = two_ranks(Path(path))
+            ranks = train_on_ranks(Path(path))
             assert [rank.code for rank in ranks] == [0, 0], ranks
         runs.append(tmp_path / name / "run")
     for ours, theirs in zip(metrics(runs[1]) + metrics(runs[1], "eval"), metrics(runs[0]) + metrics(runs[0], "eval"), strict=True):

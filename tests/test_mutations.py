@@ -10,10 +10,16 @@ import pytest
 from helpers import ROOT
 
 # Imports the libraries once and forks for each copy: pytest's own process may already have the project itself imported.
+# What is there before a fork is no garbage: `freeze` keeps the collector of every copy from reading it.
 RUNNER = """
-import json, os, sys
-import pytest, torch, torch.distributed.fsdp, torch.optim, transformers.generation.utils
+import gc, importlib, json, os, sys
+import pytest, torch, torch.distributed.fsdp, torch.nn.attention.varlen, torch.optim
+import transformers.generation.utils
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2ForCausalLM
+for name in ("cohere", "gemma2", "gpt_oss", "granite", "llama", "mistral", "phi", "qwen2", "qwen3"):
+    importlib.import_module(f"transformers.models.{name}.modeling_{name}")
+torch.compile(lambda x: x)      # imports the compiler
+gc.freeze()
 for folder, tests in json.loads(sys.argv[1]).items():
     if os.fork() == 0:
         os.chdir(folder)
@@ -39,6 +45,15 @@ def online(*names):
     return [f"test_online.py::test_updates_equal_a_plain_loop[{name}]" for name in names]
 
 
+def distill(*names):
+    """Six updates from two rollouts against the plain loop."""
+    return [f"test_distill.py::test_updates_equal_a_plain_loop[{name}]" for name in names]
+
+
+def divergence(*names):
+    return [f"test_divergence.py::test_{name}" for name in names]
+
+
 def rows(*names):
     """Pairs in flat rows of these architectures against separate ones."""
     return [f"test_model.py::test_flat_shared_rows_equal_separate_rows[{name}-2]" for name in names]
@@ -47,6 +62,11 @@ def rows(*names):
 def left_out(*names):
     test = "test_online_signal.py::test_groups_without_a_gradient_can_be_left_out"
     return [f"{test}[{name}]" for name in names]
+
+
+def refilled(*names):
+    """Rows that come to a running batch, for these architectures."""
+    return [f"test_rollout.py::test_rows_come_when_others_have_ended[{name}-False]" for name in names]
 
 
 def family_parts(*names):
@@ -107,15 +127,32 @@ MUTATIONS = {    # name: (file, text, what it becomes, the tests that must fail)
         "example.extras[name] = (-1 if name == 'advantages' else 1) * checked(name, value, example)",
         online(*GROUPS)),
     "log-probs at temperature 1": (
-        "model/policy.py", "head.at(temperature)", "head", online("grpo", "rloo")),
+        "model/head.py", "head.at(temperature)", "head", online("grpo", "rloo")),
     "the gradient of the entropy without H": (
         "model/entropy.py", "logps.add_(entropy).mul_(grad_entropies)", "logps.mul_(grad_entropies)",
         ["test_entropy.py::test_values_and_gradients_equal_full_logits[True-7]",
          "test_entropy.py::test_equal_logits_have_the_entropy_of_a_fair_die",
          "test_entropy.py::test_policy_equals_the_models_own_logits[False-False-1.0]"]),
+    "the slopes of a divergence without their sum": (
+        "model/divergence.py", "slopes - logps.exp_().mul_(slope_total)", "slopes",
+        [*divergence("values_and_gradients_equal_full_logits[False-None-7-0.5]"),
+         *distill("reverse", "jensen-shannon", "half of the data")]),
+    "the teacher beyond the student's tokens": (
+        "model/divergence.py", "weight=other.weight[:rows]", "weight=other.weight[-rows:]",
+        [*divergence("values_and_gradients_equal_full_logits[False-None-7-0.5]"), *distill("forward", "reverse")]),
+    "student and teacher exchanged": (
+        "algorithms/distill.py", "def distill_loss(student_logps, teacher_logps,",
+        "def distill_loss(teacher_logps, student_logps,",
+        [*divergence("values_and_gradients_equal_full_logits[False-None-7-0.0]",
+                     "values_and_gradients_equal_full_logits[False-None-7-1.0]", "two_tokens_by_hand[0.0]"),
+         *distill("forward", "reverse", "jensen-shannon")]),
+    "own samples in the place of the data's responses": (
+        "engine/mixture.py", "random() < share", "random() >= share",
+        ["test_distill.py::test_each_prompt_is_drawn_to_be_sampled_or_not",
+         "test_distill.py::test_the_responses_of_the_data_are_trained_as_they_are"]),
     "completions cut before their stop token": (
         "model/completions.py", "Completion(tokens, logps, stopped)",
-        "Completion(*((x[:-1] if stopped and start else x) for x in (tokens, logps)), stopped)",
+        "Completion(*((x[:-1] if stopped and length > 1 else x) for x in (tokens, logps)), stopped)",
         [*online("grpo", "dapo"), *(f"test_rollout.py::test_sampler_equals_a_plain_loop[{name}-plain]" for name in ("qwen2", "llama"))]),
     "rewards that are normalised after their sum": (
         "algorithms/gdpo.py", "[group_advantages(groups) for groups in rewards]", "rewards", of_several_rewards),
@@ -139,10 +176,24 @@ MUTATIONS = {    # name: (file, text, what it becomes, the tests that must fail)
     "steps in place that see the columns after them": (
         "model/cache.py", "self.mask.index_fill_(3, self.place, True)", "self.mask.fill_(True)",
         ["test_rollout.py::test_steps_in_place_equal_a_plain_loop[qwen2-plain]"]),
+    "a row that goes on and sees what lies before its prompt": (
+        "model/cache.py", "lengths[:self.rows] = self.column - self.start", "lengths[:self.rows] = self.column",
+        refilled("qwen2", "gpt_oss")),
+    "a new row that sees what lies before its prompt": (
+        "model/cache.py", ">= self.start[:, None]\n            self.mask",
+        ">= self.start.where(self.start < 12, 0)[:, None]\n            self.mask", refilled("qwen2", "gpt_oss")),
+    "a row that goes on without its keys and values": (
+        "model/cache.py", "= old[:, :, old_column - count:old_column]", "= old[:, :, :count]",
+        refilled("qwen2", "mistral-window", "gpt_oss")),
+    "a row that goes on with draws of tokens that it has": (
+        "model/decoding.py", "self.uniforms[:, used:], (0, used)", "self.uniforms, (0, 0)",
+        refilled("qwen2", "mistral-window", "gpt_oss")),
+    "positions that no completion reaches": (
+        "model/decoding.py", ".clamp_(max=self.last_position)", "", refilled("gemma2")),
     "the bias of a head": (
         "model/slices.py", "logits += bias[rows]", "pass", rows("phi")),
     "the scale of a head": (
-        "model/policy.py", "states = states * scale", "pass", rows("cohere", "granite")),
+        "model/head.py", "states = states * scale", "pass", rows("cohere", "granite")),
     "the slope of capped logits": (
         "model/slices.py", "error *= slope", "pass", rows("gemma2")),
     "the cap of scores": (
@@ -170,14 +221,15 @@ def results(tmp_path_factory):
     for mutation, (path, old, new, _) in MUTATIONS.items():
         folder = folders[mutation] = tmp_path_factory.mktemp("copy")
         for name in ("algorithms", "data", "engine", "model", "rewards", "tests"):
-            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+            unfinished = shutil.ignore_patterns("*.pyc.*")      # of what Python has compiled already
+            shutil.copytree(ROOT / name, folder / name, ignore=unfinished)
         shutil.copy(ROOT / "train.py", folder)
         source = (folder / path).read_text()
         assert source.count(old) == 1, f"{path} holds {old!r} {source.count(old)} times"
         (folder / path).write_text(source.replace(old, new))
     jobs = {str(folder): [f"tests/{killer}" for killer in MUTATIONS[mutation][3]] for mutation, folder in folders.items()}
     command = [sys.executable, "-c", RUNNER, json.dumps(jobs)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     subprocess.run(command, env=environment, timeout=1500, capture_output=True, check=True)
     return {mutation: ElementTree.parse(folder / "result.xml").getroot() for mutation, folder in folders.items()}
 

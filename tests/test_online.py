@@ -8,6 +8,7 @@ import torch
 from helpers import (
     GROUPS,
     ONLINE,
+    REWARDED,
     REWARDS,
     SAMPLED,
     assert_adam_made,
@@ -349,7 +350,7 @@ def once(algorithm):
     return SAMPLED | {"num_ppo_epochs": 1} if algorithm == "ppo" else ONCE_GROUPS
 
 
-@pytest.mark.parametrize("algorithm", ONLINE)
+@pytest.mark.parametrize("algorithm", REWARDED)
 def test_the_cut_into_micro_batches_changes_nothing(run, seen, updates, algorithm):
     """One micro-batch = groups cut in pieces, prompts laid out for each completion, layers recomputed, completions decoded two at a time.
     In the only update from a rollout the ratio is 1 to the bit."""

@@ -8,7 +8,7 @@ import statistics
 import pytest
 import torch
 from helpers import (
-    ONLINE,
+    REWARDED,
     REWARDS,
     assert_same_weights,
     final_weights,
@@ -19,8 +19,8 @@ from helpers import (
     write_config,
     write_jsonl,
 )
+from robust_helpers import train_on_ranks
 from safetensors.torch import load_file
-from test_distributed import two_ranks
 
 from algorithms import gdpo, ppo, reinforce_pp, rloo
 from data.errors import RunError, UserError
@@ -92,7 +92,7 @@ def equal_on_two_ranks(one, tmp_path):
     two = tmp_path / "two"
     config = tmp_path / "two.yml"
     config.write_text((tmp_path / "one.yml").read_text().replace(str(one), str(two)))
-    assert [rank.code for rank in two_ranks(config)] == [0, 0]
+    assert [rank.code for rank in train_on_ranks(config)] == [0, 0]
     for ours, theirs in zip(metrics(two), metrics(one), strict=True):
         assert ours.pop("split") == theirs.pop("split") and ours == pytest.approx(theirs, rel=2e-5, abs=2e-5)
     return two
@@ -180,7 +180,7 @@ def test_rewards_that_differ_by_rounding_are_one():
 
 # ---- whole runs ----
 
-@pytest.mark.parametrize("algorithm", ONLINE)
+@pytest.mark.parametrize("algorithm", REWARDED)
 def test_a_constant_reward_moves_nothing(algorithm, run, files):
     result = run(algorithm, max_steps=1 if algorithm == "ppo" else 3, **WITHOUT_KL.get(algorithm, {}))
     assert_same_weights(final_weights(result), load_file(f"{files['model']}/model.safetensors"))

@@ -49,6 +49,8 @@ LIMITS = {
     "cispo": GROUP | {"epsilon_high": ("1 7.5", "0.9 0")},
     "rloo": CLIPPED | {"kl_coef": NOT_NEGATIVE},
     "reinforce_pp": CLIPPED | {"num_generations": ("1 7", "0"), "kl_coef": NOT_NEGATIVE},
+    "distill": {key: limits for key, limits in ONLINE.items() if key != "reward_timeout"} | {
+        "beta": ("0 0.5 1", "-0.1 1.1"), "lmbda": ("0 0.5 1", "-0.1 1.1"), "num_iterations": COUNT},
     "ppo": ONLINE | {
         "num_ppo_epochs": COUNT, "kl_coef": NOT_NEGATIVE, "cliprange": POSITIVE, "cliprange_value": POSITIVE,
         "vf_coef": NOT_NEGATIVE, "gamma": ("1e-6 1", "0 1.1"), "lam": ("0 1", "-0.1 1.1"),
@@ -79,11 +81,12 @@ def load(tmp_path_factory):
 
 def required(name):
     """Words without which the algorithm's configuration is not complete."""
-    return ["lora_r=8", "reward=gsm8k"] if is_online(name) else ["lora_r=8"]
+    return ["lora_r=8", *(f"{key}={value}" for key, value in required_values(name).items())]
 
 
-def is_online(name):
-    return issubclass(config_of(name), Sampling)
+def required_values(name):
+    values = {"reward": "gsm8k", "teacher": "t"}
+    return {field.name: values[field.name] for field in fields(config_of(name)) if field.name in values}
 
 
 @pytest.mark.parametrize("name", LIMITS)
@@ -160,9 +163,7 @@ class Config(Options):
 def test_what_the_engine_is_told():
     """By hand, of the defaults and of the options that change it."""
     def made(name, **values):
-        if is_online(name):
-            values["reward"] = "gsm8k"
-        return config_of(name)(**values)
+        return config_of(name)(**required_values(name) | values)
 
     with_reference = ("apo", "dpo", "gdpo", "grpo", "ipo", "kto", "ppo", "reinforce_pp", "rloo", "rpo")
     for name in NAMES:
@@ -179,6 +180,10 @@ def test_what_the_engine_is_told():
     assert made("ppo", num_ppo_epochs=3, num_mini_batches=2).rollout_shape() == (1, 3, 2)
     assert made("grpo", num_iterations=3, num_mini_batches=2).rollout_shape() == (8, 3, 2)
     assert made("sft").rollout_shape() == (1, 1, 1)
+    assert made("distill", num_iterations=3, num_mini_batches=2).rollout_shape() == (1, 3, 2)
+    assert made("distill").frozen_models() == {"teacher": "t"} and made("grpo").frozen_models() == {}
+    assert made("distill", lmbda=0.3).sampled_share() == 0.3 and made("grpo").sampled_share() == 1
+    assert made("grpo").uses_reward() and not made("distill").uses_reward() and not made("sft").uses_reward()
 
 
 def test_the_defaults_are_no_options():

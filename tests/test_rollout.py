@@ -10,10 +10,11 @@ from helpers import byte_tokenizer, config_of, kinds, random_lm
 from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from engine.options import Sampling
-from model import lora
+from model import lora, varlen
 from model.cache import Cache, CacheInPlace
+from model.decoding import Decoding
 from model.draw import BLOCK, draw, inverse_cdf
-from model.form import Form
+from model.form import VARLEN, Form
 from model.keys import ModelKeys
 from model.policy import Policy
 from model.sampler import Stops, sample
@@ -30,6 +31,7 @@ SAMPLINGS = {
     "hotter": dict(temperature=1.5, top_k=20, stop="Q, j,7,k,p"),
     "all": dict(temperature=0.8, top_k=30, top_p=0.9, stop="Q"),
     "greedy": dict(temperature=0.0, stop="Q"),
+    "refilled": dict(rollout_batch_size=4),
 }
 LENGTHS = 1, 9, 4, 20, 9
 LIMIT, COPIES = 14, 3
@@ -44,7 +46,7 @@ def tokenizer():
 
 
 def settings(**values):
-    return Sampling(reward="", max_completion_length=LIMIT, **values)
+    return Sampling(reward="", **{"max_completion_length": LIMIT} | values)
 
 
 def model(config, implementation="segments"):
@@ -131,7 +133,7 @@ def test_sampler_equals_a_plain_loop(tokenizer, name, how):
     assert reports[-1] == (15, 15) and [done for done, _ in reports] == sorted(done for done, _ in reports)
     if name in kinds():                 # their caps and scales make some tokens likely
         return
-    if how in ("plain", "hotter"):      # else the loop above would not have seen rows that end at different times
+    if how in ("plain", "hotter", "refilled"):      # else the loop above would not have seen rows that end at different times
         assert len({len(completion.tokens) for completion in everything}) >= 4
         assert {completion.finished for completion in everything} == {True, False}
     if how == "greedy":
@@ -195,16 +197,94 @@ def test_many_prompts_are_computed_in_several_forwards(tokenizer, monkeypatch):
 
 
 def test_memory_bounds_the_rows(tokenizer, monkeypatch):
-    policy, given, sizes = Policy(model(ARCHITECTURES["llama"])), prompts(), []
-    original = Cache.__init__
-    monkeypatch.setattr(Cache, "__init__", lambda cache, *arguments: original(cache, *arguments) or sizes.append(cache.rows))
+    """Those that come to a batch included, which is wider for the tokens that others have drawn."""
+    policy, given, shapes = Policy(model(ARCHITECTURES["llama"])), prompts(), []
+    original = Cache.add
+
+    def add(cache, groups, room):
+        original(cache, groups, room)
+        shapes.append((cache.rows, cache.width))
+
+    monkeypatch.setattr(Cache, "add", add)
     whole = sample(policy, tokenizer, given, keys(5), COPIES, settings())
-    row = (20 + LIMIT) * 2 * 2 * 2 * 8 * 4         # tokens x layers x keys and values x heads x their width x bytes
-    monkeypatch.setattr("model.cache.CACHE_BYTES", 4 * row)
+    assert shapes == [(15, 20 + LIMIT)]
+    token = 2 * 2 * 2 * 8 * 4                      # layers x keys and values x heads x their width x bytes
+    shapes.clear()
+    monkeypatch.setattr("model.cache.CACHE_BYTES", 4 * (20 + LIMIT) * token)
     assert_same_completions(sample(policy, tokenizer, given, keys(5), COPIES, settings()), whole)
-    monkeypatch.setattr("model.cache.CACHE_BYTES", row - 1)
+    assert shapes[0] == (4, 9 + LIMIT) or shapes[0] == (4, 4 + LIMIT)
+    assert max(width for _, width in shapes) > 20 + LIMIT
+    assert all(rows * width <= 4 * (20 + LIMIT) for rows, width in shapes)
+    shapes.clear()
+    monkeypatch.setattr("model.cache.CACHE_BYTES", (20 + LIMIT) * token - 1)
     sample(policy, tokenizer, given[:1], keys(1), 2, settings())
-    assert sizes == [15, 4, 4, 4, 3, 2]            # a prompt of one token is shorter than a row of 20
+    assert shapes == [(2, 1 + LIMIT)]              # a prompt of one token is shorter than a row of 20
+    shapes.clear()
+    assert_same_completions(sample(policy, tokenizer, given, keys(5), COPIES, settings()), whole)
+    assert {rows for rows, _ in shapes} == {1}     # one row at a time, whatever it takes
+
+
+# ---- rows that come to a running batch ----
+
+def static_steps(lengths, size):
+    """How many forwards of one token per row draw completions of these lengths, where `size` rows at a time
+    wait for the longest of them."""
+    return sum(max(lengths[start:start + size]) - 1 for start in range(0, len(lengths), size))
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("name", ["qwen2", "mistral-window", "gemma2", "gpt_oss"])
+def test_rows_come_when_others_have_ended(tokenizer, monkeypatch, name, in_place):
+    """The same completions in fewer steps, with no position that the longest prompt could not reach."""
+    if in_place:
+        monkeypatch.setattr("model.decoding.Cache", CacheInPlace)
+        monkeypatch.setattr("model.cache.SHOWN", 4)
+        monkeypatch.setattr("model.sampler.STEPS_AT_ONCE", {"cpu": 2})
+    lengths = 3, 17, 5, 2, 11, 30, 8, 1, 5, 23
+    given = prompts(lengths)
+    policy = Policy(model(ARCHITECTURES[name]))
+    values = dict(max_completion_length=60, temperature=1.6, stop="Q, j,7,k,p")
+    whole = sample(policy, tokenizer, given, keys(10), 2, settings(**values))
+    steps = []
+    step = Decoding.step
+
+    def counted(decoding):
+        assert 0 <= int(decoding.positions.max()) < 30 + 60
+        steps.append(len(decoding.positions))
+        step(decoding)
+
+    monkeypatch.setattr(Decoding, "step", counted)
+    reports = []
+    refilled = sample(policy, tokenizer, given, keys(10), 2, settings(rollout_batch_size=3, **values),
+                      lambda *numbers: reports.append(numbers))
+    assert_same_completions(refilled, whole)
+    assert reports[-1] == (20, 20) and max(steps) <= 3
+    order = sorted(range(10), key=lengths.__getitem__)
+    drawn = [len(completion.tokens) for prompt in order for completion in whole[prompt]]
+    assert min(drawn) < 5 and max(drawn) > 25
+    tokens = sum(drawn) - len(drawn)               # the first of each comes with its prompt
+    assert tokens / 3 <= len(steps) < 0.8 * static_steps(drawn, 3)
+
+
+def test_rows_that_fit_one_batch_are_filled_once(tokenizer, monkeypatch):
+    added = []
+    add = Decoding.add
+    monkeypatch.setattr(Decoding, "add", lambda decoding, given, uniforms: added.append(len(given)) or add(decoding, given, uniforms))
+    sample(Policy(model(ARCHITECTURES["qwen2"])), tokenizer, prompts(), keys(5), COPIES, settings(rollout_batch_size=15))
+    assert added == [15]
+
+
+@pytest.mark.parametrize("name", ["qwen2", "mistral-window"])
+def test_prompts_are_computed_in_the_form_of_the_policy(tokenizer, monkeypatch, name):
+    """With varlen one call per layer and forward, here a loop in the kernel's place."""
+    calls = []
+    loop = varlen.one_by_one
+    monkeypatch.setattr("model.varlen.one_by_one", lambda *arguments: calls.append(len(arguments[0])) or loop(*arguments))
+    sampling = settings()
+    lm = model(ARCHITECTURES[name], VARLEN)
+    completions = sample(Policy(lm, form=Form(VARLEN)), tokenizer, prompts(), keys(5), COPIES, sampling)
+    assert calls == [sum(LENGTHS)] * 2                       # two layers
+    check_all(model(ARCHITECTURES[name], "eager"), tokenizer, prompts(), completions, sampling)
 
 
 def test_the_policy_is_as_before(tokenizer):
@@ -363,7 +443,8 @@ def test_rows_that_go_on_keep_their_keys_and_values():
         count, column = rng.randint(1, 9), rng.randint(1, 4)
         alive = [row for row in range(count) if rng.random() < rng.choice([0.1, 0.5, 0.9])]
         groups = [(np.zeros(rng.randint(1, column)), slice(row, row + 1)) for row in range(count)]
-        cache = Cache(groups, 3, "cpu")
+        cache = Cache("cpu")
+        cache.add(groups, 3)
         cache.column = column
         cache.layers = {layer: [torch.randn(count, 2, column + 3, 4) for _ in range(2)] for layer in range(2)}
         before, mask = copy.deepcopy(cache.layers), cache.mask

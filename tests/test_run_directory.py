@@ -54,8 +54,8 @@ def lines(path):
 
 
 def test_files(runs):
-    names = {"checkpoints", "config.yaml", "events.log", "final", "metrics.jsonl", "run.json",
-             "samples.jsonl"}
+    names = {"checkpoints", "config.yaml", "events.log", "final", "metrics.jsonl", "report.html",
+             "run.json", "samples.jsonl"}
     assert set(os.listdir(runs / "sft")) == set(os.listdir(runs / "dpo")) == names
     part, = (runs / ".reference").glob("*/table-*")      # beside the runs, for the next one
     assert sorted(os.listdir(runs / "dpo" / "checkpoints")) == ["step-000002", "step-000004"]

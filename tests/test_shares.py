@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import metrics, train_here
+from robust_helpers import join, train_on_ranks
 from safetensors.torch import load_file, save_file
-from test_distributed import config, join, two_ranks  # noqa: F401  a fixture
+from test_distributed import config  # noqa: F401  a fixture
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from engine import background, checkpoint, restore, sealed, shares
@@ -26,8 +27,8 @@ KEYS = dict(max_steps=4, eval_data="null", eval_every=1000)
 
 # ---- patches, in each of two processes
 
-def share(rank, port):
-    join(rank, port)
+def share(*place):
+    join(*place)
     shares.ALONE = 0
 
 
@@ -43,35 +44,35 @@ def in_save(step, action):
         setattr(module, name, wrap(name, getattr(module, name)))
 
 
-def kill_in_save(rank, port, dies, where):
+def kill_in_save(place, dies, where):
     def action(this, name):
         if (this, name) == (dies, where):
             os.kill(os.getpid(), signal.SIGKILL)
-    share(rank, port)
+    share(*place)
     in_save(2, action)
 
 
-def kill_first(rank, port):
-    kill_in_save(rank, port, 1, "seal")
+def kill_first(*place):
+    kill_in_save(place, 1, "seal")
 
 
-def kill_before_join(rank, port):
-    kill_in_save(rank, port, 0, "join")
+def kill_before_join(*place):
+    kill_in_save(place, 0, "join")
 
 
-def kill_before_rename(rank, port):
-    kill_in_save(rank, port, 0, "put_in_place")
+def kill_before_rename(*place):
+    kill_in_save(place, 0, "put_in_place")
 
 
-def full_disk(rank, port):
+def full_disk(*place):
     def action(this, name):
         if (this, name) == (1, "seal"):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    share(rank, port)
+    share(*place)
     in_save(2, action)
 
 
-def slow_disk(rank, port):
+def slow_disk(*place):
     """The save of update 2 waits until update 3 has been logged: for ever, if training waited for it."""
     def action(this, name):
         end = time.monotonic() + 60
@@ -82,7 +83,7 @@ def slow_disk(rank, port):
     def is_logged(step):
         found, = Path.cwd().parent.glob("slow_disk/run/metrics.jsonl")
         return any(json.loads(line)["step"] == step for line in found.read_text().splitlines())
-    share(rank, port)
+    share(*place)
     in_save(2, action)
 
 
@@ -112,7 +113,7 @@ def pair(request, config):  # noqa: F811
     algorithm = request.param
     paths = [config(f"{name}-{algorithm}", algorithm, **KEYS) for name in ("shared", "alone")]
     for path, patch in zip(paths, (share, join)):
-        done = two_ranks(path, patch=patch)
+        done = train_on_ranks(path, patch=patch)
         assert [rank.code for rank in done] == [0, 0], done[0].err
     return algorithm, *map(run_of, paths)
 
@@ -164,18 +165,18 @@ def test_one_process_goes_on_from_what_two_wrote(pair, config):  # noqa: F811
 @pytest.fixture(scope="module")
 def whole(config):  # noqa: F811
     path = config("whole", "dpo", **KEYS)
-    assert [rank.code for rank in two_ranks(path, patch=share)] == [0, 0]
+    assert [rank.code for rank in train_on_ranks(path, patch=share)] == [0, 0]
     return run_of(path)
 
 
 @pytest.mark.parametrize("patch", [kill_first, kill_before_join, kill_before_rename])
 def test_a_kill_in_the_background_leaves_the_checkpoint_before(patch, config, whole):  # noqa: F811
     path = config(patch.__name__, "dpo", **KEYS)
-    codes = [rank.code for rank in two_ranks(path, patch=patch)]
+    codes = [rank.code for rank in train_on_ranks(path, patch=patch)]
     assert -signal.SIGKILL in codes and 0 not in codes
     run = run_of(path)
     assert checkpoint.newest(run, pytest.fail).endswith("step-000001") and not (run / "final").exists()
-    assert [rank.code for rank in two_ranks(path, patch=share)] == [0, 0]
+    assert [rank.code for rank in train_on_ranks(path, patch=share)] == [0, 0]
     assert json.loads((run / "run.json").read_text())["resumed_from_step"] == 1
     assert metrics(run) == metrics(whole) and not list(run.rglob("*.tmp-*"))
     assert_equal(tensors(run / "final"), tensors(whole / "final"))
@@ -184,7 +185,7 @@ def test_a_kill_in_the_background_leaves_the_checkpoint_before(patch, config, wh
 def test_a_full_disk_of_one_rank_ends_all(config):  # noqa: F811
     """The save fails in the background; the next one, or the end, tells it."""
     path = config("full_disk", "dpo", **KEYS)
-    done = two_ranks(path, patch=full_disk)
+    done = train_on_ranks(path, patch=full_disk)
     assert [rank.code for rank in done] == [1, 1]
     for rank in done:
         line = rank.err.splitlines()[-1]
@@ -197,7 +198,7 @@ def test_a_full_disk_of_one_rank_ends_all(config):  # noqa: F811
 
 def test_training_goes_on_while_a_checkpoint_is_written(config, whole):  # noqa: F811
     path = config("slow_disk", "dpo", **KEYS | {"save_every": 2})
-    assert [rank.code for rank in two_ranks(path, patch=slow_disk)] == [0, 0]
+    assert [rank.code for rank in train_on_ranks(path, patch=slow_disk)] == [0, 0]
     run = run_of(path)
     assert [checkpoint.step_of(name) for name in checkpoint.checkpoints(run)] == [2, 4]
     for step in (2, 4):

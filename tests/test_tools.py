@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import robust_helpers as child
 from helpers import (
     ROOT,
     byte_tokenizer,
@@ -13,6 +14,7 @@ from helpers import (
     pair_rows,
     run_train,
     tiny_model,
+    train_here,
     write_config,
     write_jsonl,
 )
@@ -22,16 +24,15 @@ from chat import main
 from data.errors import UserError
 
 
-def test_dry_run_shows_everything_and_writes_nothing(tmp_path):
+def test_dry_run_shows_everything_and_writes_nothing(tmp_path, capsys):
     rows = pair_rows(9) + [{"prompt": "p", "chosen": "same", "rejected": "same"}]
     model = tiny_model(tmp_path / "model")
     data = write_jsonl(tmp_path / "pairs.jsonl", rows)
     config = write_config(tmp_path / "c.yml", algorithm="dpo", model=model, data=data, max_length=256,
                           batch_size=4, epochs=2)
-    done = run_train([config, "--dry-run", f"output={tmp_path / 'run'}", "lr=2e-5"])
-    assert done.returncode == 0, done.stderr
+    train_here(config, "--dry-run", f"output={tmp_path / 'run'}", "lr=2e-5")
     assert not (tmp_path / "run").exists()
-    shown = " ".join(done.stdout.split())
+    shown = " ".join(capsys.readouterr().out.split())
     texts = [
         "lr = 2.0e-05 (command line)",
         f"batch_size = 4 ({config}:",
@@ -162,6 +163,7 @@ def test_chat_with_an_adapter(tmp_path, chat_here):
 
 
 def test_chat_with_what_is_not_a_model(tmp_path):
-    done = chat(str(tmp_path), text="hello\n")
-    assert done.returncode == 2 and done.stderr.strip().startswith("error: ")
-    assert "Traceback" not in done.stderr
+    process = child.start(tmp_path, "chat.py", [str(tmp_path)])
+    process.join(100)
+    said = (tmp_path / child.ERR).read_text()
+    assert process.exitcode == 2 and said.startswith("error: ") and said.count("\n") == 1

@@ -1,6 +1,7 @@
 """The losses equal TRL's own loss methods, on random token log-probs: values, gradients and metrics. The methods run on a stand-in for
 their trainer, which holds the options and nothing else."""
 from collections import defaultdict
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 from algorithms.apo import apo_zero_loss
 from algorithms.cpo import cpo_loss
+from algorithms.distill import distill_loss
 from algorithms.dpo import dpo_loss
 from algorithms.ipo import ipo_loss
 from algorithms.kto import kto_loss
@@ -15,6 +17,8 @@ from algorithms.orpo import orpo_loss
 from algorithms.rm import rm_loss
 from algorithms.rpo import rpo_loss
 from algorithms.simpo import simpo_loss
+from model.divergence import compared
+from model.head import Predictions, SoftCap
 
 trl = pytest.importorskip("trl", reason="trl is not installed: pip install -r requirements-dev.txt")
 TOKENS = 9
@@ -47,11 +51,11 @@ def token_inputs(mask, **more):
     return {"input_ids": torch.zeros_like(mask), "attention_mask": torch.ones_like(mask), "completion_mask": mask, **more}
 
 
-def assert_same(loss, theirs, logps, metrics=None, their_metrics=None):
+def assert_same(loss, theirs, logps, metrics=None, their_metrics=None, atol=1e-7):
     """Two scalars, the gradients that they give `logps`, and the metrics that both sides have."""
     assert loss.item() == pytest.approx(theirs.item(), rel=1e-5)
     (gradient,), (other,) = (torch.autograd.grad(x, [logps], retain_graph=True) for x in (loss, theirs))
-    assert torch.allclose(gradient, other, rtol=1e-5, atol=1e-7) and gradient.abs().max() > 0
+    assert torch.allclose(gradient, other, rtol=1e-5, atol=atol) and gradient.abs().max() > 0
     for name, values in (metrics or {}).items():
         mean = sum(part.double().mean().item() for part in (values if isinstance(values, tuple) else (values,)))
         assert mean == pytest.approx(their_metrics[name][0], rel=1e-5, abs=1e-6), name
@@ -167,3 +171,59 @@ def test_rm(center, margin):
     losses, metrics = rm_loss(*scores[:, 0].chunk(2), margins, center or 0.0)
     assert_same(losses.mean(), theirs, scores, {name: metrics[name] for name in ("accuracy", "margin", "mean_reward")},
                 trainer._metrics["train"])
+
+
+# ---- distillation ----
+
+BETAS = [0.0, 1.0, 0.5, 0.1]
+
+
+def predictions(size, seed, temperature):
+    """Hidden states and head of 2 rows with 5 positions, over 40 tokens; (Predictions of the eight that are trained, states, head)."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden, weight = torch.randn(2, 5, size, generator=generator), torch.randn(40, size, generator=generator)
+    hidden.requires_grad_(), weight.requires_grad_()
+    return Predictions(hidden[TRAINED] / temperature, weight, torch.float32, None, None), hidden, weight
+
+
+TRAINED = torch.tensor([[False, True, True, True, True], [True, True, True, True, False]])
+
+
+def by_ours(student, teacher, beta):
+    """The mean over the eight trained tokens, as train() in distill.py makes it."""
+    fixed = teacher._replace(hidden=teacher.hidden.detach(), weight=teacher.weight.detach())
+    _, losses = compared(student, fixed, partial(distill_loss, beta=beta), torch.zeros(8, dtype=torch.long))
+    return losses.sum() / 8
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("beta", BETAS)
+def test_distillation_equals_gkd(beta, temperature):
+    """GKDTrainer's loss, over full logits, divides by the trained tokens too."""
+    from trl.experimental.gkd.gkd_trainer import GKDTrainer
+    student, hidden, weight = predictions(8, 0, temperature)
+    teacher, their_hidden, their_weight = predictions(6, 1, temperature)
+    labels = torch.where(TRAINED, 1, -100)
+    theirs = GKDTrainer.generalized_jsd_loss(
+        hidden @ weight.T, (their_hidden @ their_weight.T).detach(), labels, beta, temperature)
+    assert_same(by_ours(student, teacher, beta), theirs, hidden, atol=2e-6)
+    assert_same(by_ours(student, teacher, beta), theirs, weight, atol=2e-6)
+
+
+@pytest.mark.parametrize("cap", [None, 2.0])
+@pytest.mark.parametrize("beta", BETAS)
+def test_distillation_equals_the_distillation_trainer(beta, cap):
+    """Its own chunked loss, with num_items_in_batch, the trained tokens of the whole batch."""
+    from trl.trainer.distillation_trainer import _chunked_divergence_loss
+    temperature = 0.7
+    student, hidden, weight = predictions(8, 0, 1.0 if cap else temperature)
+    teacher, their_hidden, their_weight = predictions(6, 1, 1.0 if cap else temperature)
+    options = {"temperature": temperature, "num_items_in_batch": 8}
+    if cap:
+        student, teacher = (model._replace(cap=SoftCap(cap, temperature)) for model in (student, teacher))
+        options |= {"student_final_logit_softcapping": cap, "teacher_final_logit_softcapping": cap}
+    theirs, _, count = _chunked_divergence_loss(
+        hidden, their_hidden.detach(), weight, their_weight.detach(), TRAINED.long(), beta, **options)
+    assert count == 8
+    assert_same(by_ours(student, teacher, beta), theirs, hidden, atol=2e-6)
+    assert_same(by_ours(student, teacher, beta), theirs, weight, atol=2e-6)
