@@ -165,8 +165,8 @@ class Engine:
     def score(self, rollout: Rollout) -> None:
         self.online.score(rollout)
 
-    def each_reward(self, rollout: Rollout) -> tuple[list, list[float]]:
-        return self.online.each_reward(rollout)
+    def each_reward(self, rollout: Rollout) -> tuple:
+        return self.online.record.each_reward(rollout)
 
     def resample(self, rollout: Rollout, which: list[int], attempt: int) -> None:
         self.online.resample(rollout, which, attempt)

@@ -24,7 +24,7 @@ from engine.logs import Run, write_whole
 from engine.options import Count, NonNegative, Sampling, Seed, TwoOrMore, stop_strings, usual_stop
 from engine.reward_models import load_off_the_shelf, reward_model_path
 from engine.rollout import Rollout, with_completions
-from engine.score import score_rollout, text_of
+from engine.score import decoded, score_rollout
 from engine.yaml_file import read_config
 from model.load import base_of, load_config, load_tokenizer_for
 from model.reward_model import is_reward_model
@@ -289,7 +289,7 @@ def completion_rows(rollout: Rollout, first: int, rewards: list, verifies_r1_zer
     for i, example in enumerate(rollout.examples):
         golds = golds_of(example.extras["columns"])
         for k, response in enumerate(example.responses):
-            text = text_of(tokenizer, response)
+            text = decoded(tokenizer, response.tokens)
             metrics = {}
             if verifies_r1_zero:
                 details = r1_zero_details(text, golds)

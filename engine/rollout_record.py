@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from data.errors import UserError
+from data.errors import RunError, UserError
 from data.pack import Example
 from engine.console import per_second
 from engine.ranks import PATIENCE, from_main
@@ -14,7 +14,7 @@ MANY = 10      # updates in a row without a signal, after which a warning is giv
 
 
 class RolloutRecord:
-    """The metrics, held-out evaluations and warnings of a run's rollouts."""
+    """The rewards, metrics, held-out evaluations and warnings of a run's rollouts."""
 
     def __init__(self, rollouts):
         self.rollouts, self.engine, self.config = rollouts, rollouts.engine, rollouts.config
@@ -33,6 +33,18 @@ class RolloutRecord:
         if engine.world > 1 and config.uses_reward() and config.reward_timeout > patience:
             raise UserError(f"reward_timeout is {config.reward_timeout:g}, longer than the other processes "
                             f"wait for the first; fix: give {patience:g} or less")
+
+    # ---- rewards -------------------------------------------------------------------------------------
+
+    def each_reward(self, rollout: Rollout) -> tuple[list[PerPrompt], list[float]]:
+        """Of a scored rollout every reward by itself, (G,) per prompt with NaN where it scored nothing, and
+        its weight in their sum."""
+        if not rollout.knows("scored"):
+            raise RunError("the rewards of the rollout are not known yet; fix: add the line "
+                           "engine.score(rollout) before engine.each_reward(rollout)")
+        rewards = [rollout[f"rewards/{reward.name}"] for reward in self.rollouts.rewards]
+        weights = [reward.weight for reward in self.rollouts.rewards]
+        return rewards, weights
 
     # ---- metrics -------------------------------------------------------------------------------------
 

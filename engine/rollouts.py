@@ -159,16 +159,6 @@ class Rollouts:
         rollout.rewards = rollout["scored"]
         rollout.metrics = self.record.reward_metrics(rollout)
 
-    def each_reward(self, rollout: Rollout) -> tuple[list[PerPrompt], list[float]]:
-        """Of a scored rollout every reward by itself, (G,) per prompt with NaN where it scored nothing, and
-        its weight in their sum."""
-        if not rollout.knows("scored"):
-            raise RunError("the rewards of the rollout are not known yet; fix: add the line "
-                           "engine.score(rollout) before engine.each_reward(rollout)")
-        rewards = [rollout[f"rewards/{reward.name}"] for reward in self.rewards]
-        weights = [reward.weight for reward in self.rewards]
-        return rewards, weights
-
     def scores(self, rollout: Rollout, named: list[str]) -> list[PerPrompt]:
         """The weighted sum of all rewards, and each of them."""
         engine = self.engine

@@ -23,7 +23,7 @@ def score_rollout(rollout: Rollout, rewards: list, tokenizer, by_functions, by_m
     for example in rollout.examples:
         for response in example.responses:
             prompts.append(example.extras["prompt"])
-            texts.append(text_of(tokenizer, response))
+            texts.append(decoded(tokenizer, response.tokens))
             token_ids.append(response.tokens.tolist())
     columns = columns_per_completion(rollout.examples)
     columns["completion_ids"] = token_ids
@@ -89,10 +89,6 @@ def with_nan(numbers: list) -> torch.Tensor:
 
 def rounded(values: torch.Tensor) -> torch.Tensor:
     return values.float().double()
-
-
-def text_of(tokenizer, response) -> str:
-    return decoded(tokenizer, response.tokens)
 
 
 def decoded(tokenizer, tokens) -> str:

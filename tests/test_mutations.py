@@ -159,7 +159,7 @@ MUTATIONS = {    # name: (file, text, what it becomes, the tests that must fail)
     "no deviation over the rollout": (
         "algorithms/gdpo.py", "total / (known.std() + 1e-4)", "total", of_several_rewards),
     "every reward weighs the same": (
-        "engine/rollouts.py", "[reward.weight for", "[1.0 for", online("gdpo")),
+        "engine/rollout_record.py", "[reward.weight for", "[1.0 for", online("gdpo")),
     "one completion's draws for another": (
         "model/sampler.py", "(*keys[prompt], copy)", "(*keys[prompt], copy + 1)",
         ["test_rollout.py::test_sampler_equals_a_plain_loop[qwen2-plain]"]),
