@@ -292,7 +292,7 @@ def test_watching_changes_nothing(run, tmp_path):
     assert metrics(watched) == metrics(bare)
     samples = read(watched / "samples.jsonl")
     assert [line["step"] for line in samples] == [step for step in range(1, 7) for _ in range(3)]
-    assert all(line.keys() == {"step", "prompt", "completion"} for line in samples)
+    assert all(line.keys() == {"step", "prompt", "completion", "truncated"} for line in samples)
 
 
 def test_a_rollout_of_both_kinds_resumes_exactly(train, tmp_path):  # noqa: F811

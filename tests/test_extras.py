@@ -207,16 +207,16 @@ def test_a_weighted_dpo_is_one_changed_line(tmp_path, monkeypatch):
     assert text.count("        return dpo_loss(") == 1
     text = text.replace("        return dpo_loss(", "        return weighted_dpo_loss(batch,")
     folder = algorithms_of(tmp_path, monkeypatch)
-    (folder / "weighted_dpo.py").write_text(text + WEIGHTED)
+    (folder / "weighted_pairs.py").write_text(text + WEIGHTED)
     rows = [row | {"weight": i / 4} for i, row in enumerate(pair_rows(10))]
     path = written(tmp_path, rows)
     config = write_config(
-        tmp_path / "run.yml", algorithm="weighted_dpo", model=tiny_model(tmp_path / "model"), data=path,
+        tmp_path / "run.yml", algorithm="weighted_pairs", model=tiny_model(tmp_path / "model"), data=path,
         output=tmp_path / "run", batch_size=5, micro_batch_tokens=256, lr=1e-2, max_length=256, epochs=2,
         save_every="null")
     train_here(config)
-    from algorithms import weighted_dpo
-    seen = weighted_dpo.SEEN
+    from algorithms import weighted_pairs
+    seen = weighted_pairs.SEEN
     assert len(seen) > 4                                  # several micro-batches per update
     losses, count = [], 0
     for places, weights, values in seen:

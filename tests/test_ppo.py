@@ -356,18 +356,18 @@ def test_num_sample_generations(base, run):
 
 @pytest.mark.parametrize("key", ["rollout_batch_size", "local_rollout_forward_batch_size"])
 def test_rollout_batch_size_and_its_alias(files, base, run, updates, key, monkeypatch):
-    sizes, decode = [], sampler.decode
+    sizes, decoding = [], sampler.Decoding
 
-    def counted(lm, prompts, *rest):
-        sizes.append(len(prompts))
-        return decode(lm, prompts, *rest)
+    def counted(policy, places, sampling):
+        sizes.append(places)
+        return decoding(policy, places, sampling)
 
-    monkeypatch.setattr(sampler, "decode", counted)
+    monkeypatch.setattr(sampler, "Decoding", counted)
     path = write_config(files.folder / "alias.yml", **options_of(files, **{key: 2}))
     assert load_config([path]).config.rollout_batch_size == 2
     assert load_config([path, f"{key}=3"]).config.rollout_batch_size == 3
     again = run(f"size-{key}", **{key: 2})
-    assert sizes == [2, 2, 1] * 2
+    assert sizes == [2, 2]      # of two rollouts; the other three prompts of each take places that are free
     assert_same_gradients(updates[again][1], updates[base][1])
 
 
@@ -492,7 +492,7 @@ def test_a_reward_model_with_an_adapter(run, reward_runs, values):
 def test_reward_runs_that_are_none(files, tmp_path):
     for place in (files.folder / "base", tmp_path):
         place.mkdir(exist_ok=True)
-        with pytest.raises(UserError, match="is not the run of a reward model"):
+        with pytest.raises(UserError, match="is a Qwen2ForCausalLM, which gives no score|holds neither|cannot be loaded|neither a local"):
             train_here(write_config(tmp_path / "x.yml", **options_of(files, output=tmp_path / "run", reward=place)))
 
 
