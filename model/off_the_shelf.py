@@ -94,7 +94,10 @@ def together(lengths: list[int]) -> list[list[int]]:
 def check_classifier(path: str):
     """The tokenizer of the classifier at `path`. UserError, before its weights are loaded, where it is no
     classifier, has more than one label or no chat template."""
-    config = load_config(path)
+    try:
+        config, tokenizer = load_config(path), load_tokenizer(path)
+    except UserError as error:      # it speaks of the key `model`
+        raise UserError(str(error).replace("model: ", "reward: ", 1)) from error
     kinds = config.architectures or ["model without a class"]
     if not kinds[0].endswith(KIND):
         raise UserError(f"reward: {path} is a {kinds[0]}, which gives no score; "
@@ -102,7 +105,6 @@ def check_classifier(path: str):
     if config.num_labels != 1:
         raise UserError(f"reward: {path} has {config.num_labels} labels and gives no single score; "
                         "fix: pass a classifier with one label")
-    tokenizer = load_tokenizer(path)
     if not tokenizer.chat_template:
         raise UserError(f"reward: {path} has no chat template, so nothing says how it reads a "
                         "conversation; fix: save one with its tokenizer")
