@@ -19,7 +19,7 @@ from engine import checkpoint, sealed
 from engine.console import Console
 from engine.directory import made_final, shape_of_final
 from engine.fingerprint import check_unchanged
-from engine.report import write_report
+from engine.report import REPORT, write_report
 
 ROWS = ("metrics.jsonl", "samples.jsonl")
 REPLACED = ".replaced"     # ending of a copy of a file of rows, kept from when a run goes back until it saves
@@ -73,8 +73,10 @@ class Run:
             self.append("events.log", line)
 
     def finish(self) -> None:
-        """Say in run.json what the final/ that now stands in the directory was made with."""
+        """Say in run.json what the final/ that now stands in the directory was made with, and write the
+        report."""
         if self.begun:
+            write_report(self.directory)
             self.started["final"] = shape_of_final(self.text("config.yaml"))
             with contextlib.suppress(OSError):      # the same command then writes the same final/ once more
                 self.write_file("run.json", json.dumps(self.started, indent=1) + "\n")
@@ -253,9 +255,8 @@ class Run:
         if chat:
             console.say(f"chat     python chat.py {self.directory}")
         console.say(f"metrics  {self.path('metrics.jsonl')}")
-        report = write_report(self.directory)
-        if report:
-            console.say(f"report   {report}")
+        if os.path.isfile(self.path(REPORT)):
+            console.say(f"report   {self.path(REPORT)}")
 
     def erase(self) -> None:
         """Remove the bars from the terminal, so that what is printed next has a line of its own."""
