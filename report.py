@@ -37,7 +37,7 @@ def main(argv: list[str]) -> None:
     if "--markdown" in argv:
         return print(as_markdown(runs), end="")
     try:
-        with open(output, "w", encoding="utf-8") as file:
+        with open(output, "w", encoding="utf-8", errors="backslashreplace") as file:
             file.write(page(runs))
     except OSError as error:
         raise UserError(f"{output} cannot be written ({error.strerror}); "

@@ -65,6 +65,8 @@ def main(argv: list[str]) -> None:
         sys.exit(stop.exit_code)
     finally:
         background.join()
+        if background.fault and rank == 0:      # the run ends by another error
+            notice(str(background.fault))
         if place and rank == 0:
             release(place.directory)
         ranks.stop_processes()

@@ -76,7 +76,10 @@ class Run:
         """Say in run.json what the final/ that now stands in the directory was made with, and write the
         report."""
         if self.begun:
-            write_report(self.directory)
+            try:
+                write_report(self.directory)
+            except Exception as error:  # noqa: BLE001  it never stops a run
+                self.notice(f"report.html is not written ({error})")
             self.started["final"] = shape_of_final(self.text("config.yaml"))
             with contextlib.suppress(OSError):      # the same command then writes the same final/ once more
                 self.write_file("run.json", json.dumps(self.started, indent=1) + "\n")
@@ -111,15 +114,16 @@ class Run:
             self.write_file(name + REPLACED, self.text(name))
         self.write_file(name, "".join(lines))
 
-    def replace(self, saved: str | None = None) -> None:
+    def replace(self, root: str, saved: str | None = None) -> None:
         """Remove what a run that went back has replaced, once it has saved a checkpoint (at the path `saved`)
-        or its final model."""
+        or its final model. `root`: its directory, absolute where the working directory may be another."""
         for path in self.newer:
+            path = os.path.join(root, os.path.relpath(path, self.directory))
             if path != saved:
                 checkpoint.remove(path)
         self.newer = []
         for name in ROWS:
-            kept = self.path(name + REPLACED)
+            kept = os.path.join(root, name + REPLACED)
             if os.path.exists(kept):
                 os.remove(kept)
 

@@ -57,6 +57,7 @@ class Record:
         every = engine.sample_every
         if every and (step.index % every == 0 or step.index == total):
             engine.saver.write_samples(step.index)
+        engine.saver.check_background()
         stop = engine.stop_requested()
         is_stopped = bool(stop) and step.index < total
         if engine.is_saved(step.index) or is_stopped:

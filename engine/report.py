@@ -82,8 +82,8 @@ def read_run(directory: str) -> RunFiles | None:
 
 def read_lines(path: str) -> list[str]:
     try:
-        with open(path, encoding="utf-8", errors="replace") as file:
-            return file.read().splitlines()
+        with open(path, encoding="utf-8", errors="replace", newline="\n") as file:
+            return file.read().split("\n")      # not splitlines: a text may hold other ends of lines
     except OSError:
         return []
 
@@ -169,9 +169,9 @@ def warnings_of(run: RunFiles) -> list[str]:
         _, mark, text = line.partition(" warning: ")
         if mark:
             found.append(text)
-    losses = run.numbers("loss")
-    if losses and not any(losses):
-        found.append("The loss is exactly 0 in every update, so nothing was learned: look at the rewards.")
+    norms = run.numbers("grad_norm")
+    if norms and not any(norms):
+        found.append("The gradient is 0 in every update, so nothing was learned: look at the rewards.")
     if mean_at_end(run, "frac_reward_zero_std") > 0.5:
         found.append("At the end more than half of the groups have equal rewards and give no gradient: the "
                      "problems are too easy, or too hard.")
@@ -401,7 +401,7 @@ def write_report(directory: str) -> str | None:
         return None
     path = os.path.join(directory, REPORT)
     try:
-        with open(path, "w", encoding="utf-8") as file:
+        with open(path, "w", encoding="utf-8", errors="backslashreplace") as file:
             file.write(page([run]))
     except OSError:
         return None

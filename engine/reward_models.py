@@ -1,10 +1,14 @@
 """The reward models among the rewards of a run: which they are, and whether they can score completions."""
 import functools
+import itertools
 import os
 
+import torch
+
 from data.errors import UserError
+from data.pack import Example
 from engine import checkpoint
-from engine.ranks import from_main
+from engine.ranks import from_main, from_shares
 from engine.score import decoded
 from model.build import build_second_model
 from model.load import check_name, load_tokenizer
@@ -56,6 +60,19 @@ def load_reward_model(engine, name: str):
     trunk = build_second_model(
         path, engine.tokenizer, engine.config, engine.policy, engine.train_set, engine.notice)
     return build_reward_model(trunk, path, engine.config.seed, engine.notice).requires_grad_(False)
+
+
+def scores_of(engine, model, examples: list[Example]) -> list[torch.Tensor]:
+    """(G,) per prompt: a reward model's scores of all completions, of which each rank computes a share."""
+    sizes = [len(example.responses) for example in examples]
+    if not isinstance(model, Classifier):
+        return engine.collect(model, examples, lambda example: len(example.responses))
+
+    def score(share):      # it may fail on one rank
+        return model.of_examples(examples[share.start:share.stop]).tolist()
+
+    scores = itertools.chain(*from_shares(score, len(examples)))
+    return list(torch.tensor(list(scores)).split(sizes))
 
 
 def load_off_the_shelf(path: str, tokenizer, precision: str = "auto") -> Classifier:

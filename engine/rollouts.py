@@ -16,7 +16,7 @@ from data.pack import Example
 from engine import rollout_state
 from engine.mixture import mixed_rollout
 from engine.plan import Plan
-from engine.reward_models import load_reward_model
+from engine.reward_models import load_reward_model, scores_of
 from engine.rollout import PerPrompt, Rollout, with_completions
 from engine.rollout_record import RolloutRecord
 from engine.score import by_all_ranks, score_rollout
@@ -167,8 +167,7 @@ class Rollouts:
         by_functions = by_all_ranks(sizes, self.config.reward_timeout)
 
         def by_model(reward):
-            model = self.reward_models[reward.name]
-            return engine.collect(model, rollout.examples, lambda example: len(example.responses))
+            return scores_of(engine, self.reward_models[reward.name], rollout.examples)
 
         failure = None
         try:

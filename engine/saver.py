@@ -1,4 +1,5 @@
 """What a run writes beside its metrics: samples, checkpoints and the final model."""
+import os
 import shutil
 
 import torch
@@ -85,7 +86,11 @@ class Saver:
         background.wait()                   # for the save before: there is never more than one copy
         from_main(engine.run.check_there)
         self.check_weights(update)
-        directory = engine.run.path("checkpoints", f"step-{update:06d}")
+        # there all that is saved is a copy anyway
+        is_copy = engine.world > 1 or engine.policy.device.type == "cuda"
+        # a reward may change the working directory, while it is restored only in its own thread
+        root = os.path.abspath(engine.run.directory) if is_copy else engine.run.directory
+        directory = os.path.join(root, "checkpoints", f"step-{update:06d}")
         trainer, stored = {"step": update}, {}
         if engine.online:
             position, stored = engine.online.state(update, is_left)
@@ -94,21 +99,30 @@ class Saver:
         for name, tensors in engine.remembered.items():
             for key, tensor in tensors.items():
                 remembered[f"{name}/{key}"] = tensor
-        # there all that is saved is a copy anyway
-        is_copy = engine.world > 1 or engine.policy.device.type == "cuda"
         write = checkpoint.writer_of(directory, engine.policy, engine.tokenizer, engine.optimizer, trainer,
                                      stored, remembered, is_copy)
 
+        def clean():
+            engine.run.replace(root, saved=directory)
+            checkpoint.clean(root, keep=engine.config.keep)
+
         def finish(group=None):
             write(group)
-            if engine.rank == 0:
-                engine.run.replace(saved=directory)
-                checkpoint.clean(engine.run.directory, keep=engine.config.keep)
+            from_main(sealed.explained, directory, clean, group=group)
 
         if is_copy:
             background.start(finish, ranks.aside)
         else:
             finish()
+
+    def check_background(self) -> None:
+        """Stop the run, on all ranks, where a save in the background has failed."""
+        if background.thread is None:
+            return
+        has_failed = float(background.fault is not None)
+        failures, = sum_over_ranks([has_failed], self.engine.policy.device)
+        if failures:
+            background.wait()
 
     def last_checkpoint(self) -> str:
         background.join()
@@ -166,7 +180,7 @@ class Saver:
                 engine.save(engine.last)          # the merge may have failed: at least the adapter is kept
                 background.wait()
             raise
-        from_main(engine.run.replace)
+        from_main(engine.run.replace, engine.run.directory)
         from_main(engine.run.finish)
 
     def merged(self, weights: dict) -> tuple:
@@ -193,7 +207,9 @@ class Saver:
             return lambda temporary: save(lm, engine.tokenizer, weights, temporary)
 
         copies = 1
-        if isinstance(engine.policy, RewardModel) and not why_no_classifier(lm):
+        # not of `lm`: where an adapter is merged, only rank 0 has the plain model
+        reason = why_no_classifier(engine.policy.lm, engine.config.merge)
+        if isinstance(engine.policy, RewardModel) and not reason:
             write(engine.run.path("classifier"), filling(save_classifier))
             copies = 2
         if with_final:                                                            # else it is a checkpoint's

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import time
 from collections import defaultdict
 
 import torch
@@ -15,8 +16,9 @@ from safetensors import safe_open
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from data.errors import RunError
 from engine import sealed
-from engine.ranks import distributed, from_all_ranks, from_main, outcome, raise_failure
+from engine.ranks import SHARED_WITHIN, distributed, from_all_ranks, from_main, outcome, raise_failure
 from engine.sealed import WEIGHTS
 from model import lora
 from model.compiled import decoder_layers
@@ -136,7 +138,7 @@ def join(temporary: str, world: int) -> dict:
     files = defaultdict(list)          # the name of several files without their number: [(path, entry)]
     for rank in range(world):
         part = part_of(temporary, rank)
-        for name, entry in sealed.read_manifest(part).items():
+        for name, entry in manifest_of(part).items():
             path = os.path.join(part, name)
             if name.endswith(WEIGHTS):
                 files[NUMBERED.sub("", name)].append((path, entry))
@@ -158,6 +160,17 @@ def join(temporary: str, world: int) -> dict:
     for rank in range(world):
         shutil.rmtree(part_of(temporary, rank), ignore_errors=True)
     return entries
+
+
+def manifest_of(part: str) -> dict:
+    """The manifest of a part, which a network's disk may show late."""
+    end = time.monotonic() + SHARED_WITHIN
+    while (found := sealed.read_manifest(part)) is None:
+        if time.monotonic() > end:
+            raise RunError(f"{part}, which another rank has written, cannot be read by rank 0; "
+                           "fix: choose an output on a disk that all machines share")
+        time.sleep(0.1)
+    return found
 
 
 def names_in(path: str) -> list[str]:

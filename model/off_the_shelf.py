@@ -7,7 +7,7 @@ from data.errors import RunError, UserError
 from data.messages import unflagged
 from data.pack import Example
 from model.build import product_precision, this_device
-from model.load import check_finite, load_config, load_tokenizer, unloadable
+from model.load import check_finite, first_line, load_config, load_tokenizer, unloadable
 
 PADDED = 1.25      # rows are computed together as long as padding makes no more of them than this
 KIND = "ForSequenceClassification"
@@ -43,7 +43,12 @@ class Classifier:
     @torch.no_grad()
     def scores(self, conversations: list[list[dict]]) -> torch.Tensor:
         """(n,) fp32, a score for each conversation."""
-        rows = self.tokenizer.apply_chat_template(conversations, return_dict=False) if conversations else []
+        try:
+            rows = [self.tokenizer.apply_chat_template(turns, return_dict=False) for turns in conversations]
+        except Exception as error:  # noqa: BLE001  jinja's, of a template that somebody else wrote
+            raise RunError(f"reward: the chat template of {self.path} refuses a conversation "
+                           f"({first_line(error)}); fix: another reward model, or prompts in the roles that "
+                           "it knows") from error
         lengths = [len(row) for row in rows]
         if max(lengths, default=0) > self.longest:
             raise RunError(f"reward: {self.path} reads {self.longest} tokens, and a completion with its "

@@ -142,6 +142,7 @@ def test_the_share_of_tests_that_pass():
     "open('file', 'wb').write(b'0' * 2 ** 22)\ndef add(a, b): return a + b",
     "import os\nos._exit(0)",
     "print('0' * 32, 3)",
+    "while True: print('x' * 4096)",
     "import subprocess\nsubprocess.Popen(['sleep', '60'])\nwhile True: pass",
     "raise SystemExit",
 ])

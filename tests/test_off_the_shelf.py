@@ -2,6 +2,7 @@
 import json
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from helpers import (
     write_config,
     write_jsonl,
 )
+from robust_helpers import join, train_on_ranks
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForSequenceClassification,
@@ -220,6 +222,32 @@ def test_conversations_that_are_too_long(tmp_path):
     path = save_classifier(tmp_path / "rm", max_position_embeddings=16)
     with pytest.raises(RunError, match="reads 16 tokens, and .* its prompt has .* fix: lower max_completion"):
         Classifier(path, texts).scores(CONVERSATIONS)
+
+
+def test_a_template_that_refuses_a_conversation(tmp_path):
+    refusing = "{{ raise_exception('no system turn') }}"
+    path = save_classifier(tmp_path / "rm", template=refusing)
+    with pytest.raises(RunError, match="the chat template of .* refuses a conversation .*no system turn"):
+        Classifier(path, texts).scores(CONVERSATIONS)
+
+
+def fail_on_one_rank(*place):
+    """The classifier reads too few tokens, on rank 1 only."""
+    join(*place)
+    from model import off_the_shelf
+    start = off_the_shelf.Classifier.__init__
+
+    def shorter(self, *arguments):
+        start(self, *arguments)
+        self.longest = 3 if place[0] == 1 else self.longest
+    off_the_shelf.Classifier.__init__ = shorter
+
+
+def test_a_failure_of_one_rank_ends_all(tmp_path, policy, classifier):
+    done = train_on_ranks(Path(grpo(tmp_path, policy, classifier)), patch=fail_on_one_rank)
+    for rank in done:
+        assert rank.code == 1 and "Traceback" not in rank.err
+        assert "reads 3 tokens, and a completion with its prompt has" in rank.err.splitlines()[-1]
 
 
 @pytest.mark.parametrize("name, is_one", [

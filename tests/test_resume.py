@@ -299,7 +299,7 @@ def test_damaged_checkpoints_do_not_push_out_whole_ones(tmp_path):
     run.begin("", {}, {}, checkpoint.load_trainer(start)["step"])
     assert [checkpoint.step_of(path) for path in checkpoint.checkpoints(tmp_path)] == [3, 8, 9]
     sealed_step(f"{tmp_path}/checkpoints/step-000004", 4)
-    run.replace(f"{tmp_path}/checkpoints/step-000004")
+    run.replace(str(tmp_path), f"{tmp_path}/checkpoints/step-000004")
     save(tmp_path, 5)
     assert [checkpoint.step_of(path) for path in checkpoint.checkpoints(tmp_path)] == [4, 5]
 

@@ -20,6 +20,7 @@ from test_distributed import config  # noqa: F401  a fixture
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from engine import background, checkpoint, restore, sealed, shares
+from engine.loop import Engine
 from model.state import files_of
 
 KEYS = dict(max_steps=4, eval_data="null", eval_every=1000)
@@ -205,6 +206,51 @@ def test_training_goes_on_while_a_checkpoint_is_written(config, whole):  # noqa:
         name = f"checkpoints/step-{step:06d}"
         assert sealed.broken(run / name) is None
         assert_equal(tensors(run / name), tensors(whole / name))      # as they were then, not later
+
+
+def other_directory(*place):
+    """The main thread is in another directory while the save of update 2 is put in its place."""
+    share(*place)
+    here = Path.cwd().parent / "common"
+    (here / "other").mkdir(parents=True, exist_ok=True)
+    shutil.copy("config.yml", here)
+    os.chdir(here)
+    clip, ready = Engine.clip_gradients, threading.Event()
+
+    def action(this, name):
+        if name == "put_in_place":
+            ready.wait(60)
+
+    def clip_elsewhere(engine):
+        clip(engine)
+        if engine.step.index == 3:
+            os.chdir(here / "other")
+            ready.set()
+            background.join()
+            os.chdir(here)
+    in_save(2, action)
+    if place[0] == 0:
+        Engine.clip_gradients = clip_elsewhere
+    else:
+        ready.set()
+
+
+def test_the_working_directory_may_be_another_meanwhile(config, whole):  # noqa: F811
+    path = config("elsewhere", "dpo", **KEYS | {"output": "run"})
+    assert [rank.code for rank in train_on_ranks(path, patch=other_directory)] == [0, 0]
+    run = path.with_name("common") / "run"
+    assert [checkpoint.step_of(name) for name in checkpoint.checkpoints(run)] == [1, 2, 3, 4]
+    assert_equal(tensors(run / "checkpoints/step-000002"), tensors(whole / "checkpoints/step-000002"))
+
+
+def test_a_reward_model_whose_adapter_is_merged(config):  # noqa: F811
+    """Only rank 0 has the plain model; all agree on which directories they write."""
+    pytest.importorskip("peft")
+    path = config("merged", "rm", **KEYS | {"lora_r": 2, "merge": "true", "max_steps": 1})
+    assert [rank.code for rank in train_on_ranks(path)] == [0, 0]
+    for name, kind in (("final", AutoModelForCausalLM), ("classifier", AutoModelForSequenceClassification)):
+        kind.from_pretrained(run_of(path) / name)
+        assert sealed.broken(run_of(path) / name) is None
 
 
 # ---- who writes and reads what

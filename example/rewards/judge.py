@@ -10,6 +10,7 @@ After JUDGE_CALLS requests (100,000) a process asks no more and the run stops wi
 costs money has a limit. Under torchrun every process has its own count.
 """
 import asyncio
+import http.client
 import itertools
 import json
 import os
@@ -52,7 +53,7 @@ async def grade(prompt, completion) -> float | None:
         try:
             answer = await asyncio.get_running_loop().run_in_executor(pool, ask, body)
             break
-        except OSError as error:                       # urllib's errors and timeouts are such
+        except (OSError, http.client.HTTPException) as error:
             status = getattr(error, "code", None)      # of an HTTP error; a lost connection has none
             is_last = attempt + 1 == ATTEMPTS
             if is_last or status is not None and status not in PASSING:

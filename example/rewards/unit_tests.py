@@ -22,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 SECONDS = 10                   # for all tests of a completion
 MEMORY = 2 ** 30               # bytes
-FILE_SIZE = 2 ** 20            # bytes of any file that it writes
+FILE_SIZE = 2 ** 20            # bytes of any file that it writes, and of what it prints
 CODE = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)```", re.DOTALL)
 # Each test runs by itself, so that one that fails does not hide the others. The count stands behind a mark,
 # so that it is not mistaken for something that the code prints.
@@ -66,16 +66,19 @@ def run(code: str, tests: list[str]) -> int:
     """How many tests pass."""
     mark = os.urandom(16).hex()
     job = {"code": code, "tests": tests, "limits": LIMITS, "mark": mark}
-    with tempfile.TemporaryDirectory() as folder:
+    # what the code prints goes to a file, since that has a limit
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as printed:
         process = subprocess.Popen(
             [sys.executable, "-I", "-c", PROGRAM], cwd=folder, env={}, start_new_session=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+            stdin=subprocess.PIPE, stdout=printed, stderr=subprocess.DEVNULL)
         try:
-            output, _ = process.communicate(json.dumps(job).encode(), timeout=SECONDS)
+            process.communicate(json.dumps(job).encode(), timeout=SECONDS)
         except subprocess.TimeoutExpired:
-            output = b""
+            pass
         finally:
             kill(process)
+        printed.seek(0)
+        output = printed.read()
     found = re.findall(rf"{mark} (\d+)".encode(), output)
     return int(found[-1]) if found else 0
 
