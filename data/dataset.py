@@ -121,14 +121,15 @@ def load_datasets(config, kind, tokenizer, notice,
                         "fix: remove one of them, or write the system prompt into the prompt_template's file")
     max_length, longest_prompt = config.max_length, None
     if kind in ("prompts", "responses") and max_completion_length:
-        longest_prompt = max_length - max_completion_length
-        if longest_prompt < 1:
+        room = max_length - max_completion_length
+        if room < 1:
             raise UserError(f"max_completion_length is {max_completion_length}, which leaves no room for a "
                             "prompt in "
                             f"max_length {config.max_length}; fix: raise max_length")
-
-    if kind == "prompts" and longest_prompt:
-        max_length = longest_prompt
+        if kind == "prompts":
+            max_length = room
+        else:
+            longest_prompt = room
 
     def build(data):
         sources = [{"path": data}] if isinstance(data, str) else data

@@ -84,9 +84,7 @@ def frozen_bytes(common, path: str, width: int, rounded: bool, world: int) -> fl
     if rounded:
         size = 4 * size_of(lm) - 2 * sum(weight.numel() for weight in rounded_weights(lm))
     head = 4 * lm.get_output_embeddings().weight.numel() if world > 1 else 0
-    quantized = 0
-    if common.load_in_4bit:      # these are not sharded
-        quantized = sum(layer.weight.numel() for layer in lora.linear_layers(lm).values())
+    quantized = quantized_weights(common, lm)      # they are not sharded
     shards = world // common.replicate
     return (size - width * quantized) / shards + BYTES_IN_4_BIT * quantized + head
 
@@ -125,9 +123,7 @@ def verdict(total: float) -> str:
 
 def count_parameters(common, lm) -> Counts:
     linear = sum(weight.numel() for weight in rounded_weights(lm))
-    quantized = 0
-    if common.load_in_4bit:
-        quantized = sum(layer.weight.numel() for layer in lora.linear_layers(lm).values())
+    quantized = quantized_weights(common, lm)
     layers = list(map(size_of, decoder_layers(lm)))
     embedding = sum(map(size_of, embeddings(lm)))
     rest = size_of(lm) - sum(layers) - embedding
@@ -137,6 +133,12 @@ def count_parameters(common, lm) -> Counts:
         lora.attach(lm, lora.new_settings(common, lm))
     trained = sum(parameter.numel() for parameter in lm.parameters() if parameter.requires_grad)
     return Counts(trained, size_of(lm) - trained, quantized, linear, max(layers, default=0), embedding, rest)
+
+
+def quantized_weights(common, lm) -> int:
+    """How many weights are kept in 4 bits."""
+    layers = lora.linear_layers(lm).values() if common.load_in_4bit else []
+    return sum(layer.weight.numel() for layer in layers)
 
 
 def size_of(module) -> int:

@@ -175,8 +175,8 @@ def warnings_of(run: RunFiles) -> list[str]:
     if mean_at_end(run, "frac_reward_zero_std") > 0.5:
         found.append("At the end more than half of the groups have equal rewards and give no gradient: the "
                      "problems are too easy, or too hard.")
-    if mean_at_end(run, "completions/clipped_ratio") > 0.3:
-        share = mean_at_end(run, "completions/clipped_ratio")
+    share = mean_at_end(run, "completions/clipped_ratio")
+    if share > 0.3:
         found.append(f"At the end {share:.0%} of the completions are truncated: raise max_completion_length.")
     held_out = run.values("eval", "loss")
     if len(held_out) > 2:

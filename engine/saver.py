@@ -11,7 +11,6 @@ from engine import background, checkpoint, ranks, sealed
 from engine.options import Generation
 from engine.ranks import from_main, sum_over_ranks
 from engine.rollout import with_completions
-from engine.sealed import write_sealed
 from engine.shares import deal, local_part, saved_tensors, share_of, trained, write_by_all
 from model import lora
 from model.build import reshard
@@ -54,7 +53,7 @@ class Saver:
             checkpoint.write_checkpoint(temporary, lm, engine.tokenizer, outline, {}, {"step": 0}, {})
 
         def try_to(directory, fill):
-            write_sealed(directory, fill, trial=True)
+            sealed.write_sealed(directory, fill, trial=True)
 
         try_to(engine.run.path("checkpoint"), write)
         if merge:

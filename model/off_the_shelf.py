@@ -14,8 +14,9 @@ KIND = "ForSequenceClassification"
 
 
 class Classifier:
-    """`classifier(batch)` -> (S,) fp32: its scores of the batch's responses. Their texts, as `decode` makes
-    them of token ids, go through its own chat template, and the scores are those of transformers.
+    """`classifier.of_examples(examples)` -> (S,) fp32: its scores of the examples' responses. Their texts, as
+    `decode` makes them of token ids, go through its own chat template, and the scores are those of
+    transformers.
 
     It is frozen, whole on every rank, and in bf16 where a run on a GPU is. UserError where it cannot be
     loaded."""
@@ -28,9 +29,6 @@ class Classifier:
         self.model = load_classifier(path, torch.bfloat16 if is_bf16 else torch.float32).to(device)
         self.config = self.model.config.get_text_config()
         self.longest = getattr(self.config, "max_position_embeddings", None) or torch.inf
-
-    def __call__(self, batch) -> torch.Tensor:
-        return self.of_examples(batch.examples)
 
     def of_examples(self, examples: list[Example]) -> torch.Tensor:
         """(S,) fp32: a score for each of the examples' responses."""

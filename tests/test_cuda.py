@@ -58,7 +58,7 @@ def other_model(tmp_path_factory):
 
 @pytest.mark.parametrize("algorithm", [name for name in ALGORITHMS if name not in BASE])
 def test_three_updates_equal_those_of_a_cpu(algorithm, tmp_path, other_model):
-    """In fp32, to 1e-4; in bf16 the first loss is near and all are finite. The teacher of the example is a run."""
+    """In fp32, to 1e-4; in bf16 the first loss is near and all are finite. The example's teacher is a run."""
     words = [f"teacher={other_model}"] if algorithm == "distill" else []
     on_cpu = train(tmp_path / "cpu", algorithm, "precision=fp32", *words)
     on_gpu = train(tmp_path / "gpu", algorithm, "precision=fp32", *words, device="0")

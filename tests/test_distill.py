@@ -1,5 +1,5 @@
-"""Whole runs of distillation: updates and evaluations against a plain loop, what must not change them, the share
-of own samples, and what stops a run before it loads weights."""
+"""Whole runs of distillation: updates and evaluations against a plain loop, what must not change them, the
+share of own samples, and what stops a run before it loads weights."""
 import json
 import math
 
@@ -60,7 +60,8 @@ def model(tmp_path_factory):
 def teacher(tmp_path_factory):
     """Wider, of another family, and with five rows in its head that stand for no token."""
     folder = tmp_path_factory.mktemp("teacher")
-    config = config_of(LlamaConfig, hidden_size=48, num_attention_heads=6, num_key_value_heads=3, vocab_size=264)
+    sizes = dict(hidden_size=48, num_attention_heads=6, num_key_value_heads=3, vocab_size=264)
+    config = config_of(LlamaConfig, **sizes)
     random_lm(config, seed=3).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return str(folder)
@@ -116,8 +117,8 @@ def divergences(policy, teacher, examples, beta, temperature):
             before = [place - 1 for place in places]
             logits = policy(torch.tensor([tokens]), use_cache=False).logits[0, before] / temperature
             with torch.no_grad():
-                wanted = teacher(torch.tensor([tokens]), use_cache=False).logits[0, before, :259] / temperature
-            losses.append(plain_divergence(logits, wanted, beta))
+                wanted = teacher(torch.tensor([tokens]), use_cache=False).logits[0, before, :259]
+            losses.append(plain_divergence(logits, wanted / temperature, beta))
             chosen = torch.tensor([tokens[place] for place in places])
             surprises.append(-logits.log_softmax(1).gather(1, chosen[:, None])[:, 0])
     return torch.cat(losses), torch.cat(surprises)
@@ -136,7 +137,8 @@ def plain_loop(model, teacher, updates, beta, temperature, lr=1e-3, max_grad_nor
         losses, surprises = divergences(policy, teacher, examples, beta, temperature)
         optimizer.zero_grad()
         losses.mean().backward()
-        norm = math.sqrt(sum(float((parameter.grad.double() ** 2).sum()) for parameter in policy.parameters()))
+        squares = [float((parameter.grad.double() ** 2).sum()) for parameter in policy.parameters()]
+        norm = math.sqrt(sum(squares))
         for parameter in policy.parameters():
             parameter.grad *= min(1.0, max_grad_norm / (norm + 1e-6))
         gradients.append({name: parameter.grad.clone() for name, parameter in policy.named_parameters()})
@@ -160,7 +162,8 @@ def test_updates_equal_a_plain_loop(model, teacher, run, seen, updates, name):
     rows, keys = CASES[name]
     result = run("run", rows(8), **keys, **FOUR, max_steps=6, max_grad_norm=0.1, micro_batch_tokens=90)
     temperature = keys.get("temperature", 1.0)
-    expected, expected_gradients = plain_loop(model, teacher, seen, keys["beta"], temperature, max_grad_norm=0.1)
+    beta = keys["beta"]
+    expected, expected_gradients = plain_loop(model, teacher, seen, beta, temperature, max_grad_norm=0.1)
     logged = metrics(result)
     close(logged, expected, 1e-5)
     start, gradients = updates[result]
@@ -171,7 +174,9 @@ def test_updates_equal_a_plain_loop(model, teacher, run, seen, updates, name):
     if keys.get("lmbda") != 0:
         assert all(row[difference] < 1e-5 for row in (logged[0], logged[4]))
     assert difference not in logged[1]
-    lengths = [len(response.tokens) for examples in seen[:2] for example in examples for response in example.responses]
+    lengths = []
+    for example in [*seen[0], *seen[1]]:
+        lengths += [len(response.tokens) for response in example.responses]
     assert logged[0]["completions/mean_length"] == pytest.approx(sum(lengths) / len(lengths))
 
 
@@ -197,7 +202,8 @@ def test_two_processes_equal_one(run, tmp_path):
     assert [rank.code for rank in train_on_ranks(config)] == [0, 0]
     for split in ("train", "eval"):
         for ours, theirs in zip(metrics(tmp_path / "two", split), metrics(one, split), strict=True):
-            assert ours.pop("split") == theirs.pop("split") and ours == pytest.approx(theirs, rel=2e-5, abs=2e-5)
+            assert ours.pop("split") == theirs.pop("split")
+            assert ours == pytest.approx(theirs, rel=2e-5, abs=2e-5)
 
 
 @pytest.mark.parametrize("beta", [0, 0.5, 1])
@@ -260,23 +266,28 @@ def own_tokens(row):
 def test_held_out_prompts_are_answered_and_compared(run, model, teacher, tmp_path):
     """At step 0 and every second update, on the student's own completions, with the same numbers."""
     held_out = prompt_rows(5, 8)
-    result = run("eval", prompt_rows(8), eval_data=write_jsonl(tmp_path / "held-out.jsonl", held_out), eval_every=2,
-                 max_steps=5, temperature=0.8, beta=0.5, **FOUR)
+    file = write_jsonl(tmp_path / "held-out.jsonl", held_out)
+    keys = dict(eval_data=file, eval_every=2, max_steps=5, temperature=0.8, beta=0.5)
+    result = run("eval", prompt_rows(8), **keys, **FOUR)
     rows = metrics(result, "eval")
     assert [row["step"] for row in rows] == [0, 2, 4, 5]
     for row, path in ((rows[0], model), (rows[-1], result / "final")):
-        prompts = [ids(line["prompt"]) if isinstance(line["prompt"], str) else chat(line["prompt"]) for line in held_out]
+        given = [line["prompt"] for line in held_out]
+        prompts = [ids(prompt) if isinstance(prompt, str) else chat(prompt) for prompt in given]
         given = [torch.tensor(prompt, dtype=torch.int32).numpy() for prompt in prompts]
-        found = sample(Policy(load_lm(str(path)).eval()), byte_tokenizer(), given, [(0, 0, i) for i in range(5)], 1,
-                       Generation(max_completion_length=LENGTH, temperature=0.8))
+        policy = Policy(load_lm(str(path)).eval())
+        draws = [(0, 0, i) for i in range(5)]
+        sampling = Generation(max_completion_length=LENGTH, temperature=0.8)
+        found = sample(policy, byte_tokenizer(), given, draws, 1, sampling)
         losses = []
         student, wanted = eager(path), eager(teacher)
         for prompt, (completion,) in zip(prompts, found):
             tokens = [*prompt, *completion.tokens.tolist()]
             before = range(len(prompt) - 1, len(tokens) - 1)
             with torch.no_grad():
-                logits = student(torch.tensor([tokens])).logits[0, before] / 0.8
-                losses.append(plain_divergence(logits, wanted(torch.tensor([tokens])).logits[0, before, :259] / 0.8, 0.5))
+                own = student(torch.tensor([tokens])).logits[0, before] / 0.8
+                other = wanted(torch.tensor([tokens])).logits[0, before, :259] / 0.8
+                losses.append(plain_divergence(own, other, 0.5))
         assert row["loss"] == pytest.approx(torch.cat(losses).mean().item(), abs=1e-5)
         lengths = [len(completion.tokens) for completion, in found]
         assert row["completions/mean_length"] == pytest.approx(sum(lengths) / 5)
@@ -287,7 +298,8 @@ def test_watching_changes_nothing(run, tmp_path):
     keys = FOUR | dict(max_steps=6)
     bare = run("bare", prompt_rows(8), **keys)
     held_out = write_jsonl(tmp_path / "held-out.jsonl", prompt_rows(5, 8))
-    watched = run("watched", prompt_rows(8), **keys | dict(eval_every=1), eval_data=held_out, sample_every=1, save_every=1)
+    watching = dict(eval_every=1, eval_data=held_out, sample_every=1, save_every=1)
+    watched = run("watched", prompt_rows(8), **keys | watching)
     assert_same_weights(final_weights(watched), final_weights(bare))
     assert metrics(watched) == metrics(bare)
     samples = read(watched / "samples.jsonl")
@@ -331,7 +343,8 @@ def test_a_reward_is_refused_and_so_is_its_score(run, monkeypatch):
             self.engine.score(rollout)
             yield rollout
     monkeypatch.setattr(Rollouts, "iterate", scored)
-    with pytest.raises(RunError, match="engine.score was called in a run without a reward; fix: remove the line"):
+    says = "engine.score was called in a run without a reward; fix: remove the line"
+    with pytest.raises(RunError, match=says):
         run("score", prompt_rows(8))
 
 
@@ -381,7 +394,8 @@ def test_a_prompt_without_room_for_a_completion_is_dropped(run):
 
 def test_the_teacher_is_in_the_forecast(tmp_path):
     """Its parameters by hand: embedding, head, two layers of q k v o, MLP and norms, and a norm."""
-    config = config_of(LlamaConfig, hidden_size=1024, intermediate_size=4096, num_attention_heads=8, head_dim=128)
+    sizes = dict(hidden_size=1024, intermediate_size=4096, num_attention_heads=8, head_dim=128)
+    config = config_of(LlamaConfig, **sizes)
     config.save_pretrained(tmp_path)
     layer = 2 * 1024 * 1024 + 2 * 1024 * 256 + 3 * 1024 * 4096 + 2 * 1024
     parameters = 2 * 259 * 1024 + 2 * layer + 1024

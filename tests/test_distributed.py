@@ -118,7 +118,7 @@ def test_two_processes_equal_one(both, updates, algorithm):
 
 @pytest.mark.parametrize("algorithm", ["grpo", "distill"])
 def test_a_rank_without_a_prompt_and_one_update_per_rollout(config, updates, algorithm):
-    """Nothing runs between sampling and the update then: FSDP would gather in advance what each rank ran last."""
+    """Nothing runs between sampling and the update: FSDP would gather in advance what each rank ran last."""
     keys = {"num_mini_batches": 1, "save_every": "null"}
     one, two = (config(f"{algorithm}-once-{count}", algorithm, **keys) for count in (1, 2))
     train_here(one)

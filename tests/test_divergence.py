@@ -120,7 +120,8 @@ BY_HAND = {
 
 @pytest.mark.parametrize("beta", BY_HAND)
 def test_two_tokens_by_hand(beta):
-    """The student is at 1/4 and 3/4, the teacher at 1/2 and 1/2; Jensen-Shannon is a difference of entropies."""
+    """The student is at 1/4 and 3/4, the teacher at 1/2 and 1/2; Jensen-Shannon is a difference of
+    entropies."""
     student = Predictions(torch.ones(1, 1), torch.tensor([[0.0], [math.log(3.0)]]), torch.float32, None, None)
     teacher = student._replace(weight=torch.zeros(2, 1))
     _, found = compared(student, teacher, summed(beta), torch.tensor([0]))
@@ -159,7 +160,7 @@ def test_near_certainty_is_finite(beta):
 
 
 def test_no_tensor_has_the_size_of_the_logits(monkeypatch):
-    """40 rows, 1,000 tokens: slices of 3 tokens are 120 numbers, the hidden states 160, full logits 40,000."""
+    """40 rows, 1,000 tokens: slices of 3 tokens are 120 numbers, hidden states 160, full logits 40,000."""
     monkeypatch.setitem(LOGITS_AT_ONCE, "cpu", 120)
     student = random_predictions(40, 1000, 4, 0)
     student.hidden.requires_grad_()
@@ -199,7 +200,8 @@ def full_logits(lm, made, temperature):
 
 
 # without gpt_oss: transformers' experts have no product in fp64
-FAMILIES = {"qwen2": config_of(Qwen2Config), "tied": config_of(Qwen2Config, tie_word_embeddings=True), **kinds()}
+TIED = config_of(Qwen2Config, tie_word_embeddings=True)
+FAMILIES = {"qwen2": config_of(Qwen2Config), "tied": TIED, **kinds()}
 TEACHER = config_of(LlamaConfig, hidden_size=48, num_attention_heads=6, head_dim=8, num_key_value_heads=3)
 
 

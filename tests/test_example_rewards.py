@@ -116,7 +116,8 @@ def test_training_with_a_judge(judge, tmp_path):
     """Its mean is logged, and every completion was graded."""
     data = write_jsonl(tmp_path / "prompts.jsonl", prompt_rows(4))
     keys = ONLINE["grpo"] | dict(algorithm="grpo", model=tiny_model(tmp_path / "model"), data=data)
-    keys |= dict(max_length=200, output=tmp_path / "run", max_steps=2, batch_size=2, num_iterations=1, num_generations=4)
+    keys |= dict(max_length=200, output=tmp_path / "run", max_steps=2)
+    keys |= dict(batch_size=2, num_iterations=1, num_generations=4)
     train_here(write_config(tmp_path / "config.yml", **keys | {"reward": f"{FOLDER}/judge.py:judge"}))
     assert len(Judge.requests) == 2 * 4      # the two updates are made from one rollout
     assert all(0 <= row["reward"] <= 1 for row in metrics(tmp_path / "run"))

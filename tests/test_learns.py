@@ -45,7 +45,8 @@ def test_supervised_fine_tuning_elicits_the_skill(sft_run):
     assert_reaches(sft_run, 0.8)
 
 
-@pytest.mark.parametrize("algorithm, level, updates", [("dpo", 0.75, 32), ("apo", 0.75, 30), ("grpo", 0.75, 6)])
+@pytest.mark.parametrize("algorithm, level, updates", [
+    ("dpo", 0.75, 32), ("apo", 0.75, 30), ("grpo", 0.75, 6)])
 def test_training_elicits_the_skill(tmp_path, algorithm, level, updates):
     assert_reaches(trained(tmp_path, algorithm, updates, "log_every=1000"), level)
 

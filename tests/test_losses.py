@@ -162,7 +162,8 @@ BY_HAND = {
     "cpo": lambda pc, pr, beta=.1, label_smoothing=0.0: smoothed(beta * (pc - pr), label_smoothing),
     "rm": lambda c, r, m=0.0, center_rewards_coefficient=0.0: -log_sigmoid(c - r - m) + center_rewards_coefficient * (c + r) ** 2,
 }
-COUNTS = {"sft": 1, "dpo": 4, "ipo": 4, "apo": 4, "orpo": 2, "simpo": 2, "cpo": 2, "rm": 3}      # tensor arguments
+# tensor arguments
+COUNTS = {"sft": 1, "dpo": 4, "ipo": 4, "apo": 4, "orpo": 2, "simpo": 2, "cpo": 2, "rm": 3}
 
 
 def kto_by_hand(policy, reference, desirable, kl, beta=.1, desirable_weight=1.0, undesirable_weight=1.0):
@@ -193,7 +194,8 @@ def assert_equals_by_hand(loss, by_hand, inputs, tolerance):
 @pytest.mark.parametrize("name, options", [
     ("sft", {}), ("dpo", {}), ("dpo", {"beta": 2.0}), ("dpo", {"beta": .3, "label_smoothing": .2}),
     ("ipo", {}), ("ipo", {"beta": .7}), ("apo", {}), ("apo", {"beta": 2.0}), ("orpo", {}),
-    ("orpo", {"beta": 1.5}), ("simpo", {}), ("simpo", {"beta": .5, "simpo_gamma": .25, "label_smoothing": .2}),
+    ("orpo", {"beta": 1.5}),
+    ("simpo", {}), ("simpo", {"beta": .5, "simpo_gamma": .25, "label_smoothing": .2}),
     ("cpo", {}), ("cpo", {"beta": .5, "label_smoothing": .3}), ("rm", {}),
     ("rm", {"center_rewards_coefficient": .01})])
 def test_values_and_gradients_equal_plain_python(name, options):

@@ -358,8 +358,8 @@ def test_recast_linear_layers_compute_what_autocast_does(bias, dtype):
 
 @pytest.mark.parametrize("kind", ["tied", "untied", "phi"])
 def test_a_frozen_model_in_bf16_keeps_half_and_computes_the_same(kind, tmp_path):
-    """The linear layers lie in bf16, as autocast would round them in every forward; all else, a tied head too,
-    in fp32. Phi's head has a bias, which is added in fp32."""
+    """The linear layers lie in bf16, as autocast would round them in every forward; all else, a tied head
+    too, in fp32. Phi's head has a bias, which is added in fp32."""
     path, tied = str(tmp_path), kind == "tied"
     if kind == "phi":
         random_lm(kinds()["phi"]).save_pretrained(path)

@@ -75,7 +75,8 @@ def family_parts(*names):
 
 of_several_rewards = [*online("gdpo"), "test_online_losses.py::test_decoupled_advantages[0]",
                       "test_online_losses.py::test_worked_advantages_of_two_rewards"]
-PAIRS = "dpo", "ipo", "apo", "orpo", "simpo", "cpo"      # algorithms that take log-probs of pairs; rm takes scores
+# algorithms that take log-probs of pairs; rm takes scores
+PAIRS = "dpo", "ipo", "apo", "orpo", "simpo", "cpo"
 TOKENS = "sft", "dft", "kto", *PAIRS
 GROUPS = "grpo", "gdpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "reinforce_pp"
 SHIFT = "data/pack.py", "source.append(predictors[response.trained])", "source.append(predictors[response.trained] + 1)"
@@ -139,7 +140,8 @@ MUTATIONS = {    # name: (file, text, what it becomes, the tests that must fail)
          *distill("reverse", "jensen-shannon", "half of the data")]),
     "the teacher beyond the student's tokens": (
         "model/divergence.py", "weight=other.weight[:rows]", "weight=other.weight[-rows:]",
-        [*divergence("values_and_gradients_equal_full_logits[False-None-7-0.5]"), *distill("forward", "reverse")]),
+        [*divergence("values_and_gradients_equal_full_logits[False-None-7-0.5]"),
+         *distill("forward", "reverse")]),
     "student and teacher exchanged": (
         "algorithms/distill.py", "def distill_loss(student_logps, teacher_logps,",
         "def distill_loss(teacher_logps, student_logps,",
@@ -155,7 +157,8 @@ MUTATIONS = {    # name: (file, text, what it becomes, the tests that must fail)
         "Completion(*((x[:-1] if stopped and length > 1 else x) for x in (tokens, logps)), stopped)",
         [*online("grpo", "dapo"), *(f"test_rollout.py::test_sampler_equals_a_plain_loop[{name}-plain]" for name in ("qwen2", "llama"))]),
     "rewards that are normalised after their sum": (
-        "algorithms/gdpo.py", "[group_advantages(groups) for groups in rewards]", "rewards", of_several_rewards),
+        "algorithms/gdpo.py", "[group_advantages(groups) for groups in rewards]", "rewards",
+        of_several_rewards),
     "no deviation over the rollout": (
         "algorithms/gdpo.py", "total / (known.std() + 1e-4)", "total", of_several_rewards),
     "every reward weighs the same": (
@@ -164,7 +167,8 @@ MUTATIONS = {    # name: (file, text, what it becomes, the tests that must fail)
         "model/sampler.py", "(*keys[prompt], copy)", "(*keys[prompt], copy + 1)",
         ["test_rollout.py::test_sampler_equals_a_plain_loop[qwen2-plain]"]),
     "a collective in a loop over a set": (
-        "engine/frozen.py", "enumerate(blocks_of(groups, size), 1)", "enumerate(set(blocks_of(groups, size)), 1)",
+        "engine/frozen.py", "enumerate(blocks_of(groups, size), 1)",
+        "enumerate(set(blocks_of(groups, size)), 1)",
         ["test_ranks.py::test_no_collective_in_a_loop_over_a_set"]),
     "the copies of a prompt without a gradient": (
         "model/varlen.py", "total.index_add_(0, tokens, grad.index_select(0, places))", "pass",
@@ -177,11 +181,13 @@ MUTATIONS = {    # name: (file, text, what it becomes, the tests that must fail)
         "model/cache.py", "self.mask.index_fill_(3, self.place, True)", "self.mask.fill_(True)",
         ["test_rollout.py::test_steps_in_place_equal_a_plain_loop[qwen2-plain]"]),
     "a row that goes on and sees what lies before its prompt": (
-        "model/cache.py", "lengths[:self.rows] = self.column - self.start", "lengths[:self.rows] = self.column",
+        "model/cache.py", "lengths[:self.rows] = self.column - self.start",
+        "lengths[:self.rows] = self.column",
         refilled("qwen2", "gpt_oss")),
     "a new row that sees what lies before its prompt": (
         "model/cache.py", ">= self.start[:, None]\n            self.mask",
-        ">= self.start.where(self.start < 12, 0)[:, None]\n            self.mask", refilled("qwen2", "gpt_oss")),
+        ">= self.start.where(self.start < 12, 0)[:, None]\n            self.mask",
+        refilled("qwen2", "gpt_oss")),
     "a row that goes on without its keys and values": (
         "model/cache.py", "= old[:, :, old_column - count:old_column]", "= old[:, :, :count]",
         refilled("qwen2", "mistral-window", "gpt_oss")),

@@ -149,8 +149,8 @@ def test_worked_advantages_of_two_rewards():
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_decoupled_advantages(seed):
-    """Against loops. Completions that one reward or all of them left out; groups that are alike in one of them
-    or in all; a large and a small spread."""
+    """Against loops. Completions that one reward or all of them left out; groups that are alike in one of
+    them or in all; a large and a small spread."""
     generator = torch.Generator().manual_seed(seed)
     rewards = torch.randn(3, 6, 4, generator=generator, dtype=torch.float64)
     rewards *= torch.tensor([100.0, .01, 1.0])[:, None, None]
@@ -163,7 +163,8 @@ def test_decoupled_advantages(seed):
     for weights in ([1.0, 1.0, 1.0], [2.0, .5, -1.0]):
         advantages = decoupled_advantages(by_reward, weights)
         assert_groups(advantages, decoupled_by_hand(rewards.tolist(), weights))
-        assert advantages[2].tolist() == [0] * 4 and advantages[5].isnan().tolist() == [False, False, True, False]
+        assert advantages[2].tolist() == [0] * 4
+        assert advantages[5].isnan().tolist() == [False, False, True, False]
 
 
 def test_decoupled_advantages_of_one_reward():
@@ -497,7 +498,8 @@ def tables(seed=0):
 
 
 @pytest.mark.parametrize("name, options", [
-    ("grpo", {}), ("grpo", {"beta": 0}), ("gdpo", {}), ("gdpo", {"beta": 0}), ("dr_grpo", {}), ("dr_grpo", {"epsilon": .05}),
+    ("grpo", {}), ("grpo", {"beta": 0}), ("gdpo", {}), ("gdpo", {"beta": 0}),
+    ("dr_grpo", {}), ("dr_grpo", {"epsilon": .05}),
     ("dapo", {}), ("dapo", {"soft_overlong_cache": 3}), ("dapo", {"mask_truncated_completions": True}),
     ("gspo", {}), ("gspo", {"epsilon": .1, "epsilon_high": .2}), ("cispo", {}), ("cispo", {"epsilon_high": 1.1}),
     ("rloo", {}), ("rloo", {"kl_coef": 0, "epsilon": .9, "epsilon_high": 3}), ("reinforce_pp", {}), ("reinforce_pp", {"kl_coef": 0}),

@@ -37,7 +37,8 @@ VALUES = 0.1, 0.3, 0.6, 0.7, 0.9, -0.1, 1 / 3
 DTYPES = torch.float32, torch.float64
 # one update per rollout, no reference
 KEYS = dict(max_completion_length=6, batch_size=2, lr=1e-3, max_length=64, schedule="constant", warmup=0)
-WITHOUT_KL = {"grpo": {"beta": 0}, "gdpo": {"beta": 0}, "rloo": {"kl_coef": 0}, "reinforce_pp": {"kl_coef": 0},
+WITHOUT_KL = {"grpo": {"beta": 0}, "gdpo": {"beta": 0},
+              "rloo": {"kl_coef": 0}, "reinforce_pp": {"kl_coef": 0},
               "dapo": {"max_resample_times": 1}, "gspo": {"num_mini_batches": 1},
               # the critic starts at 0, and with lam 1 the first advantages are the whole returns: all alike
               "ppo": {"kl_coef": 0, "lam": 1.0, "num_ppo_epochs": 1}}

@@ -492,7 +492,8 @@ def test_a_reward_model_with_an_adapter(run, reward_runs, values):
 def test_reward_runs_that_are_none(files, tmp_path):
     for place in (files.folder / "base", tmp_path):
         place.mkdir(exist_ok=True)
-        with pytest.raises(UserError, match="^reward: .* (is a Qwen2ForCausalLM, which gives no score|cannot be loaded)"):
+        says = "^reward: .* (is a Qwen2ForCausalLM, which gives no score|cannot be loaded)"
+        with pytest.raises(UserError, match=says):
             train_here(write_config(tmp_path / "x.yml", **options_of(files, output=tmp_path / "run", reward=place)))
 
 

@@ -21,12 +21,14 @@ CHROMIUM = shutil.which("chromium")
 def a_run(folder, seed=0, losses=(0.7, 0.5, 0.4), events=(), samples=(), held_out=(), **config):
     """A run's directory, made by hand; `losses` of updates 1, 2, ..."""
     folder.mkdir(parents=True)
-    values = {"algorithm": "dpo", "model": "base", "data": "pairs.jsonl", "seed": seed, "output": folder} | config
+    values = {"algorithm": "dpo", "model": "base", "data": "pairs.jsonl", "seed": seed, "output": folder}
+    values |= config
     (folder / "config.yaml").write_text("".join(f"{key}: {value}\n" for key, value in values.items()))
     started = {"command": "python train.py x.yml", "machine": {"cores": 2, "gpu": None}, "world_size": 1,
-               "versions": {"torch": "2.13"},
-               "data": {"train": {"source": "pairs.jsonl", "read": 12, "used": 10, "dropped": {"too long": 2}},
-                        "eval": {"source": "held.jsonl", "read": 50, "used": 50, "dropped": {}}}}
+               "versions": {"torch": "2.13"}}
+    started["data"] = {
+        "train": {"source": "pairs.jsonl", "read": 12, "used": 10, "dropped": {"too long": 2}},
+        "eval": {"source": "held.jsonl", "read": 50, "used": 50, "dropped": {}}}
     (folder / "run.json").write_text(json.dumps(started))
     rows = []
     for step, loss in enumerate(losses, 1):
@@ -183,7 +185,8 @@ def test_the_command(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("words, says", [
     ([], "no run is named; fix: python report.py"), (["nothing"], "nothing is not a run; fix: "),
-    (["empty"], "empty has logged nothing yet; fix: "), (["a", "output=no/x.html"], "no/x.html cannot be written"),
+    (["empty"], "empty has logged nothing yet; fix: "),
+    (["a", "output=no/x.html"], "no/x.html cannot be written"),
     (["a", "--pdf"], "--pdf is unknown; fix: ")])
 def test_what_is_refused(tmp_path, monkeypatch, words, says):
     monkeypatch.chdir(tmp_path)
@@ -238,7 +241,8 @@ def test_a_browser_shows_it(real, tmp_path, theme, width):
     path.write_text(page([read_run(str(real))]).replace("</body>", probe))
     command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
                "--disable-background-networking", "--disable-component-update", "--disable-sync",
-               "--hide-scrollbars", f"--user-data-dir={tmp_path}/profile", f"--window-size={width},900", "--enable-logging=stderr",
+               "--hide-scrollbars", "--enable-logging=stderr",
+               f"--user-data-dir={tmp_path}/profile", f"--window-size={width},900",
                f"--blink-settings=preferredColorScheme={theme}", f"--screenshot={tmp_path}/shot.png",
                path.as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)

@@ -227,7 +227,8 @@ def test_killed_before_every_call_of_a_save(tmp_path):
 def test_replacing_a_sealed_directory_keeps_a_whole_one(tmp_path):
     sealed_step(tmp_path / "final", 1)
     sealed_step(tmp_path / "final", 2)
-    assert checkpoint.load_trainer(tmp_path / "final") == {"step": 2} and sealed.broken(tmp_path / "final") is None
+    assert checkpoint.load_trainer(tmp_path / "final") == {"step": 2}
+    assert sealed.broken(tmp_path / "final") is None
     assert os.listdir(tmp_path) == ["final"]
 
 
@@ -264,7 +265,8 @@ def test_no_bit_of_a_manifest_can_be_wrong(tmp_path):
     for position in range(len(content)):
         for bit in random.Random(position).sample(range(8), 2):
             manifest.write_bytes(content[:position] + bytes([content[position] ^ 1 << bit]) + content[position + 1:])
-            if sealed.broken(tmp_path / "step") is None:      # only where the change has no meaning: white space
+            # whole only where the change has no meaning: white space
+            if sealed.broken(tmp_path / "step") is None:
                 assert {key: tuple(value.values()) for key, value in json.loads(manifest.read_bytes()).items()} == data
 
 

@@ -133,7 +133,8 @@ def test_sampler_equals_a_plain_loop(tokenizer, name, how):
     assert reports[-1] == (15, 15) and [done for done, _ in reports] == sorted(done for done, _ in reports)
     if name in kinds():                 # their caps and scales make some tokens likely
         return
-    if how in ("plain", "hotter", "refilled"):      # else the loop above would not have seen rows that end at different times
+    # else the loop above would not have seen rows that end at different times
+    if how in ("plain", "hotter", "refilled"):
         assert len({len(completion.tokens) for completion in everything}) >= 4
         assert {completion.finished for completion in everything} == {True, False}
     if how == "greedy":
@@ -269,8 +270,14 @@ def test_rows_come_when_others_have_ended(tokenizer, monkeypatch, name, in_place
 def test_rows_that_fit_one_batch_are_filled_once(tokenizer, monkeypatch):
     added = []
     add = Decoding.add
-    monkeypatch.setattr(Decoding, "add", lambda decoding, given, uniforms: added.append(len(given)) or add(decoding, given, uniforms))
-    sample(Policy(model(ARCHITECTURES["qwen2"])), tokenizer, prompts(), keys(5), COPIES, settings(rollout_batch_size=15))
+
+    def counted(decoding, given, uniforms):
+        added.append(len(given))
+        return add(decoding, given, uniforms)
+
+    monkeypatch.setattr(Decoding, "add", counted)
+    policy, sampling = Policy(model(ARCHITECTURES["qwen2"])), settings(rollout_batch_size=15)
+    sample(policy, tokenizer, prompts(), keys(5), COPIES, sampling)
     assert added == [15]
 
 
@@ -279,7 +286,12 @@ def test_prompts_are_computed_in_the_form_of_the_policy(tokenizer, monkeypatch, 
     """With varlen one call per layer and forward, here a loop in the kernel's place."""
     calls = []
     loop = varlen.one_by_one
-    monkeypatch.setattr("model.varlen.one_by_one", lambda *arguments: calls.append(len(arguments[0])) or loop(*arguments))
+
+    def counted(*arguments):
+        calls.append(len(arguments[0]))
+        return loop(*arguments)
+
+    monkeypatch.setattr("model.varlen.one_by_one", counted)
     sampling = settings()
     lm = model(ARCHITECTURES[name], VARLEN)
     completions = sample(Policy(lm, form=Form(VARLEN)), tokenizer, prompts(), keys(5), COPIES, sampling)

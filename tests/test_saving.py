@@ -4,8 +4,6 @@ import json
 import multiprocessing
 import os
 import shutil
-import socket
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import robust_helpers as child
@@ -271,7 +269,8 @@ def test_a_trial_writes_every_file_but_no_weight(algorithm, values, forms, model
     for form in forms:
         real = run / {"checkpoint": "checkpoints/step-000001"}.get(form, form)
         found = set(sealed.files_below(real))
-        assert found - names[form] <= {"manifest.json", "model.safetensors", "optimizer.safetensors", "rollout.safetensors"}
+        weights_only = {"manifest.json", "model.safetensors", "optimizer.safetensors", "rollout.safetensors"}
+        assert found - names[form] <= weights_only
         assert names[form] <= found
     assert not list(run.glob("*.tmp-*"))
 
@@ -410,12 +409,6 @@ def test_the_value_head_has_the_bias_that_others_read(model, tmp_path, capsys):
 ROWS = torch.arange(15.0).view(5, 3)
 
 
-def free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
 def save_remembered(model, folder, remembered):
     policy = build_policy(str(model), byte_tokenizer())
     optimizer = torch.optim.AdamW(policy.parameters())
@@ -439,7 +432,7 @@ def one_of_two_ranks(rank, model, folder, port):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_remembered_tensors_come_back_sharded_as_they_are(model, tmp_path):
     folder = str(tmp_path / "step-000001")
-    port, processes = free_port(), []
+    port, processes = child.free_port(), []
     for rank in range(2):
         arguments = (rank, model, folder, port)
         processes.append(multiprocessing.get_context("fork").Process(target=one_of_two_ranks, args=arguments))
@@ -546,26 +539,8 @@ def test_a_ruined_model_stops_in_the_next_update_where_nothing_is_saved_before(m
 
 # ---- two ranks
 
-def join(rank, port, patch, arguments):
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    patch(*arguments)
-
-
-def two_ranks(directory, patch, *arguments):
-    """What torchrun does, with `patch(rank, ...)` on both; their results."""
-    port = free_port()
-
-    def start(rank):
-        folder = directory / f"rank{rank}"
-        folder.mkdir()
-        shutil.copy(directory / "config.yml", folder)
-        return child.train(folder, patch=join, arguments=(rank, port, patch, (rank, *arguments)))
-    with ThreadPoolExecutor(2) as pool:
-        return list(pool.map(start, range(2)))
-
-
-def spoil_on_one_rank(rank, step, where):
+def spoil_on_one_rank(rank, port, count, step, where):
+    child.join(rank, port, count)
     from engine.loop import Engine
     due = Engine.stop_requested
 
@@ -579,7 +554,8 @@ def spoil_on_one_rank(rank, step, where):
     Engine.stop_requested = patched
 
 
-def full_disk(rank, step):
+def full_disk(rank, port, count, step):
+    child.join(rank, port, count)
     child.full_disk(step)
 
 
@@ -590,7 +566,7 @@ def full_disk(rank, step):
 def test_all_ranks_stop_where_a_save_cannot_be_made(patch, arguments, says, model, tmp_path):
     """One rank holds the NaN, one rank writes: both end, with the same line."""
     child.project(tmp_path, "sft", model, output=tmp_path / "run", save_every=2, eval_every=1)
-    results = two_ranks(tmp_path, patch, *arguments)
+    results = child.train_on_ranks(tmp_path / "config.yml", patch=patch, arguments=arguments)
     for result in results:
         assert result.code == 1 and "Traceback" not in result.err
         assert says in result.err.splitlines()[-1]

@@ -272,9 +272,10 @@ def test_shares_are_even_and_layers_stay_together(monkeypatch):
 
 
 def test_parts_are_joined_as_transformers_shards_a_model(tmp_path):
-    """Rank 0 has no weight of the LM here, and rank 1 two files; the files without weights are in any part."""
+    """Rank 0 has no weight of the LM here, and rank 1 two files; files without weights are in any part."""
     files = {0: {"critic": "a", "trainer.json": "{}"},
-             1: {"model-00001-of-00002": "b", "model-00002-of-00002": "c", "config.json": "{}", "more/x.json": "1"},
+             1: {"model-00001-of-00002": "b", "model-00002-of-00002": "c",
+                 "config.json": "{}", "more/x.json": "1"},
              2: {"model": "d", "critic": "e", "config.json": "{}"}}
     for rank, part in files.items():
         folder = tmp_path / f"part-{rank:05d}"

@@ -136,7 +136,7 @@ def test_places(where, expected):
 
 
 def test_the_table_of_log_probs(tmp_path):
-    """Against a dict: parts that overlap, of which the older counts, keys that end in zeros, what is missing."""
+    """Against a dict: parts that overlap, of which the older counts, keys that end in zeros, missing ones."""
     draw = np.random.default_rng(0)
     keys = [draw.bytes(14) + bytes(2) for _ in range(30)]
     parts, expected = [], {}

@@ -179,7 +179,8 @@ BETAS = [0.0, 1.0, 0.5, 0.1]
 
 
 def predictions(size, seed, temperature):
-    """Hidden states and head of 2 rows with 5 positions, over 40 tokens; (Predictions of the eight that are trained, states, head)."""
+    """Of 2 rows with 5 positions, over 40 tokens: (Predictions of the eight that are trained, hidden states,
+    head)."""
     generator = torch.Generator().manual_seed(seed)
     hidden, weight = torch.randn(2, 5, size, generator=generator), torch.randn(40, size, generator=generator)
     hidden.requires_grad_(), weight.requires_grad_()

@@ -35,6 +35,7 @@ def read(path: str) -> dict[str, float]:
             try:
                 weights[word.lower()] = float(weight[0]) if weight else 1.0
             except ValueError:
-                raise RuntimeError(f"{path}:{number} has no number after {word}; fix: write a weight") from None
+                raise RuntimeError(f"{path}:{number} has no number after {word}; "
+                                   "fix: write a weight") from None
     weights.pop("", None)
     return weights

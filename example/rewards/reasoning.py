@@ -3,8 +3,8 @@
     python train.py example/smollm2-grpo.yml data=tasks.jsonl \
         reward=example/rewards/reasoning.py:reasoning
 
-A row is what the package gives for a problem: `question`, `answer` and `metadata`, which names the task. Write
-them with
+A row is what the package gives for a problem: `question`, `answer` and `metadata`, which names the task.
+Write them with
 
     for row in reasoning_gym.create_dataset("chain_sum", size=1000, seed=1):
         print(json.dumps(row))
