@@ -75,11 +75,17 @@ class Policy(nn.Module):
     def collate(self, examples) -> Batch:
         return with_units(collate(examples, self.share_prompt), self.form).to(self.device)
 
+    def laid_out(self, batch: Batch) -> Batch:
+        """The batch; where a model with another form laid it out, its examples laid out for this one. What
+        is returned per token or response has the same order either way."""
+        return batch if batch.form in (None, self.form) else self.collate(batch.examples)
+
     def autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
     def forward(self, batch: Batch, temperature: float = 1.0, entropy: bool = False,
                 predictions: bool = False, against: tuple | None = None):
+        batch = self.laid_out(batch)
         states, head = self.states(batch)
         if predictions or against:
             own = predictions_of(states, head, temperature, self.precision)

@@ -44,6 +44,7 @@ class RewardModel(Policy):
         self.value_head = linear_head(head, policy.device)
 
     def forward(self, batch: Batch):
+        batch = self.laid_out(batch)
         hidden = self.hidden(batch, input_ids=batch.tokens[None])      # (T, D)
         states = hidden.index_select(0, batch.last)                    # (S, D)
         return self.value_head(states.float())[:, 0]

@@ -76,7 +76,8 @@ def units_of(segments: list[tuple[int, list[int]]]) -> Units:
 
 
 def with_units(batch, form):
-    """A batch with what its form of attention needs."""
+    """A batch with its form, and what the attention of that form needs."""
+    batch.form = form
     if form.attention == VARLEN:
         batch.units = units_of(batch.segments)
     return batch
