@@ -159,7 +159,7 @@ def train_ours(job: dict) -> dict:
     }
     algorithm, config, engine, started = shared.our_engine(job, keys)
     algorithm.train(engine, config)
-    result = shared.measured(started, job["gpu"])
+    result = shared.measured(started, job.get("gpu"))
     if job.get("final"):
         engine.policy.lm.save_pretrained(job["final"])
     ids = []
@@ -202,7 +202,7 @@ def train_trl(job: dict) -> dict:
     rows = Dataset.from_list(shared.read_jsonl(job["trl_rows"]))
     trainer = trainer_class(**models, args=arguments, train_dataset=rows, processing_class=tokenizer)
     trainer.train()
-    result = shared.measured(started, job["gpu"])
+    result = shared.measured(started, job.get("gpu"))
     if job.get("final"):
         trainer.save_model(job["final"])
     ids = []
@@ -320,7 +320,7 @@ def measure_limit(job: dict) -> dict:
     shapes = [(2048, size, inner), (2048, inner, size), (2048, size, size), (256, size, vocabulary)]
     limit = {}
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        rates = [fastest_product(shape, dtype, "cuda" if job["gpu"] else "cpu") for shape in shapes]
+        rates = [fastest_product(shape, dtype, "cuda" if job.get("gpu") else "cpu") for shape in shapes]
         limit[name] = max(rates)
     return limit
 

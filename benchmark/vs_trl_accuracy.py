@@ -6,7 +6,8 @@ and memory.
 The first --pairs usable rows are trained on; the --held-out ones after them, without those whose prompt was
 trained on, are what both final models and the start model are measured on, by one program. TRL runs in the
 setting that `vs_trl.py` finds the fastest and leanest: one pair per forward on a CPU, all pairs of an update
-on a GPU (--gpu), the reference's log-probs precomputed. Seconds and memory are counted as there. Prints a table in markdown.
+on a GPU (--gpu), the reference's log-probs precomputed. Seconds and memory are counted as there. Prints a
+table in markdown.
 
 Every part (each training, each measurement) is kept in --output, so that an interrupted comparison goes on.
 """
