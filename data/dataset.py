@@ -57,11 +57,7 @@ def build_dataset(source, kind, tokenizer, max_length, train_on="assistant", tru
     columns = columns or {}
     path = find_file(source, base) if is_local(source, base) else None
     hh = hh if tokenizer.chat_template or template else "text"
-    if path:
-        rows = read_rows(path)
-    else:
-        hub_kind = "responses" if kind == "prompts" else kind
-        rows = hub_rows(str(source), hub_kind, hh == "messages", seed)
+    rows = rows_of(source, kind, hh == "messages", seed, base)
     chat = bool(tokenizer.chat_template) and not template
     reading = Reading(str(source), kind, max_length, train_on, truncate, hh, columns, template, chat, system,
                       longest_prompt)
@@ -75,6 +71,13 @@ def build_dataset(source, kind, tokenizer, max_length, train_on="assistant", tru
         found.check()
     found.keep_common_extras()
     return Dataset(found.examples, _report(found, path, tokenizer), list(found.notices))
+
+
+def rows_of(source, kind, chat=True, seed=0, base=None):
+    """Yield (where, row) of a local file or a hub dataset; see `hub_rows` for the last ones."""
+    if is_local(source, base):
+        return read_rows(source, base)
+    return hub_rows(str(source), "responses" if kind == "prompts" else kind, chat, seed)
 
 
 def _report(found, path, tokenizer):
