@@ -19,6 +19,7 @@ import io
 import re
 import sys
 import tokenize
+from functools import lru_cache
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -39,6 +40,7 @@ DOCUMENTED = (ast.Module, ast.FunctionDef, ast.ClassDef)
 
 # ---- the algorithm files -----------------------------------------------------------------------------
 
+@lru_cache
 def source_of(name: str) -> str:
     path = ROOT / "algorithms" / f"{name}.py"
     if not path.is_file():
@@ -65,21 +67,28 @@ def on_one_line(source: str) -> str:
     return re.sub(r"(?<=[(\[]) | (?=[)\]])", "", joined)
 
 
-def statement(file: str, start: str) -> str:
-    """The only statement of algorithms/<file>.py that begins with `start`, on one line."""
+@lru_cache
+def statements(file: str) -> list[str]:
+    """The statements of algorithms/<file>.py without others inside, each on one line."""
     source = source_of(file)
-    found = set()
+    lines = source.splitlines()
+    found = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, (ast.Assign, ast.AugAssign, ast.Expr, ast.Return)):
-            line = on_one_line(ast.get_source_segment(source, node))
-            if line.startswith(start):
-                found.add(line)
+            found.append(on_one_line("\n".join(lines[node.lineno - 1:node.end_lineno])))
+    return found
+
+
+def statement(file: str, start: str) -> str:
+    """The only statement of algorithms/<file>.py that begins with `start`, on one line."""
+    found = {line for line in statements(file) if line.startswith(start)}
     if len(found) != 1:
         raise UserError(f"algorithms/{file}.py has {len(found)} statements that begin with {start!r}; "
                         "fix: write more of it, or what the file says now, in the page")
     return found.pop()
 
 
+@lru_cache
 def code_lines(name: str) -> list[str]:
     """The code lines of a file without comments and docstrings, their tokens joined by spaces."""
     source = source_of(name)
@@ -96,8 +105,9 @@ def code_lines(name: str) -> list[str]:
 
 def num_added(old: str, new: str) -> int:
     """How many code lines of `new` are not in `old` at their place."""
-    difference = difflib.ndiff(code_lines(old), code_lines(new))
-    return sum(line.startswith("+ ") for line in difference)
+    matcher = difflib.SequenceMatcher(None, code_lines(old), code_lines(new), autojunk=False)
+    same = sum(block.size for block in matcher.get_matching_blocks())
+    return len(code_lines(new)) - same
 
 
 # ---- the blocks --------------------------------------------------------------------------------------
@@ -149,6 +159,8 @@ def built(text: str, is_chinese: bool) -> str:
 def main(argv: list[str]) -> None:
     if argv not in ([], ["--check"]):
         return print(__doc__)
+    for read in (source_of, statements, code_lines):
+        read.cache_clear()      # the files may have changed since they were read
     for page in sorted(HERE.glob("*.md")):
         old = page.read_text(encoding="utf-8")
         new = built(old, is_chinese=page.stem.endswith("_zh"))
