@@ -44,7 +44,8 @@ def svg(picture: Picture) -> str:
     for run in picture.runs:
         word = f"{run.removeprefix('tiny-')}={ROOT / 'runs' / run}"
         lines.append(figure.read_line(word, picture.metric, picture.split))
-    return figure.draw(lines, (picture.title, "updates", picture.metric))
+    is_share = False if picture.metric == "loss" else None      # a loss below 1 is no percentage
+    return figure.draw(lines, (picture.title, "updates", picture.metric), is_share)
 
 
 def main(argv: list[str]) -> None:
