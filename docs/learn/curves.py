@@ -25,12 +25,12 @@ class Picture(NamedTuple):
     runs: list[str]
 
 
-KIN = ["tiny-dr_grpo", "tiny-dapo", "tiny-rloo", "tiny-reinforce_pp", "tiny-gdpo"]
-PREFERENCE = ["tiny-ipo", "tiny-orpo", "tiny-simpo", "tiny-cpo", "tiny-apo", "tiny-rpo"]
+KIN = ["tiny-dr_grpo", "tiny-dapo", "tiny-rloo"]
+PREFERENCE = ["tiny-dpo", "tiny-kto", "tiny-apo", "tiny-rpo"]
 PICTURES = {      # by the page
     "sft": Picture("loss", "eval", "Held-out loss", ["tiny-sft"]),
     "dpo": Picture("loss", "train", "Training loss", ["tiny-dpo"]),
-    "preference": Picture("rewards/accuracies", "eval", "Held-out accuracy", PREFERENCE),
+    "preference": Picture("rewards/margins", "eval", "Held-out margin", PREFERENCE),
     "rm": Picture("accuracy", "eval", "Held-out accuracy", ["tiny-rm"]),
     "ppo": Picture("reward", "train", "Training reward", ["tiny-ppo"]),
     "grpo": Picture("reward", "train", "Training reward", ["tiny-grpo"]),
