@@ -16,6 +16,7 @@ import torch
 from helpers import (
     ONLINE,
     ROOT,
+    ROWS,
     algorithms_of,
     metrics,
     pair_rows,
@@ -219,6 +220,21 @@ def train(tmp_path, monkeypatch):
         train_here(write_config(tmp_path / f"{name}.yml", **keys | values))
         return metrics(tmp_path / f"run-{name}")
     return train
+
+
+def all_exercises():
+    found = []
+    for name in STEPS:
+        for number, (algorithm, hunks) in enumerate(exercises(FOLDER / f"{name}.md")):
+            found.append(pytest.param(algorithm, hunks, id=f"{name}-{number}"))
+    return found
+
+
+@pytest.mark.parametrize("algorithm, hunks", all_exercises())
+def test_an_exercise_trains(train, algorithm, hunks):
+    rows = ROWS[algorithm](8)
+    made = train(algorithm, rows, changed(algorithm, hunks), **ONLINE.get(algorithm, {}))
+    assert [row["step"] for row in made if row["split"] == "train"] == [1, 2]
 
 
 ALONE = dict(ONLINE["grpo"], num_iterations=1, num_mini_batches=1, beta=0, batch_size=2)
