@@ -37,10 +37,11 @@ class Line(NamedTuple):
 
 
 class Frame(NamedTuple):
-    """Which updates and values the figure reaches to; the values begin at `low`."""
+    """Which updates and values the figure reaches to; the values begin at `low`. Shares are percentages."""
     updates: int
     low: float
     high: float
+    is_share: bool
 
     def x(self, update: float) -> float:
         return LEFT + (WIDTH - LEFT - RIGHT) * update / self.updates
@@ -84,8 +85,9 @@ def read_line(word: str, metric: str, split: str) -> Line:
     return line
 
 
-def frame_of(lines: list[Line]) -> Frame:
-    """Shares are shown from 0 to 1, other numbers from the lowest to the highest tick."""
+def frame_of(lines: list[Line], is_share: bool | None = None) -> Frame:
+    """Shares are shown from 0 to 1, other numbers from the lowest to the highest tick. `is_share`: None =
+    where all values are between 0 and 1."""
     last = 0
     lows = []
     highs = []
@@ -95,10 +97,12 @@ def frame_of(lines: list[Line]) -> Frame:
         highs += line.highs
     low = min(lows)
     high = max(highs)
-    if 0 <= low and high <= 1:
-        return Frame(max(1, last), 0.0, 1.0)
+    if is_share is None:
+        is_share = 0 <= low and high <= 1
+    if is_share:
+        return Frame(max(1, last), 0.0, 1.0, is_share)
     step = tick_step(high - low)
-    return Frame(max(1, last), math.floor(low / step) * step, math.ceil(high / step) * step)
+    return Frame(max(1, last), math.floor(low / step) * step, math.ceil(high / step) * step, is_share)
 
 
 def tick_step(span: float) -> float:
@@ -143,11 +147,10 @@ def axes(frame: Frame, names: tuple) -> list[str]:
     title, x_name, y_name = names
     right = WIDTH - RIGHT
     parts = [text(LEFT, 22, title, more="font-weight='600'")]
-    is_share = (frame.low, frame.high) == (0.0, 1.0)
-    step = 0.25 if is_share else tick_step(frame.high - frame.low)
+    step = 0.25 if frame.is_share else tick_step(frame.high - frame.low)
     for value in ticks(frame.low, frame.high, step):
         y = frame.y(value)
-        shown = f"{value:.0%}" if is_share else f"{value:.4g}"
+        shown = f"{value:.0%}" if frame.is_share else f"{value:.4g}"
         parts.append(rule(LEFT, y, right, y, 0.25))
         parts.append(text(LEFT - 8, y + 4, shown, "end"))
     step = max(1, round(tick_step(frame.updates)))
@@ -188,9 +191,10 @@ def legend(lines: list[Line]) -> list[str]:
     return parts
 
 
-def draw(lines: list[Line], names: tuple) -> str:
-    """The SVG of these lines; `names`: (title, name of the updates, name of the values)."""
-    frame = frame_of(lines)
+def draw(lines: list[Line], names: tuple, is_share: bool | None = None) -> str:
+    """The SVG of these lines; `names`: (title, name of the updates, name of the values). `is_share`: None =
+    where all values are between 0 and 1."""
+    frame = frame_of(lines, is_share)
     size = f"viewBox='0 0 {WIDTH} {HEIGHT}' width='{WIDTH}' height='{HEIGHT}'"
     parts = [f"<svg xmlns='http://www.w3.org/2000/svg' {size} role='img'>"]
     parts.append(f"<title>{escape(names[0])}</title>")

@@ -55,6 +55,17 @@ def test_mean_and_band_of_two_seeds(tmp_path, capsys):
     assert [text for text in texts if text.endswith("%")] == ["0%", "25%", "50%", "75%", "100%"]
 
 
+def test_a_loss_below_1_has_an_axis_of_its_own(tmp_path):
+    run = write_run(tmp_path / "run", {0: 0.02, 20: 0.008, 40: 0.003}, "loss")
+    line = figure.read_line(f"sft={run}", "loss", "eval")
+    root = ElementTree.fromstring(figure.draw([line], ("SFT", "updates", "loss"), is_share=False))
+    drawn_line, = root.iter(f"{SVG}polyline")
+    heights = [y for _, y in corners(drawn_line)]
+    assert max(heights) - min(heights) > 0.7 * (figure.HEIGHT - figure.BOTTOM - figure.TOP)
+    texts = [text.text for text in root.iter(f"{SVG}text")]
+    assert "0.02" in texts and not [text for text in texts if text.endswith("%")]
+
+
 def test_lines_have_colours_and_other_numbers_an_axis_of_their_own(tmp_path, capsys):
     low = write_run(tmp_path / "low", {0: -1.1, 20: 0.5})
     high = write_run(tmp_path / "high", {0: -1.0, 20: 3.7})
