@@ -4,10 +4,12 @@ It holds nothing that depends on the clock or on the run's directory, so that a 
 one.
 """
 import os
+import re
 import shlex
 from pathlib import Path
 
 import yaml
+from huggingface_hub import try_to_load_from_cache
 
 from data.errors import printable
 from engine.chart import number
@@ -17,6 +19,7 @@ from engine.report import RunFiles
 VERSION = Path(__file__).resolve().parents[1] / "VERSION"
 ABOUT_PLACES = ("output", "resume")       # keys that say where a run lies, not what it is
 HIDDEN = ("step", "split", "epoch", "lr", "grad_norm", "tokens_per_second")
+HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 LICENSE = ("license", "license_name", "license_link")
 LOAD = {
     "transformers": """\
@@ -38,8 +41,8 @@ def model_card(run: RunFiles, base: str, is_adapter: bool, is_reward: bool) -> s
     known = front_matter(base)
     library = "peft" if is_adapter else "transformers"
     head = {"library_name": library, "tags": tags_of(algorithm, is_adapter, is_reward)}
-    origin = known.get("base_model") if os.path.isdir(base) else base
-    if isinstance(origin, str):
+    origin = known.get("base_model") if os.path.exists(base) else base
+    if isinstance(origin, str) and HUB_NAME.fullmatch(origin):
         head["base_model"] = origin
     for key in LICENSE:
         if isinstance(known.get(key), str):
@@ -81,11 +84,10 @@ def how_to_load(library: str, is_reward: bool) -> str:
 
 def front_matter(base: str) -> dict:
     """What the card of a model says in its front matter; {} where it has none on this machine."""
-    path = os.path.join(base, "README.md")
-    if not os.path.isdir(base):
-        from huggingface_hub import try_to_load_from_cache
-        path = try_to_load_from_cache(base, "README.md")
     try:
+        path = os.path.join(base, "README.md")
+        if not os.path.exists(base):
+            path = try_to_load_from_cache(base, "README.md")      # ValueError: not the name of a model
         with open(path, encoding="utf-8", errors="replace") as file:
             text = file.read()
         _, found, _ = text.split("---\n", 2)
@@ -114,12 +116,13 @@ def metrics_table(run: RunFiles) -> str:
         return "None were logged."
     first, last = rows[0], rows[-1]
     kind = "Held-out" if run.held_out else "Training"
-    lines = [f"{kind} rows; the model of step {last['step']} is the one here.", "",
+    made = run.train[-1]["step"] if run.train else "?"
+    lines = [f"{kind} rows. The model here is that after update {made}.", "",
              f"| metric | step {first['step']} | step {last['step']} |", "|---|---:|---:|"]
     for name in last:
         before, after = first.get(name), last[name]
         if name not in HIDDEN and before is not None and after is not None:
-            lines.append(f"| {name} | {number(before)} | {number(after)} |")
+            lines.append(f"| {plain(name)} | {number(before)} | {number(after)} |")
     return "\n".join(lines)
 
 

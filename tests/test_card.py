@@ -104,3 +104,8 @@ def test_a_card_of_any_form_is_no_error(train, tmp_path, text):
 def test_secrets_stay_out(train):
     _, text = train("sft", system_prompt="hf_abcdefghijklmnopqrstuv")
     assert "hf_abc" not in text
+
+
+@pytest.mark.parametrize("base", ["no such:name", "a/b/c", "modelscope:a/b", "x" * 5000])
+def test_what_is_no_hub_name_has_no_front_matter(base):
+    assert front_matter(base) == {}
