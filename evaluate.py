@@ -3,7 +3,9 @@ how often it prefers the chosen response: by its implicit reward, which is its l
 or without a reference by its log-prob alone.
 
 MODEL is a run (its final model, else its newest whole checkpoint), a model directory (an adapter too) or a
-hub name; with pairs also a reward model: a run of rm, or any sequence classifier with one label. Results go
+hub name; with pairs also a reward model: a run of rm, or any sequence classifier with one label. With
+`dump=alpaca data=tatsu-lab/alpaca_eval` the answers are also written in the form that AlpacaEval judges;
+that takes no reward. Results go
 line by line to <data>_eval_results.jsonl in `output` and their averages to <data>_eval_summary.json. The same
 command continues an interrupted evaluation; its numbers are those of an undisturbed one.
 """
@@ -16,6 +18,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 import math
 import os
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from data.errors import UserError, notice, printable, run_program
 from data.hub import SHORT
@@ -54,6 +57,8 @@ class Config(Settings):
     reference: str | None = "auto"  # pairs only: a model whose log-probs are subtracted, as in dpo's
     #                                 implicit reward; null = none, so the log-probs alone; auto = the one of
     #                                 a run whose algorithm has a reference (its start model, if not another)
+    dump: Literal["alpaca"] | None = None      # alpaca = the answers also as <data>_alpaca.json, a list of
+    #                                 instruction, output, generator and dataset
 
 
 def main(argv: list[str]) -> None:
@@ -66,12 +71,12 @@ def main(argv: list[str]) -> None:
         settings = replace(settings, data=f"{settings.data}:test")
     settings = replace(settings, output=output)
     path = model_path(settings.model, notice)
-    if settings.reward and settings.reference not in (None, "auto"):
+    if (settings.reward or settings.dump) and settings.reference not in (None, "auto"):
         raise UserError("reference (command line) is only used with pair data (without reward); "
                         "fix: remove one of them")
-    if settings.reward:
+    if settings.reward or settings.dump:
         rows, used = complete(settings, path, name, notice)
-        summary = summary_of_completions(rows)
+        summary = summary_of_completions(rows) if settings.reward else summary_of_texts(rows)
     else:
         rows, used = preferences(settings, path, name)
         summary = summary_of_pairs(rows, measure_of(path, used["reference"]))
@@ -83,6 +88,10 @@ def main(argv: list[str]) -> None:
         if not key.endswith("_95"):
             print(f"  {key:<16} {number(value)}{interval(summary.get(f'{key}_95'))}")
     print(printable(f"results  {results_path}\nsummary  {summary_path}"))
+    if settings.dump:
+        dump_path = os.path.join(output, f"{name_of(settings.data)}_{settings.dump}.json")
+        write_whole(dump_path, as_text(alpaca_rows(rows, settings.model, settings.data)))
+        print(printable(f"{settings.dump:<8} {dump_path}"))
 
 
 def interval(ends: list[float] | None) -> str:
@@ -124,9 +133,12 @@ def summary_of_completions(rows: list[dict]) -> dict:
     summary |= average_reward(column(scored, "reward"), groups)
     if is_binary and has_several:
         summary |= pass_rates(groups)
-    summary["mean_tokens"] = mean(column(rows, "tokens"))
-    summary["finished_rate"] = mean(column(rows, "finished"))
-    return summary
+    return summary | summary_of_texts(rows)
+
+
+def summary_of_texts(rows: list[dict]) -> dict:
+    """What needs no reward."""
+    return {"mean_tokens": mean(column(rows, "tokens")), "finished_rate": mean(column(rows, "finished"))}
 
 
 def average_reward(rewards: list[float], groups: list[list[dict]]) -> dict:
@@ -194,6 +206,23 @@ def around_mean(values: list[float]) -> list[float] | None:
 def pass_at_k(n: int, right: int, k: int) -> float:
     """The chance that k of n completions, drawn without replacement, include one of the `right` ones."""
     return 1 - math.comb(n - right, k) / math.comb(n, k)
+
+
+# ---- AlpacaEval ------------------------------------------------------------------------------------------
+
+def alpaca_rows(rows: list[dict], generator: str, data: str) -> list[dict]:
+    """The first completion of every prompt as AlpacaEval's model outputs. The instruction is the last user's
+    turn, where the prompt is a conversation."""
+    found = []
+    for row in rows:
+        if row["sample"] == 0:
+            instruction = row["prompt"]
+            if not isinstance(instruction, str):
+                said = [turn["content"] for turn in instruction if turn["role"] == "user"]
+                instruction = said[-1] if said else ""
+            found.append({"instruction": instruction, "output": row["generation"], "generator": generator,
+                          "dataset": row.get("dataset") or name_of(data)})
+    return found
 
 
 # ---- pairs -----------------------------------------------------------------------------------------------

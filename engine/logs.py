@@ -257,7 +257,7 @@ class Run:
                 console.say(f"  {name:<20} {first[name]:9.4f} -> {last[name]:9.4f}")
         console.say(f"model    {self.path('final')}")
         if chat:
-            console.say(f"chat     python chat.py {self.directory}")
+            console.say(f"chat     python {beside_this_program('chat.py')} {self.directory}")
         console.say(f"metrics  {self.path('metrics.jsonl')}")
         if os.path.isfile(self.path(REPORT)):
             console.say(f"report   {self.path(REPORT)}")
@@ -265,6 +265,13 @@ class Run:
     def erase(self) -> None:
         """Remove the bars from the terminal, so that what is printed next has a line of its own."""
         self.console.close()
+
+
+def beside_this_program(name: str) -> str:
+    """The path of another program of this project, as one would type it; an installed copy has it elsewhere
+    than in the working directory."""
+    path = os.path.join(os.path.dirname(sys.argv[0]), name)
+    return shlex.quote(path) if os.path.isfile(path) else name
 
 
 def write_whole(path: str, text: str) -> None:

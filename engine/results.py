@@ -33,7 +33,7 @@ from rewards.functions import check_rewards, load_reward, score_all
 from rewards.verifiers import golds_of, r1_zero, r1_zero_details
 
 # keys that change no completion and no score
-NOT_COMPARED = ("output", "limit", "rollout_batch_size", "min_reward", "reward_timeout")
+NOT_COMPARED = ("output", "dump", "limit", "rollout_batch_size", "min_reward", "reward_timeout")
 
 
 @dataclass(kw_only=True)
@@ -145,7 +145,7 @@ def load_examples(settings, kind: str, path: str, tokenizer, notice):
         common, kind, tokenizer, notice,
         settings.train_on, settings.prompt_template, settings.max_completion_length)
     examples = examples[:settings.limit]
-    if kind == "prompts":
+    if kind == "prompts" and settings.reward:
         check_rewards(settings, examples)
     return examples, reports["train"]
 
@@ -229,7 +229,7 @@ def complete(settings, path: str, name: str, notice) -> tuple[list[dict], dict]:
     if is_reward_model(path):
         raise UserError(f"model: {settings.model} is a reward model, which writes no text; "
                         "fix: pass a policy, and this one as reward=")
-    rewards = load_reward(settings.reward, settings.reward_weights)
+    rewards = load_reward(settings.reward, settings.reward_weights) if settings.reward else []
     reward_paths = {}
     for reward in rewards:
         if reward.path:
@@ -250,8 +250,9 @@ def complete(settings, path: str, name: str, notice) -> tuple[list[dict], dict]:
                 reward_models[reward] = load_off_the_shelf(reward_path, tokenizer)
     for first, last in results.left:
         rollout = sample_part(policy, tokenizer, examples[first:last], first, settings, results)
-        with results.run.console.cleared():      # a reward may print
-            score_part(rollout, rewards, reward_models, tokenizer, settings.reward_timeout)
+        if rewards:
+            with results.run.console.cleared():      # a reward may print
+                score_part(rollout, rewards, reward_models, tokenizer, settings.reward_timeout)
         results.add(completion_rows(rollout, first, rewards, verifies_r1_zero, tokenizer))
     return results.rows, used
 
@@ -282,7 +283,7 @@ def score_part(rollout: Rollout, rewards: list, reward_models: dict, tokenizer, 
 def completion_rows(rollout: Rollout, first: int, rewards: list, verifies_r1_zero: bool, tokenizer):
     """A row per completion; `first` is the number of the rollout's first prompt. A reward is None where the
     function returned None."""
-    names = ["rewards"]
+    names = ["rewards"] if rewards else []
     if len(rewards) > 1:
         names += [f"rewards/{reward.name}" for reward in rewards]
     rows = []
@@ -299,7 +300,7 @@ def completion_rows(rollout: Rollout, first: int, rewards: list, verifies_r1_zer
                 value = rollout[name][i][k]
                 key = "reward" if name == "rewards" else name
                 metrics[key] = None if value.isnan() else float(value)
-            rows.append({
+            row = {
                 "id": first + i,
                 "sample": k,
                 "prompt": example.extras["prompt"],
@@ -308,7 +309,10 @@ def completion_rows(rollout: Rollout, first: int, rewards: list, verifies_r1_zer
                 "metrics": metrics,
                 "tokens": len(response.tokens),
                 "finished": not example.extras["truncated"][k],
-            })
+            }
+            if isinstance(example.extras["columns"].get("dataset"), str):      # AlpacaEval's parts
+                row["dataset"] = example.extras["columns"]["dataset"]
+            rows.append(row)
     return rows
 
 

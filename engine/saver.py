@@ -8,8 +8,10 @@ from data.errors import RunError, UserError
 from data.pack import Example
 from data.tokenise import stop_ids
 from engine import background, checkpoint, ranks, sealed
+from engine.card import model_card
 from engine.options import Generation
 from engine.ranks import from_main, sum_over_ranks
+from engine.report import read_run
 from engine.rollout import with_completions
 from engine.shares import deal, local_part, saved_tensors, share_of, trained, write_by_all
 from model import lora
@@ -211,9 +213,25 @@ class Saver:
         if isinstance(engine.policy, RewardModel) and not reason:
             write(engine.run.path("classifier"), filling(save_classifier))
             copies = 2
+
+        def save_with_card(lm, tokenizer, weights, temporary):
+            checkpoint.save_model(lm, tokenizer, weights, temporary)
+            self.write_card(temporary)
+
         if with_final:                                                            # else it is a checkpoint's
-            write(engine.run.path("final"), filling(checkpoint.save_model))       # last: the run is finished
+            write(engine.run.path("final"), filling(save_with_card))              # last: the run is finished
         return copies * num_bytes(weights)
+
+    def write_card(self, directory: str) -> None:
+        """README.md of the final model; one rank writes it."""
+        engine = self.engine
+        run = read_run(engine.run.directory) if engine.run.main and engine.run.begun else None
+        if run:
+            is_adapter = bool(lora.settings(engine.policy.lm)) and not engine.config.merge
+            is_reward = isinstance(engine.policy, RewardModel)
+            text = model_card(run, engine.config.model, is_adapter, is_reward)
+            with open(os.path.join(directory, "README.md"), "w", encoding="utf-8") as file:
+                file.write(text)
 
     # ---- samples -------------------------------------------------------------------------------------
 

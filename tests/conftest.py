@@ -1,9 +1,24 @@
-"""`python -m pytest tests/test_resume.py --algorithm NAME` tests one file of algorithms/, also your own."""
+"""`python -m pytest tests/test_resume.py --algorithm NAME` tests one file of algorithms/, also your own;
+`python -m pytest -m quick` runs the files that take seconds."""
+
+QUICK = ("losses", "online_losses", "pack", "divergence", "entropy", "verifiers", "reading", "advice")
+
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "quick: the tests of the files that take seconds")
 
 
 def pytest_addoption(parser):
     what = "the name of a file in algorithms/: test that its runs resume exactly"
     parser.addoption("--algorithm", help=what)
+
+
+def pytest_ignore_collect(collection_path, config):
+    """With -m quick the other files are not even imported: that alone takes longer than the quick tests."""
+    if config.option.markexpr == "quick" and collection_path.suffix == ".py":
+        return collection_path.stem.removeprefix("test_") not in QUICK or None
+    return None
 
 
 def pytest_generate_tests(metafunc):
@@ -13,7 +28,10 @@ def pytest_generate_tests(metafunc):
 
 
 def pytest_collection_modifyitems(config, items):
-    """With --algorithm only the tests that take one run."""
+    """With --algorithm only the tests that take one run. Those of the quick files get their mark."""
+    for item in items:
+        if item.path.stem.removeprefix("test_") in QUICK:
+            item.add_marker("quick")
     if config.getoption("--algorithm"):
         chosen = [item for item in items if "chosen_algorithm" in item.fixturenames]
         config.hook.pytest_deselected(items=[item for item in items if item not in chosen])

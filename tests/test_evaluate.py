@@ -190,6 +190,33 @@ def test_several_rewards_and_functions(run, monkeypatch):
     assert summary["num_samples"] == 21
 
 
+ALPACA = [{"instruction": "Say a.", "output": "of another model", "dataset": "helpful_base"},
+          {"instruction": "Say b.", "output": "of another model", "dataset": "koala"}]
+
+
+def test_alpaca_format(run, folder, tmp_path, monkeypatch):
+    """What AlpacaEval's --model_outputs takes: a JSON list, one entry per instruction."""
+    written(monkeypatch, ["A \u00e9\n", "more", "B", "more"])
+    write_jsonl(folder / "alpaca.jsonl", ALPACA)
+    rows, summary, shown = run("chat", "alpaca.jsonl", dump="alpaca", n=2)
+    assert len(rows) == 4 and summary["finished_rate"] == 1 and "avg_reward" not in summary
+    path = tmp_path / "out" / "alpaca_alpaca.json"
+    assert f"alpaca   {path}" in shown
+    generator = str(folder / "chat")
+    assert json.loads(path.read_text(encoding="utf-8")) == [
+        {"instruction": "Say a.", "output": "A \u00e9\n", "generator": generator, "dataset": "helpful_base"},
+        {"instruction": "Say b.", "output": "B", "generator": generator, "dataset": "koala"}]
+
+
+def test_alpaca_format_of_other_rows(run, tmp_path):
+    """With a reward as well; rows without a column `dataset` have the data's name."""
+    _, summary, _ = run("chat", "gsm8k-test.jsonl", dump="alpaca", reward="gsm8k")
+    found = json.loads((tmp_path / "out" / "gsm8k_alpaca.json").read_text(encoding="utf-8"))
+    assert "accuracy" in summary and len(found) == len(QUESTIONS)
+    assert [row["instruction"] for row in found] == [row["question"] for row in QUESTIONS]
+    assert {row["dataset"] for row in found} == {"gsm8k"}
+
+
 def test_which_prompt_is_used(run, folder):
     question = "What is 0 plus 0?"
     keys = dict(reward="r1_zero", limit=1)

@@ -4,6 +4,7 @@ import importlib
 import math
 import re
 import subprocess
+import textwrap
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from helpers import (
     write_config,
     write_jsonl,
 )
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from engine import definition
 
@@ -249,3 +251,29 @@ def test_the_online_lines_of_the_guide_run(train):
     fixed = train("fixed", source, prompt_rows(6), **keys)
     following = train("following", edited, prompt_rows(6), **keys)
     assert fixed[2]["kl"] > 1e-6 > abs(following[2]["kl"])
+
+
+# ---- CONTRIBUTING.md ----
+
+def test_the_twenty_lines_of_contributing_run(train, tmp_path):
+    """The first update's loss is that of mean log-probs which the plain model gives for the same bytes."""
+    indented, = re.findall(r"^   ```python\n(.*?)^   ```", read(ROOT / "CONTRIBUTING.md"), re.M | re.S)
+    source = textwrap.dedent(indented)
+    lines = [line for line in source.splitlines() if line]
+    assert len(lines) <= 20
+    rows = pair_rows(5)
+    first, = train("twenty_lines", source, rows, max_steps=1)
+    lm = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    losses = []
+    for row in rows:
+        text = tokenizer.apply_chat_template(row["prompt"], tokenize=False, add_generation_prompt=True)
+        prompt = tokenizer(text).input_ids
+        means = []
+        for side in ("chosen", "rejected"):
+            response = tokenizer(row[side][0]["content"]).input_ids + [tokenizer.eos_token_id]
+            logits = lm(torch.tensor([prompt + response])).logits[0, len(prompt) - 1:-1]
+            logps = logits.log_softmax(-1)[range(len(response)), response]
+            means.append(logps.mean().item())
+        losses.append(softplus(-2.0 * (means[0] - means[1])))
+    assert first["loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)

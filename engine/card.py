@@ -1,0 +1,163 @@
+"""The model card of a run's `final/`: README.md, whose front matter the Hugging Face hub reads.
+
+It holds nothing that depends on the clock or on the run's directory, so that a resumed run writes the same
+one.
+"""
+import os
+import re
+import shlex
+from pathlib import Path
+
+import yaml
+from huggingface_hub import try_to_load_from_cache
+
+from data.errors import printable
+from engine.chart import number
+from engine.logs import redact
+from engine.report import RunFiles
+
+VERSION = Path(__file__).resolve().parents[1] / "VERSION"
+ABOUT_PLACES = ("output", "resume")       # keys that say where a run lies, not what it is
+HIDDEN = ("step", "split", "epoch", "lr", "grad_norm", "tokens_per_second")
+HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+LICENSE = ("license", "license_name", "license_link")
+LOAD = {
+    "transformers": """\
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model, tokenizer = AutoModelForCausalLM.from_pretrained(PATH), AutoTokenizer.from_pretrained(PATH)""",
+    "peft": """\
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoTokenizer
+
+model, tokenizer = AutoPeftModelForCausalLM.from_pretrained(PATH), AutoTokenizer.from_pretrained(PATH)""",
+}
+
+
+def model_card(run: RunFiles, base: str, is_adapter: bool, is_reward: bool) -> str:
+    """The text of the card. `base`: the directory or hub name of the start model; `is_reward`: the model is a
+    reward model, whose head lies beside its trunk."""
+    algorithm = run.config["algorithm"]
+    known = front_matter(base)
+    library = "peft" if is_adapter else "transformers"
+    head = {"library_name": library, "tags": tags_of(algorithm, is_adapter, is_reward)}
+    origin = known.get("base_model") if os.path.exists(base) else base
+    if isinstance(origin, str) and HUB_NAME.fullmatch(origin):
+        head["base_model"] = origin
+    for key in LICENSE:
+        if isinstance(known.get(key), str):
+            head[key] = known[key]
+    if not is_reward:
+        head["pipeline_tag"] = "text-generation"
+    if "license" in head:
+        license_line = f"The licence of the start model is {plain(head['license'])}."
+    else:
+        license_line = "The start model's files name no licence; see where it comes from."
+    parts = [
+        f"---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---",
+        f"# {plain(base)}, trained with {algorithm}",
+        license_line,
+        how_to_load(library, is_reward),
+        "## Data", data_table(run),
+        "## Metrics", metrics_table(run),
+        "## How to repeat it", indented(command_of(run)), configuration(run),
+        versions_line(run),
+    ]
+    return redact("\n\n".join(parts) + "\n")
+
+
+def tags_of(algorithm: str, is_adapter: bool, is_reward: bool) -> list[str]:
+    tags = ["minimal-llm-alignment", algorithm]
+    if is_adapter:
+        tags.append("lora")
+    if is_reward:
+        tags.append("reward-model")
+    return tags
+
+
+def how_to_load(library: str, is_reward: bool) -> str:
+    if is_reward:
+        return ("A reward model: the trunk, and its head in `value_head.safetensors`. The run's folder "
+                "`classifier/`, where there is one, loads with `AutoModelForSequenceClassification`.")
+    return indented(LOAD[library])
+
+
+def front_matter(base: str) -> dict:
+    """What the card of a model says in its front matter; {} where it has none on this machine."""
+    try:
+        path = os.path.join(base, "README.md")
+        if not os.path.exists(base):
+            path = try_to_load_from_cache(base, "README.md")      # ValueError: not the name of a model
+        with open(path, encoding="utf-8", errors="replace") as file:
+            text = file.read()
+        _, found, _ = text.split("---\n", 2)
+        head = yaml.safe_load(found)
+    except (OSError, TypeError, ValueError, RecursionError, yaml.YAMLError):
+        return {}
+    return head if isinstance(head, dict) and text.startswith("---\n") else {}
+
+
+def data_table(run: RunFiles) -> str:
+    """The files of training and held-out rows with their digests."""
+    lines = ["| rows | file | read | used | sha256 |", "|---|---|---:|---:|---|"]
+    for split, title in (("train", "training"), ("eval", "held out")):
+        data = run.data(split)
+        if data:
+            cells = [title, f"`{plain(data['source'])}`", data.get("read"), data.get("used"),
+                     f"`{data['sha256']}`"]
+            lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
+def metrics_table(run: RunFiles) -> str:
+    """The first and the last held-out row, else those of training."""
+    rows = run.held_out or run.train
+    if not rows:
+        return "None were logged."
+    first, last = rows[0], rows[-1]
+    kind = "Held-out" if run.held_out else "Training"
+    made = run.train[-1]["step"] if run.train else "?"
+    lines = [f"{kind} rows. The model here is that after update {made}.", "",
+             f"| metric | step {first['step']} | step {last['step']} |", "|---|---:|---:|"]
+    for name in last:
+        before, after = first.get(name), last[name]
+        if name not in HIDDEN and before is not None and after is not None:
+            lines.append(f"| {plain(name)} | {number(before)} | {number(after)} |")
+    return "\n".join(lines)
+
+
+def command_of(run: RunFiles) -> str:
+    """The command of the run without what says where it lies."""
+    words = shlex.split(run.started.get("command", ""))[2:]
+    kept = []
+    for word, previous in zip(words, ["", *words]):
+        names_place = word.removeprefix("--").split("=")[0] in ABOUT_PLACES
+        is_its_value = previous in [f"--{key}" for key in ABOUT_PLACES]
+        if not names_place and not is_its_value:
+            kept.append(word)
+    return shlex.join(["python", "train.py", *kept])
+
+
+def configuration(run: RunFiles) -> str:
+    values = []
+    for key, value in run.config.items():
+        if key not in ABOUT_PLACES:
+            values.append(f"{key}: {value}")
+    return "Every value of the configuration:\n\n" + indented("\n".join(values))
+
+
+def versions_line(run: RunFiles) -> str:
+    versions = {"minimal-llm-alignment": VERSION.read_text(encoding="utf-8").strip()}
+    versions |= run.started.get("versions") or {}
+    shown = [f"{name} {version}" for name, version in versions.items()]
+    return f"Made with {', '.join(shown)}."
+
+
+def plain(text: str) -> str:
+    """A text on one line that neither ends a cell nor a span of code."""
+    return printable(str(text)).replace("`", "'").replace("|", "/")
+
+
+def indented(text: str) -> str:
+    """A block of code: no text in it can end it."""
+    return "\n".join(f"    {line}".rstrip() for line in text.splitlines())
