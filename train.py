@@ -10,12 +10,15 @@ from dataclasses import asdict, replace
 from data.errors import give_reason, notice, run_program
 from engine import console
 from engine.config import load_config
+from engine.grid import grid_of, run_grid
 from engine.help import help_for
 
 
 def main(argv: list[str]) -> None:
     if text := help_for(argv):
         return print(text)
+    if grid := grid_of(argv):
+        sys.exit(run_grid(argv, grid))
     run_config = load_config(argv)
     # these imports take seconds, so they wait until the configuration is known to be good
     from engine import background, checkpoint, ranks

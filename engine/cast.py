@@ -11,6 +11,7 @@ import yaml
 from engine.options import Range
 
 Lines = NewType("Lines", str)      # text of one or more lines
+Name = NewType("Name", str)        # text without a comma; in other texts commas may mean something
 
 BOOL = {
     "true": True, "yes": True, "on": True, "1": True,
@@ -43,7 +44,7 @@ def cast(text: str | list, kind) -> Any:
         return choose(word, BOOL)
     if get_origin(kind) is Literal:
         return choose(word, {str(choice).lower(): choice for choice in get_args(kind)})
-    if kind is str:
+    if kind in (str, Name):
         if word and text.isprintable():
             return text
         raise ValueError("text on one line, without control characters")

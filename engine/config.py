@@ -10,7 +10,7 @@ import yaml
 
 from data.errors import UserError
 from engine.advice import advice, is_secret, nested_advice, same
-from engine.cast import Lines, cast, nearest, ranges_of, show
+from engine.cast import Lines, Name, cast, nearest, ranges_of, show
 from engine.command_line import parse_argv
 from engine.definition import class_of, defines, modules_in
 from engine.options import (
@@ -34,7 +34,7 @@ Warmup = Annotated[NonNegative, Range("a share below 1 or a whole number of upda
 @dataclass
 class Common:
     """The keys of every algorithm. `python train.py --help` prints the comments."""
-    algorithm: str                         # a file in algorithms/, such as sft or dpo
+    algorithm: Name                        # a file in algorithms/, such as sft or dpo
     model: str                             # start model: a directory or a name on the Hugging Face hub; its
     #                                        tokenizer is used
     data: str | list                       # training data: a file, a hub dataset as name or name:split, or a
@@ -113,7 +113,11 @@ class RunConfig(NamedTuple):
 def load_config(argv: list[str]) -> RunConfig:
     """Read the command line (without the program's name) and the YAML file it names. UserError for anything
     wrong."""
-    path, overrides, flags = parse_argv(argv)
+    return load_parsed(*parse_argv(argv))
+
+
+def load_parsed(path: str | None, overrides: dict, flags: set[str]) -> RunConfig:
+    """The same for what `parse_argv` returns."""
     if path is None:
         raise UserError("no config file in the command line; fix: python train.py example/tiny-dpo.yml")
     given = read_given(path, overrides)
