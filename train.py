@@ -36,14 +36,14 @@ def main(argv: list[str]) -> None:
         return dry_run(run_config, algorithm.DATA)
     ranks.start_processes(common.deterministic)
     rank, _ = ranks.distributed()
-    place = None
+    place = run = None
     try:
         # a run named as start model stands for its model of now, and a resumed run must start from the same
         start_model = ranks.from_main(checkpoint.model_path, common.model, notice)
         common = replace(common, model=start_model)
         config_yaml = stored_yaml(common, config)
         place = ranks.from_main(choose_directory, common.output, run_config.stem, common.resume, config_yaml)
-        run = Run(place.directory, main=rank == 0)
+        run = Run(place.directory, main=rank == 0, report_to=common.report_to)
         if place.finished:
             ranks.from_main(run.take_back)
             run.notice(f"{place.directory} is finished already: nothing is trained, nothing in it is touched")
@@ -70,6 +70,8 @@ def main(argv: list[str]) -> None:
         background.join()
         if background.fault and rank == 0:      # the run ends by another error
             notice(str(background.fault))
+        if run:
+            run.close()
         if place and rank == 0:
             release(place.directory)
         ranks.stop_processes()

@@ -24,6 +24,7 @@ from engine.options import (
     TwoOrMore,
     Whole,
 )
+from engine.trackers import check_trackers
 from engine.yaml_file import Nested, read_yaml
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -98,6 +99,8 @@ class Common:
     log_every: Count = 1                   # updates between lines of metrics
     sample_every: Count | None = None      # updates between responses in samples.jsonl; null = none offline,
     #                                        online ten times in a run
+    report_to: str | list[str] | None = None     # trackers that get the rows of metrics.jsonl, too: one or
+    #                                        more of tensorboard, wandb, swanlab, trackio
     show_samples: bool = False             # print these responses, online with their rewards
 
 
@@ -304,6 +307,7 @@ def check_common(common: Common, sources: dict[str, str]) -> None:
     if common.eval_data is not None and common.eval_fraction > 0:
         raise UserError(f"eval_fraction ({sources['eval_fraction']}) cannot be used with eval_data; "
                         "fix: remove one of them")
+    check_trackers(common.report_to, sources["report_to"])
     check_lora(common, sources)
 
 

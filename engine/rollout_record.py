@@ -141,7 +141,7 @@ class RolloutRecord:
             return
         rollout = self.rollouts.sample_held_out(update)
         self.rollouts.score(rollout)
-        engine.run.append("metrics.jsonl", {"step": update, "split": "eval", **rollout.metrics})
+        engine.run.log({"step": update, "split": "eval", **rollout.metrics})
         rewards = []
         for name, value in rollout.metrics.items():
             if name.startswith("reward"):

@@ -14,8 +14,8 @@ class Signals:
     reference pass, or before a rollout's first update); the second one exits at once.
 
     Under torchrun and in a grid the second one may be the first again: a scheduler signals every process,
-    and torchrun or the grid, which got it too, passes it on. SIGTERM ends processes that a reward forks, as usual. They ignore a
-    Ctrl-C, which reaches them too: the run handles it."""
+    and torchrun or the grid, which got it too, passes it on. SIGTERM ends processes that a reward forks, as
+    usual. They ignore a Ctrl-C, which reaches them too: the run handles it."""
 
     def __init__(self, run):
         self.number, self.since, self.run = None, 0.0, run
