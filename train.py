@@ -23,7 +23,6 @@ def main(argv: list[str]) -> None:
     # these imports take seconds, so they wait until the configuration is known to be good
     from engine import background, checkpoint, ranks
     from engine.build import build, stored_yaml
-    from engine.claim import release
     from engine.directory import changed_rates, choose_directory
     from engine.dry_run import dry_run
     from engine.fingerprint import fingerprints
@@ -36,7 +35,7 @@ def main(argv: list[str]) -> None:
         return dry_run(run_config, algorithm.DATA)
     ranks.start_processes(common.deterministic)
     rank, _ = ranks.distributed()
-    place = run = None
+    run = None
     try:
         # a run named as start model stands for its model of now, and a resumed run must start from the same
         start_model = ranks.from_main(checkpoint.model_path, common.model, notice)
@@ -72,8 +71,6 @@ def main(argv: list[str]) -> None:
             notice(str(background.fault))
         if run:
             run.close()
-        if place and rank == 0:
-            release(place.directory)
         ranks.stop_processes()
 
 

@@ -18,6 +18,7 @@ import yaml
 
 from data.errors import RunError, UserError, printable
 from engine import checkpoint, sealed
+from engine.claim import release
 from engine.console import Console
 from engine.directory import made_final, shape_of_final
 from engine.fingerprint import check_unchanged
@@ -274,8 +275,10 @@ class Run:
             console.say(f"report   {self.path(REPORT)}")
 
     def close(self) -> None:
-        """End the trackers, which may send what they still hold."""
+        """End the trackers, which may send what they still hold, and let others have the directory."""
         self.trackers.finish()
+        if self.main:
+            release(self.directory)
 
     def erase(self) -> None:
         """Remove the bars from the terminal, so that what is printed next has a line of its own."""
