@@ -42,7 +42,7 @@ def main(argv: list[str]) -> None:
         common = replace(common, model=start_model)
         config_yaml = stored_yaml(common, config)
         place = ranks.from_main(choose_directory, common.output, run_config.stem, common.resume, config_yaml)
-        run = Run(place.directory, main=rank == 0, report_to=common.report_to)
+        run = Run(place.directory, rank == 0, common.report_to, common.quiet)
         if place.finished:
             ranks.from_main(run.take_back)
             run.notice(f"{place.directory} is finished already: nothing is trained, nothing in it is touched")

@@ -139,6 +139,7 @@ SAME = {
     "report_to (tensorboard, wandb, swanlab or trackio)":
         "report_to_tensorboard logger loggers wandb wandb.enabled use_wandb use_swanlab swanlab tensorboard "
         "use_tensorboard tracker trackers",
+    "quiet (true: no progress bar and no lines of updates)": "disable_tqdm silent no_progress_bar",
     "sample_every (a number of updates)": "log_completions sample_during_eval",
     "seed": "random_seed global_seed",
     "chat_template":

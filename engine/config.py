@@ -101,6 +101,8 @@ class Common:
     #                                        online ten times in a run
     report_to: str | list[str] | None = None     # trackers that get the rows of metrics.jsonl, too: one or
     #                                        more of tensorboard, wandb, swanlab, trackio
+    quiet: bool = False                    # no progress bar and no lines of updates: only notices, warnings
+    #                                        and the summary
     show_samples: bool = False             # print these responses, online with their rewards
 
 

@@ -39,10 +39,11 @@ class Run:
     """Writes one run's files, prints its console and feeds its trackers; does nothing on ranks other than 0.
     """
 
-    def __init__(self, directory: str, main: bool = True, report_to: str | list[str] | None = None):
+    def __init__(self, directory: str, main: bool = True, report_to: str | list[str] | None = None,
+                 quiet: bool = False):
         self.directory = directory
         self.main = main
-        self.console = Console(sys.stderr if main else None)
+        self.console = Console(sys.stderr if main else None, quiet)
         self.trackers = Trackers(report_to if main else None, self.notice)
         self.begun = False           # whether the directory is a run
         self.early = []              # what to log as soon as it is one
@@ -227,12 +228,14 @@ class Run:
         self.append("metrics.jsonl", row)
         self.trackers.log(row)
 
-    def notice(self, text: str) -> None:
-        """A sentence the user should read once; kept in events.log."""
+    def notice(self, text: str, is_progress: bool = False) -> None:
+        """A sentence the user should read once; kept in events.log. One on the progress of a quiet run stands
+        there only."""
         if self.main:
             text = printable(text, keep="")
             now = time.strftime("%Y-%m-%d %H:%M:%S")
-            self.console.say(text)
+            if not (is_progress and self.console.quiet):
+                self.console.say(text)
             self.append("events.log", f"{now} {text}")
 
     def show_samples(self, rows: list[dict]) -> None:

@@ -83,7 +83,8 @@ class Record:
         averages = step.averages("eval")
         self.engine.run.log({"step": step.index, "split": "eval", **averages})
         shown = [f"{name} {value:.4g}" for name, value in self.shown(averages).items()]
-        self.engine.notice(f"held-out rows at step {step.index}: {'  '.join(shown)}")
+        text = f"held-out rows at step {step.index}: {'  '.join(shown)}"
+        self.engine.run.notice(text, is_progress=True)
 
     def shown(self, averages: dict) -> dict:
         names = dict.fromkeys(["loss", self.progress])

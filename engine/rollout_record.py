@@ -146,7 +146,7 @@ class RolloutRecord:
         for name, value in rollout.metrics.items():
             if name.startswith("reward"):
                 rewards.append(f"{name} {value:.4g}")
-        engine.notice(f"held-out prompts at step {update}: {'  '.join(rewards)}")
+        engine.run.notice(f"held-out prompts at step {update}: {'  '.join(rewards)}", is_progress=True)
 
     def held_out(self, step) -> list[Example]:
         """The held-out prompts, each with a completion of the policy as it is; the evaluation of `step` gets
