@@ -60,10 +60,6 @@ SAME = {
         "prompt_key input_key output_key chosen_key rejected_key label_key answer_key prompt_column "
         "response_column chosen_column rejected_column column_mapping dataset_text_field text_column "
         "field_mapping",
-    "data (a list whose entries have columns)":
-        "columns prompt_key input_key output_key chosen_key rejected_key label_key answer_key "
-        "prompt_column response_column chosen_column rejected_column column_mapping dataset_text_field "
-        "text_column field_mapping",
     "eval_data":
         "eval_dataset eval_datasets eval_file eval_files eval_path eval_data_path val_data val_file "
         "val_files val_dataset validation_file validation_data test_path test_data test_datasets "

@@ -12,6 +12,7 @@ from engine.options import Range
 
 Lines = NewType("Lines", str)      # text of one or more lines
 Name = NewType("Name", str)        # text without a comma; in other texts commas may mean something
+Columns = NewType("Columns", dict)     # {our name: the file's} of columns
 
 BOOL = {
     "true": True, "yes": True, "on": True, "1": True,
@@ -54,6 +55,8 @@ def cast(text: str | list, kind) -> Any:
         raise ValueError("text without control characters")
     if kind is dict:
         return read_mapping(text)
+    if kind is Columns:
+        return read_columns(text)
     return cast_number(text, kind)
 
 
@@ -104,6 +107,18 @@ def read_mapping(text: str) -> dict:
     except (yaml.YAMLError, TypeError, ValueError, RecursionError):
         pass
     raise ValueError("a mapping such as {enable_thinking: false}")
+
+
+def read_columns(text: str) -> dict[str, str]:
+    """A YAML mapping of names to names, each as it is written. ValueError says what is expected."""
+    try:
+        columns = yaml.load(text, yaml.BaseLoader)
+    except (yaml.YAMLError, RecursionError):
+        columns = None
+    names = [*columns.keys(), *columns.values()] if isinstance(columns, dict) else [None]
+    if all(isinstance(name, str) and name for name in names):
+        return columns
+    raise ValueError("our names and the file's, such as {prompt: Question, chosen: good_answer}")
 
 
 def ranges_of(kind) -> list[Range]:

@@ -10,7 +10,7 @@ import yaml
 
 from data.errors import UserError
 from engine.advice import advice, is_secret, nested_advice, same
-from engine.cast import Lines, Name, cast, nearest, ranges_of, show
+from engine.cast import Columns, Lines, Name, cast, nearest, ranges_of, show
 from engine.command_line import parse_argv
 from engine.definition import class_of, defines, modules_in
 from engine.options import (
@@ -38,10 +38,13 @@ class Common:
     algorithm: Name                        # a file in algorithms/, such as sft or dpo
     model: str                             # start model: a directory or a name on the Hugging Face hub; its
     #                                        tokenizer is used
-    data: str | list                       # training data: a file, a hub dataset as name or name:split, or a
-    #                                        list of these (data/sources.py)
+    data: str | list                       # training data: a file, directory or glob (data/local.py), a hub
+    #                                        dataset as name, name:split or name/subset:split, or a list of
+    #                                        these (data/sources.py)
     eval_data: str | list | None = None    # evaluation data, in the same forms as data
     eval_fraction: Share = 0.0             # share of data held out for evaluation; not with eval_data
+    columns: Columns | None = None         # names of columns, ours: the file's, such as {prompt: Question},
+    #                                        in all data that have no columns of their own
     output: str | None = None              # the run's directory; null = runs/<name of the YAML file>
     truncate: Literal["none", "prompt"] = "none"     # examples over max_length: none = drop them, prompt =
     #                                        keep the end of the prompt
@@ -152,7 +155,7 @@ def read_given(path: str | None, overrides: dict) -> dict[str, tuple]:
     hints = hints_of(Common)
     for key, (value, where) in given.items():
         if isinstance(value, Nested):
-            takes_it = value.mapping is not None and hints.get(key) == dict | None
+            takes_it = value.mapping is not None and hints.get(key) in (dict | None, Columns | None)
             if not takes_it:
                 raise nested(key, where, value.names)
         elif isinstance(value, list) and key not in hints and key not in all_keys():

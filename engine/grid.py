@@ -32,8 +32,7 @@ FROM_TORCHRUN = ("RANK", "LOCAL_", "WORLD_", "GROUP_", "ROLE_", "MASTER_", "TORC
 
 class Member(NamedTuple):
     """One run of a grid."""
-    settings: dict[str, str]      # {key of the grid: this run's value}
-    words: list[str]              # its command line
+    words: list[str]     # its command line
     directory: str
 
 
@@ -99,8 +98,7 @@ def run_grid(argv: list[str], grid: dict[str, list[str]]) -> int:
     signals = []
     failed = []
     for number, member in enumerate(members, 1):
-        values = [f"{key}={value}" for key, value in member.settings.items()]
-        notice(f"run {number} of {len(members)}: {member.directory}  {' '.join(values)}")
+        notice(f"run {number} of {len(members)}: {member.directory}")
         code = run_one(member.words, signals)
         if signals:
             notice("the grid is stopped; the same command continues it")
@@ -127,12 +125,17 @@ def members_of(argv: list[str], grid: dict[str, list[str]]) -> tuple[list[Member
             raise UserError(f"resume ({run_config.sources['resume']}) names one run, and this is a grid; "
                             "fix: remove it: the same command continues what is not finished")
         base = os.path.normpath(run_config.common.output or f"runs/{run_config.stem}")
-        parts = [f"-{key}-{value}" for key, value in settings.items()]
-        own["output"] = base + "".join(parts), "command line"
+        output = base
+        for key, value in settings.items():
+            output += f"-{key}-{value}"
+        own["output"] = output, "command line"
         load_parsed(path, own, flags)                # its directory's name may be too long
-        words = [path, *(f"{key}={text}" for key, (text, _) in own.items())]
-        words += [f"--{flag}" for flag in sorted(flags)]
-        members.append(Member(settings, words, own["output"][0]))
+        words = [path]
+        for key, (text, _) in own.items():
+            words.append(f"{key}={text}")
+        for flag in sorted(flags):
+            words.append(f"--{flag}")
+        members.append(Member(words, output))
     return members, base
 
 

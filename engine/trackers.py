@@ -9,6 +9,8 @@ import math
 import os
 import secrets
 
+import yaml
+
 from data.errors import UserError
 from engine.cast import nearest, show
 
@@ -45,8 +47,7 @@ class TensorBoard:
         first = step + 1 if step else 0
         self.writer = SummaryWriter(os.path.join(directory, "tensorboard"), purge_step=first)
         if step == 0:
-            lines = [f"    {key}: {value}" for key, value in config.items()]
-            self.writer.add_text("config", "\n".join(lines), 0)
+            self.writer.add_text("config", f"```\n{yaml.safe_dump(config, sort_keys=False)}```", 0)
 
     def log(self, values: dict[str, float], step: int) -> None:
         for name, value in values.items():
