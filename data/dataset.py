@@ -137,12 +137,10 @@ def load_datasets(config, kind, tokenizer, notice,
 
     def build(data):
         sources = [{"path": data}] if isinstance(data, str) else data
-        parts = [build_dataset(source_name(source), kind, tokenizer, max_length,
-                               train_on, config.truncate, config.hh,
-                               columns=source.get("columns", config.columns), seed=config.seed,
-                               template=template, system=bool(config.system_prompt),
-                               longest_prompt=longest_prompt)
-                 for source in sources]
+        parts = [build_dataset(
+            source_name(source), kind, tokenizer, max_length, train_on, config.truncate, config.hh,
+            columns=source.get("columns", config.columns), seed=config.seed, template=template,
+            system=bool(config.system_prompt), longest_prompt=longest_prompt) for source in sources]
         for part in parts:
             _tell(part, notice)
         dataset = parts[0]

@@ -66,11 +66,13 @@ class Local(NamedTuple):
         """Sentences on what was read of which file, and what was not read."""
         lines = []
         if len(counts) > 1:
-            parts = [f"{path.name} {count:,} rows" for path, count in list(counts.items())[:NAMED]]
-            rest = len(counts) - len(parts)
-            others = sum(counts.values()) - sum(list(counts.values())[:NAMED])
-            more = f", {rest} others {others:,} rows" if rest else ""
-            lines.append(f"{self.name}: {len(counts)} files: {', '.join(parts)}{more}")
+            parts = []
+            for path, count in counts.items():
+                parts.append(f"{path.name} {count:,} rows")
+            if len(parts) > NAMED:
+                others = sum(list(counts.values())[NAMED:])
+                parts[NAMED:] = [f"{len(parts) - NAMED} others {others:,} rows"]
+            lines.append(f"{self.name}: {len(counts)} files: {', '.join(parts)}")
         if self.left_out:
             names = [path.name for path in self.left_out[:NAMED]]
             rest = len(self.left_out) - len(names)
@@ -111,8 +113,7 @@ def local_data(name: str, base=None) -> Local:
 
 
 def parts_of(name: str) -> tuple[Path, str | None, str | None]:
-    """(directory, split, subset) of `directory:split` and `clone/subset:split`; (the path, None, None) else.
-    """
+    """(directory, split, subset) of `directory:split` and `clone/subset:split`; else (path, None, None)."""
     if os.path.exists(name):
         return Path(name), None, None
     head, colon, split = name.rpartition(":")
@@ -156,13 +157,13 @@ def directory(name: str, folder: Path, split: str | None) -> Local:
     by_split = {}
     for path in files:
         by_split.setdefault(split_of(path.relative_to(folder)), []).append(path)
-    held_out = [known for known in by_split if known in ("test", "validation")]
     if split is None and len(by_split) == 1:
         return Local(name, files, [])
     wanted = SPLITS.get(split or "train", split)
     chosen = by_split.get(wanted, [])
     if wanted == "train":
-        chosen = sorted(set(files) - {path for known in held_out for path in by_split[known]})
+        held_out = by_split.get("test", []) + by_split.get("validation", [])
+        chosen = [path for path in files if path not in held_out]
     if not chosen:
         known = ", ".join(filter(None, by_split)) or "no splits by the names of its files"
         raise UserError(f"{folder} has {known}, not {wanted}; fix: name a file, or another split")

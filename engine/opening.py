@@ -1,6 +1,7 @@
 """The sentence with which a run begins: what is trained on what, for how long, and where."""
 import torch
 
+from engine.forecast import size_of
 from engine.plan import Plan
 
 
@@ -21,9 +22,8 @@ def opening(common, config, policy, train_set, eval_set, kind: str, made: int, w
 def parameters_of(policy) -> str:
     """`all 803K parameters`, `1.08M of 495M parameters`; before the model is sharded."""
     trained = sum(parameter.numel() for parameter in policy.parameters() if parameter.requires_grad)
-    every = sum(parameter.numel() for parameter in policy.parameters())
-    kept = sum(parameter.numel() for parameter in policy.lm.parameters())
-    total = policy.lm.num_parameters() + every - kept       # it counts weights of 4 bits as what they are
+    heads = size_of(policy) - size_of(policy.lm)
+    total = policy.lm.num_parameters() + heads       # it counts weights of 4 bits as what they are
     if trained == total:
         return f"all {short(total)} parameters"
     return f"{short(trained)} of {short(total)} parameters"
