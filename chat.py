@@ -65,7 +65,9 @@ class Speaker:
 
     def introduction(self) -> str:
         """`runs/tiny-dpo: 822K parameters, answers sampled at temperature 0.7`."""
-        way = "greedy answers" if self.temperature == 0 else f"answers sampled at temperature {self.temperature:g}"
+        way = "greedy answers"
+        if self.temperature > 0:
+            way = f"answers sampled at temperature {self.temperature:g}"
         return f"{self.name}: {short(self.lm.num_parameters())} parameters, {way}"
 
     def answer(self, text: str) -> None:
@@ -94,8 +96,8 @@ def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("model", nargs="+")
     parser.add_argument("--temperature", type=float,
-                        help="0 is greedy, 1 samples as training does (default: 0 for runs that a verifier has "
-                             "trained, else 0.7)")
+                        help="0 is greedy, 1 samples as training does (default: 0 for runs that a verifier "
+                             "has trained, else 0.7)")
     parser.add_argument("--max-new-tokens", type=int, default=512)
     parser.add_argument("--seed", type=int, default=None)
     parser.add_argument("--chat-template",

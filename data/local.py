@@ -31,6 +31,7 @@ SPLITS = {      # a word in a file's name -> the split
     "testing": "test",
     **dict.fromkeys(("validation", "valid", "val", "dev", "eval", "evaluation"), "validation"),
 }
+DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json")       # of the hub's datasets
 NAMED = 20      # files that a notice names
 FRONT = re.compile(r"---\r?\n(.*?)\r?\n---", re.DOTALL)      # of a README.md on the hub
 
@@ -39,7 +40,8 @@ class Local(NamedTuple):
     """What a name of local data stands for."""
     name: str
     files: list[Path]                      # they are read in this order
-    left_out: list[Path]                   # files of data beside them
+    left_out: list[Path] = ()              # held-out files beside them
+    others: list[Path] = ()                # files beside them that are no data files
     load: Callable | None = None           # () -> a dataset, where the package reads the files
 
     def rows(self, counts: Counter) -> Iterator[tuple[str, dict]]:
@@ -74,13 +76,18 @@ class Local(NamedTuple):
                 parts[NAMED:] = [f"{len(parts) - NAMED} others {others:,} rows"]
             lines.append(f"{self.name}: {len(counts)} files: {', '.join(parts)}")
         if self.left_out:
-            names = [path.name for path in self.left_out[:NAMED]]
-            rest = len(self.left_out) - len(names)
-            more = f" and {rest} others" if rest else ""
             split = split_of(self.left_out[0])
-            lines.append(f"{self.name}: held-out files are not read: {', '.join(names)}{more}; "
+            lines.append(f"{self.name}: held-out files are not read: {named(self.left_out)}; "
                          f"{self.name.partition(':')[0]}:{split} reads those of {split}")
+        if self.others:
+            lines.append(f"{self.name}: no data files, not read: {named(self.others)}")
         return lines
+
+
+def named(paths: list[Path]) -> str:
+    names = [path.name for path in paths[:NAMED]]
+    rest = len(paths) - len(names)
+    return ", ".join(names) + (f" and {rest} others" if rest else "")
 
 
 def is_local_set(name: str) -> bool:
@@ -94,9 +101,9 @@ def local_data(name: str, base=None) -> Local:
     """What `name` stands for. UserError where that is nothing, or does not hold the split that it names."""
     path, split, subset = parts_of(name)
     if is_glob(name):
-        return Local(name, matching(name), [])
+        return Local(name, matching(name))
     if not path.is_dir():
-        return Local(name, [find_file(path, base)], [])
+        return Local(name, [find_file(path, base)])
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         return saved(name, path, split)
     subsets = subsets_of(path)
@@ -108,7 +115,7 @@ def local_data(name: str, base=None) -> Local:
         def load():
             return by_library(name, "load_dataset", str(path), subset, split=split or "train")
 
-        return Local(name, below(path), [], load)
+        return Local(name, below(path), load=load)
     return directory(name, path, split)
 
 
@@ -116,7 +123,7 @@ def parts_of(name: str) -> tuple[Path, str | None, str | None]:
     """(directory, split, subset) of `directory:split` and `clone/subset:split`; else (path, None, None)."""
     if os.path.exists(name):
         return Path(name), None, None
-    head, colon, split = name.rpartition(":")
+    head, colon, split = name.partition(":")       # the split may be train[:1000]
     path = Path(head if colon else name)
     if colon and path.is_dir():
         return path, split, None
@@ -126,7 +133,8 @@ def parts_of(name: str) -> tuple[Path, str | None, str | None]:
 
 
 def is_glob(name: str) -> bool:
-    return glob.has_magic(name) and not os.path.exists(name)
+    head, _, _ = name.partition(":")               # owner/name:train[:1000] is no glob
+    return glob.has_magic(head) and not os.path.exists(name)
 
 
 def matching(pattern: str) -> list[Path]:
@@ -150,7 +158,10 @@ def below(folder: Path) -> list[Path]:
 
 
 def directory(name: str, folder: Path, split: str | None) -> Local:
-    files = [path for path in below(folder) if path.name.lower().endswith(SUFFIXES)]
+    files, others = [], []
+    for path in below(folder):
+        is_data = path.name.lower().endswith(SUFFIXES) and path.name not in DESCRIPTIONS
+        (files if is_data else others).append(path)
     if not files:
         raise UserError(f"{folder} is a directory without data files ({', '.join(SUFFIXES)}); "
                         "fix: name a file, or another directory")
@@ -158,17 +169,19 @@ def directory(name: str, folder: Path, split: str | None) -> Local:
     for path in files:
         by_split.setdefault(split_of(path.relative_to(folder)), []).append(path)
     if split is None and len(by_split) == 1:
-        return Local(name, files, [])
+        return Local(name, files, others=others)
     wanted = SPLITS.get(split or "train", split)
     chosen = by_split.get(wanted, [])
     if wanted == "train":
-        held_out = by_split.get("test", []) + by_split.get("validation", [])
+        held_out = {*by_split.get("test", []), *by_split.get("validation", [])}
         chosen = [path for path in files if path not in held_out]
     if not chosen:
         known = ", ".join(filter(None, by_split)) or "no splits by the names of its files"
         raise UserError(f"{folder} has {known}, not {wanted}; fix: name a file, or another split")
-    left_out = [path for path in files if path not in chosen]
-    return Local(name, chosen, left_out if split is None else [])
+    if split:
+        return Local(name, chosen)
+    known = set(chosen)
+    return Local(name, chosen, [path for path in files if path not in known], others)
 
 
 def split_of(path: Path) -> str | None:
@@ -198,7 +211,7 @@ def saved(name: str, folder: Path, split: str | None) -> Local:
     def load():
         return by_library(name, "load_from_disk", str(part))
 
-    return Local(name, below(part), [], load)
+    return Local(name, below(part), load=load)
 
 
 def subsets_of(folder: Path) -> list[str]:

@@ -3,6 +3,7 @@
 A row's numbers have the names that they have in metrics.jsonl, with the split before them: train/loss,
 eval/rewards/margins. A tracker is a view: one that fails is told once and left out, and the run goes on.
 """
+import contextlib
 import importlib
 import importlib.util
 import math
@@ -148,10 +149,11 @@ class Trackers:
 def identity_of(directory: str, step: int) -> str:
     """The id under which services know this run: new for a new one, stored for one that goes on."""
     path = os.path.join(directory, IDENTITY)
-    if step and os.path.exists(path):
-        with open(path, encoding="utf-8") as file:
-            return file.read().strip()
     identity = secrets.token_hex(8)
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(identity + "\n")
+    with contextlib.suppress(OSError):       # a full disk is not the trackers' to tell
+        if step and os.path.exists(path):
+            with open(path, encoding="utf-8") as file:
+                return file.read().strip() or identity
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(identity + "\n")
     return identity

@@ -7,7 +7,7 @@ import sys
 import pytest
 from helpers import ROOT, byte_tokenizer, refused, write_jsonl
 
-from data.dataset import build_dataset
+from data.dataset import build_dataset, is_local
 from data.formats import parse
 from data.local import local_data
 from engine.config import as_yaml, load_config
@@ -57,7 +57,8 @@ def parts(here):
 def test_a_directory_is_read_whole(parts):
     read, found = prompts("parts")
     assert read == named("a", 2) + named("b", 3) + named("c", 4)
-    assert found.notices[0] == "parts: 3 files: a.csv 2 rows, b.jsonl 3 rows, c.jsonl.gz 4 rows"
+    assert found.notices[:2] == ["parts: 3 files: a.csv 2 rows, b.jsonl 3 rows, c.jsonl.gz 4 rows",
+                                 "parts: no data files, not read: README.md"]
     assert (found.report["read"], found.report["source"]) == (9, "parts")
     assert found.examples[3].where == "parts/b.jsonl:2"
 
@@ -70,6 +71,11 @@ def test_a_glob_is_read_whole(parts):
     assert "no file matches parts/*.parquet" in refused(prompts, "parts/*.parquet")
     write_jsonl(parts / "[ab].jsonl", pairs("own", 1))
     assert prompts("parts/[ab].jsonl")[0] == ["own0"]      # the file of this name
+
+
+def test_a_slice_of_a_hub_dataset_is_no_glob(here):
+    assert not is_local("owner/name:train[:10%]") and not is_local("hh/harmless-base:test[5:]")
+    assert is_local("parts/*.jsonl") and is_local("more/x[1].jsonl")
 
 
 def test_many_files_are_counted_in_one_line(here):
