@@ -3,9 +3,9 @@ how often it prefers the chosen response: by its implicit reward, which is its l
 or without a reference by its log-prob alone.
 
 MODEL is a run (its final model, else its newest whole checkpoint), a model directory (an adapter too) or a
-hub name. Results go line by line to <data>_eval_results.jsonl in `output` and their averages to
-<data>_eval_summary.json. The same command continues an interrupted evaluation; its numbers are those of an
-undisturbed one.
+hub name; with pairs also a reward model: a run of rm, or any sequence classifier with one label. Results go
+line by line to <data>_eval_results.jsonl in `output` and their averages to <data>_eval_summary.json. The same
+command continues an interrupted evaluation; its numbers are those of an undisturbed one.
 """
 import signal
 
@@ -22,7 +22,7 @@ from data.hub import SHORT
 from engine import console
 from engine.cast import cast
 from engine.checkpoint import model_path
-from engine.evaluation import load_frozen, response_scores
+from engine.evaluation import conversation_scores, conversations_of, load_frozen, response_scores
 from engine.intervals import Z, wilson
 from engine.logs import write_whole
 from engine.results import (
@@ -41,6 +41,7 @@ from engine.results import (
     with_lengths,
 )
 from model.load import check_path, load_tokenizer, load_tokenizer_for
+from model.off_the_shelf import Classifier, is_classifier
 from model.reward_model import is_reward_model
 
 PAIRS_AT_ONCE = 64
@@ -213,19 +214,38 @@ def preferences(settings: Config, path: str, name: str) -> tuple[list[dict], dic
     used = used_by(settings, path, report) | {"reference": reference_path}
     results = Results(settings.output, name, used, len(examples), 1, PAIRS_AT_ONCE, notice)
     if results.left:
-        model = load_frozen(path, tokenizer, examples, notice)
-        reference = reference_path and load_frozen(reference_path, tokenizer, examples, notice)
+        scores_of, tolerance = pair_scorer(settings, path, reference_path, tokenizer, examples)
     for first, last in results.left:
-        part = examples[first:last]
-        scores = response_scores(model, part)
-        if reference:
-            scores = map(difference, scores, response_scores(reference, part))
         rows = []
-        for i, (example, pair) in enumerate(zip(part, scores), start=first):
-            row = pair_row(example, pair.tolist(), model.tolerance, tokenizer)
+        scores = scores_of(first, last)
+        for i, (example, pair) in enumerate(zip(examples[first:last], scores), start=first):
+            row = pair_row(example, pair.tolist(), tolerance, tokenizer)
             rows.append({"id": i, **row})
         results.add(rows)
     return results.rows, used
+
+
+def pair_scorer(settings: Config, path: str, reference_path: str | None, tokenizer, examples: list):
+    """(A function that gives the scores (2,) of each pair from the first to before the last, how far apart
+    two computations of a score may be)."""
+    if is_classifier(path):
+        classifier = Classifier(path)
+        classifier.tokenizer = tokenizer      # with the chat template that the settings ask for
+        conversations = conversations_of(settings.data, examples, settings.seed, settings.columns)
+
+        def classified(first, last):
+            return conversation_scores(classifier, conversations[first:last])
+
+        return classified, classifier.tolerance
+    model = load_frozen(path, tokenizer, examples, notice)
+    reference = reference_path and load_frozen(reference_path, tokenizer, examples, notice)
+
+    def computed(first, last):
+        part = examples[first:last]
+        scores = response_scores(model, part)
+        return map(difference, scores, response_scores(reference, part)) if reference else scores
+
+    return computed, model.tolerance
 
 
 def trained_reference(model: str) -> str | None:
@@ -242,7 +262,7 @@ def trained_reference(model: str) -> str | None:
 
 def measure_of(path: str, reference: str | None) -> str:
     """What the responses of a pair are compared by."""
-    if is_reward_model(path):
+    if is_reward_model(path) or is_classifier(path):
         return "the reward model's score"
     if reference:
         return f"implicit reward (log-prob minus that of {reference})"
@@ -250,7 +270,7 @@ def measure_of(path: str, reference: str | None) -> str:
 
 
 def check_reference(model: str, path: str, reference: str, tokenizer) -> None:
-    if is_reward_model(path):
+    if is_reward_model(path) or is_classifier(path):
         raise UserError(f"reference: {model} is a reward model, which needs none; fix: remove reference")
     if load_tokenizer(reference).get_vocab() != tokenizer.get_vocab():
         raise UserError(f"reference: {reference} has another tokenizer than {path}; "

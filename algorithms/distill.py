@@ -93,9 +93,8 @@ def train(engine: Engine, config: Config):
 
     def forward(batch: Batch):
         with torch.no_grad():
-            same_tokens = teacher.collate(batch.examples)
             # its distributions, as hidden states and head: their logits are made a slice at a time
-            predictions = teacher(same_tokens, config.temperature, predictions=True)
+            predictions = teacher(batch, config.temperature, predictions=True)
         logps, losses = policy(batch, config.temperature, against=(predictions, summands))
         return losses, logps                                       # (N,), (N,) of the trained tokens
 

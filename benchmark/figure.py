@@ -1,4 +1,5 @@
-"""A figure of held-out reward over updates, as SVG:
+"""A figure of held-out reward (or with --split train, of the reward of the training answers) over updates, as
+SVG:
 
     python benchmark/figure.py grpo=runs/table/grpo-0,runs/table/grpo-1 ppo=runs/ppo > curves.svg
 
@@ -51,25 +52,26 @@ class Frame(NamedTuple):
 
 # ---- the numbers -------------------------------------------------------------------------------------
 
-def read_run(directory: str, metric: str) -> dict[int, float]:
-    """{update: the metric on the held-out rows} of a run."""
+def read_run(directory: str, metric: str, split: str) -> dict[int, float]:
+    """{update: the metric} of a run; `split`: eval, on the held-out rows, or train."""
     path = Path(directory) / "metrics.jsonl"
     if not path.is_file():
         sys.exit(f"error: {path} is not there; fix: name runs, as LABEL=RUN,RUN")
     found = {}
     for text in path.read_text(encoding="utf-8").splitlines():
         row = json.loads(text)
-        if row["split"] == "eval" and metric in row:
+        if row["split"] == split and metric in row:
             found[row["step"]] = row[metric]
     if not found:
-        sys.exit(f"error: {path} has no held-out {metric}; fix: train with eval_data, or give --metric")
+        sys.exit(f"error: {path} has no {metric} of the split {split}; fix: train with eval_data, or give "
+                 "--metric or --split")
     return found
 
 
-def read_line(word: str, metric: str) -> Line:
+def read_line(word: str, metric: str, split: str) -> Line:
     """The line of LABEL=RUN,RUN,..."""
     label, _, runs = word.partition("=")
-    curves = [read_run(run, metric) for run in runs.split(",")]
+    curves = [read_run(run, metric, split) for run in runs.split(",")]
     common = set(curves[0]).intersection(*curves)
     if not common:
         sys.exit(f"error: the runs of {label} have no evaluated update in common; fix: draw them apart")
@@ -203,12 +205,13 @@ def main(argv: list[str]) -> None:
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
     parser.add_argument("lines", nargs="+", metavar="LABEL=RUN,RUN")
-    parser.add_argument("--metric", default="reward", help="a key of the held-out rows of metrics.jsonl")
+    parser.add_argument("--metric", default="reward", help="a key of metrics.jsonl")
+    parser.add_argument("--split", default="eval", choices=("eval", "train"))
     parser.add_argument("--title", default="Held-out reward")
     parser.add_argument("--x-name", default="updates")
     parser.add_argument("--y-name", default="reward")
     args = parser.parse_args(argv)
-    lines = [read_line(word, args.metric) for word in args.lines]
+    lines = [read_line(word, args.metric, args.split) for word in args.lines]
     print(draw(lines, (args.title, args.x_name, args.y_name)), end="")
 
 

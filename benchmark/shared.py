@@ -211,8 +211,8 @@ def trl_arguments(job: dict) -> dict:
         "optim": "adamw_torch_fused",
         "gradient_checkpointing": False,
         "bf16": job.get("precision") == "bf16",
-        "use_cpu": True,
-        "dataloader_pin_memory": False,
+        "use_cpu": not job.get("gpu"),
+        "dataloader_pin_memory": bool(job.get("gpu")),
         "logging_steps": 1,
         "disable_tqdm": True,
         "save_strategy": "no",
@@ -226,11 +226,17 @@ def trl_metrics(trainer) -> list[dict]:
     return [row for row in trainer.state.log_history if "loss" in row]
 
 
-def measured(started: float) -> dict:
-    """Seconds since `started`, and this process's largest resident set in GB (Linux counts it in KiB)."""
-    seconds = time.perf_counter() - started
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    return {"seconds": seconds, "peak": usage.ru_maxrss * 1024 / 1e9}
+def measured(started: float, gpu: bool = False) -> dict:
+    """Seconds since `started`, and in GB the largest memory that tensors had on the GPU, else this process's
+    largest resident set (Linux counts it in KiB)."""
+    import torch
+
+    if gpu:
+        torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated()
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"seconds": time.perf_counter() - started, "peak": peak / 1e9}
 
 
 # ---- fresh processes ---------------------------------------------------------------------------------
@@ -251,9 +257,10 @@ def child(script: str, role: str, job: dict):
         "OMP_NUM_THREADS": threads,
         "MKL_NUM_THREADS": threads,
         "TOKENIZERS_PARALLELISM": "false",
-        "CUDA_VISIBLE_DEVICES": "",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     }
+    if not job.get("gpu"):
+        environment["CUDA_VISIBLE_DEVICES"] = ""
     with tempfile.TemporaryDirectory(dir=job["work"]) as work:
         words = [role, json.dumps(job | {"work": work})]
         command = [sys.executable, script, "--child", *words]
@@ -296,6 +303,7 @@ def add_options(parser: argparse.ArgumentParser, repeats: int | None) -> None:
     if repeats:
         parser.add_argument("--repeats", type=int, default=repeats)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--gpu", action="store_true", help="both sides train on one GPU")
     parser.add_argument("--layers", type=int, default=SHAPE["num_hidden_layers"])
     parser.add_argument(
         "overrides",

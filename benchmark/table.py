@@ -83,7 +83,7 @@ class Row(NamedTuple):
     overrides: tuple = ()
     data: str | None = None
     selects: str | None = None        # "best" or "random": sft on this one of k answers of the start model
-    needs_rm: bool = False            # its reward is the reward model of the row rm
+    needs: tuple = ()                 # (key, row): this key names the run of that row
     edit: tuple | None = None         # a line of the algorithm's file, and what stands in its place
 
 
@@ -105,7 +105,8 @@ def rows_of(args: argparse.Namespace) -> dict[str, Row]:
         rows[f"sft, {selected} of {args.k}"] = Row("sft", selects=selected)
     for algorithm in ONLINE:
         rows[algorithm] = Row(algorithm)
-    rows["ppo, reward model"] = Row("ppo", needs_rm=True)
+    rows["ppo, reward model"] = Row("ppo", ("reward_weights=null",), needs=("reward", "rm"))
+    rows["distill, from sft"] = Row("distill", needs=("teacher", "sft"))
     return rows
 
 
@@ -162,6 +163,7 @@ class Table:
         self.rows = rows_of(args)
         if not is_file(args.data):
             self.rows |= ablations_of(args)
+        self.needed = {kind.needs[1] for kind in self.rows.values() if kind.needs}
         self.output = Path(args.output or f"runs/table-{args.recipe}")
         self.base = args.model or recipe_of(args, "dpo")["model"]
         self.locks = defaultdict(threading.Lock)      # two rows may need the same part
@@ -201,12 +203,13 @@ class Table:
         if self.rows[row].algorithm:
             numbers = self.train(row, seed)
             model = str(folder / "final")
-        if self.rows[row].algorithm == "rm":      # it writes no text, and another row needs its model
-            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-            return numbers | {"pairs": last_evaluation(folder)["accuracy"]}
-        numbers |= json.loads(self.call([MEASURE, "measure", json.dumps(self.job(model, seed))]))
-        for name in ("final", "checkpoints"):
-            shutil.rmtree(folder / name, ignore_errors=True)
+        if self.rows[row].algorithm == "rm":      # it writes no text
+            numbers["pairs"] = last_evaluation(folder)["accuracy"]
+        else:
+            numbers |= json.loads(self.call([MEASURE, "measure", json.dumps(self.job(model, seed))]))
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        if row not in self.needed:
+            shutil.rmtree(folder / "final", ignore_errors=True)
         return numbers
 
     def train(self, row: str, seed: int) -> dict:
@@ -216,10 +219,9 @@ class Table:
         kind = self.rows[row]
         words = [f"output={folder}", f"seed={seed}", f"model={self.base}"]
         words += [*self.data_words(kind, seed), *kind.overrides]
-        if kind.needs_rm:
-            if self.run("rm", seed) is None:
-                raise Failed("the reward model is missing")
-            words += [f"reward={self.path('rm', seed)}", "reward_weights=null"]
+        if kind.needs:
+            key, other = kind.needs
+            words.append(f"{key}={self.trained(other, seed)}")
         was_there = folder.exists()
         started = time.perf_counter()
         config = f"example/{self.args.recipe}-{kind.algorithm}.yml"
@@ -232,6 +234,17 @@ class Table:
         if "reward" in evaluation:
             numbers["reward"] = evaluation["reward"]
         return numbers
+
+    def trained(self, row: str, seed: int) -> Path:
+        """The run of a row that another row needs, trained again where only its numbers are left."""
+        if self.run(row, seed) is None:
+            raise Failed(f"the model of {row} is missing")
+        folder = self.path(row, seed)
+        with self.locks[row, seed]:
+            if not (folder / "final").exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                self.train(row, seed)
+        return folder
 
     def edited(self, row: str, seed: int) -> str:
         """train.py in a copy of the project in which the line of the row is another."""

@@ -159,7 +159,7 @@ def train_ours(job: dict) -> dict:
     }
     algorithm, config, engine, started = shared.our_engine(job, keys)
     algorithm.train(engine, config)
-    result = shared.measured(started)
+    result = shared.measured(started, job.get("gpu"))
     if job.get("final"):
         engine.policy.lm.save_pretrained(job["final"])
     ids = []
@@ -202,7 +202,7 @@ def train_trl(job: dict) -> dict:
     rows = Dataset.from_list(shared.read_jsonl(job["trl_rows"]))
     trainer = trainer_class(**models, args=arguments, train_dataset=rows, processing_class=tokenizer)
     trainer.train()
-    result = shared.measured(started)
+    result = shared.measured(started, job.get("gpu"))
     if job.get("final"):
         trainer.save_model(job["final"])
     ids = []
@@ -320,23 +320,25 @@ def measure_limit(job: dict) -> dict:
     shapes = [(2048, size, inner), (2048, inner, size), (2048, size, size), (256, size, vocabulary)]
     limit = {}
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        rates = [fastest_product(shape, dtype) for shape in shapes]
+        rates = [fastest_product(shape, dtype, "cuda" if job.get("gpu") else "cpu") for shape in shapes]
         limit[name] = max(rates)
     return limit
 
 
-def fastest_product(shape: tuple, dtype) -> float:
+def fastest_product(shape: tuple, dtype, device: str) -> float:
     """GFLOP/s of the fastest of the products (m, k) x (k, n) that a second allows."""
     import torch
 
     m, k, n = shape
-    a = torch.randn(m, k, dtype=dtype)
-    b = torch.randn(n, k, dtype=dtype)
+    a = torch.randn(m, k, dtype=dtype, device=device)
+    b = torch.randn(n, k, dtype=dtype, device=device)
     best = 0.0
     began = time.perf_counter()
     while not best or time.perf_counter() < began + 1:      # a CPU without bf16 is slow at it
         started = time.perf_counter()
         a @ b.T
+        if device == "cuda":
+            torch.cuda.synchronize()
         seconds = time.perf_counter() - started
         best = max(best, 2 * m * k * n / seconds / 1e9)
     return best

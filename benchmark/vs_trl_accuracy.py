@@ -5,8 +5,9 @@ and memory.
 
 The first --pairs usable rows are trained on; the --held-out ones after them, without those whose prompt was
 trained on, are what both final models and the start model are measured on, by one program. TRL runs in the
-setting that `vs_trl.py` finds the fastest and leanest on a CPU: one pair per forward, the reference's
-log-probs precomputed. Seconds and memory are counted as there. Prints a table in markdown.
+setting that `vs_trl.py` finds the fastest and leanest: one pair per forward on a CPU, all pairs of an update
+on a GPU (--gpu), the reference's log-probs precomputed. Seconds and memory are counted as there. Prints a
+table in markdown.
 
 Every part (each training, each measurement) is kept in --output, so that an interrupted comparison goes on.
 """
@@ -21,7 +22,7 @@ from benchmark import shared, vs_trl  # noqa: E402
 
 BETA = 0.1      # the default of both sides
 SETTINGS = (
-    "source", "shape", "tokenizer", "data", "pairs", "held_out", "batch", "lr", "threads", "overrides")
+    "source", "shape", "tokenizer", "data", "pairs", "held_out", "batch", "lr", "threads", "gpu", "overrides")
 SIDES = {"ours": "ours", "trl": "TRL"}
 AT_ONCE = 64      # pairs measured between two progress lines
 
@@ -169,7 +170,8 @@ def main() -> None:
     args = parser.parse_intermixed_args()
     if args.pairs % args.batch:
         parser.error("--pairs must be a multiple of --batch")
-    own = {"algorithm": "dpo", "precision": "fp32", "per_device": 1, "precompute": True}
+    own = {"algorithm": "dpo", "precision": "fp32", "precompute": True}
+    own["per_device"] = args.batch if args.gpu else 1
     work = Path(args.output).resolve()
     work.mkdir(parents=True, exist_ok=True)
     job = shared.job_of(args, own | {"held_out_rows": f"{work}/held-out.jsonl"}, str(work))

@@ -130,7 +130,7 @@ def train_ours(job: dict) -> dict:
     ):
         grpo, config, engine, started = shared.our_engine(job, keys)
         grpo.train(engine, config)
-        result = shared.measured(started)
+        result = shared.measured(started, job.get("gpu"))
     tokens = 0
     for groups in timer.results:
         for group in groups:
@@ -176,7 +176,7 @@ def train_trl(job: dict) -> dict:
     timer = Timer(trainer._generate_single_turn)
     trainer._generate_single_turn = timer
     trainer.train()
-    result = shared.measured(started)
+    result = shared.measured(started, job.get("gpu"))
     tokens = 0
     for completions, *_ in timer.results:
         tokens += sum(len(ids) for ids in completions)

@@ -111,6 +111,7 @@ class Batch:
     segments: list[tuple[int, list[int]]]   # per laid-out prompt: its length, and those of its responses
     examples: list[Example]
     units: tuple | None = None              # what one call of attention per layer needs, see model/varlen.py
+    form: tuple | None = None               # what a policy laid it out for, see model/form.py
 
     def sum(self, x):
         """(N,) per trained token -> (S,) per response"""

@@ -1,14 +1,17 @@
 """Frozen models, and what they give to responses that exist already: log-probs or scores."""
 import torch
 
+from data.dataset import rows_of
+from data.formats import parse
 from data.pack import Example
 from data.packing import pack
+from data.sources import rename
 from engine.config import Common
 from model.build import build_policy
 from model.check import check_policy
 from model.keys import ModelKeys
 from model.load import is_adapter
-from model.off_the_shelf import Classifier
+from model.off_the_shelf import Classifier, conversation
 from model.reward_model import RewardModel, build_reward_model, is_reward_model
 
 
@@ -46,3 +49,27 @@ def response_scores(model, examples: list[Example]) -> list[torch.Tensor]:
             scores[i] = values[done:done + count].cpu()
             done += count
     return scores
+
+
+def conversations_of(source: str, examples: list[Example], seed: int, columns: dict | None) -> list[list]:
+    """[with the chosen response, with the rejected one] for each pair in `examples`, read from `source` once
+    more: as messages, in which a classifier reads them with a template of its own. `columns`: {our name: the
+    file's}."""
+    texts = {}
+    wanted = {example.where for example in examples}
+    for where, row in rows_of(source, "pairs", True, seed):
+        if where in wanted:
+            texts[where] = parse(rename(row, columns or {}, where), where, "pairs", chat=True)
+    found = []
+    for example in examples:
+        text = texts[example.where]
+        found.append([conversation(text.prompt, response) for response in text.responses])
+    return found
+
+
+def conversation_scores(classifier: Classifier, pairs: list[list]) -> list[torch.Tensor]:
+    """(2,) for each of some pairs of conversations, on the CPU."""
+    conversations = []
+    for pair in pairs:
+        conversations += pair
+    return list(classifier.scores(conversations).cpu().view(-1, 2))

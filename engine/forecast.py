@@ -9,7 +9,10 @@ from model import lora
 from model.build import embeddings, product_precision, rounded_weights, this_device
 from model.compiled import decoder_layers
 from model.load import base_of, empty_lm, is_adapter, load_config
+from model.off_the_shelf import empty_classifier
+from model.reward_model import is_reward_model
 from model.slices import LOGITS_AT_ONCE
+from rewards.functions import is_model, parts_of
 
 BYTES_IN_4_BIT = 0.52      # per weight, with the scales
 CHECKPOINT = 12            # bytes per trained weight: itself and two moments, in fp32
@@ -53,6 +56,8 @@ def forecast(common, config, lm, tokens: int, online: bool = False, world: int =
     for key, path in config.frozen_models().items():
         rounded = is_bf16 and not (counts.frozen and width == 2)
         sizes[f"{key} (a frozen model)"] = frozen_bytes(common, path, width, rounded, world)
+    if config.uses_reward():
+        sizes |= reward_model_bytes(common, config.reward, width, is_bf16, world)
     if config.uses_critic():
         critic = 16 * counts.trained + width * counts.frozen
         sizes["critic (weights, gradients, optimizer)"] = critic / shards
@@ -87,6 +92,20 @@ def frozen_bytes(common, path: str, width: int, rounded: bool, world: int) -> fl
     quantized = quantized_weights(common, lm)      # they are not sharded
     shards = world // common.replicate
     return (size - width * quantized) / shards + BYTES_IN_4_BIT * quantized + head
+
+
+def reward_model_bytes(common, reward: str, width: int, is_bf16: bool, world: int) -> dict[str, float]:
+    """{what is shown: a device's bytes} of the models among the rewards. A classifier is whole on each."""
+    sizes = {}
+    for part in filter(is_model, parts_of(reward)):
+        path = model_path(part, lambda text: None)
+        if is_reward_model(path):
+            size = frozen_bytes(common, path, width, is_bf16, world)
+        else:
+            bytes_per_weight = 2 if is_bf16 and this_device().type == "cuda" else 4
+            size = bytes_per_weight * size_of(empty_classifier(path))
+        sizes[f"reward model {part}"] = size
+    return sizes
 
 
 def kept_bytes(counts: Counts, shards: int, width: int) -> dict[str, float]:

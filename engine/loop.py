@@ -124,8 +124,8 @@ class Engine:
         return frozen.reference_table(self, path, also)
 
     def frozen_model(self, path: str) -> Policy:
-        """The model at `path`, a directory or a hub name, frozen. It may have any size, and is asked as the
-        policy is, for a batch of its own: `model(model.collate(batch.examples))`."""
+        """The model at `path`, a directory or a hub name, frozen. It may have any size and family, and is
+        asked as the policy is: `model(batch)`."""
         return frozen.frozen_model(self, path)
 
     def remember(self, name: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

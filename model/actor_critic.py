@@ -12,6 +12,7 @@ from model.form import trunk_of
 from model.policy import Policy
 from model.reward_model import hidden_size, linear_head, saved_head
 from model.state import files_of
+from model.varlen import laid_out
 
 CRITIC = "critic.safetensors"      # in a checkpoint of a policy with a critic: the critic's trained weights
 
@@ -25,19 +26,18 @@ class ActorCritic(Policy):
     One module: under `torchrun` it is the FSDP root of both, with one optimizer and one gradient norm."""
 
     def __init__(self, policy: Policy, head: torch.Tensor, trunk: Policy | None = None):
-        form = policy.form
-        if trunk is not None and not trunk.share_prompt:
-            form = form._replace(share_prompt=False)
-        super().__init__(policy.lm, policy.precision, form)
+        super().__init__(policy.lm, policy.precision, policy.form)
         self.critic_trunk = trunk              # None: the policy's
         self.critic_head = linear_head(head, policy.device)
 
     def forward(self, batch: Batch, temperature: float = 1.0, values: bool = False, entropy: bool = False):
+        batch = laid_out(batch, self)
         states, head = self.states(batch)
         result = self.logps(states, head, batch.target, temperature, entropy)
         if not values:
             return result
         if self.critic_trunk is not None:
+            batch = laid_out(batch, self.critic_trunk)
             hidden = self.critic_trunk.hidden(batch, input_ids=batch.tokens[None])        # (T, D)
             states = hidden.index_select(0, batch.source)                                 # (N, D)
         critic_values = self.critic_head(states.float())[:, 0]

@@ -21,11 +21,12 @@ class Classifier:
     It is frozen, whole on every rank, and in bf16 where a run on a GPU is. UserError where it cannot be
     loaded."""
 
-    def __init__(self, path: str, decode, precision: str = "auto"):
+    def __init__(self, path: str, decode=None, precision: str = "auto"):
         self.path, self.decode = path, decode
         self.tokenizer = check_classifier(path)
         device = this_device()
         is_bf16 = device.type == "cuda" and product_precision(precision, device) == "bf16"
+        self.tolerance = 5e-2 if is_bf16 else 1e-4      # how far apart two computations of a score may be
         self.model = load_classifier(path, torch.bfloat16 if is_bf16 else torch.float32).to(device)
         self.config = self.model.config.get_text_config()
         self.longest = getattr(self.config, "max_position_embeddings", None) or torch.inf
@@ -77,10 +78,31 @@ class Classifier:
         return output.logits[:, 0].float()
 
 
-def conversation(prompt, completion: str) -> list[dict]:
-    """A prompt, as text or as messages, and its completion."""
+def conversation(prompt, completion) -> list[dict]:
+    """A prompt and its completion, each as text or as messages. Where the prompt ends with the beginning of
+    the completion, they are one turn."""
     turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else unflagged(prompt)
-    return [*turns, {"role": "assistant", "content": completion}]
+    if isinstance(completion, str):
+        completion = [{"role": "assistant", "content": completion}]
+    first, *rest = unflagged(completion)
+    if turns[-1]["role"] == "assistant":
+        first = first | {"content": turns.pop()["content"] + first["content"]}
+    return [*turns, first, *rest]
+
+
+def is_classifier(path: str) -> bool:
+    """Whether the model at `path` is a sequence classifier."""
+    return architecture(load_config(path)).endswith(KIND)
+
+
+def empty_classifier(path: str):
+    """The classifier at `path` without the numbers of its weights."""
+    with torch.device("meta"):
+        return AutoModelForSequenceClassification.from_config(load_config(path))
+
+
+def architecture(config) -> str:
+    return (config.architectures or ["model without a class"])[0]
 
 
 def together(lengths: list[int]) -> list[list[int]]:
@@ -101,9 +123,9 @@ def check_classifier(path: str):
         config, tokenizer = load_config(path), load_tokenizer(path)
     except UserError as error:      # it speaks of the key `model`
         raise UserError(str(error).replace("model: ", "reward: ", 1)) from error
-    kinds = config.architectures or ["model without a class"]
-    if not kinds[0].endswith(KIND):
-        raise UserError(f"reward: {path} is a {kinds[0]}, which gives no score; "
+    kind = architecture(config)
+    if not kind.endswith(KIND):
+        raise UserError(f"reward: {path} is a {kind}, which gives no score; "
                         "fix: pass a run of algorithm: rm, or a sequence classifier with one label")
     if config.num_labels != 1:
         raise UserError(f"reward: {path} has {config.num_labels} labels and gives no single score; "

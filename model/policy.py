@@ -12,7 +12,7 @@ from model.head import Head, predictions_of
 from model.logps import ChunkedLogps
 from model.plain import plain_hidden
 from model.tied import inputs_and_head
-from model.varlen import layout_of, with_units
+from model.varlen import laid_out, layout_of, with_units
 
 
 class Policy(nn.Module):
@@ -73,14 +73,14 @@ class Policy(nn.Module):
         return 1e-4 if self.precision == "fp32" else 5e-2
 
     def collate(self, examples) -> Batch:
-        return with_units(collate(examples, self.share_prompt), self.form).to(self.device)
+        return with_units(collate(examples, self.share_prompt), self).to(self.device)
 
     def autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
     def forward(self, batch: Batch, temperature: float = 1.0, entropy: bool = False,
                 predictions: bool = False, against: tuple | None = None):
-        states, head = self.states(batch)
+        states, head = self.states(laid_out(batch, self))
         if predictions or against:
             own = predictions_of(states, head, temperature, self.precision)
             return compared(own, *against, batch.target) if against else own

@@ -9,6 +9,7 @@ from data.errors import UserError
 from data.pack import Batch
 from model.load import check_finite, first_line
 from model.policy import Policy
+from model.varlen import laid_out
 
 VALUE_HEAD = "value_head.safetensors"        # beside a reward model's trunk, with these two tensors
 HEAD_WEIGHT = "v_head.summary.weight"        # (1, D)
@@ -44,6 +45,7 @@ class RewardModel(Policy):
         self.value_head = linear_head(head, policy.device)
 
     def forward(self, batch: Batch):
+        batch = laid_out(batch, self)
         hidden = self.hidden(batch, input_ids=batch.tokens[None])      # (T, D)
         states = hidden.index_select(0, batch.last)                    # (S, D)
         return self.value_head(states.float())[:, 0]

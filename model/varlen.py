@@ -75,11 +75,18 @@ def units_of(segments: list[tuple[int, list[int]]]) -> Units:
     return Units(queries, keys, *most, *arrays, copies)
 
 
-def with_units(batch, form):
-    """A batch with what its form of attention needs."""
-    if form.attention == VARLEN:
+def with_units(batch, policy):
+    """A batch with the policy's form, and what the attention of that form needs."""
+    batch.form = policy.form
+    if batch.form.attention == VARLEN:
         batch.units = units_of(batch.segments)
     return batch
+
+
+def laid_out(batch, policy):
+    """The batch; where a model with another form laid it out, its examples laid out for this one. What is
+    computed per token or response has the same order either way."""
+    return batch if batch.form in (None, policy.form) else policy.collate(batch.examples)
 
 
 def layout_of(batch) -> dict:

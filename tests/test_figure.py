@@ -49,6 +49,9 @@ def test_mean_and_band_of_two_seeds(tmp_path, capsys):
     assert heights == pytest.approx([bottom - share * tall for share in (0.4, 1.0, 0.6, 0.2)], abs=0.06)
     texts = [text.text for text in root.iter(f"{SVG}text")]
     assert "grpo & <co>" in texts and "奖励" in texts
+    root = drawn(capsys, f"one={first}", "--split", "train")      # 0.123 after each evaluation
+    line, = root.iter(f"{SVG}polyline")
+    assert [y for _, y in corners(line)] == pytest.approx([bottom - 0.123 * tall] * 3, abs=0.06)
     assert [text for text in texts if text.endswith("%")] == ["0%", "25%", "50%", "75%", "100%"]
 
 
@@ -68,7 +71,7 @@ def test_lines_have_colours_and_other_numbers_an_axis_of_their_own(tmp_path, cap
 
 @pytest.mark.parametrize("words, message", [
     (["grpo={run}-none"], "metrics.jsonl is not there; fix: name runs"),
-    (["grpo={run}", "--metric", "nothing"], "has no held-out nothing; fix: "),
+    (["grpo={run}", "--metric", "nothing"], "has no nothing of the split eval; fix: "),
 ])
 def test_refused(words, message, tmp_path):
     run = write_run(tmp_path / "run", {0: 0.1})

@@ -20,14 +20,17 @@ from transformers import (
 
 from data.errors import UserError
 from data.pack import Example, Response, collate
+from model import varlen
+from model.actor_critic import ActorCritic
 from model.build import build_policy
-from model.check import check_policy
-from model.form import Form
+from model.check import check_policy, use_kernel
+from model.form import PLAIN, VARLEN, Form
 from model.keys import ModelKeys
 from model.load import load_lm
 from model.logps import ChunkedLogps
 from model.logps import plain_logps as logps_of_full_logits
 from model.policy import Policy
+from model.reward_model import RewardModel
 from model.slices import LOGITS_AT_ONCE
 
 ARCHITECTURES = {
@@ -99,6 +102,48 @@ def test_flat_shared_rows_equal_separate_rows(name, responses):
         values = policy(policy.collate(made))
         torch.testing.assert_close(values, expected, rtol=1e-5, atol=1e-5)
         assert_same_gradients(gradients(lm, values), expected_gradients)
+
+
+LAYOUTS = [Form("segments"), Form("segments", share_prompt=False), Form(VARLEN), Form(PLAIN, False)]
+
+
+@pytest.mark.parametrize("other, own", itertools.permutations(LAYOUTS, 2))
+def test_a_batch_of_a_model_with_another_form(other, own):
+    """A reward model, a critic or a teacher may need another form than the policy whose batches it reads."""
+    made = examples(2)
+    policy = Policy(random_lm(config_of(), attn_implementation="eager"), form=other)
+    head = torch.linspace(-1, 1, config_of().hidden_size)[None]
+
+    def second():
+        return Policy(random_lm(config_of(), seed=1, attn_implementation="eager"), form=own)
+
+    batch, own_batch = policy.collate(made), second().collate(made)
+    expected = plain_logps(random_lm(config_of(), seed=1, attn_implementation="eager"), made)
+    torch.testing.assert_close(second()(batch), expected, rtol=1e-5, atol=1e-5)
+    scorer = RewardModel(second(), head)
+    assert torch.equal(scorer(batch), scorer(own_batch))
+    critic = second()
+    values = ActorCritic(policy, head, Policy(critic.trunk, form=own))(batch, values=True)[1]
+    states, _ = critic.states(own_batch)
+    torch.testing.assert_close(values, states @ head[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("is_right", [True, False])
+def test_a_kernel_may_round_as_much_as_other_forms(monkeypatch, is_right):
+    """The log-probs of a model with large logits are far from fp32's in every form in bf16."""
+    lm = random_lm(config_of(), attn_implementation="segments")
+    lm.lm_head.weight.data.mul_(60)
+    made, notices = examples(2), []
+    exact = Policy(lm)
+    own = exact(exact.collate(made)).detach()
+    policy = Policy(lm, "bf16")
+    with torch.no_grad():
+        assert (policy(policy.collate(made)) - own).abs().mean() > policy.tolerance
+        if not is_right:
+            loop = varlen.one_by_one
+            monkeypatch.setattr(varlen, "one_by_one", lambda *inputs: 1.5 * loop(*inputs))
+        use_kernel(policy, own, made, "auto", notices.append)
+    assert (policy.form.attention, len(notices)) == ((VARLEN, 0) if is_right else ("segments", 1))
 
 
 @pytest.mark.parametrize("responses", [1, 2])

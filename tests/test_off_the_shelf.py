@@ -30,6 +30,7 @@ from transformers import (
 
 import evaluate
 from data.errors import RunError, UserError
+from engine.forecast import reward_model_bytes
 from model.off_the_shelf import Classifier, together
 from rewards.functions import is_model
 
@@ -262,3 +263,39 @@ def test_a_directory_beside_the_hubs_name(tmp_path, monkeypatch):
     os.makedirs("owner")
     (tmp_path / "owner" / "file").write_text("")
     assert not is_model("owner/file")
+
+
+def test_pairs_are_evaluated_by_a_classifier(tmp_path, classifier):
+    """Its scores of the whole conversations are transformers' own, for rows of strings and of messages."""
+    prompt = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "And four?"}]
+    good, bad = ([{"role": "assistant", "content": text}] for text in ("Four it is.", "No."))
+    rows = [{"prompt": "Why?", "chosen": "Because.", "rejected": "one two three"},
+            {"prompt": prompt, "chosen": good, "rejected": bad},
+            {"prompt": "Say", "chosen": "it is what it is", "rejected": "three"}]
+    data = write_jsonl(tmp_path / "pairs.jsonl", rows)
+    evaluate.main([classifier, f"data={data}", f"output={tmp_path}/out"])
+    found = [json.loads(line) for line in (tmp_path / "out" / "pairs_eval_results.jsonl").open()]
+    right = []
+    for row, result in zip(rows, found, strict=True):
+        turns = row["prompt"] if isinstance(row["prompt"], list) else messages(row["prompt"])
+        both = []
+        for side in ("chosen", "rejected"):
+            is_list = isinstance(row[side], list)
+            both.append([*turns, *(row[side] if is_list else messages("", row[side])[1:])])
+        scores = own_scores(classifier, both)
+        got = [result["metrics"]["chosen"], result["metrics"]["rejected"]]
+        torch.testing.assert_close(torch.tensor(got), scores, rtol=1e-5, atol=1e-5)
+        right.append(float(scores[0] > scores[1]))
+    summary = json.loads((tmp_path / "out" / "pairs_eval_summary.json").read_text())
+    assert summary["accuracy"] == sum(right) / 3 and summary["preferred_by"] == "the reward model's score"
+    with pytest.raises(UserError, match="is a reward model, which needs none"):
+        evaluate.main([classifier, f"data={data}", f"reference={classifier}", f"output={tmp_path}/other"])
+
+
+def test_the_forecast_counts_reward_models(tmp_path, policy, classifier):
+    """A classifier with all its weights in fp32, as a CPU has it."""
+    count = AutoModelForSequenceClassification.from_pretrained(classifier).num_parameters()
+    found = reward_model_bytes(None, f"gsm8k, {classifier}", 4, False, 1)
+    assert found == {f"reward model {classifier}": 4 * count}
+    done = run_train([grpo(tmp_path, policy, classifier), "--dry-run"])
+    assert done.returncode == 0 and f"reward model {classifier}" in done.stdout + done.stderr

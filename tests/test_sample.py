@@ -1,5 +1,7 @@
 """sample.py: the completions it keeps, files that train.py reads, the loops sample -> sft, sample -> dpo."""
 import json
+import os
+import subprocess
 
 import pytest
 from helpers import (
@@ -15,9 +17,12 @@ from helpers import (
     write_jsonl,
 )
 
+import evaluate
 import sample
 from data.dataset import build_dataset
 from data.errors import RunError, UserError
+from engine.config import load_config
+from engine.results import read_settings
 
 Q = messages("q")
 
@@ -153,3 +158,26 @@ def test_refused(tmp_path, keys, message):
 def test_a_missing_reward_is_refused(tmp_path):
     with pytest.raises(UserError, match="reward is missing"):
         sample.main([str(tmp_path), "data=x.jsonl"])
+
+
+def test_the_chain_of_iterative_dpo(tmp_path):
+    """Each round begins with what the one before learned; the programs know all keys. They are not run here."""
+    stub = tmp_path / "python"
+    stub.write_text('#!/bin/sh\nprintf "%s\\n" "$*" >> "$(dirname "$0")/calls"\n')
+    stub.chmod(0o755)
+    variables = dict(PATH=f"{tmp_path}:{os.environ['PATH']}", OUTPUT="out", ROUNDS="2")
+    subprocess.run(["bash", ROOT / "example" / "iterative-dpo.sh", "lr=1e-5"], env=variables, cwd=ROOT, check=True)
+    calls = [line.split() for line in (tmp_path / "calls").read_text().splitlines()]
+    programs = [call[0] for call in calls]
+    assert programs == ["evaluate.py", *["sample.py", "train.py", "evaluate.py"] * 2]
+    start = "example/tiny/model"
+    assert [call[1] for call in calls if call[0] == "evaluate.py"] == [start, "out/dpo-1", "out/dpo-2"]
+    assert [call[1] for call in calls if call[0] == "sample.py"] == [start, "out/dpo-1"]
+    for number, (_, config, *words) in enumerate([call for call in calls if call[0] == "train.py"], start=1):
+        common = load_config([str(ROOT / config), *words]).common
+        assert (common.model, common.lr) == ([start, "out/dpo-1"][number - 1], 1e-5)
+        assert (common.data, common.output) == (f"out/sampled-{number}/preference.jsonl", f"out/dpo-{number}")
+    for program, *words in calls:
+        if program != "train.py":
+            kind = sample.Config if program == "sample.py" else evaluate.Config
+            assert read_settings(words, kind, program).reward == "r1_zero"
