@@ -1,10 +1,11 @@
 """Talk to a model: `python chat.py runs/tiny-dpo`, or through a pipe:
-`echo "Tom has 3 pens. How many?" | python chat.py MODEL`.
+`echo "Tom has 3 pens and buys 4 more. How many now?" | python chat.py MODEL`.
 
 MODEL is a run (its final model, else its newest whole checkpoint), a model directory (an adapter too) or a
 hub name. One line is one turn; an empty line starts a new conversation. Without a chat template every line is
 completed as plain text. Several models each answer every line, under their names and in their own
-conversations: `python chat.py example/tiny/model runs/tiny-dpo`.
+conversations: `python chat.py example/tiny/model runs/tiny-dpo`. Options may also be written as
+`temperature=0`.
 """
 import signal
 
@@ -14,6 +15,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 
 import argparse
 import contextlib
+import os
 import sys
 
 import torch
@@ -22,8 +24,10 @@ from transformers.utils import logging
 
 from data.errors import UserError, notice, printable, run_program
 from data.tokenise import Tokeniser, stop_ids
-from engine.cast import read_mapping
+from engine.cast import nearest, read_mapping, show
 from engine.checkpoint import model_path
+from engine.greeting import questions, usual_temperature
+from engine.opening import short
 from model import lora
 from model.load import base_of, first_line, is_adapter, load_lm, load_tokenizer_for
 from model.reward_model import is_reward_model
@@ -52,8 +56,21 @@ class Speaker:
         if is_adapter(path):
             lora.attach_saved(self.lm, path)
         self.lm.to("cuda" if torch.cuda.is_available() else "cpu")
+        self.temperature = settings.temperature
+        if self.temperature is None:
+            self.temperature = usual_temperature(name)
+        self.options = {"max_new_tokens": settings.max_new_tokens, "do_sample": False}
+        if self.temperature > 0:
+            self.options |= {"do_sample": True, "temperature": self.temperature, "top_p": 1.0, "top_k": 0}
 
-    def answer(self, text: str, **options) -> None:
+    def introduction(self) -> str:
+        """`runs/tiny-dpo: 822K parameters, answers sampled at temperature 0.7`."""
+        way = "greedy answers"
+        if self.temperature > 0:
+            way = f"answers sampled at temperature {self.temperature:g}"
+        return f"{self.name}: {short(self.lm.num_parameters())} parameters, {way}"
+
+    def answer(self, text: str) -> None:
         """Write the answer to one line, token by token."""
         self.messages.append({"role": "user", "content": text})
         prompt = self.messages if self.tokenizer.chat_template else text
@@ -61,7 +78,7 @@ class Speaker:
         streamer = Streamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         try:
             output = self.lm.generate(ids, attention_mask=torch.ones_like(ids), eos_token_id=self.stops,
-                                      pad_token_id=self.stops[0], streamer=streamer, **options)
+                                      pad_token_id=self.stops[0], streamer=streamer, **self.options)
         except BrokenPipeError:
             raise
         except Exception as error:  # noqa: BLE001  somebody else's files, generation_config.json among them
@@ -71,12 +88,16 @@ class Speaker:
         self.messages.append({"role": "assistant", "content": reply})
 
 
-def main(argv: list[str]) -> None:
+KEYS = ("temperature", "max-new-tokens", "seed", "chat-template", "system-prompt", "chat-template-kwargs")
+
+
+def parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("model", nargs="+")
-    parser.add_argument("--temperature", type=float, default=0.7,
-                        help="0 is greedy, 1 samples as training does (default: 0.7)")
+    parser.add_argument("--temperature", type=float,
+                        help="0 is greedy, 1 samples as training does (default: 0 for runs that a verifier "
+                             "has trained, else 0.7)")
     parser.add_argument("--max-new-tokens", type=int, default=512)
     parser.add_argument("--seed", type=int, default=None)
     parser.add_argument("--chat-template",
@@ -85,25 +106,66 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--chat-template-kwargs", type=read_mapping,
                         help="such as '{enable_thinking: false}'")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def with_dashes(argv: list[str]) -> list[str]:
+    """The words with key=value as --key=value. UserError for an unknown key."""
+    words = []
+    for word in argv:
+        key, equals, value = word.partition("=")
+        option = key.replace("_", "-")
+        is_key = key.replace("-", "_").isidentifier() and not word.startswith("-")
+        if equals and is_key and not os.path.exists(word):
+            if option not in KEYS:
+                fix = nearest(option, KEYS) or f"one of {', '.join(KEYS)}"
+                raise UserError(f"unknown key {show(key)} (command line); fix: write {fix}")
+            word = f"--{option}={value}"
+        words.append(word)
+    return words
+
+
+def main(argv: list[str]) -> None:
+    args = parser().parse_args(with_dashes(argv))
     logging.set_verbosity_error()
     speakers = [Speaker(name, args) for name in args.model]
     if args.seed is not None:
         torch.manual_seed(args.seed)
-    options = {"max_new_tokens": args.max_new_tokens, "do_sample": False}
-    if args.temperature > 0:
-        options |= {"do_sample": True, "temperature": args.temperature, "top_p": 1.0, "top_k": 0}
+    if sys.stdin.isatty():
+        greet(speakers)
     with contextlib.suppress(KeyboardInterrupt, BrokenPipeError):      # both are ways to end a conversation
-        talk(speakers, options)
+        talk(speakers)
 
 
-def talk(speakers: list[Speaker], options: dict) -> None:
+def greet(speakers: list[Speaker]) -> None:
+    """Who answers, what can be asked, and how to leave."""
+    asked = []
+    for speaker in speakers:
+        print(printable(speaker.introduction()))
+        asked = asked or questions(speaker.name)
+    for question in asked:
+        print(printable(f"try: {question}"))
+    print("An empty line starts a new conversation; Ctrl-D leaves.")
+
+
+def read_line() -> str:
+    """The next line with its end; "" behind the last one."""
+    if not sys.stdin.isatty():
+        return sys.stdin.readline()
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  gives input() its arrow keys and history
+    try:
+        return input("> ") + "\n"
+    except EOFError:
+        print()
+        return ""
+
+
+def talk(speakers: list[Speaker]) -> None:
     """One turn per line of the standard input, until it ends."""
-    interactive = sys.stdin.isatty()
     while True:
-        print("> " if interactive else "", end="", flush=True)
         try:
-            line = sys.stdin.readline()
+            line = read_line()
         except UnicodeDecodeError as error:
             byte = error.object[error.start]
             raise UserError(f"the text is not UTF-8 (byte 0x{byte:02x}) in the standard input; "
@@ -117,7 +179,7 @@ def talk(speakers: list[Speaker], options: dict) -> None:
                 continue
             if len(speakers) > 1:
                 print(printable(f"[{speaker.name}]"), end=" ", flush=True)
-            speaker.answer(text, **options)
+            speaker.answer(text)
 
 
 if __name__ == "__main__":

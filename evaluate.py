@@ -260,7 +260,7 @@ def pair_scorer(settings: Config, path: str, reference_path: str | None, tokeniz
     if is_classifier(path):
         classifier = Classifier(path)
         classifier.tokenizer = tokenizer      # with the chat template that the settings ask for
-        conversations = conversations_of(settings.data, examples, settings.seed)
+        conversations = conversations_of(settings.data, examples, settings.seed, settings.columns)
 
         def classified(first, last):
             return conversation_scores(classifier, conversations[first:last])

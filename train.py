@@ -10,17 +10,19 @@ from dataclasses import asdict, replace
 from data.errors import give_reason, notice, run_program
 from engine import console
 from engine.config import load_config
+from engine.grid import grid_of, run_grid
 from engine.help import help_for
 
 
 def main(argv: list[str]) -> None:
     if text := help_for(argv):
         return print(text)
+    if grid := grid_of(argv):
+        sys.exit(run_grid(argv, grid))
     run_config = load_config(argv)
     # these imports take seconds, so they wait until the configuration is known to be good
     from engine import background, checkpoint, ranks
     from engine.build import build, stored_yaml
-    from engine.claim import release
     from engine.directory import changed_rates, choose_directory
     from engine.dry_run import dry_run
     from engine.fingerprint import fingerprints
@@ -33,14 +35,14 @@ def main(argv: list[str]) -> None:
         return dry_run(run_config, algorithm.DATA)
     ranks.start_processes(common.deterministic)
     rank, _ = ranks.distributed()
-    place = None
+    run = None
     try:
         # a run named as start model stands for its model of now, and a resumed run must start from the same
         start_model = ranks.from_main(checkpoint.model_path, common.model, notice)
         common = replace(common, model=start_model)
         config_yaml = stored_yaml(common, config)
         place = ranks.from_main(choose_directory, common.output, run_config.stem, common.resume, config_yaml)
-        run = Run(place.directory, main=rank == 0)
+        run = Run(place.directory, rank == 0, common.report_to, common.quiet)
         if place.finished:
             ranks.from_main(run.take_back)
             run.notice(f"{place.directory} is finished already: nothing is trained, nothing in it is touched")
@@ -67,8 +69,8 @@ def main(argv: list[str]) -> None:
         background.join()
         if background.fault and rank == 0:      # the run ends by another error
             notice(str(background.fault))
-        if place and rank == 0:
-            release(place.directory)
+        if run:
+            run.close()
         ranks.stop_processes()
 
 

@@ -10,9 +10,10 @@ import numpy as np
 
 from data.errors import UserError
 from data.extras import without_uncommon
-from data.files import SUFFIXES, digest_of, find_file, read_rows
+from data.files import SUFFIXES
 from data.formats import read_template
 from data.hub import HUB_NAME, SHORT_NAME, hub_rows
+from data.local import is_local_set, local_data
 from data.reading import Found, Reading, read_chunks
 from data.sources import source_name
 from data.store import Examples
@@ -23,7 +24,7 @@ from data.tokenise import stop_ids
 class Dataset:
     """Examples in the order of their rows. `report` keys:
 
-    source; sha256 (of a local file, else None); shape (how the columns were understood); read (rows); used
+    source; sha256 (of local files, else None); shape (how the columns were understood); read (rows); used
     (examples); dropped {reason: rows}; first_dropped {reason: where}; cut_rows (raw texts cut into pieces);
     split_rows (conversations that became several examples); continued (responses tokenised apart from their
     prompt) and first_continued (where); stop_inside (responses with a stop token before their end, None with
@@ -41,7 +42,8 @@ class Dataset:
 
 def build_dataset(source, kind, tokenizer, max_length, train_on="assistant", truncate="none", hh="messages",
                   base=None, columns=None, seed=0, template=None, system=False, longest_prompt=None):
-    """Read, parse and tokenise `source`: a local file's path or a hub name such as "Anthropic/hh-rlhf:test".
+    """Read, parse and tokenise `source`: local data (see `data.local`) or a hub name such as
+    "Anthropic/hh-rlhf:test".
 
     `kind`: "responses" (sft), "pairs", or "labelled" (kto): one response and extras["label"] per example; a
     pair gives two, the chosen response (True) and then the rejected one (False). Pairs with a margin column
@@ -55,9 +57,10 @@ def build_dataset(source, kind, tokenizer, max_length, train_on="assistant", tru
     the file or a row, when no row can be used, or when more than 1 % of the rows have an empty response.
     """
     columns = columns or {}
-    path = find_file(source, base) if is_local(source, base) else None
+    local = local_data(str(source), base) if is_local(source, base) else None
+    counts = Counter()
     hh = hh if tokenizer.chat_template or template else "text"
-    rows = rows_of(source, kind, hh == "messages", seed, base)
+    rows = local.rows(counts) if local else rows_of(source, kind, hh == "messages", seed)
     chat = bool(tokenizer.chat_template) and not template
     reading = Reading(str(source), kind, max_length, train_on, truncate, hh, columns, template, chat, system,
                       longest_prompt)
@@ -70,21 +73,22 @@ def build_dataset(source, kind, tokenizer, max_length, train_on="assistant", tru
         found.drop_undesirable()
         found.check()
     found.keep_common_extras()
-    return Dataset(found.examples, _report(found, path, tokenizer), list(found.notices))
+    notices = local.notices(counts) if local else []
+    return Dataset(found.examples, _report(found, local, tokenizer), notices + list(found.notices))
 
 
 def rows_of(source, kind, chat=True, seed=0, base=None):
-    """Yield (where, row) of a local file or a hub dataset; see `hub_rows` for the last ones."""
+    """Yield (where, row) of local data or a hub dataset; see `hub_rows` for the last ones."""
     if is_local(source, base):
-        return read_rows(source, base)
+        return local_data(str(source), base).rows(Counter())
     return hub_rows(str(source), "responses" if kind == "prompts" else kind, chat, seed)
 
 
-def _report(found, path, tokenizer):
+def _report(found, local, tokenizer):
     shapes = [f"{count:,} rows read as {shape}" for shape, count in found.shapes.most_common()]
     report = {
         "source": found.source,
-        "sha256": digest_of(path) if path else None,
+        "sha256": local.digest() if local else None,
         "read": found.read,
         "shape": ", ".join(shapes),
         "dropped": dict(found.dropped),
@@ -136,11 +140,10 @@ def load_datasets(config, kind, tokenizer, notice,
 
     def build(data):
         sources = [{"path": data}] if isinstance(data, str) else data
-        parts = [build_dataset(source_name(source), kind, tokenizer, max_length,
-                               train_on, config.truncate, config.hh,
-                               columns=source.get("columns"), seed=config.seed, template=template,
-                               system=bool(config.system_prompt), longest_prompt=longest_prompt)
-                 for source in sources]
+        parts = [build_dataset(
+            source_name(source), kind, tokenizer, max_length, train_on, config.truncate, config.hh,
+            columns=source.get("columns", config.columns), seed=config.seed, template=template,
+            system=bool(config.system_prompt), longest_prompt=longest_prompt) for source in sources]
         for part in parts:
             _tell(part, notice)
         dataset = parts[0]
@@ -328,7 +331,7 @@ def is_local(source, base=None):
     """A file, or clearly meant as one: not of a hub name's form, with a data file's suffix, or in a directory
     that is here."""
     name, path = str(source), Path(source)
-    if name.lower().endswith(SUFFIXES) or path.exists():
+    if name.lower().endswith(SUFFIXES) or is_local_set(name):
         return True
     if SHORT_NAME.match(name):
         return False

@@ -1,5 +1,5 @@
-"""Local data files -> (where, row): JSON lines, a JSON list (plain or wrapped in one dict), CSV, each also
-gzipped, and Parquet.
+"""Local data files -> (where, row): JSON lines, a JSON list (plain or wrapped in one dict), CSV (with
+commas, semicolons or tabs), each also gzipped, and Parquet.
 
 It is a reader of our own because every error must name the place: `where` is "path:line", the line on which
 the row starts, and "row 17 of path" in a JSON list, "path:row 17" in Parquet, counted from 1.
@@ -42,6 +42,7 @@ MAGIC = {      # the first bytes of files that are often taken for data
 }
 FIXES = {
     "a Parquet file": "name it .parquet",
+    "an Arrow file": "name the directory that save_to_disk wrote, or convert it to JSON lines",
     "a web page": "download the file itself, not the page that shows it",
     "a pointer of Git LFS": "git lfs pull",
 }
@@ -49,7 +50,7 @@ WINDOW = 2 ** 26      # bytes unpacked from a gzip file, for which about 1 / RAT
 RATIO = 200           # text with the same page in every row reaches 140, zeros reach 1,030
 AT_ONCE = 2 ** 17     # bytes that Python reads of a gzip file before it needs them
 PARQUET_RATIO = 1000
-SUFFIXES = (".jsonl", ".json", ".ndjson", ".csv", ".parquet", ".gz")
+SUFFIXES = (".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".parquet", ".gz")
 
 
 def read_rows(path, base=None):
@@ -81,11 +82,8 @@ def read_rows(path, base=None):
 
 
 def find_file(path, base=None):
-    """The data file that `path` means: the file itself, or the only data file of a directory. UserError if
-    there is none."""
+    """The data file that `path` means; UserError if there is none."""
     path = Path(path)
-    if path.is_dir():
-        return _only_file(path)
     if path.exists():
         return path
     if base is not None and not path.is_absolute() and (Path(base) / path).exists():
@@ -102,17 +100,6 @@ def find_file(path, base=None):
     raise UserError(f"no file {path}{hint}; fix: correct the path")
 
 
-def _only_file(folder):
-    names = []
-    for name in sorted(os.listdir(folder)):
-        if Path(name).suffix.lower() in SUFFIXES:
-            names.append(name)
-    if len(names) != 1:
-        shown = ", ".join(names[:8]) or "none"
-        raise UserError(f"{folder} is a directory with {len(names)} data files ({shown}); fix: name one file")
-    return folder / names[0]
-
-
 def _reader(path):
     """The function that reads the file, chosen by its suffix. Text that starts with { or [ is JSON under any
     other suffix, too."""
@@ -124,7 +111,7 @@ def _reader(path):
     _check_magic(path, start)
     if suffix == ".parquet":
         return _parquet
-    if suffix == ".csv":
+    if suffix in (".csv", ".tsv"):
         return _csv
     first = start[:1]
     if suffix in SUFFIXES or first in (b"{", b"["):
@@ -315,7 +302,11 @@ def _rows_key(document):
 
 def _csv(path):
     csv.field_size_limit(2**31 - 1)  # the module's default refuses texts of more than 131,072 characters
-    reader = csv.reader((line for _, line in _lines(path)), strict=True)
+    lines = (line for _, line in _lines(path))
+    head = [next(lines, "")]
+    while head[-1].isspace():
+        head.append(next(lines, ""))
+    reader = csv.reader(itertools.chain(head, lines), delimiter=_delimiter(path, head[-1]), strict=True)
     header = None
     start = 1
     while True:
@@ -335,9 +326,18 @@ def _csv(path):
         elif fields:
             if len(fields) != len(header):
                 found = f"{len(fields)} fields, the header has {len(header)}"
-                raise UserError(f"malformed row ({found}) in {where}; fix: correct its commas and quotes")
+                raise UserError(f"malformed row ({found}) in {where}; fix: correct its separators and quotes")
             yield where, dict(zip(header, fields))
         start = reader.line_num + 1
+
+
+def _delimiter(path, first):
+    """What separates the columns whose names stand in the `first` line. Spreadsheets write ; where numbers
+    have a decimal comma."""
+    is_tsv = path.name.lower().removesuffix(".gz").endswith(".tsv")
+    if is_tsv or "\t" in first and "," not in first:
+        return "\t"
+    return ";" if ";" in first and "," not in first else ","
 
 
 def _parquet(path):

@@ -83,6 +83,21 @@ AS_CONVERSATION = {
 KNOWN = {*itertools.chain(*REPLIES, *PAIRS), *PROMPTS, *LABELS, *MEDIA, "text", "system", "tools", "history",
          "input", "margin", "extra_info", "reward_model"}      # a number in any other column is an extra
 TEMPLATES = Path(__file__).parent / "prompts"
+# the roles of a row's columns, and the words by which a name may tell them
+ROLES = {
+    "prompt": {"prompt", "question", "query", "instruction", "input", "ask", "user", "problem", "task"},
+    "chosen": {"chosen", "good", "better", "best", "winner", "win", "preferred", "accepted", "positive"},
+    "rejected": {"rejected", "bad", "worse", "worst", "loser", "lose", "dispreferred", "negative"},
+    "response": {"response", "answer", "output", "completion", "reply", "assistant", "target", "solution"},
+    "label": {"label", "liked", "desirable", "thumbs", "feedback", "good"},
+}
+# in the order in which they take their columns: good_answer is no response where it is the chosen one
+ROLES_OF = {
+    "responses": ("response", "prompt"),
+    "pairs": ("chosen", "rejected", "prompt"),
+    "labelled": ("label", "response", "prompt"),
+    "prompts": ("prompt",),
+}
 SHAPES = {
     "responses": "messages; conversations; prompt + response or completion; question + answer; "
                  "problem + solution; instruction + output; query + response; text; or a pair's columns",
@@ -178,9 +193,34 @@ def parse(row, where, kind, hh="messages", template=None, chat=False, system=Fal
 
 def _unknown_columns(row, columns, where, kind):
     names = ", ".join(name if name in columns else f"{name} (null)" for name in row) or "none"
-    return UserError(f"unknown columns in {where}: found {names}; "
-                     "fix: rename them in the file, or in data: with columns: {our name: the file's}, "
-                     f"to one of these shapes: {SHAPES[kind]}")
+    pairs = [f"{ours}: {theirs}" for ours, theirs in _meant(columns, kind).items()]
+    if pairs:
+        fix = f'write "columns={{{", ".join(pairs)}}}" if that is meant, or rename them in the file to'
+    else:
+        fix = "rename them in the file, or with columns={our name: the file's}, to"
+    return UserError(f"unknown columns in {where}: found {names}; fix: {fix} one of these shapes: "
+                     f"{SHAPES[kind]}")
+
+
+def _meant(columns, kind):
+    """{our name: the file's} that makes the columns a shape of this kind, by the words in their names; {}
+    where a role has no column, or two that fit as well."""
+    mapping = {}
+    free = {name: _words(name) for name in columns}
+    for role in ROLES_OF[kind]:
+        fitting = [name for name, words in free.items() if not words.isdisjoint(ROLES[role])]
+        best = [role] if role in columns else fitting
+        if len(best) != 1:
+            return {}
+        free.pop(best[0])
+        mapping[role] = best[0]
+    return {role: mapping[role] for role in ROLES if mapping.get(role, role) != role}
+
+
+def _words(name):
+    """The words of a column's name: goodAnswer, good_answer and "Good answer" have two."""
+    parted = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name)
+    return set(re.split(r"[^a-z]+", parted.lower()))
 
 
 def _is_of_pair(shape, columns):
@@ -276,7 +316,8 @@ def _desirable(row, name, where, kind):
 
 
 def _in_csv(where):
-    return where.rpartition(":")[0].lower().endswith((".csv", ".csv.gz"))
+    name = where.rpartition(":")[0].lower().removesuffix(".gz")
+    return name.endswith((".csv", ".tsv"))
 
 
 def _margin(value, where):

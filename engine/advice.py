@@ -60,10 +60,6 @@ SAME = {
         "prompt_key input_key output_key chosen_key rejected_key label_key answer_key prompt_column "
         "response_column chosen_column rejected_column column_mapping dataset_text_field text_column "
         "field_mapping",
-    "data (a list whose entries have columns)":
-        "columns prompt_key input_key output_key chosen_key rejected_key label_key answer_key "
-        "prompt_column response_column chosen_column rejected_column column_mapping dataset_text_field "
-        "text_column field_mapping",
     "eval_data":
         "eval_dataset eval_datasets eval_file eval_files eval_path eval_data_path val_data val_file "
         "val_files val_dataset validation_file validation_data test_path test_data test_datasets "
@@ -136,6 +132,10 @@ SAME = {
     "resume":
         "resume_from_checkpoint resume_from_path resume_from resume_mode load_checkpoint resume_training "
         "auto_resume_from_checkpoints",
+    "report_to (tensorboard, wandb, swanlab or trackio)":
+        "report_to_tensorboard logger loggers wandb wandb.enabled use_wandb use_swanlab swanlab tensorboard "
+        "use_tensorboard tracker trackers",
+    "quiet (true: no progress bar and no lines of updates)": "disable_tqdm silent no_progress_bar",
     "sample_every (a number of updates)": "log_completions sample_during_eval",
     "seed": "random_seed global_seed",
     "chat_template":
@@ -280,10 +280,10 @@ NOT_NEEDED = {
         "accelerate_config accelerator_config strategy colocate_all_models actor_num_nodes "
         "actor_num_gpus_per_node critic_num_nodes critic_num_gpus_per_node",
     "a GPU is used where there is one": "device device_map use_cpu no_cuda cpu gpu_id cuda",
-    "metrics are written to metrics.jsonl in the run's directory":
-        "report_to report_to_tensorboard logger wandb wandb_* use_wandb swanlab_* use_swanlab trackio_* "
-        "tensorboard use_tensorboard tensorboard_dir mlflow_* use_mlflow comet_* logging_dir plot_loss "
-        "project project_name entity tracker_project_name tracker",
+    "a tracker's project and account are variables of the environment, such as WANDB_PROJECT":
+        "wandb_* swanlab_* trackio_* project project_name entity tracker_project_name",
+    "metrics are written to metrics.jsonl in the run's directory, and report_to names trackers":
+        "mlflow_* use_mlflow comet_* logging_dir tensorboard_dir plot_loss",
     "save_every and eval_every count updates":
         "save_strategy eval_strategy evaluation_strategy logging_strategy saves_per_epoch evals_per_epoch",
     "final/ holds the last weights":

@@ -11,6 +11,7 @@ from engine.fingerprint import fingerprints
 from engine.inputs import marked, read_inputs
 from engine.logs import Run
 from engine.loop import Engine
+from engine.opening import opening
 from engine.plan import Plan
 from engine.ranks import check_copies, check_shared, distributed, from_main
 from engine.reward_models import critic_path
@@ -64,6 +65,7 @@ def build(run_config, run: Run, start: str | None = None,
         digests = from_main(run.check_digests, digests)
     from_main(run.begin, stored_yaml(common, config), data.reports, digests, step)
     run.notice(f"run {run.directory}" + (f", resumed from {start}" if start else ""))
+    run.notice(opening(common, config, policy, train_set, data.eval_set, algorithm.DATA, step, world))
     if world > 1:
         shard(policy, common.replicate)
     engine = Engine(

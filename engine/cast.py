@@ -11,6 +11,8 @@ import yaml
 from engine.options import Range
 
 Lines = NewType("Lines", str)      # text of one or more lines
+Name = NewType("Name", str)        # text without a comma; in other texts commas may mean something
+Columns = NewType("Columns", dict)     # {our name: the file's} of columns
 
 BOOL = {
     "true": True, "yes": True, "on": True, "1": True,
@@ -43,7 +45,7 @@ def cast(text: str | list, kind) -> Any:
         return choose(word, BOOL)
     if get_origin(kind) is Literal:
         return choose(word, {str(choice).lower(): choice for choice in get_args(kind)})
-    if kind is str:
+    if kind in (str, Name):
         if word and text.isprintable():
             return text
         raise ValueError("text on one line, without control characters")
@@ -53,6 +55,8 @@ def cast(text: str | list, kind) -> Any:
         raise ValueError("text without control characters")
     if kind is dict:
         return read_mapping(text)
+    if kind is Columns:
+        return read_columns(text)
     return cast_number(text, kind)
 
 
@@ -103,6 +107,18 @@ def read_mapping(text: str) -> dict:
     except (yaml.YAMLError, TypeError, ValueError, RecursionError):
         pass
     raise ValueError("a mapping such as {enable_thinking: false}")
+
+
+def read_columns(text: str) -> dict[str, str]:
+    """A YAML mapping of names to names, each as it is written. ValueError says what is expected."""
+    try:
+        columns = yaml.load(text, yaml.BaseLoader)
+    except (yaml.YAMLError, RecursionError):
+        columns = None
+    names = [*columns.keys(), *columns.values()] if isinstance(columns, dict) else [None]
+    if all(isinstance(name, str) and name for name in names):
+        return columns
+    raise ValueError("our names and the file's, such as {prompt: Question, chosen: good_answer}")
 
 
 def ranges_of(kind) -> list[Range]:

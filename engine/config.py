@@ -10,7 +10,7 @@ import yaml
 
 from data.errors import UserError
 from engine.advice import advice, is_secret, nested_advice, same
-from engine.cast import Lines, cast, nearest, ranges_of, show
+from engine.cast import Columns, Lines, Name, cast, nearest, ranges_of, show
 from engine.command_line import parse_argv
 from engine.definition import class_of, defines, modules_in
 from engine.options import (
@@ -24,6 +24,7 @@ from engine.options import (
     TwoOrMore,
     Whole,
 )
+from engine.trackers import check_trackers
 from engine.yaml_file import Nested, read_yaml
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,13 +35,16 @@ Warmup = Annotated[NonNegative, Range("a share below 1 or a whole number of upda
 @dataclass
 class Common:
     """The keys of every algorithm. `python train.py --help` prints the comments."""
-    algorithm: str                         # a file in algorithms/, such as sft or dpo
+    algorithm: Name                        # a file in algorithms/, such as sft or dpo
     model: str                             # start model: a directory or a name on the Hugging Face hub; its
     #                                        tokenizer is used
-    data: str | list                       # training data: a file, a hub dataset as name or name:split, or a
-    #                                        list of these (data/sources.py)
+    data: str | list                       # training data: a file, directory or glob (data/local.py), a hub
+    #                                        dataset as name, name:split or name/subset:split, or a list of
+    #                                        these (data/sources.py)
     eval_data: str | list | None = None    # evaluation data, in the same forms as data
     eval_fraction: Share = 0.0             # share of data held out for evaluation; not with eval_data
+    columns: Columns | None = None         # names of columns, ours: the file's, such as {prompt: Question},
+    #                                        in all data that have no columns of their own
     output: str | None = None              # the run's directory; null = runs/<name of the YAML file>
     truncate: Literal["none", "prompt"] = "none"     # examples over max_length: none = drop them, prompt =
     #                                        keep the end of the prompt
@@ -98,6 +102,10 @@ class Common:
     log_every: Count = 1                   # updates between lines of metrics
     sample_every: Count | None = None      # updates between responses in samples.jsonl; null = none offline,
     #                                        online ten times in a run
+    report_to: str | list[str] | None = None     # trackers that get the rows of metrics.jsonl, too: one or
+    #                                        more of tensorboard, wandb, swanlab, trackio
+    quiet: bool = False                    # no progress bar and no lines of updates: only notices, warnings
+    #                                        and the summary
     show_samples: bool = False             # print these responses, online with their rewards
 
 
@@ -113,7 +121,11 @@ class RunConfig(NamedTuple):
 def load_config(argv: list[str]) -> RunConfig:
     """Read the command line (without the program's name) and the YAML file it names. UserError for anything
     wrong."""
-    path, overrides, flags = parse_argv(argv)
+    return load_parsed(*parse_argv(argv))
+
+
+def load_parsed(path: str | None, overrides: dict, flags: set[str]) -> RunConfig:
+    """The same for what `parse_argv` returns."""
     if path is None:
         raise UserError("no config file in the command line; fix: python train.py example/tiny-dpo.yml")
     given = read_given(path, overrides)
@@ -143,7 +155,7 @@ def read_given(path: str | None, overrides: dict) -> dict[str, tuple]:
     hints = hints_of(Common)
     for key, (value, where) in given.items():
         if isinstance(value, Nested):
-            takes_it = value.mapping is not None and hints.get(key) == dict | None
+            takes_it = value.mapping is not None and hints.get(key) in (dict | None, Columns | None)
             if not takes_it:
                 raise nested(key, where, value.names)
         elif isinstance(value, list) and key not in hints and key not in all_keys():
@@ -300,6 +312,7 @@ def check_common(common: Common, sources: dict[str, str]) -> None:
     if common.eval_data is not None and common.eval_fraction > 0:
         raise UserError(f"eval_fraction ({sources['eval_fraction']}) cannot be used with eval_data; "
                         "fix: remove one of them")
+    check_trackers(common.report_to, sources["report_to"])
     check_lora(common, sources)
 
 

@@ -17,6 +17,7 @@ from tqdm.utils import disp_len, disp_trim
 
 BAR = 9                          # columns of the shortest bar with its frame
 TYPED = 4                        # columns kept free after a bar, where the terminal shows ^C^C
+MEASURED = 3                     # updates after which a quiet run says how long it will take
 PAUSE = 0.1                      # seconds between two drawings of a counter
 CONSOLES = weakref.WeakSet()     # all consoles of this process
 
@@ -129,11 +130,13 @@ Bar.set_lock(threading.RLock())
 
 
 class Console:
-    """Writes lines and bars to `stream`; writes nothing if that is None."""
+    """Writes lines and bars to `stream`; writes nothing if that is None. A quiet one writes what is said, no
+    bars and no lines of updates, and once how long the run will take."""
 
-    def __init__(self, stream):
+    def __init__(self, stream, quiet: bool = False):
         self.stream = stream
-        self.terminal = can_redraw(stream)
+        self.quiet = quiet
+        self.terminal = can_redraw(stream) and not quiet
         self.bar = None              # the run's bar
         self.shown = []              # the values of the last line, kept in that bar
         self.counter = None          # a second bar, of what is being counted
@@ -170,6 +173,10 @@ class Console:
         with `line` write `step 7/24  1:51 left  2133 tokens/s  loss 0.4231  …`. The bar keeps the last line's
         values. A narrow window keeps the last value in the line, and the time left in the bar."""
         left = time_left(done - first, total - done, since)
+        if self.quiet:
+            if done - first == MEASURED and done < total:
+                self.say(f"step {done}/{total}  {left}")
+            return
         if line:
             self.shown = [f"{name} {value:.4g}" for name, value in values.items()]
         parts = [left, rate, *self.shown]
@@ -188,7 +195,7 @@ class Console:
         rate = f"{per_second(done - first, since):.1f}{unit}"
         if self.terminal:
             self.move_counter(label, done, total, [left, rate], [rate, left])
-        elif line:
+        elif line and not self.quiet:
             self.line(label, done, total, [left, rate], [])
 
     def move_counter(self, label: str, done: int, total: int, parts: list[str], leave_out: list[str]):

@@ -16,7 +16,7 @@ from engine.yaml_file import read_config
 
 # these keys change neither a number nor the final model ...
 SILENT = {"output", "resume", "eval_every", "save_every", "log_every", "sample_every",
-          "show_samples", "keep", "reward_timeout"}
+          "show_samples", "report_to", "quiet", "keep", "reward_timeout"}
 # ... and a run may be continued with other values of these; every other key changes the numbers
 MAY_CHANGE = SILENT | {"max_steps", "epochs", "merge", "save_dtype"}
 

@@ -5,6 +5,7 @@ from data.dataset import rows_of
 from data.formats import parse
 from data.pack import Example
 from data.packing import pack
+from data.sources import rename
 from engine.config import Common
 from model.build import build_policy
 from model.check import check_policy
@@ -50,14 +51,15 @@ def response_scores(model, examples: list[Example]) -> list[torch.Tensor]:
     return scores
 
 
-def conversations_of(source: str, examples: list[Example], seed: int) -> list[list]:
+def conversations_of(source: str, examples: list[Example], seed: int, columns: dict | None) -> list[list]:
     """[with the chosen response, with the rejected one] for each pair in `examples`, read from `source` once
-    more: as messages, in which a classifier reads them with a template of its own."""
+    more: as messages, in which a classifier reads them with a template of its own. `columns`: {our name: the
+    file's}."""
     texts = {}
     wanted = {example.where for example in examples}
     for where, row in rows_of(source, "pairs", True, seed):
         if where in wanted:
-            texts[where] = parse(row, where, "pairs", chat=True)
+            texts[where] = parse(rename(row, columns or {}, where), where, "pairs", chat=True)
     found = []
     for example in examples:
         text = texts[example.where]

@@ -7,7 +7,7 @@ from dataclasses import MISSING, fields
 from types import NoneType
 from typing import Annotated, Literal, get_args, get_origin
 
-from engine.cast import Lines, ranges_of
+from engine.cast import Columns, Lines, Name, ranges_of
 from engine.command_line import parse_argv
 from engine.config import (
     Common,
@@ -25,13 +25,15 @@ usage: python train.py FILE.yml [key=value ...] [--dry-run] [--debug] [--help]
 
 Keys come from the YAML file and the command line, where key=value, --key=value,
 --key value and --overrides key=value ... mean the same. The command line wins.
+seed=0,1,2 lr=1e-4,3e-4 makes all six runs, one by one, and compares them.
 --dry-run shows what the run would do, and does not train.
 --debug shows the traceback of an error.
 """
 COLUMNS = 80
 FIELD = re.compile(r"^    (\w+): [^#\n]*(?:\n +)?(#.*(?:\n +#.*)*)", re.MULTILINE)
 TYPES = {bool: "true or false", int: "a whole number", float: "a number", dict: "a mapping", list: "a list",
-         str: "text", Lines: "text", NoneType: "null", list[str]: "a list of texts"}
+         Columns: "a mapping", str: "text", Lines: "text", Name: "text", NoneType: "null",
+         list[str]: "a list of texts"}
 
 
 def help_for(argv: list[str]) -> str | None:

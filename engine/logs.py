@@ -14,12 +14,16 @@ import shlex
 import sys
 import time
 
+import yaml
+
 from data.errors import RunError, UserError, printable
 from engine import checkpoint, sealed
+from engine.claim import release
 from engine.console import Console
 from engine.directory import made_final, shape_of_final
 from engine.fingerprint import check_unchanged
 from engine.report import REPORT, write_report
+from engine.trackers import Trackers
 
 ROWS = ("metrics.jsonl", "samples.jsonl")
 REPLACED = ".replaced"     # ending of a copy of a file of rows, kept from when a run goes back until it saves
@@ -32,12 +36,15 @@ for rows_file in ROWS:
 
 
 class Run:
-    """Writes one run's files and prints its console; does nothing on ranks other than 0."""
+    """Writes one run's files, prints its console and feeds its trackers; does nothing on ranks other than 0.
+    """
 
-    def __init__(self, directory: str, main: bool = True):
+    def __init__(self, directory: str, main: bool = True, report_to: str | list[str] | None = None,
+                 quiet: bool = False):
         self.directory = directory
         self.main = main
-        self.console = Console(sys.stderr if main else None)
+        self.console = Console(sys.stderr if main else None, quiet)
+        self.trackers = Trackers(report_to if main else None, self.notice)
         self.begun = False           # whether the directory is a run
         self.early = []              # what to log as soon as it is one
         self.newer = []              # checkpoints of later steps than the one this run continues from
@@ -71,6 +78,7 @@ class Run:
         self.begun = True
         for line in self.early:
             self.append("events.log", line)
+        self.trackers.start(self.directory, yaml.safe_load(config_yaml), step)
 
     def finish(self) -> None:
         """Say in run.json what the final/ that now stands in the directory was made with, and write the
@@ -215,12 +223,19 @@ class Run:
                 raise RunError(f"cannot write {path} ({error.strerror}); checkpoints are untouched; "
                                "fix: free disk space and run the same command again") from error
 
-    def notice(self, text: str) -> None:
-        """A sentence the user should read once; kept in events.log."""
+    def log(self, row: dict) -> None:
+        """Write a row into metrics.jsonl, and pass it on to the trackers."""
+        self.append("metrics.jsonl", row)
+        self.trackers.log(row)
+
+    def notice(self, text: str, is_progress: bool = False) -> None:
+        """A sentence the user should read once; kept in events.log. One on the progress of a quiet run stands
+        there only."""
         if self.main:
             text = printable(text, keep="")
             now = time.strftime("%Y-%m-%d %H:%M:%S")
-            self.console.say(text)
+            if not (is_progress and self.console.quiet):
+                self.console.say(text)
             self.append("events.log", f"{now} {text}")
 
     def show_samples(self, rows: list[dict]) -> None:
@@ -261,6 +276,12 @@ class Run:
         console.say(f"metrics  {self.path('metrics.jsonl')}")
         if os.path.isfile(self.path(REPORT)):
             console.say(f"report   {self.path(REPORT)}")
+
+    def close(self) -> None:
+        """End the trackers, which may send what they still hold, and let others have the directory."""
+        self.trackers.finish()
+        if self.main:
+            release(self.directory)
 
     def erase(self) -> None:
         """Remove the bars from the terminal, so that what is printed next has a line of its own."""

@@ -18,8 +18,9 @@ import transformers
 
 from data import dataset, hub
 from data.errors import UserError
-from data.files import digest_of, find_file
+from data.files import digest_of
 from data.formats import read_template
+from data.local import local_data
 from data.sources import source_name
 from data.store import Examples
 from engine import sealed
@@ -29,7 +30,7 @@ from engine.reference import write_into
 STORE = ".tokens"
 READERS = Path(dataset.__file__).parent      # whose files say how rows become tokens
 CODE = (".py", ".jinja")
-KEYS = ("data", "eval_data", "eval_fraction", "max_length", "truncate", "hh", "system_prompt")
+KEYS = ("data", "eval_data", "columns", "eval_fraction", "max_length", "truncate", "hh", "system_prompt")
 REPORTS = "reports.json"
 
 
@@ -159,10 +160,9 @@ def digest_of_code() -> list[str]:
 
 
 def digest_of_source(name: str) -> str | None:
-    """Of a file its name and sha256, of a hub dataset the library's own fingerprint."""
+    """Of local data their name and sha256, of a hub dataset the library's own fingerprint."""
     if dataset.is_local(name):
-        path = find_file(name)
-        return f"{path} {digest_of(path)}"
+        return f"{name} {local_data(name).digest()}"
     return hub.fingerprint(name)
 
 

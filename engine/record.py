@@ -73,7 +73,7 @@ class Record:
         speed = round(per_second(tokens, self.started), 1)
         rate = plan.learning_rate(step.index)
         rest = {"grad_norm": self.engine.grad_norm, "lr": rate, "tokens_per_second": speed}
-        self.engine.run.append("metrics.jsonl", position | averages | rest)
+        self.engine.run.log(position | averages | rest)
         return self.shown(averages)
 
     def log_evaluation(self, step: Step) -> None:
@@ -81,9 +81,10 @@ class Record:
         if not step.totals["eval"]:
             return
         averages = step.averages("eval")
-        self.engine.run.append("metrics.jsonl", {"step": step.index, "split": "eval", **averages})
+        self.engine.run.log({"step": step.index, "split": "eval", **averages})
         shown = [f"{name} {value:.4g}" for name, value in self.shown(averages).items()]
-        self.engine.notice(f"held-out rows at step {step.index}: {'  '.join(shown)}")
+        text = f"held-out rows at step {step.index}: {'  '.join(shown)}"
+        self.engine.run.notice(text, is_progress=True)
 
     def shown(self, averages: dict) -> dict:
         names = dict.fromkeys(["loss", self.progress])

@@ -13,7 +13,7 @@ from data.dataset import load_datasets
 from data.errors import RunError, UserError
 from data.files import SUFFIXES
 from engine.advice import advice
-from engine.cast import Lines, cast, show
+from engine.cast import Columns, Lines, cast, show
 from engine.claim import LOCK, claim
 from engine.command_line import parse_argv
 from engine.config import Common, check_output, hints_of, is_required, read_values
@@ -40,7 +40,8 @@ NOT_COMPARED = ("output", "dump", "limit", "rollout_batch_size", "min_reward", "
 class Settings(Sampling):
     """The keys of evaluate.py and sample.py; those of sampling are the online algorithms'."""
     model: str                             # a run, a model directory (an adapter too) or a hub name
-    data: str                              # a file, or a hub dataset as name or name:split
+    data: str                              # a file, directory or glob, or a hub dataset as name or name:split
+    columns: Columns | None = None         # names of columns, ours: the file's, such as {prompt: Question}
     n: Count = 1                           # completions per prompt
     temperature: NonNegative = 1.0         # sampling temperature; 0 = always the likeliest token
     prompt_template: str | None = "auto"   # a name in data/prompts/ or a file with {question}; null = the
@@ -139,8 +140,8 @@ def with_lengths(settings, path: str):
 
 def load_examples(settings, kind: str, path: str, tokenizer, notice):
     """The first `limit` examples of the data, and its report."""
-    common = Common(algorithm="", model=path, data=settings.data, seed=settings.seed,
-                    max_length=settings.max_length, system_prompt=settings.system_prompt)
+    common = Common(algorithm="", model=path, data=settings.data, columns=settings.columns,
+                    seed=settings.seed, max_length=settings.max_length, system_prompt=settings.system_prompt)
     examples, _, reports = load_datasets(
         common, kind, tokenizer, notice,
         settings.train_on, settings.prompt_template, settings.max_completion_length)

@@ -141,12 +141,12 @@ class RolloutRecord:
             return
         rollout = self.rollouts.sample_held_out(update)
         self.rollouts.score(rollout)
-        engine.run.append("metrics.jsonl", {"step": update, "split": "eval", **rollout.metrics})
+        engine.run.log({"step": update, "split": "eval", **rollout.metrics})
         rewards = []
         for name, value in rollout.metrics.items():
             if name.startswith("reward"):
                 rewards.append(f"{name} {value:.4g}")
-        engine.notice(f"held-out prompts at step {update}: {'  '.join(rewards)}")
+        engine.run.notice(f"held-out prompts at step {update}: {'  '.join(rewards)}", is_progress=True)
 
     def held_out(self, step) -> list[Example]:
         """The held-out prompts, each with a completion of the policy as it is; the evaluation of `step` gets

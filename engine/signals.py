@@ -4,6 +4,7 @@ import os
 import signal
 import time
 
+from engine.grid import IN_GRID
 from engine.ranks import sum_over_ranks
 from rewards.guard import handle, interrupt, leave
 
@@ -12,13 +13,14 @@ class Signals:
     """Catches the first SIGTERM or SIGINT, which asks for a stop after this update (or this part of the
     reference pass, or before a rollout's first update); the second one exits at once.
 
-    Under torchrun the second one may be the first again: a scheduler signals every process, and torchrun,
-    which got it too, passes it on. SIGTERM ends processes that a reward forks, as usual. They ignore a
-    Ctrl-C, which reaches them too: the run handles it."""
+    Under torchrun and in a grid the second one may be the first again: a scheduler signals every process,
+    and torchrun or the grid, which got it too, passes it on. SIGTERM ends processes that a reward forks, as
+    usual. They ignore a Ctrl-C, which reaches them too: the run handles it."""
 
     def __init__(self, run):
         self.number, self.since, self.run = None, 0.0, run
-        self.same_request = 5.0 if "LOCAL_RANK" in os.environ else 0.0      # seconds
+        is_passed_on = "LOCAL_RANK" in os.environ or IN_GRID in os.environ
+        self.same_request = 5.0 if is_passed_on else 0.0      # seconds
         handle(signal.SIGTERM, self.catch)
         handle(signal.SIGINT, self.catch, in_child=lambda number, frame: None)
 

@@ -23,6 +23,7 @@ RUNS = "runs"                        # where runs are by default; no owner of mo
 HUB_MODEL = re.compile(f"({NAME}/)?{NAME}")
 # endings of files that are no models
 FILES = (*SUFFIXES, ".gguf", ".safetensors", ".bin", ".pt", ".pth", ".yml", ".yaml", ".py")
+MOST_NAMED = 20      # runs in an error
 ADAPTER = "adapter_config.json"      # in a directory with a LoRA adapter, in peft's format
 MODES = {"do_sample", "num_beams", "use_cache", "return_dict_in_generate"}    # other settings depend on these
 SETTINGS = ("config.json", "generation_config.json", "tokenizer_config.json")
@@ -64,7 +65,8 @@ def check_name(name: str, key: str = "model") -> None:
     cached = os.path.isdir(name) or isinstance(try_to_load_from_cache(name, "config.json"), str)
     cause = None if cached else why_unreachable(name, "model")
     if cause:
-        raise UserError(f"{key}: {cause}, and {name} is neither a local directory nor in its cache; "
+        hint = "" if "/" in name else held(RUNS, "")
+        raise UserError(f"{key}: {cause}, and {name} is neither a local directory nor in its cache{hint}; "
                         "fix: correct the name, or connect to the network")
 
 
@@ -80,13 +82,20 @@ def check_path(name: str, key: str = "model") -> None:
     if os.path.exists(name):
         raise UserError(f"{key}: {name} is a file, not a directory with a model; "
                         "fix: pass a model directory or a hub name owner/name")
-    others = sorted(glob.glob(os.path.join(glob.escape(folder), "*", "config.*")))      # runs and models
-    names = list(dict.fromkeys(os.path.basename(os.path.dirname(other)) for other in others))
-    shown = names[:8] if folder == RUNS else difflib.get_close_matches(os.path.basename(name), names)
-    hint = f" ({folder} holds {', '.join(shown)})" if shown else ""
+    hint = held(folder, os.path.basename(name))
     kind = "file" if name.lower().endswith(FILES) else "directory"
     raise UserError(f"{key}: there is no {kind} {name}{hint}; "
                     "fix: correct the path, or pass a hub name owner/name")
+
+
+def held(folder: str, name: str) -> str:
+    """" (runs holds a, b)": the models in a folder, of another one than the runs' those with a similar
+    `name`; "" where there are none."""
+    others = sorted(glob.glob(os.path.join(glob.escape(folder), "*", "config.*")))      # runs and models
+    names = list(dict.fromkeys(os.path.basename(os.path.dirname(other)) for other in others))
+    shown = names[:MOST_NAMED] if folder == RUNS else difflib.get_close_matches(name, names)
+    more = " ..." if folder == RUNS and len(names) > MOST_NAMED else ""
+    return f" ({folder} holds {', '.join(shown)}{more})" if shown else ""
 
 
 def load_lm(path: str, dtype=torch.float32, **options):

@@ -219,7 +219,8 @@ def test_pairs(row, says, refused, tmp_path):
 def test_missing_data(refused, tmp_path):
     assert "no file sfd.jsonl (nearest in .: sft.jsonl" in refused("data=sfd.jsonl")
     assert "the directory nowhere/at/all does not exist" in refused("data=nowhere/at/all/d.jsonl")
-    assert "is a directory with 2 data files (pairs.jsonl, sft.jsonl)" in refused("data=.")
+    (tmp_path / "empty").mkdir()
+    assert "empty is a directory without data files" in refused("data=empty")
     assert "neither an existing file nor a dataset" in refused("data=nobody/nothing")
 
 

@@ -294,7 +294,7 @@ def test_missing_file_and_directory(tmp_path):
      "'policy' in x.yml:2; fix: keys are flat, write one 'key: value' per line: "
      "model for policy.model_name_or_path"),
     ("trainer: {optim: {lr: 1}}", "lr for trainer.optim.lr"),
-    ("wandb: {enabled: false}", "metrics are written to metrics.jsonl"),
+    ("wandb: {enabled: false}", "fix: write report_to (tensorboard, wandb, swanlab or trackio)"),
     ("model: {hf_token: canary}", "nested value of 'model' in x.yml:2"),
     ("lora_target_modules: [q_proj, v_proj]", "fix: write lora_targets"),
     ("unknown: {other: 1}", "fix: keys are flat"),

@@ -22,6 +22,7 @@ from helpers import prompt_rows, tiny_model, write_jsonl
 import evaluate
 from engine import console
 from engine.console import Console, clock, counted, cut, fitting
+from engine.opening import short
 from rewards.guard import _time_limit
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs pseudo-terminals")
@@ -373,6 +374,45 @@ def test_an_offline_run_stopped_and_continued_on_a_terminal(model, tmp_path):
     assert code == 0 and "step 3/5 |" in text and "step 0/5" not in text
     assert [line.split("  ")[0] for line in lines if line[:5] == "step "] == ["step 4/5", "step 5/5"]
     assert lines[-1].startswith("held-out rows at step 5: ")
+
+
+@pytest.mark.parametrize("algorithm", ["dpo", "grpo"])
+def test_a_quiet_run_shows_notices_and_the_summary(algorithm, model, tmp_path):
+    """On a terminal there is no bar, and one line says how long it will take; events.log and metrics.jsonl
+    are complete. A stop is told as ever."""
+    child.project(tmp_path, algorithm, model, max_steps=5, quiet="true")
+    code, text = train(tmp_path, 80, patch=child.signal_in_update, arguments=(signal.SIGTERM, 4))
+    assert code == 143 and "|" not in text.replace("<|", "").replace("|>", "") and "\x1b" not in text
+    lines = Screen(80, text).lines()
+    assert [line for line in lines if line.startswith("step ")] == [
+        line for line in lines if re.fullmatch(r"step 3/5  \d:\d\d left", line)]
+    assert "step 3/5" in text and "reference log-probs" not in text and "held-out" not in text
+    assert "run run" in lines and f"{algorithm} trains all " in text
+    assert lines[-1].startswith("stopped by SIGTERM; continue with: ")
+    code, text = train(tmp_path, 80)
+    assert code == 0 and "step 5/5" not in text and "(4 held out): 5 updates, 4 of them made, in fp32" in text.replace("\r\n", "")
+    events = (tmp_path / "run" / "events.log").read_text()
+    assert f"held-out {'rows' if algorithm == 'dpo' else 'prompts'} at step 0: " in events
+    assert [row["step"] for row in trained_rows(tmp_path)] == [1, 2, 3, 4, 5]
+    assert "model    run/final" in (tmp_path / "stdout.txt").read_text()
+
+
+def test_the_sentence_with_which_a_run_begins(model, tmp_path):
+    """Its numbers by hand: two layers of width 32, a head of its own."""
+    child.project(tmp_path, "sft", model, lora_r=2, lora_targets="q_proj", max_length=500)
+    layer = 32 * 32 + 32 + 2 * (32 * 16 + 16) + 32 * 32 + 3 * 32 * 64 + 2 * 32
+    weights = 2 * 259 * 32 + 2 * layer + 32
+    adapter = 2 * 2 * (32 + 32)
+    said = child.train(tmp_path, "max_steps=1").err
+    assert re.search(rf"sft trains {adapter} of {(weights + adapter) / 1000:.3g}K parameters of {model} on "
+                     r"\d+ examples \(\d+ held out\): 1 update, in fp32 on the CPU with 1 thread\n", said)
+
+
+@pytest.mark.parametrize("count, text", [
+    (512, "512"), (822_016, "822K"), (999_600, "1000K"), (134_515_008, "135M"), (7_615_616_512, "7.62B"),
+    (1_000, "1K"), (72_706_203_648, "72.7B")])
+def test_numbers_of_parameters(count, text):
+    assert short(count) == text
 
 
 def test_an_error_starts_on_a_line_of_its_own(model, tmp_path):

@@ -183,7 +183,7 @@ def test_several_sources(tmp_path):
             assert example.extras["weight"].tolist() == [sign * row_of(example)] * 2
     config = SimpleNamespace(
         data=[{"path": both}, {"path": one}], eval_data=None, eval_fraction=0, max_length=1000,
-        truncate="none", hh="messages", seed=0, system_prompt=None)
+        truncate="none", hh="messages", seed=0, system_prompt=None, columns=None)
     notices = []
     load_datasets(config, "pairs", TOKENIZER, notices.append)
     assert sum("'other' is ignored" in notice for notice in notices) == 1

@@ -29,7 +29,7 @@ def load(tmp_path, rows, tokenizer=TOKENIZER, prompt_template=None, max_completi
     """load_datasets -> (train, eval, reports, notices)."""
     notices = []
     common = SimpleNamespace(**{"data": write_jsonl(tmp_path / "x.jsonl", rows), "eval_data": None, "eval_fraction": 0.0, "seed": 0,
-                                "system_prompt": None,
+                                "system_prompt": None, "columns": None,
                                 "max_length": 1000, "truncate": "none", "hh": "messages"} | config)
     config = Sampling(f"{REWARDS}:none", prompt_template=prompt_template,
                       max_completion_length=max_completion_length)

@@ -60,6 +60,7 @@ def load(tmp_path, rows, kind="responses", tokenizer=TOKENIZER, **config):
             "truncate": "none",
             "hh": "messages",
             "system_prompt": None,
+            "columns": None,
         }
         | config
     )

@@ -24,7 +24,7 @@ def load(kind="pairs", seed=0, **config):
     """load_datasets -> (train, eval, reports, notices)."""
     notices = []
     values = {"eval_data": None, "eval_fraction": 0.0, "seed": seed, "max_length": 1000, "truncate": "none",
-              "hh": "messages", "system_prompt": None}
+              "hh": "messages", "system_prompt": None, "columns": None}
     common = SimpleNamespace(**values | config)
     return *load_datasets(common, kind, TOKENIZER, notices.append), notices
 
