@@ -5,7 +5,6 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 
 from model.form import PLAIN, ordinary_attention
-from model.policy import Policy
 
 
 def within(policy, function, *arguments):
@@ -21,7 +20,9 @@ def called(policy, function, *arguments):
 
 def logps_by(policy, batch):
     """The log-probs (N,) of a policy, also of a reward model, whose forward returns scores."""
-    return called(policy, Policy.forward, policy, batch)
+    if hasattr(policy, "token_logps"):
+        return called(policy, policy.token_logps, batch)
+    return policy(batch)
 
 
 @contextlib.contextmanager
