@@ -94,7 +94,7 @@ def load_critic(model: ActorCritic, start: str) -> None:
     saved = {}
     for file in files_of(start, CRITIC):
         saved |= load_file(file)
-    # on the CPU the tensors of the files are taken themselves: weights may be in fewer bits there, see build.py
+    # on the CPU the files' tensors are taken as they are: weights may have fewer bits there, see build.py
     is_taken = model.device.type == "cpu"
     unexpected = model.load_state_dict(saved, strict=False, assign=is_taken).unexpected_keys
     if unexpected or not trained <= saved.keys():

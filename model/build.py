@@ -74,8 +74,8 @@ def num_ranks() -> int:
 
 
 def load_mapped(path: str, dtype: torch.dtype):
-    """The LM at `path` for one of several ranks, on the CPU. Where it is to be in fp32 it has the dtype of its
-    files: these are mapped, so that all ranks of a machine share their pages and none holds a copy. `shard`
+    """The LM at `path` for one of several ranks, on the CPU. Where it is to be in fp32 it has the dtype of
+    its files: these are mapped, so that all ranks of a machine share their pages and none holds a copy. `shard`
     makes of every weight what its `kept_as` says."""
     stored = stored_dtype(path) if dtype == torch.float32 else None
     if stored and not has_same_buffers(path, stored):
@@ -112,7 +112,7 @@ def rounded_weights(lm) -> list[nn.Parameter]:
 def build_second_model(path: str, tokenizer, config, first: Policy, examples, notice, wrap=None) -> Policy:
     """A frozen model of the run beside its policy `first` (a reference, a teacher, or with `wrap`, which
     makes it of a Policy, a reward model): without a fresh adapter, in the dtype that `config` gives the run's
-    models, and sharded where the policy is. The start model has the form of the policy, which started from it;
+    models, and sharded where the policy is. The start model has the form of the policy, which starts from it;
     others are checked on some of `examples`."""
     second = build_policy(
         path, tokenizer, config, frozen=True, trains_adapter=is_adapter(config.model), is_trained=False)

@@ -28,7 +28,8 @@ MODES = {"do_sample", "num_beams", "use_cache", "return_dict_in_generate"}    # 
 SETTINGS = ("config.json", "generation_config.json", "tokenizer_config.json")
 COUNTS = re.compile(r"\w*(layers?|experts?|blocks|labels)")     # keys of config.json that count modules
 MOST = 10_000                        # limit of these counts; the largest models have hundreds
-STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}      # names in safetensors files
+# as safetensors names them
+STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 logging.disable_progress_bar()       # our console shows the progress
 
 
