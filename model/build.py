@@ -75,8 +75,8 @@ def num_ranks() -> int:
 
 def load_mapped(path: str, dtype: torch.dtype):
     """The LM at `path` for one of several ranks, on the CPU. Where it is to be in fp32 it has the dtype of
-    its files: these are mapped, so that all ranks of a machine share their pages and none holds a copy. `shard`
-    makes of every weight what its `kept_as` says."""
+    its files: these are mapped, so that all ranks of a machine share their pages and none holds a copy.
+    `shard` makes of every weight what its `kept_as` says."""
     stored = stored_dtype(path) if dtype == torch.float32 else None
     if stored and not has_same_buffers(path, stored):
         stored = None
