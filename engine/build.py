@@ -17,7 +17,7 @@ from engine.ranks import check_copies, check_shared, distributed, from_main
 from engine.reward_models import critic_path
 from model import lora
 from model.actor_critic import build_actor_critic
-from model.build import build_policy, build_second_model, shard
+from model.build import build_critic_trunk, build_policy, keep_no_copies, reshard, shard
 from model.check import check_policy
 from model.compiled import compile_policy
 from model.experts import router_loss
@@ -49,15 +49,19 @@ def build(run_config, run: Run, start: str | None = None,
     if policy is None:
         trains_adapter = is_adapter(common.model)
         policy = build_policy(start or common.model, tokenizer, common, trains_adapter=trains_adapter)
-    check_policy(policy, train_set, common, run.notice)
-    updates = Plan(common, len(train_set)).total
-    compile_policy(policy, common, updates, train_set, run.notice)
+    if world == 1:
+        check_and_compile(policy, common, train_set, run.notice)
     policy = with_heads(policy, algorithm.MODEL, common, config, tokenizer, start, train_set, run.notice)
     if algorithm.MODEL != "reward":
         add_router_loss(policy, common.router_aux_loss_coef, run.notice)
     left_out = lora.left_out(policy.lm) if lora.settings(policy.lm) else None
     if left_out:
         run.notice(left_out)
+    if world > 1:      # no device holds the whole model, so that it is checked as it is trained
+        shard(policy, common.replicate)
+        check_and_compile(policy, common, train_set, run.notice)
+        keep_no_copies(policy)
+        reshard(policy)
     step = checkpoint.load_trainer(start)["step"]
     # once more: loading may have fetched another commit of a hub model
     digests = from_main(fingerprints, asdict(common) | asdict(config))
@@ -66,11 +70,15 @@ def build(run_config, run: Run, start: str | None = None,
     from_main(run.begin, stored_yaml(common, config), data.reports, digests, step)
     run.notice(f"run {run.directory}" + (f", resumed from {start}" if start else ""))
     run.notice(opening(common, config, policy, train_set, data.eval_set, algorithm.DATA, step, world))
-    if world > 1:
-        shard(policy, common.replicate)
     engine = Engine(
         common, policy, tokenizer, train_set, data.eval_set, run, algorithm.DATA, algorithm.PROGRESS, start)
     return algorithm, config, engine
+
+
+def check_and_compile(policy: Policy, common, examples, notice) -> None:
+    check_policy(policy, examples, common, notice)
+    updates = Plan(common, len(examples)).total
+    compile_policy(policy, common, updates, examples, notice)
 
 
 def with_heads(policy: Policy, kind: str, common, config, tokenizer, start: str | None, examples,
@@ -82,8 +90,8 @@ def with_heads(policy: Policy, kind: str, common, config, tokenizer, start: str 
         critic = critic_path(config.reward, tokenizer, notice)
         trunk = None
         if config.uses_critic():
-            trunk = build_second_model(
-                critic or common.model, tokenizer, common, policy, examples, notice, is_trained=True)
+            trunk = build_critic_trunk(
+                critic or common.model, tokenizer, common, policy, examples, notice)
         return build_actor_critic(policy, trunk, critic, start, common.seed, notice)
     return policy
 

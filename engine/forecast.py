@@ -71,10 +71,7 @@ def forecast(common, config, lm, tokens: int, online: bool = False, world: int =
         head = 4 * settings.hidden_size * settings.vocab_size
         sizes["a slice of the logits and the head's gradient"] = logits + head
     total = sum(sizes.values())
-    loading = 4 * counts.trained + width * counts.frozen
-    sizes["total" + verdict(max(total, loading))] = total
-    if world > 1:
-        sizes["before that, while it is loaded: the whole model"] = loading
+    sizes["total" + verdict(total)] = total      # more than while it is loaded
     sizes["a checkpoint, on the disk"] = CHECKPOINT * counts.trained
     return [f"{name:<66} {size / 1e9:7.2f} GB" for name, size in sizes.items()]
 

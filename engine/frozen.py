@@ -1,5 +1,6 @@
 """The frozen reference: offline a table of log-probs, computed once before training; online a second
 model."""
+import gc
 import itertools
 import os
 import time
@@ -23,7 +24,7 @@ from engine.reference import (
 )
 from engine.signals import Stopped
 from model import lora
-from model.build import build_second_model, shard
+from model.build import build_second_model
 from model.load import is_adapter
 from model.policy import Policy
 
@@ -53,6 +54,8 @@ def reference_table(engine, path: str | None, also: list[Example]) -> Reference:
         if not is_start_model or engine.first > 0:
             model = load_reference(engine, path)
         compute_logps(engine, model, missing, store)
+        del model
+        gc.collect()                      # a sharded model refers to itself
         # another run may have stored the same meanwhile: then both use what a resumed run will find
         table = stored_table(store, engine.notice)
     reference = Reference(table)
@@ -74,8 +77,7 @@ def reference_model(engine, path: str | None):
 
 def frozen_model(engine, path: str | None) -> Policy:
     """The model at `path` (None: the start model), without gradients, sharded where the policy is."""
-    model = load_reference(engine, resolved(engine, path)).requires_grad_(False)
-    return shard(model, engine.config.replicate) if engine.world > 1 else model
+    return load_reference(engine, resolved(engine, path))
 
 
 def resolved(engine, path: str | None) -> str | None:

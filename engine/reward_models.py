@@ -57,9 +57,12 @@ def load_reward_model(engine, name: str):
     path = reward_model_path(name, engine.tokenizer, engine.notice)
     if not is_reward_model(path):
         return load_off_the_shelf(path, engine.tokenizer, engine.config.precision)
-    trunk = build_second_model(
-        path, engine.tokenizer, engine.config, engine.policy, engine.train_set, engine.notice)
-    return build_reward_model(trunk, path, engine.config.seed, engine.notice).requires_grad_(False)
+
+    def with_head(trunk):
+        return build_reward_model(trunk, path, engine.config.seed, engine.notice)
+
+    return build_second_model(
+        path, engine.tokenizer, engine.config, engine.policy, engine.train_set, engine.notice, with_head)
 
 
 def scores_of(engine, model, examples: list[Example]) -> list[torch.Tensor]:

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from data.errors import UserError
 from data.pack import Batch
 from model import lora
-from model.form import trunk_of
+from model.form import Form, trunk_of
 from model.policy import Policy
 from model.reward_model import hidden_size, linear_head, saved_head
 from model.state import files_of
@@ -29,6 +29,13 @@ class ActorCritic(Policy):
         super().__init__(policy.lm, policy.precision, policy.form)
         self.critic_trunk = trunk              # None: the policy's
         self.critic_head = linear_head(head, policy.device)
+
+    def use(self, form: Form) -> None:
+        """Both compute in this form; a trunk with other layers has been checked by itself."""
+        super().use(form)
+        trunk = getattr(self, "critic_trunk", None)
+        if trunk is not None and type(trunk.lm) is type(self.trunk):
+            trunk.use(self.form)
 
     def forward(self, batch: Batch, temperature: float = 1.0, values: bool = False, entropy: bool = False):
         batch = laid_out(batch, self)
@@ -87,7 +94,9 @@ def load_critic(model: ActorCritic, start: str) -> None:
     saved = {}
     for file in files_of(start, CRITIC):
         saved |= load_file(file)
-    unexpected = model.load_state_dict(saved, strict=False).unexpected_keys
+    # on the CPU the files' tensors are taken as they are: weights may have fewer bits there, see build.py
+    is_taken = model.device.type == "cpu"
+    unexpected = model.load_state_dict(saved, strict=False, assign=is_taken).unexpected_keys
     if unexpected or not trained <= saved.keys():
         file = os.path.join(start, CRITIC)
         raise UserError(f"{file} is the critic of another model; fix: start a new run")

@@ -6,7 +6,7 @@ from collections import Counter
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.utils.checkpoint import checkpoint
 
 from data.errors import UserError
@@ -14,8 +14,9 @@ from model import lora
 from model.check import check_policy
 from model.compiled import compile_layers, decoder_layers
 from model.cpu import return_freed_memory
+from model.generating import within
 from model.keys import ModelKeys
-from model.load import base_of, is_adapter, load_lm
+from model.load import base_of, empty_lm, is_adapter, load_config, load_lm, stored_dtype
 from model.policy import Policy
 from model.recast import recast
 
@@ -43,11 +44,17 @@ def build_policy(
     if (trains_adapter or keys.lora_r > 0) and precision == "bf16" and device.type == "cuda":
         dtype = torch.bfloat16
     quantized = lora.quantization(keys, device, dtype)
-    lm = load_lm(base_of(path), dtype, **quantized).eval()
+    will_be_sharded = num_ranks() > 1 and not quantized
+    if will_be_sharded:
+        lm = load_mapped(base_of(path), dtype).eval()
+    else:
+        lm = load_lm(base_of(path), dtype, **quantized).eval()
     if precision == "bf16" and not is_trained:
         for weight in rounded_weights(lm):      # once, not in every forward
-            weight.data = weight.data.to(torch.bfloat16)
-    if not quantized:
+            weight.kept_as = torch.bfloat16
+            if not will_be_sharded:
+                weight.data = weight.data.to(torch.bfloat16)
+    if not (quantized or will_be_sharded):             # else it goes there a layer at a time
         lm.to(device)
     if device.type == "cpu" and lm.num_parameters() > 2 ** 26:      # small ones keep it: a third faster
         return_freed_memory()
@@ -62,6 +69,34 @@ def build_policy(
     return Policy(lm, precision)
 
 
+def num_ranks() -> int:
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+
+
+def load_mapped(path: str, dtype: torch.dtype):
+    """The LM at `path` for one of several ranks, on the CPU. Where it is to be in fp32 it has the dtype of
+    its files: these are mapped, so that all ranks of a machine share their pages and none holds a copy.
+    `shard` makes of every weight what its `kept_as` says."""
+    stored = stored_dtype(path) if dtype == torch.float32 else None
+    if stored and not has_same_buffers(path, stored):
+        stored = None
+    lm = load_lm(path, stored or dtype)
+    for weight in lm.parameters():
+        weight.kept_as = dtype if stored else weight.dtype
+    return lm
+
+
+def has_same_buffers(path: str, dtype: torch.dtype) -> bool:
+    """Whether the buffers of the LM at `path` have the same dtypes in fp32 and where its weights are in
+    `dtype`. Some are rounded with them, such as the scale of Gemma's embedding."""
+    config = load_config(path)
+    found = []
+    for choice in (torch.float32, dtype):
+        buffers = empty_lm(config, path, choice).named_buffers()
+        found.append({name: buffer.dtype for name, buffer in buffers})
+    return found[0] == found[1]
+
+
 def rounded_weights(lm) -> list[nn.Parameter]:
     """What a forward in bf16 rounds before it multiplies: the weights and biases of linear layers, but for
     the head's bias and a head that is the embedding, too."""
@@ -74,21 +109,54 @@ def rounded_weights(lm) -> list[nn.Parameter]:
     return found
 
 
-def build_second_model(path: str, tokenizer, config, first: Policy, examples, notice,
-                       is_trained: bool = False) -> Policy:
-    """Another model of the run beside its policy `first` (a reference, a reward model, a critic's trunk):
-    without a fresh adapter, and in the dtype that `config` gives the run's models. The start model has the
-    form of the policy, which started from it; others are checked on some of `examples`."""
-    trains_adapter = is_adapter(config.model)
+def build_second_model(path: str, tokenizer, config, first: Policy, examples, notice, wrap=None) -> Policy:
+    """A frozen model of the run beside its policy `first` (a reference, a teacher, or with `wrap`, which
+    makes it of a Policy, a reward model): without a fresh adapter, in the dtype that `config` gives the run's
+    models, and sharded where the policy is. The start model has the form of the policy, which starts from it;
+    others are checked on some of `examples`."""
     second = build_policy(
-        path, tokenizer, config, frozen=True, trains_adapter=trains_adapter, is_trained=is_trained)
+        path, tokenizer, config, frozen=True, trains_adapter=is_adapter(config.model), is_trained=False)
+    if wrap:
+        second = wrap(second)
+    second.requires_grad_(False)
+    if num_ranks() > 1:
+        shard(second, config.replicate)
     if path == config.model:
         second.use(first.form)
     else:
         check_policy(second, examples, config, notice)
     if first.is_compiled and second.form == first.form:
         compile_layers(second)
+    keep_no_copies(second)
     return second
+
+
+def build_critic_trunk(path: str, tokenizer, config, first: Policy, examples, notice) -> Policy:
+    """The model that a critic starts from, which is trained: with the form of the policy `first` where it has
+    the same layers, else checked on some of `examples`, whole on the device."""
+    trunk = build_policy(
+        path, tokenizer, config, frozen=True, trains_adapter=is_adapter(config.model), is_trained=True)
+    if path == config.model or has_layers_of(first.lm, trunk.lm):
+        trunk.use(first.form)
+    else:
+        place = trunk.device
+        trunk.lm.to(first.device if num_ranks() == 1 else this_device())
+        check_policy(trunk, examples, config, notice)
+        trunk.lm.to(place)
+    if first.is_compiled and trunk.form == first.form:
+        compile_layers(trunk)
+    return trunk
+
+
+def has_layers_of(lm, other) -> bool:
+    """Whether two LMs have the same configuration, but for the dtype and the names of their files."""
+    def settings(model):
+        kept = model.config.to_dict()
+        for key in ("dtype", "torch_dtype", "_name_or_path", "transformers_version", "use_cache"):
+            kept.pop(key, None)
+        return kept
+
+    return settings(lm) == settings(other)
 
 
 def this_device() -> torch.device:
@@ -189,20 +257,22 @@ def embeddings(module) -> list:
     return [part for part in found if uses[id(part.weight)] == 1]
 
 
-def shard(policy: Policy, copies: int = 1):
-    """FSDP2 over all ranks: a group per decoder layer and embedding, and one for the rest. Gradients are
-    summed, not averaged, over ranks: the algorithms divide by counts of the whole step. With several `copies`
-    each lies on neighbouring ranks, such as those of a machine."""
+def shard(policy: Policy, copies: int = 1) -> None:
+    """FSDP2 over all ranks: a group per decoder layer and embedding, and one for the rest. Each goes to the
+    device, and what is not of this rank is given up, before the next one follows. Gradients are summed, not
+    averaged, over ranks: the algorithms divide by counts of the whole step. With several `copies` each lies
+    on neighbouring ranks, such as those of a machine."""
     world = torch.distributed.get_world_size()
     shape, names = (copies, world // copies), ("replicate", "shard")
     if copies == 1:
         shape, names = shape[1:], names[1:]
-    mesh = init_device_mesh(policy.device.type, shape, mesh_dim_names=names)
-    if policy.precision == "bf16" and not policy.is_compiled:      # the compiler keeps the copies anyway
-        for layer in decoder_layers(policy):
-            recast(layer)
+    device = this_device()
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
     for module in (*decoder_layers(policy), *embeddings(policy), policy):
-        # 4-bit weights are integers, which cannot be split like this: every rank keeps them whole
+        for weight in module.parameters():
+            if hasattr(weight, "kept_as"):
+                weight.data = weight.data.to(device).to(weight.kept_as)
+        # 4-bit weights are integers, which cannot be sharded like this: every rank keeps them whole
         whole = {parameter for parameter in policy.parameters() if not parameter.is_floating_point()}
         fully_shard(module, mesh=mesh, ignored_params=whole)
         module.set_gradient_divide_factor(1.0)
@@ -210,4 +280,13 @@ def shard(policy: Policy, copies: int = 1):
     for module in policy.modules():
         if isinstance(module, Policy):
             module.is_sharded = True
-    return policy
+    policy.within = types.MethodType(within, policy)
+    register_fsdp_forward_method(policy, "within")
+
+
+def keep_no_copies(policy: Policy) -> None:
+    """Where a policy is sharded, let its layers cast their weights to bf16 once more in the backward, unless
+    they are compiled: the compiler keeps the copies anyway."""
+    if policy.is_sharded and policy.precision == "bf16" and not policy.is_compiled:
+        for layer in decoder_layers(policy):
+            recast(layer)

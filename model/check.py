@@ -16,7 +16,7 @@ from data.errors import UserError
 from data.pack import Example, Response
 from data.store import extremes
 from model.form import PADDING, PLAIN, VARLEN, Form
-from model.generating import generating
+from model.generating import called, generating, logps_by, ordinary_state
 from model.plain import decode_plain
 from model.policy import Policy
 
@@ -115,7 +115,7 @@ def difference_to(own, policy: Policy, examples, reduce=torch.max) -> float:
     """The largest difference of the policy's log-probs of `examples` to `own` (N,), or what else `reduce`
     makes of them; infinite where this form cannot be computed."""
     try:
-        logps = policy(policy.collate(examples))
+        logps = logps_by(policy, policy.collate(examples))
     except Exception:  # noqa: BLE001  somebody else's layers: they need not know our attention
         if policy.form.attention == PLAIN:
             raise
@@ -137,7 +137,8 @@ def has_exact_cache(policy: Policy, example: Example) -> bool:
         except Exception:  # noqa: BLE001  somebody else's cache
             return False
         responses = [Response.all_trained(completion.tokens) for completion in drawn]
-        logps = policy(policy.collate([Example(example.prompt, responses, example.where)])).cpu()
+        batch = policy.collate([Example(example.prompt, responses, example.where)])
+        logps = logps_by(policy, batch).cpu()
     generated = np.concatenate([completion.logps for completion in drawn])
     return bool((logps - torch.from_numpy(generated)).abs().max() <= tolerance)
 
@@ -146,16 +147,16 @@ def own_logps(policy: Policy, examples) -> torch.Tensor:
     """Log-probs (N,) of the trained tokens by the LM's own forward, one response at a time. Raises UserError
     where a later token changes what is predicted before it."""
     found = []
-    with generating(policy) as lm, unpatched(lm):
+    with ordinary_state(policy) as lm, unpatched(lm):
         for example in examples:
             prompt = len(example.prompt)
             for response in example.responses:
                 row = torch.tensor([[*example.prompt, *response.tokens]], device=policy.device)
-                logits = own_logits(lm, row, prompt)
+                logits = called(policy, own_logits, lm, row, prompt)
                 if not found:
                     other = row.clone()
                     other[0, -1] = row[0, -1] - 1 if row[0, -1] > 0 else 1
-                    change = (own_logits(lm, other, prompt) - logits).abs().max()
+                    change = (called(policy, own_logits, lm, other, prompt) - logits).abs().max()
                     if change > TOLERANCE:
                         raise UserError(f"model: a {lm.config.model_type} is no causal language model here: "
                                         "later tokens change its predictions; fix: pass a causal LM")
@@ -170,7 +171,8 @@ def own_logits(lm, row, start: int):
     predicting = row.shape[1] - start + 1
     mask = torch.ones_like(row)
     logits = lm(row, attention_mask=mask, use_cache=False, logits_to_keep=predicting).logits[0]
-    return logits[-predicting:-1].float()          # some families keep all
+    # some families keep all; a copy, since FSDP warns of a view
+    return logits[-predicting:-1].to(torch.float32, copy=True)
 
 
 @contextlib.contextmanager
@@ -196,13 +198,13 @@ def in_fp32(policy: Policy):
     hooks = []
 
     def cast(module, _):
-        for parameter in module.parameters(recurse=False):
-            kept[parameter] = parameter.data
-            parameter.data = parameter.data.float()
+        kept[module] = [(parameter, parameter.data) for parameter in module.parameters(recurse=False)]
+        for parameter, data in kept[module]:
+            parameter.data = data.float()
 
-    def restore(module, *_):
-        for parameter in module.parameters(recurse=False):
-            parameter.data = kept.pop(parameter)
+    def restore(module, *_):                       # its parameters may be sharded again, and others
+        for parameter, data in kept.pop(module):
+            parameter.data = data
 
     for module in policy.lm.modules():
         own = list(module.parameters(recurse=False))
@@ -217,5 +219,5 @@ def in_fp32(policy: Policy):
         policy.precision = precision
         for hook in hooks:
             hook.remove()
-        for parameter, data in kept.items():       # a module that raised an error
-            parameter.data = data
+        for module in list(kept):                  # those that raised an error
+            restore(module)

@@ -13,6 +13,7 @@ from data.pack import Example
 from data.store import extremes
 from model.check import probe
 from model.form import VARLEN
+from model.generating import logps_by
 
 FEWEST_UPDATES = 200      # of a run in which compiling, about a minute, pays
 
@@ -74,10 +75,10 @@ def trial(policy, examples: list[Example]) -> str | None:
     that, or None."""
     batch = policy.collate(examples)
     with torch.no_grad():
-        before = policy(batch)
+        before = logps_by(policy, batch)
     compile_layers(policy)
     try:
-        after = policy(batch)
+        after = logps_by(policy, batch)
         after.sum().backward()
     except Exception as error:  # noqa: BLE001  the compiler's, of a model that somebody else wrote
         return str(error).strip().partition("\n")[0]

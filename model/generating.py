@@ -7,12 +7,27 @@ from torch.distributed.fsdp import FSDPModule
 from model.form import PLAIN, ordinary_attention
 
 
+def within(policy, function, *arguments):
+    """`function(*arguments)`. Where the policy is sharded this is a forward of it, in which its weights are
+    gathered layer by layer; every rank calls it then."""
+    return function(*arguments)
+
+
+def called(policy, function, *arguments):
+    """`function(*arguments)`, which runs the LM inside `policy` past its forward."""
+    return policy.within(function, *arguments) if policy.is_sharded else function(*arguments)
+
+
+def logps_by(policy, batch):
+    """The log-probs (N,) of a policy, also of a reward model, whose forward returns scores."""
+    if hasattr(policy, "token_logps"):
+        return called(policy, policy.token_logps, batch)
+    return policy(batch)
+
+
 @contextlib.contextmanager
 def generating(policy, attention: str | None = None):
-    """Yield the LM inside `policy`, without gradients, with every sharded weight gathered, and with ordinary
-    attention that takes a KV cache (or the registered form of attention `attention`). Where the policy has
-    plain rows, that is the attention it has already."""
-    lm = policy.lm
+    """Yield the LM inside `policy` in its `ordinary_state`, with every sharded weight gathered."""
     sharded = [module for module in policy.modules() if isinstance(module, FSDPModule)]
     if sharded:
         # One forward through the root on every rank gathers all weights; after it, ranks may run the LM a
@@ -20,6 +35,26 @@ def generating(policy, attention: str | None = None):
         policy.set_reshard_after_forward(False)
         with torch.no_grad():
             policy(policy.collate([]))
+    try:
+        with ordinary_state(policy, attention) as lm:
+            yield lm
+    finally:
+        if sharded:
+            # The next backward gathers in advance what ran before its forward: on every rank the same then,
+            # also where a rank had nothing to generate. All weights are there, so this costs no collective.
+            with torch.no_grad():
+                policy(policy.collate([]))
+        for module in sharded:
+            module.reshard()
+            module.set_reshard_after_forward(True, recurse=False)
+
+
+@contextlib.contextmanager
+def ordinary_state(policy, attention: str | None = None):
+    """Yield the LM inside `policy`, without gradients, and with ordinary attention that takes a KV cache (or
+    the registered form of attention `attention`). Where the policy has plain rows, that is the attention it
+    has already."""
+    lm = policy.lm
     implementation = lm.config._attn_implementation
     if policy.form.attention != PLAIN:
         lm.set_attn_implementation(attention or ordinary_attention(lm))
@@ -35,11 +70,3 @@ def generating(policy, attention: str | None = None):
             lm.set_attn_implementation(implementation)
         for module in training:
             module.training = True
-        if sharded:
-            # The next backward gathers in advance what ran before its forward: on every rank the same then,
-            # also where a rank had nothing to generate. All weights are there, so this costs no collective.
-            with torch.no_grad():
-                policy(policy.collate([]))
-        for module in sharded:
-            module.reshard()
-            module.set_reshard_after_forward(True, recurse=False)

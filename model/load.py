@@ -10,7 +10,7 @@ from pickle import UnpicklingError
 import torch
 import transformers
 from huggingface_hub import try_to_load_from_cache
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedConfig
 from transformers.utils import cached_file, logging
 
@@ -29,6 +29,8 @@ MODES = {"do_sample", "num_beams", "use_cache", "return_dict_in_generate"}    # 
 SETTINGS = ("config.json", "generation_config.json", "tokenizer_config.json")
 COUNTS = re.compile(r"\w*(layers?|experts?|blocks|labels)")     # keys of config.json that count modules
 MOST = 10_000                        # limit of these counts; the largest models have hundreds
+# as safetensors names them
+STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 logging.disable_progress_bar()       # our console shows the progress
 
 
@@ -124,6 +126,20 @@ def load_lm(path: str, dtype=torch.float32, **options):
     return lm
 
 
+def stored_dtype(path: str) -> torch.dtype | None:
+    """The dtype that all weights of the model at `path` have in its safetensors files; None where they have
+    several, or other files."""
+    try:
+        folder = os.path.dirname(cached_file(path, "config.json"))
+        dtypes = set()
+        for file in glob.glob(os.path.join(glob.escape(folder), "model*.safetensors")):
+            with safe_open(file, "pt") as weights:
+                dtypes.update(weights.get_slice(name).get_dtype() for name in weights.keys())
+    except Exception:  # noqa: BLE001  somebody else's files; the loader says what is wrong with them
+        return None
+    return STORED.get(dtypes.pop()) if len(dtypes) == 1 else None
+
+
 def lm_class(config, path: str):
     """The class that loads a causal LM with this configuration: the one that the checkpoint names where it
     reads more than text (`...ForConditionalGeneration`). UserError for what is no causal LM, or is
@@ -142,22 +158,22 @@ def lm_class(config, path: str):
                     "fix: pass a causal LM")
 
 
-def new_lm(config, path: str):
+def new_lm(config, path: str, dtype=torch.float32):
     """An LM of this configuration as it is before training; UserError where it cannot be built."""
     loader = lm_class(config, path)
     from_config = loader.from_config if loader is AutoModelForCausalLM else loader._from_config
     try:
-        lm = from_config(config, dtype=torch.float32)
+        lm = from_config(config, dtype=dtype)
     except Exception as error:  # noqa: BLE001  somebody else's file: anything may be raised
         raise unloadable(path, error) from error
     freeze_other_parts(lm)
     return lm.eval()
 
 
-def empty_lm(config, path: str):
+def empty_lm(config, path: str, dtype=torch.float32):
     """The LM of a configuration without the numbers of its weights."""
     with torch.device("meta"):
-        return new_lm(config, path)
+        return new_lm(config, path, dtype)
 
 
 def text_part(lm):

@@ -44,6 +44,8 @@ class RewardModel(Policy):
         super().__init__(policy.lm, policy.precision, policy.form)
         self.value_head = linear_head(head, policy.device)
 
+    token_logps = Policy.forward
+
     def forward(self, batch: Batch):
         batch = laid_out(batch, self)
         hidden = self.hidden(batch, input_ids=batch.tokens[None])      # (T, D)
