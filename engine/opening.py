@@ -20,7 +20,7 @@ def opening(common, config, policy, train_set, eval_set, kind: str, made: int, w
 
 
 def parameters_of(policy) -> str:
-    """`all 803K parameters`, `1.08M of 495M parameters`; before the model is sharded."""
+    """`all 803K parameters`, `1.08M of 495M parameters`."""
     trained = sum(parameter.numel() for parameter in policy.parameters() if parameter.requires_grad)
     heads = size_of(policy) - size_of(policy.lm)
     total = policy.lm.num_parameters() + heads       # it counts weights of 4 bits as what they are
