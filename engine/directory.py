@@ -19,6 +19,7 @@ SILENT = {"output", "resume", "eval_every", "save_every", "log_every", "sample_e
           "show_samples", "report_to", "quiet", "keep", "reward_timeout"}
 # ... and a run may be continued with other values of these; every other key changes the numbers
 MAY_CHANGE = SILENT | {"max_steps", "epochs", "merge", "save_dtype"}
+OFF = ("null", "false")      # how config.yaml writes an option that changes nothing
 
 
 class Place(NamedTuple):
@@ -29,9 +30,13 @@ class Place(NamedTuple):
 
 
 def differing(directory: str, config_yaml: str, ignored: set = MAY_CHANGE) -> list[str]:
-    """The keys, without the `ignored` ones, that have other values in `config_yaml` than in the run."""
+    """The keys, without the `ignored` ones, that have other values in `config_yaml` than in the run. A key that
+    the run's version did not have is the same while it is off."""
     old = read_config(directory) or {}
     new = yaml.load(config_yaml, yaml.BaseLoader)
+    for key in new.keys() - old.keys():
+        if new[key] in OFF:
+            ignored = ignored | {key}
     compared = (old.keys() | new.keys()) - ignored
     return sorted(key for key in compared if old.get(key) != new.get(key))
 

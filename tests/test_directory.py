@@ -347,6 +347,15 @@ def spoil(path):
     path.write_bytes(content)
 
 
+def test_keys_that_an_older_version_did_not_have(tmp_path):
+    """They are the same while they are off: its runs go on."""
+    from engine.directory import differing
+    (tmp_path / "config.yaml").write_text("beta: 0.1\n")
+    assert differing(str(tmp_path), "beta: 0.1\ncolumns: null\naverage_log_prob: false\n") == []
+    assert differing(str(tmp_path), "beta: 0.1\ncolumns: {prompt: q}\n") == ["columns"]
+    assert differing(str(tmp_path), "beta: 0.2\n") == ["beta"]
+
+
 @pytest.mark.parametrize("key, name", [
     ("model", "model/model.safetensors"),
     ("model", "model/tokenizer.json"),
