@@ -129,6 +129,7 @@ def train(engine: Engine, config: Config):
                 logps = policy(batch, config.temperature)          # (N,) under the current policy
                 old_logps = engine.old_logps(batch, logps)         # (N,) when they were sampled
                 advantages = batch.expand(batch.extra("advantages"))      # (S,) -> (N,)
+                advantages = advantages * engine.importance_weights(batch, old_logps)  # 1 without vLLM
                 losses, metrics = dapo_loss(
                     logps, old_logps, advantages,
                     config.epsilon, config.epsilon_high,

@@ -126,6 +126,7 @@ def train(engine: Engine, config: Config):
                 logps = policy(batch, config.temperature)          # (N,) under the current policy
                 old_logps = engine.old_logps(batch, logps)         # (N,) when they were sampled
                 advantages = batch.expand(batch.extra("advantages"))      # (S,) -> (N,)
+                advantages = advantages * engine.importance_weights(batch, old_logps)  # 1 without vLLM
                 reference_logps = batch.extra("reference_logps") if reference else None
                 losses, metrics = dr_grpo_loss(
                     logps, old_logps, advantages,

@@ -107,7 +107,8 @@ def train(engine: Engine, config: Config):
             for batch in step:                                     # 4 loss, one micro-batch
                 logps = policy(batch, config.temperature)          # (N,) under the current policy
                 old_logps = engine.old_logps(batch, logps)         # (N,) when they were sampled
-                advantages = batch.extra("advantages")             # (S,)
+                weights = engine.importance_weights(batch, old_logps, per_completion=True)  # 1 without vLLM
+                advantages = batch.extra("advantages") * weights   # (S,)
                 losses, metrics = gspo_loss(
                     logps, old_logps, advantages,
                     batch.lengths,

@@ -219,8 +219,9 @@ def train(engine: Engine, config: Config):
             for batch in step:                                     # 4 loss, one micro-batch
                 logps, values = policy(batch, config.temperature, values=True)               # (N,), (N,)
                 old_logps = engine.old_logps(batch, logps)         # (N,) when they were sampled
+                weights = engine.importance_weights(batch, old_logps)  # 1 without vLLM
                 policy_losses, metrics = ppo_policy_loss(
-                    logps, old_logps, batch.extra("advantages"), config.cliprange)
+                    logps, old_logps, batch.extra("advantages") * weights, config.cliprange)
                 value_losses, value_metrics = ppo_value_loss(
                     values, batch.extra("old_values"), batch.extra("returns"), config.cliprange_value)
                 losses = policy_losses + config.vf_coef * value_losses

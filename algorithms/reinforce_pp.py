@@ -143,8 +143,10 @@ def train(engine: Engine, config: Config):
             for batch in step:                                     # 4 loss, one micro-batch
                 logps = policy(batch, config.temperature)          # (N,) under the current policy
                 old_logps = engine.old_logps(batch, logps)         # (N,) when they were sampled
+                weights = engine.importance_weights(batch, old_logps)  # 1 without vLLM
                 losses, metrics = reinforce_loss(
-                    logps, old_logps, batch.extra("advantages"), config.epsilon, config.epsilon_high)
+                    logps, old_logps, batch.extra("advantages") * weights,
+                    config.epsilon, config.epsilon_high)
                 (losses.sum() / step.num_tokens).backward()        # mean over the tokens of the whole update
                 step.log(losses, metrics)
                 if reference:

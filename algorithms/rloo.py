@@ -119,7 +119,9 @@ def train(engine: Engine, config: Config):
             for batch in step:                                     # 4 loss, one micro-batch
                 logps = policy(batch, config.temperature)          # (N,) under the current policy
                 old_logps = engine.old_logps(batch, logps)         # (N,) when they were sampled
-                losses, metrics = rloo_loss(batch.sum(logps), batch.sum(old_logps), batch.extra("advantages"),
+                weights = engine.importance_weights(batch, old_logps, per_completion=True)  # 1 without vLLM
+                advantages = batch.extra("advantages") * weights   # (S,)
+                losses, metrics = rloo_loss(batch.sum(logps), batch.sum(old_logps), advantages,
                                             config.epsilon, config.epsilon_high)
                 (losses.sum() / step.num_responses).backward()     # mean over completions of the whole update
                 step.log(losses, metrics | {"entropy": -logps})
