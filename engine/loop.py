@@ -183,9 +183,6 @@ class Engine:
     def old_logps(self, batch: Batch, logps: torch.Tensor) -> torch.Tensor:
         return self.online.old_logps(batch, logps)
 
-    def importance_weights(self, batch: Batch, old_logps: torch.Tensor, per_completion: bool = False):
-        return self.online.importance_weights(batch, old_logps, per_completion)
-
     def compare_sampler(self, batch: Batch, logps: torch.Tensor) -> None:
         self.online.compare_sampler(batch, logps)
 

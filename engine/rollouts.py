@@ -11,9 +11,10 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from data.errors import RunError, UserError
+from data.errors import RunError
 from data.pack import Example
 from engine import rollout_state
+from engine.importance import check_difference, sampler_of
 from engine.mixture import mixed_rollout
 from engine.plan import Plan
 from engine.reward_models import load_reward_model, scores_of
@@ -24,18 +25,12 @@ from engine.signals import Stopped
 from engine.step import Step
 from model.build import reshard
 from model.policy import Policy
-from model.sampler import sample
-from model.vllm import VllmSampler
 from rewards.functions import load_reward
 
 EVALUATION, TRAINING, REPLACEMENT = range(3)      # so that the random draws of these never coincide
 MANY = 10      # rollouts in a row with nothing to train, after which a run ends
 FIX = "look at the reward, or raise max_completion_length"
 SAMPLER = "sampling/sampling_logp_difference/mean"
-RATIO = "sampling/importance_ratio"
-HIGHEST = 2.0                 # importance weights are truncated here
-BAND = 0.5, 5.0               # or masked outside
-TOLD, STOPPED = 0.1, 1.0      # mean differences in log-prob to another engine's
 
 
 class Rollouts:
@@ -61,9 +56,7 @@ class Rollouts:
         if num_samplings and not engine.sample_every:
             num_rollouts = engine.plan.total / self.updates_per_rollout
             engine.sample_every = self.updates_per_rollout * math.ceil(num_rollouts / num_samplings)
-        self.sample = sample
-        if config.rollout_engine:
-            self.sample = self.other_sampler().sample
+        self.sample = sampler_of(engine, config)
         self.rollout: Rollout | None = None
         self.rollouts_without_training = 0
         self.record = RolloutRecord(self)
@@ -89,19 +82,6 @@ class Rollouts:
         if not engine.optimizer.state:
             raise RunError(f"nothing was trained in {engine.plan.total} updates: no rollout had a completion "
                            f"to train; fix: {FIX}")
-
-    def other_sampler(self) -> VllmSampler:
-        """The engine that draws completions in the own sampler's place."""
-        engine = self.engine
-        if engine.world > 1:
-            raise UserError(f"rollout_engine is vllm, which runs in one process, not in {engine.world}; "
-                            "fix: start without torchrun, or remove rollout_engine")
-        if hasattr(engine.policy.lm, "peft_config"):
-            raise UserError("rollout_engine is vllm, which gets whole weights, and the model is an adapter; "
-                            "fix: give a merged model, or remove rollout_engine")
-        config = engine.config
-        return VllmSampler(
-            engine.policy, engine.tokenizer, config.max_length, self.config.vllm_memory, config.seed)
 
     # ---- 1 sample ------------------------------------------------------------------------------------
 
@@ -304,33 +284,6 @@ class Rollouts:
         self.compare_sampler(batch, old_logps)
         return old_logps
 
-    def importance_weights(self, batch, old_logps: torch.Tensor, per_completion: bool = False):
-        """What the loss of each token (N,), or of each completion (S,), is multiplied by where another engine
-        sampled: the ratio of the policy's probability to that engine's, without gradient, truncated or masked
-        (Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL training"). 1.0 with
-        the own sampler."""
-        how = self.config.importance_sampling
-        if not self.config.rollout_engine or how == "off":
-            return 1.0
-        log_ratios = old_logps - batch.extra("sampler_logps")
-        if per_completion:
-            log_ratios = batch.sum(log_ratios)
-        weights = importance_weights(log_ratios.exp(), how)
-        self.add_weights(weights)
-        return weights
-
-    def add_weights(self, weights: torch.Tensor) -> None:
-        """Log mean and extremes over the update."""
-        step = self.engine.step
-        step.add({f"{RATIO}/mean": weights})
-        totals = step.totals["train"]
-        for name, furthest in ("min", torch.amin), ("max", torch.amax):
-            value = furthest(weights).double()
-            if f"{RATIO}/{name}" in totals:
-                before, _ = totals[f"{RATIO}/{name}"][0]
-                value = furthest(torch.stack([before, value]))
-            totals[f"{RATIO}/{name}"] = {0: [value, 1]}
-
     def compare_sampler(self, batch, logps: torch.Tensor) -> None:
         """Log how far the sampler's log-probs are from `logps` (N,), those of the training forward, if this
         is the first update of a rollout; `clip_gradients` checks it."""
@@ -345,26 +298,8 @@ class Rollouts:
     def check_sampler(self, step: Step) -> None:
         """RunError where the training forward gives the sampled tokens other log-probs than the sampler."""
         totals = step.totals["train"]
-        if SAMPLER not in totals:
-            return
-        difference = self.engine.mean(*totals[SAMPLER][0])
-        number = self.rollout.number + 1
-        if self.config.rollout_engine:
-            self.check_other_sampler(difference, number)
-        elif not difference <= self.engine.policy.tolerance:
-            raise RunError(f"the training forward and the sampler differ by {difference:.2g} in log-prob per "
-                           f"token of rollout {number}; fix: use a model with ordinary "
-                           "attention layers, or precision: fp32")
-
-    def check_other_sampler(self, difference: float, number: int) -> None:
-        """Another engine rounds otherwise: say where the difference is large, and stop where it cannot be
-        rounding."""
-        fault = (f"vLLM and the training forward differ by {difference:.2g} in log-prob per token of rollout "
-                 f"{number}")
-        if not difference <= STOPPED:
-            raise RunError(f"{fault}; fix: remove rollout_engine, vLLM computes another model")
-        if difference > TOLD:
-            self.engine.notice(f"{fault}; fix: precision: fp32, or remove rollout_engine")
+        if SAMPLER in totals:
+            check_difference(self.engine, *totals[SAMPLER][0])
 
     # ---- rollouts that train nothing -----------------------------------------------------------------
 
@@ -391,12 +326,3 @@ class Rollouts:
         if is_left:
             return {rollout_state.LEFT: True}, {}
         return {}, rollout_state.stored(self.rollout)
-
-
-def importance_weights(ratios: torch.Tensor, how: str) -> torch.Tensor:
-    """The ratios, at most HIGHEST; or with "mask" 0 in the place of those outside BAND."""
-    if how == "truncate":
-        return ratios.clamp(max=HIGHEST)
-    lowest, highest = BAND
-    is_outside = (ratios < lowest) | (ratios > highest)
-    return ratios.masked_fill(is_outside, 0.0)

@@ -4,6 +4,7 @@ vLLM's kernels round otherwise than the training forward, so its log-probs are t
 an algorithm weights its loss by the ratio of the two. The own sampler (sampler.py) needs no such weight, and
 is what this one is tested against.
 """
+import copy
 import os
 import tempfile
 
@@ -37,7 +38,10 @@ class VllmSampler:
         self.stop_ids = stop_ids(tokenizer)
         self.is_on_gpu = policy.device.type == "cuda"
         with tempfile.TemporaryDirectory() as directory:
-            policy.lm.config.save_pretrained(directory)
+            config = copy.deepcopy(policy.lm.config)
+            if not self.is_on_gpu:
+                config.tie_word_embeddings = False     # the CPU build packs a tied head once, and never anew
+            config.save_pretrained(directory)
             tokenizer.save_pretrained(directory)
             try:
                 self.llm = vllm.LLM(
@@ -51,8 +55,8 @@ class VllmSampler:
                     logprobs_mode="processed_logprobs",        # at the sampling temperature
                     seed=seed,
                 )
-            except (ValueError, NotImplementedError) as error:
-                reason = str(error).splitlines()[0]
+            except (ValueError, AssertionError, NotImplementedError) as error:
+                reason = (str(error).splitlines() or [type(error).__name__])[0]
                 raise UserError(
                     f"vLLM cannot run this model ({reason}); fix: remove rollout_engine") from error
         self.sleep()
@@ -65,7 +69,7 @@ class VllmSampler:
         """Give vLLM the policy's weights, and drop what it has cached under the old ones."""
         if self.is_on_gpu:
             self.llm.wake_up(tags=["weights"])
-        weights = {name: parameter.detach() for name, parameter in policy.lm.named_parameters()}
+        weights = policy.lm.state_dict()
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights.items())})
         if self.is_on_gpu:
             self.llm.wake_up(tags=["kv_cache"])
