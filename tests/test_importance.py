@@ -6,8 +6,20 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers import ONLINE, REWARDED, byte_tokenizer, config_of, metrics, prompt_rows, random_lm, refused, train_here
-from helpers import watch_updates, write_config, write_jsonl
+from helpers import (
+    ONLINE,
+    REWARDED,
+    byte_tokenizer,
+    config_of,
+    metrics,
+    prompt_rows,
+    random_lm,
+    refused,
+    train_here,
+    watch_updates,
+    write_config,
+    write_jsonl,
+)
 from test_engine_exact import PLAIN
 
 from data.errors import RunError
