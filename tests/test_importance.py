@@ -15,6 +15,7 @@ from helpers import (
     prompt_rows,
     random_lm,
     refused,
+    tiny_model,
     train_here,
     watch_updates,
     write_config,
@@ -165,9 +166,11 @@ def test_what_vllm_cannot_do_is_refused(files, tmp_path, monkeypatch, keys, faul
 # ---- the real one ----
 
 @pytest.fixture(scope="module")
-def real(files):
+def real(tmp_path_factory):
+    """A model with a tied head, and heads as wide as vLLM's kernels for a CPU want them."""
     tokenizer = byte_tokenizer()
-    policy = build_policy(files["model"], tokenizer, ModelKeys(max_length=128))
+    path = tiny_model(tmp_path_factory.mktemp("real"), hidden_size=128, head_dim=32, tie_word_embeddings=True)
+    policy = build_policy(path, tokenizer, ModelKeys(max_length=128))
     return policy, tokenizer, VllmSampler(policy, tokenizer, 128, 0.3, 0)
 
 
