@@ -101,8 +101,8 @@ class Generation(Options):
     #                                        with the template r1_zero, else none
     rollout_batch_size: Count = 64         # completions decoded together on one device; affects memory and
     #                                        speed, not the result
-    rollout_engine: Literal["vllm"] | None = None    # vllm = completions are drawn by vLLM, which is faster
-    #                                        on a GPU; null = by the own sampler
+    rollout_engine: Literal["vllm"] | None = None    # vllm = vLLM draws the completions; null = the
+    #                                        own sampler does
     vllm_memory: Fraction = 0.3            # the share of the GPU's memory that vLLM may use
 
     def __post_init__(self):
