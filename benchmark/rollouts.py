@@ -1,5 +1,5 @@
-"""Tokens per second of three samplers with the same model, prompts and lengths, in one process: the own one, vLLM,
-and transformers' generate.
+"""Tokens per second of three samplers with the same model, prompts and lengths, in one process: the own one,
+vLLM, and transformers' generate.
 
     python benchmark/rollouts.py example/smollm2/model --rows 16 --length 64 --repeats 3
 
@@ -62,7 +62,8 @@ def main() -> None:
             since = time.perf_counter()
             draw()
             if repeat:                                   # the first round warms up
-                rates[name].append(given.rows * given.length / (time.perf_counter() - since))
+                seconds = time.perf_counter() - since
+                rates[name].append(given.rows * given.length / seconds)
     for name, values in rates.items():
         print(f"{name:10} {statistics.median(values):8.0f} tokens/s   ({min(values):.0f} to {max(values):.0f})")
 
