@@ -3,8 +3,8 @@ vLLM, and transformers' generate.
 
     python benchmark/rollouts.py example/smollm2/model --rows 16 --length 64 --repeats 3
 
-Every sampler draws `rows` completions of `length` tokens, at temperature 1, without stopping before; they take
-turns, so that a busy machine is busy for all of them. The median is printed."""
+Every sampler draws `rows` completions of `length` tokens, at temperature 1, without stopping before; they
+take turns, so that a busy machine is busy for all of them. The median is printed."""
 import argparse
 import statistics
 import sys
@@ -65,7 +65,8 @@ def main() -> None:
                 seconds = time.perf_counter() - since
                 rates[name].append(given.rows * given.length / seconds)
     for name, values in rates.items():
-        print(f"{name:10} {statistics.median(values):8.0f} tokens/s   ({min(values):.0f} to {max(values):.0f})")
+        median = statistics.median(values)
+        print(f"{name:10} {median:8.0f} tokens/s   ({min(values):.0f} to {max(values):.0f})")
 
 
 if __name__ == "__main__":
