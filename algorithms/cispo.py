@@ -35,6 +35,7 @@ Run:      python train.py example/tiny-cispo.yml
 from dataclasses import dataclass
 from typing import Annotated
 
+from engine.importance import importance_weighted
 from engine.loop import Engine
 from engine.options import Count, Range, Sampling, TwoOrMore
 from engine.rollout import alike
@@ -91,6 +92,7 @@ def train(engine: Engine, config: Config):
                 logps = policy(batch, config.temperature)          # (N,) under the current policy
                 old_logps = engine.old_logps(batch, logps)         # (N,) when they were sampled
                 advantages = batch.expand(batch.extra("advantages"))      # (S,) -> (N,)
+                advantages = importance_weighted(engine, batch, old_logps, advantages)  # if vLLM drew
                 losses, metrics = cispo_loss(logps, old_logps, advantages, config.epsilon_high)
                 (losses.sum() / step.num_tokens).backward()        # mean over the tokens of the whole update
                 step.log(losses, metrics)

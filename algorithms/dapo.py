@@ -44,6 +44,7 @@ from dataclasses import dataclass
 
 import torch
 
+from engine.importance import importance_weighted
 from engine.loop import Engine
 from engine.options import Count, Positive, Sampling, TwoOrMore, Whole
 from engine.rollout import alike
@@ -129,6 +130,7 @@ def train(engine: Engine, config: Config):
                 logps = policy(batch, config.temperature)          # (N,) under the current policy
                 old_logps = engine.old_logps(batch, logps)         # (N,) when they were sampled
                 advantages = batch.expand(batch.extra("advantages"))      # (S,) -> (N,)
+                advantages = importance_weighted(engine, batch, old_logps, advantages)  # if vLLM drew
                 losses, metrics = dapo_loss(
                     logps, old_logps, advantages,
                     config.epsilon, config.epsilon_high,

@@ -51,6 +51,7 @@ from dataclasses import dataclass
 import torch
 
 from data.errors import UserError
+from engine.importance import importance_weighted
 from engine.loop import Engine
 from engine.options import Count, NonNegative, Positive, Sampling, TwoOrMore
 from engine.rollout import alike
@@ -152,6 +153,7 @@ def train(engine: Engine, config: Config):
                 logps = policy(batch, config.temperature)          # (N,) under the current policy
                 old_logps = engine.old_logps(batch, logps)         # (N,) when they were sampled
                 advantages = batch.expand(batch.extra("advantages"))      # (S,) -> (N,)
+                advantages = importance_weighted(engine, batch, old_logps, advantages)  # if vLLM drew
                 reference_logps = batch.extra("reference_logps") if reference else None
                 losses, metrics = gdpo_loss(
                     logps, old_logps, advantages,

@@ -40,6 +40,7 @@ from dataclasses import dataclass
 
 import torch
 
+from engine.importance import importance_weighted
 from engine.loop import Engine
 from engine.options import Count, Positive, Sampling, TwoOrMore
 from engine.rollout import alike
@@ -108,6 +109,7 @@ def train(engine: Engine, config: Config):
                 logps = policy(batch, config.temperature)          # (N,) under the current policy
                 old_logps = engine.old_logps(batch, logps)         # (N,) when they were sampled
                 advantages = batch.extra("advantages")             # (S,)
+                advantages = importance_weighted(engine, batch, old_logps, advantages)  # if vLLM drew
                 losses, metrics = gspo_loss(
                     logps, old_logps, advantages,
                     batch.lengths,

@@ -55,6 +55,7 @@ from typing import Literal
 
 import torch
 
+from engine.importance import importance_weighted
 from engine.loop import Engine
 from engine.options import Count, Fraction, NonNegative, Positive, Probability, Sampling, Whole
 from engine.rollout import alike
@@ -219,8 +220,10 @@ def train(engine: Engine, config: Config):
             for batch in step:                                     # 4 loss, one micro-batch
                 logps, values = policy(batch, config.temperature, values=True)               # (N,), (N,)
                 old_logps = engine.old_logps(batch, logps)         # (N,) when they were sampled
+                advantages = batch.extra("advantages")
+                advantages = importance_weighted(engine, batch, old_logps, advantages)  # if vLLM drew
                 policy_losses, metrics = ppo_policy_loss(
-                    logps, old_logps, batch.extra("advantages"), config.cliprange)
+                    logps, old_logps, advantages, config.cliprange)
                 value_losses, value_metrics = ppo_value_loss(
                     values, batch.extra("old_values"), batch.extra("returns"), config.cliprange_value)
                 losses = policy_losses + config.vf_coef * value_losses

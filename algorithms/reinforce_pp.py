@@ -46,6 +46,7 @@ from dataclasses import dataclass
 import torch
 
 from data.errors import UserError
+from engine.importance import importance_weighted
 from engine.loop import Engine
 from engine.options import Count, NonNegative, Positive, Sampling
 from engine.rollout import alike
@@ -143,8 +144,10 @@ def train(engine: Engine, config: Config):
             for batch in step:                                     # 4 loss, one micro-batch
                 logps = policy(batch, config.temperature)          # (N,) under the current policy
                 old_logps = engine.old_logps(batch, logps)         # (N,) when they were sampled
+                advantages = batch.extra("advantages")
+                advantages = importance_weighted(engine, batch, old_logps, advantages)  # if vLLM drew
                 losses, metrics = reinforce_loss(
-                    logps, old_logps, batch.extra("advantages"), config.epsilon, config.epsilon_high)
+                    logps, old_logps, advantages, config.epsilon, config.epsilon_high)
                 (losses.sum() / step.num_tokens).backward()        # mean over the tokens of the whole update
                 step.log(losses, metrics)
                 if reference:

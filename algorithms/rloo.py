@@ -45,6 +45,7 @@ from dataclasses import dataclass
 
 import torch
 
+from engine.importance import importance_weighted
 from engine.loop import Engine
 from engine.options import Count, NonNegative, Positive, Sampling, TwoOrMore
 from engine.rollout import alike
@@ -119,7 +120,9 @@ def train(engine: Engine, config: Config):
             for batch in step:                                     # 4 loss, one micro-batch
                 logps = policy(batch, config.temperature)          # (N,) under the current policy
                 old_logps = engine.old_logps(batch, logps)         # (N,) when they were sampled
-                losses, metrics = rloo_loss(batch.sum(logps), batch.sum(old_logps), batch.extra("advantages"),
+                advantages = batch.extra("advantages")             # (S,)
+                advantages = importance_weighted(engine, batch, old_logps, advantages)  # if vLLM drew
+                losses, metrics = rloo_loss(batch.sum(logps), batch.sum(old_logps), advantages,
                                             config.epsilon, config.epsilon_high)
                 (losses.sum() / step.num_responses).backward()     # mean over completions of the whole update
                 step.log(losses, metrics | {"entropy": -logps})

@@ -70,7 +70,7 @@ class Clock:
 def train(job: dict) -> dict:
     """Run train.py until the target is reached; the seconds and the evaluations, as [update, reward]."""
     import train as program
-    from engine import rollouts
+    from engine import importance, rollouts
     from engine.rollout_record import RolloutRecord
     from engine.saver import Saver
 
@@ -92,7 +92,7 @@ def train(job: dict) -> dict:
 
     with (
         patch.object(RolloutRecord, "evaluate", evaluate),
-        patch.object(rollouts, "sample", clock.timed(rollouts.sample, "sampling")),
+        patch.object(importance, "sample", clock.timed(importance.sample, "sampling")),
         patch.object(rollouts.Rollouts, "score", clock.timed(rollouts.Rollouts.score, "scoring")),
         patch.object(Saver, "save", clock.timed(Saver.save, "saving")),
     ):

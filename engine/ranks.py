@@ -36,7 +36,7 @@ def start_processes(deterministic: bool) -> None:
 
 
 def stop_processes() -> None:
-    if dist.is_initialized():
+    if "LOCAL_RANK" in os.environ and dist.is_initialized():      # else the group is vLLM's, which ends it
         dist.destroy_process_group()
 
 

@@ -14,6 +14,7 @@ import torch
 from data.errors import RunError
 from data.pack import Example
 from engine import rollout_state
+from engine.importance import check_difference, sampler_of
 from engine.mixture import mixed_rollout
 from engine.plan import Plan
 from engine.reward_models import load_reward_model, scores_of
@@ -24,7 +25,6 @@ from engine.signals import Stopped
 from engine.step import Step
 from model.build import reshard
 from model.policy import Policy
-from model.sampler import sample
 from rewards.functions import load_reward
 
 EVALUATION, TRAINING, REPLACEMENT = range(3)      # so that the random draws of these never coincide
@@ -56,6 +56,7 @@ class Rollouts:
         if num_samplings and not engine.sample_every:
             num_rollouts = engine.plan.total / self.updates_per_rollout
             engine.sample_every = self.updates_per_rollout * math.ceil(num_rollouts / num_samplings)
+        self.sample = sampler_of(engine, config)
         self.rollout: Rollout | None = None
         self.rollouts_without_training = 0
         self.record = RolloutRecord(self)
@@ -116,7 +117,7 @@ class Rollouts:
 
         ids = [prompts[row].prompt for row in mine]
         keys = [(engine.config.seed, *key, row) for row in mine]
-        found = sample(engine.policy, engine.tokenizer, ids, keys, copies, self.config, report)
+        found = self.sample(engine.policy, engine.tokenizer, ids, keys, copies, self.config, report)
         if engine.world > 1:
             parts = [None] * engine.world
             torch.distributed.all_gather_object(parts, found)
@@ -297,13 +298,8 @@ class Rollouts:
     def check_sampler(self, step: Step) -> None:
         """RunError where the training forward gives the sampled tokens other log-probs than the sampler."""
         totals = step.totals["train"]
-        if SAMPLER not in totals:
-            return
-        difference = self.engine.mean(*totals[SAMPLER][0])
-        if not difference <= self.engine.policy.tolerance:
-            raise RunError(f"the training forward and the sampler differ by {difference:.2g} in log-prob per "
-                           f"token of rollout {self.rollout.number + 1}; fix: use a model with ordinary "
-                           "attention layers, or precision: fp32")
+        if SAMPLER in totals:
+            check_difference(self.engine, *totals[SAMPLER][0])
 
     # ---- rollouts that train nothing -----------------------------------------------------------------
 

@@ -327,7 +327,7 @@ def test_a_sampler_that_differs_stops_the_run(run, tmp_path, monkeypatch, error)
         for group in sample(*arguments):
             found.append([completion._replace(logps=completion.logps + error) for completion in group])
         return found
-    monkeypatch.setattr("engine.rollouts.sample", wrong)
+    monkeypatch.setattr("engine.importance.sample", wrong)
     with pytest.raises(RunError, match="the training forward and the sampler differ by .* of rollout 1"):
         run("wrong", sft_rows(8), lmbda=0.5)
     assert metrics(tmp_path / "wrong") == []

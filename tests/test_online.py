@@ -474,7 +474,7 @@ def refused(run, *arguments, name="refused", **keys):
 def test_a_sampler_that_differs_stops_the_run(run, tmp_path, monkeypatch, algorithm, error):
     def wrong(*arguments):
         return [[completion._replace(logps=completion.logps + error) for completion in group] for group in sample(*arguments)]
-    monkeypatch.setattr("engine.rollouts.sample", wrong)
+    monkeypatch.setattr("engine.importance.sample", wrong)
     with pytest.raises(RunError, match="the training forward and the sampler differ by .* of rollout 1"):
         run("wrong", algorithm, **ONLINE[algorithm])
     assert metrics(tmp_path / "wrong") == []

@@ -1,0 +1,85 @@
+"""Which sampler draws completions, and how far it is from the training forward. Another engine than the own
+sampler draws from a slightly different policy: importance weights take that out of the loss."""
+import torch
+
+from data.errors import RunError, UserError
+from model.sampler import sample
+from model.vllm import VllmSampler
+
+RATIO = "sampling/importance_ratio"
+HIGHEST = 2.0                  # importance weights are truncated here
+BAND = 0.5, 5.0                # or masked outside
+TOLD, STOPPED = 0.1, 1.0       # mean differences in log-prob per token
+
+
+def sampler_of(engine, config):
+    """The function that draws completions, with the signature of model.sampler.sample."""
+    if not config.rollout_engine:
+        return sample
+    if engine.world > 1:
+        raise UserError(f"rollout_engine is vllm, which runs in one process, not in {engine.world}; "
+                        "fix: start without torchrun, or remove rollout_engine")
+    if hasattr(engine.policy.lm, "peft_config"):
+        raise UserError("rollout_engine is vllm, which gets whole weights, and the model is an adapter; "
+                        "fix: give a merged model, or remove rollout_engine")
+    common = engine.config
+    vllm = VllmSampler(engine.policy, engine.tokenizer, common.max_length, config.vllm_memory, common.seed)
+    return vllm.sample
+
+
+def importance_weighted(engine, batch, old_logps: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
+    """Advantages per token (N,), or per completion (S,), times the importance weights: the ratio of the
+    policy's probability to that of the engine which sampled, truncated or masked. A loss that is proportional
+    to its advantages is weighted by that, too. The same tensor where the own sampler drew.
+
+    Source: Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL training"; the
+    numbers are those of TRL's vllm_importance_sampling_correction."""
+    config = engine.online.config
+    if not config.rollout_engine or config.importance_sampling == "off":
+        return advantages
+    log_ratios = old_logps - batch.extra("sampler_logps")
+    if len(advantages) != len(log_ratios):
+        log_ratios = batch.sum(log_ratios)                       # (S,)
+    weights = importance_weights(log_ratios.exp(), config.importance_sampling)
+    log_weights(engine.step, weights)
+    return advantages * weights
+
+
+def importance_weights(ratios: torch.Tensor, how: str) -> torch.Tensor:
+    """The ratios, at most HIGHEST; or with "mask" 0 in the place of those outside BAND."""
+    if how == "truncate":
+        return ratios.clamp(max=HIGHEST)
+    lowest, highest = BAND
+    is_outside = (ratios < lowest) | (ratios > highest)
+    return ratios.masked_fill(is_outside, 0.0)
+
+
+def log_weights(step, weights: torch.Tensor) -> None:
+    """Log their mean and extremes over the update, which one process makes."""
+    step.add({f"{RATIO}/mean": weights})
+    totals = step.totals["train"]
+    for name, furthest in ("min", torch.amin), ("max", torch.amax):
+        value = furthest(weights).double()
+        if f"{RATIO}/{name}" in totals:
+            before, _ = totals[f"{RATIO}/{name}"][0]
+            value = furthest(torch.stack([before, value]))
+        totals[f"{RATIO}/{name}"] = {0: [value, 1]}
+
+
+def check_difference(engine, total: torch.Tensor, count: int) -> None:
+    """RunError where the training forward gives the rollout's tokens other log-probs than the sampler, on
+    average: this rank's sum of differences and its count of tokens. Another engine rounds otherwise: a large
+    difference is told, and one that cannot be rounding stops."""
+    difference = engine.mean(total, count)
+    has_other_engine = bool(engine.online.config.rollout_engine)
+    name = "vLLM" if has_other_engine else "the sampler"
+    number = engine.online.rollout.number + 1
+    fault = (f"the training forward and {name} differ by {difference:.2g} in log-prob per token of rollout "
+             f"{number}")
+    if not has_other_engine:
+        if not difference <= engine.policy.tolerance:
+            raise RunError(f"{fault}; fix: use a model with ordinary attention layers, or precision: fp32")
+    elif not difference <= STOPPED:
+        raise RunError(f"{fault}: it computes another model; fix: remove rollout_engine")
+    elif difference > TOLD:
+        engine.notice(f"{fault}; fix: precision: fp32, or remove rollout_engine")

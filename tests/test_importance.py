@@ -1,0 +1,211 @@
+"""Rollouts of another engine: a stand-in for vLLM gives log-probs that are wrong by a known amount, and the loss must
+be weighted by it; the real vLLM, where it is installed, is compared with the training forward."""
+import importlib.util
+import math
+
+import numpy as np
+import pytest
+import torch
+from helpers import (
+    ONLINE,
+    REWARDED,
+    byte_tokenizer,
+    config_of,
+    metrics,
+    prompt_rows,
+    random_lm,
+    refused,
+    tiny_model,
+    train_here,
+    watch_updates,
+    write_config,
+    write_jsonl,
+)
+from test_engine_exact import PLAIN
+
+from data.errors import RunError
+from data.pack import Example, Response
+from engine.config import load_config
+from engine.importance import importance_weights
+from engine.options import Sampling
+from model.build import build_policy
+from model.keys import ModelKeys
+from model.sampler import sample
+from model.vllm import VllmSampler
+
+OF_COMPLETIONS = "gspo", "rloo"        # whose loss has a ratio per completion
+WEIGHT = 1.5
+needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A start model whose completions do end, and prompts."""
+    folder = tmp_path_factory.mktemp("files")
+    lm = random_lm(config_of())
+    lm.lm_head.weight.data[258] *= 3
+    lm.save_pretrained(folder / "model")
+    byte_tokenizer().save_pretrained(folder / "model")
+    return {"model": str(folder / "model"), "data": write_jsonl(folder / "prompts.jsonl", prompt_rows(8))}
+
+
+@pytest.fixture
+def run(files, tmp_path, monkeypatch):
+    """run(name, algorithm, shift, key=value, ...) -> the directory of a run whose completions a stand-in for vLLM drew:
+    the own sampler's, with log-probs changed by shift(completion)."""
+    def run(name, algorithm, shift=None, **values):
+        class StandIn:
+            def __init__(self, *arguments):
+                pass
+
+            def sample(self, *arguments):
+                changed = []
+                for group in sample(*arguments):
+                    changed.append([completion._replace(logps=completion.logps + np.float32(shift(completion)))
+                                    for completion in group])
+                return changed
+
+        monkeypatch.setattr("engine.options.find_spec", lambda name: name)
+        monkeypatch.setattr("engine.importance.VllmSampler", StandIn)
+        keys = PLAIN | dict(batch_size=3, eval_every=1000, max_steps=1, max_grad_norm=1e9) | ONLINE[algorithm]
+        keys |= dict(algorithm=algorithm, model=files["model"], data=files["data"], output=tmp_path / name) | values
+        if shift:
+            keys["rollout_engine"] = "vllm"
+        train_here(write_config(tmp_path / f"{name}.yml", **keys))
+        return tmp_path / name
+    return run
+
+
+# ---- the weights ----
+
+RATIOS = [0.0, 0.3, 0.49999, 0.5, 1.0, 1.9, 2.0, 2.1, 5.0, 5.01, 80.0]
+
+
+@pytest.mark.parametrize("how", ["truncate", "mask"])
+def test_weights_against_a_plain_loop(how):
+    wanted = []
+    for ratio in RATIOS:
+        if how == "truncate":
+            wanted.append(2.0 if ratio > 2 else ratio)
+        else:
+            wanted.append(ratio if 0.5 <= ratio <= 5 else 0.0)
+    assert torch.equal(importance_weights(torch.tensor(RATIOS), how), torch.tensor(wanted))
+
+
+@pytest.mark.parametrize("algorithm", REWARDED)
+def test_the_gradient_is_weighted_by_the_ratio(run, monkeypatch, algorithm):
+    """Every token, or completion, has the ratio WEIGHT: so has the policy's gradient, but for a KL term."""
+    updates = watch_updates(monkeypatch)
+    keys = {"beta": 0} if algorithm in ("grpo", "gdpo", "dr_grpo") else {}
+
+    def shift(completion):
+        return -math.log(WEIGHT) / (len(completion.tokens) if algorithm in OF_COMPLETIONS else 1)
+
+    plain = run("plain", algorithm, **keys)
+    weighted = run("weighted", algorithm, shift, **keys)
+    off = run("off", algorithm, shift, importance_sampling="off", **keys)
+    row, = metrics(weighted)[:1]
+    for name in "mean", "min", "max":
+        assert row[f"sampling/importance_ratio/{name}"] == pytest.approx(WEIGHT, rel=1e-4)
+    assert not any(name.startswith("sampling/importance_ratio") for name in {**metrics(plain)[0], **metrics(off)[0]})
+    (_, (first, *_)), (_, (other, *_)), (_, (unweighted, *_)) = updates[plain], updates[weighted], updates[off]
+    is_changed = False
+    for name, gradient in first.items():
+        assert torch.equal(gradient, unweighted[name])
+        if torch.equal(gradient, other[name]):
+            continue                                  # the critic's: its loss has no ratio
+        is_changed = True
+        torch.testing.assert_close(other[name], WEIGHT * gradient, rtol=1e-3, atol=1e-6)
+    assert is_changed
+
+
+def test_mean_and_extremes_over_micro_batches(run):
+    """A shift per completion: the metrics against what the shifts were, with several micro-batches."""
+    drawn = []
+
+    def shift(completion):
+        drawn.append((0.01 * (len(drawn) % 7), len(completion.tokens)))
+        return drawn[-1][0]
+
+    row = metrics(run("many", "grpo", shift, micro_batch_tokens=60, num_mini_batches=1, num_iterations=1))[0]
+    total = sum(count * math.exp(-value) for value, count in drawn)
+    assert row["sampling/importance_ratio/mean"] == pytest.approx(total / sum(count for _, count in drawn), rel=1e-4)
+    assert row["sampling/importance_ratio/min"] == pytest.approx(math.exp(-max(drawn)[0]), rel=1e-4)
+    assert row["sampling/importance_ratio/max"] == pytest.approx(math.exp(-min(drawn)[0]), rel=1e-4)
+
+
+# ---- what is told, and what stops ----
+
+@pytest.mark.parametrize("algorithm", ["grpo", "ppo", "distill"])
+@pytest.mark.parametrize("shift", [0.09, 0.2, -1.1])
+def test_a_difference_is_told_and_a_large_one_stops(run, capsys, algorithm, shift, files):
+    keys = {"teacher": files["model"]} if algorithm == "distill" else {}
+    if abs(shift) > 1:
+        with pytest.raises(RunError, match="the training forward and vLLM differ by .* of rollout 1: .*; fix: "):
+            run("stopped", algorithm, lambda completion: shift, **keys)
+        return
+    run("told", algorithm, lambda completion: shift, **keys)
+    told = "the training forward and vLLM differ by 0.2 in log-prob per token of rollout 1; fix: precision: fp32"
+    assert (told in capsys.readouterr().err) == (shift == 0.2)
+
+
+@pytest.mark.parametrize("keys, fault", [
+    ({"top_p": 0.9}, "fix: top_p=1 and top_k=0"),
+    ({"top_k": 3}, "fix: top_p=1 and top_k=0"),
+    ({"lora_r": 4}, "fix: remove lora_r, or rollout_engine"),
+    ({"installed": False}, "fix: pip install vllm"),
+])
+def test_what_vllm_cannot_do_is_refused(files, tmp_path, monkeypatch, keys, fault):
+    is_installed = keys.pop("installed", True)
+    monkeypatch.setattr("engine.options.find_spec", lambda name: name if is_installed else None)
+    path = write_config(tmp_path / "run.yml", algorithm="grpo", reward="r1_zero", **files, rollout_engine="vllm", **keys)
+    error = refused(load_config, [path])
+    assert "rollout_engine" in str(error) and fault in str(error)
+
+
+# ---- the real one ----
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory):
+    """A model with a tied head, and heads as wide as vLLM's kernels for a CPU want them."""
+    tokenizer = byte_tokenizer()
+    path = tiny_model(tmp_path_factory.mktemp("real"), hidden_size=128, head_dim=32, tie_word_embeddings=True)
+    policy = build_policy(path, tokenizer, ModelKeys(max_length=128))
+    return policy, tokenizer, VllmSampler(policy, tokenizer, 128, 0.3, 0)
+
+
+def given():
+    rng = np.random.default_rng(5)
+    prompts = [rng.integers(0, 256, length).astype(np.int32) for length in (1, 9, 30)]
+    return prompts, [(3, i) for i in range(len(prompts))]
+
+
+@needs_vllm
+@pytest.mark.parametrize("update", [0.0, 0.1])
+def test_log_probs_are_those_of_the_training_forward(real, update):
+    """At the start, and after the weights have moved. Importance weights are 1 then."""
+    policy, tokenizer, vllm = real
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter += update * parameter.std() * torch.randn_like(parameter)
+    prompts, keys = given()
+    for prompt, group in zip(prompts, vllm.sample(policy, tokenizer, prompts, keys, 4, Sampling(
+            reward="", max_completion_length=20, temperature=0.8))):
+        responses = [Response.all_trained(completion.tokens) for completion in group]
+        with torch.no_grad():
+            logps = policy(policy.collate([Example(prompt, responses, "", {})]), 0.8)
+        found = torch.from_numpy(np.concatenate([completion.logps for completion in group]))
+        torch.testing.assert_close(found, logps, rtol=0, atol=5e-5)
+        assert len(group) == 4 and float((logps - found).exp().sub(1).abs().max()) < 1e-4
+
+
+@needs_vllm
+@pytest.mark.parametrize("stop", [None, "Q, j, 7, k, p"])
+def test_greedy_completions_are_the_own_samplers(real, stop):
+    policy, tokenizer, vllm = real
+    settings = Sampling(reward="", max_completion_length=20, stop=stop)
+    settings.temperature = 0.0
+    prompts, keys = given()
+    own = sample(policy, tokenizer, prompts, keys, 1, settings)
+    for (mine,), (theirs,) in zip(own, vllm.sample(policy, tokenizer, prompts, keys, 1, settings)):
+        assert mine.tokens.tolist() == theirs.tokens.tolist() and mine.finished == theirs.finished
