@@ -116,7 +116,7 @@ def local_data(name: str, base=None) -> Local:
             return by_library(name, "load_dataset", str(path), subset, split=split or "train")
 
         return Local(name, below(path), load=load)
-    return directory(name, path, split)
+    return read_directory(name, path, split)
 
 
 def parts_of(name: str) -> tuple[Path, str | None, str | None]:
@@ -157,7 +157,7 @@ def below(folder: Path) -> list[Path]:
     return found
 
 
-def directory(name: str, folder: Path, split: str | None) -> Local:
+def read_directory(name: str, folder: Path, split: str | None) -> Local:
     files, others = [], []
     for path in below(folder):
         is_data = path.name.lower().endswith(SUFFIXES) and path.name not in DESCRIPTIONS

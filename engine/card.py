@@ -147,8 +147,9 @@ def configuration(run: RunFiles) -> str:
 
 
 def versions_line(run: RunFiles) -> str:
-    versions = {"minimal-llm-alignment": VERSION.read_text(encoding="utf-8").strip()}
-    versions |= run.started.get("versions") or {}
+    versions = run.started.get("versions") or {}
+    if VERSION.is_file():      # not in a copy of the sources alone
+        versions = {"minimal-llm-alignment": VERSION.read_text(encoding="utf-8").strip()} | versions
     shown = [f"{name} {version}" for name, version in versions.items()]
     return f"Made with {', '.join(shown)}."
 

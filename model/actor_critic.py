@@ -94,8 +94,8 @@ def load_critic(model: ActorCritic, start: str) -> None:
     saved = {}
     for file in files_of(start, CRITIC):
         saved |= load_file(file)
-    # on the CPU the files' tensors are taken as they are: weights may have fewer bits there, see build.py
-    is_taken = model.device.type == "cpu"
+    # where weights have the dtype of the start model's files, the saved ones take their place: see build.py
+    is_taken = any(hasattr(weight, "kept_as") for weight in model.parameters())
     unexpected = model.load_state_dict(saved, strict=False, assign=is_taken).unexpected_keys
     if unexpected or not trained <= saved.keys():
         file = os.path.join(start, CRITIC)

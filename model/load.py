@@ -132,9 +132,11 @@ def stored_dtype(path: str) -> torch.dtype | None:
     try:
         folder = os.path.dirname(cached_file(path, "config.json"))
         dtypes = set()
-        for file in glob.glob(os.path.join(glob.escape(folder), "model*.safetensors")):
+        files = os.path.join(glob.escape(folder), "model*.safetensors")
+        for file in sorted(glob.glob(files)):
             with safe_open(file, "pt") as weights:
-                dtypes.update(weights.get_slice(name).get_dtype() for name in weights.keys())
+                for name in weights.keys():
+                    dtypes.add(weights.get_slice(name).get_dtype())
     except Exception:  # noqa: BLE001  somebody else's files; the loader says what is wrong with them
         return None
     return STORED.get(dtypes.pop()) if len(dtypes) == 1 else None

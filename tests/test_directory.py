@@ -230,7 +230,7 @@ def test_an_edited_final_model_stays(finished):
     settings = json.loads((final / "generation_config.json").read_text())
     settings |= {"temperature": 0.7, "do_sample": True}
     (final / "generation_config.json").write_text(json.dumps(settings))
-    (final / "README.md").write_text("my model")
+    (final / "NOTES.md").write_text("my model")
     before = child.contents(finished / "run")
     result = child.train(finished)
     assert result.code == 0 and "run is finished already: nothing is trained" in result.err
@@ -244,12 +244,12 @@ def test_an_edited_final_model_stays(finished):
 def test_a_final_model_in_the_way_is_set_aside(finished):
     """Another max_steps goes on; what the user changed in final/ is kept beside the new one."""
     final = finished / "run" / "final"
-    (final / "README.md").write_text("my model")
+    (final / "NOTES.md").write_text("my model")
     before = child.contents(final)
     result = child.train(finished, "max_steps=4")
     assert result.code == 0 and "run/final-1" in result.err
     assert child.contents(finished / "run" / "final-1") == before
-    assert sealed.broken(str(final)) is None and not (final / "README.md").exists()
+    assert sealed.broken(str(final)) is None and not (final / "NOTES.md").exists()
     assert child.train(finished, "max_steps=5").code == 0 and not (finished / "run" / "final-2").exists()
 
 

@@ -193,9 +193,9 @@ def test_a_run_with_all_keys(tmp_path, capsys, monkeypatch):
         return seen[-1]
 
     monkeypatch.setattr(Tokeniser, "prompt_ids", watched)
-    no_keys = SimpleNamespace(**dict.fromkeys(keys))
+    no_keys = SimpleNamespace(**dict.fromkeys(keys), temperature=0.0, max_new_tokens=1)
     speaker = chat.Speaker(str(tmp_path / "run"), no_keys)
-    speaker.answer("q", max_new_tokens=1, do_sample=False)
+    speaker.answer("q")
     assert seen[0] == final(start, add_special_tokens=False).input_ids
     prompts = write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": messages("q"), "answer": "1"}])
     drawn = []
