@@ -136,6 +136,11 @@ SAME = {
         "report_to_tensorboard logger loggers wandb wandb.enabled use_wandb use_swanlab swanlab tensorboard "
         "use_tensorboard tracker trackers",
     "quiet (true: no progress bar and no lines of updates)": "disable_tqdm silent no_progress_bar",
+    "rollout_engine (vllm, or null for the own sampler)":
+        "use_vllm infer_backend inference_backend rollout_backend rollout.name",
+    "vllm_memory (a share of the GPU's memory)": "vllm_gpu_memory_utilization gpu_memory_utilization",
+    "importance_sampling (truncate, mask or off)":
+        "vllm_importance_sampling_correction enable_vllm_is_correction vllm_importance_sampling_mode",
     "sample_every (a number of updates)": "log_completions sample_during_eval",
     "seed": "random_seed global_seed",
     "chat_template":
@@ -296,10 +301,10 @@ NOT_NEEDED = {
     "step 0 is evaluated too": "eval_on_start do_first_eval val_before_train eval_first",
     "train.py trains, and evaluates where there are eval_data or eval_fraction": "do_train do_eval",
     "a run is not uploaded; its final/ can be": "push_to_hub push_to_hub_* hub_* create_model_card",
-    "the model that is trained draws the completions":
-        "use_vllm vllm_* sglang_* lmdeploy_* infer_backend inference_backend rollout_backend "
-        "gpu_memory_utilization enable_prefix_caching enforce_eager use_transformers_paged rollout.name "
-        "refresh_vllm_every enable_vllm_is_correction sleep_level",
+    "the own sampler draws the completions, or with rollout_engine=vllm vLLM in the same process":
+        "vllm_mode vllm_server_* vllm_tensor_parallel_size vllm_num_engines vllm_model_impl vllm_enable_* "
+        "sglang_* lmdeploy_* enable_prefix_caching enforce_eager use_transformers_paged "
+        "refresh_vllm_every sleep_level",
     "a completion ends at the model's own stop tokens; `stop` adds strings":
         "stop_token stop_token_id stop_token_ids eos_token eos_token_id pad_token pad_token_id "
         "stop_tokens special_tokens",

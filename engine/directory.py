@@ -30,8 +30,8 @@ class Place(NamedTuple):
 
 
 def differing(directory: str, config_yaml: str, ignored: set = MAY_CHANGE) -> list[str]:
-    """The keys, without the `ignored` ones, that have other values in `config_yaml` than in the run. A key that
-    the run's version did not have is the same while it is off."""
+    """The keys, without the `ignored` ones, that have other values in `config_yaml` than in the run. A key
+    that the run's version did not have is the same while it is off."""
     old = read_config(directory) or {}
     new = yaml.load(config_yaml, yaml.BaseLoader)
     for key in new.keys() - old.keys():

@@ -377,6 +377,7 @@ class Engine:
         self.optimizer, self.calls = self, []
 
     def rollouts(self, config):
+        self.online = SimpleNamespace(config=config)
         shape = (config.num_generations, config.num_iterations, config.num_mini_batches)
         assert config.rollout_shape() == shape
         yield self.rollout
