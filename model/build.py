@@ -46,13 +46,15 @@ def build_policy(
     quantized = lora.quantization(keys, device, dtype)
     will_be_sharded = num_ranks() > 1 and not quantized
     if will_be_sharded:
-        lm = load_mapped(base_of(path), dtype).eval()
+        lm = load_mapped(base_of(path), dtype)
     else:
-        lm = load_lm(base_of(path), dtype, **quantized).eval()
+        lm = load_lm(base_of(path), dtype, **quantized)
+    lm.eval()
     if precision == "bf16" and not is_trained:
         for weight in rounded_weights(lm):      # once, not in every forward
-            weight.kept_as = torch.bfloat16
-            if not will_be_sharded:
+            if will_be_sharded:
+                weight.kept_as = torch.bfloat16
+            else:
                 weight.data = weight.data.to(torch.bfloat16)
     if not (quantized or will_be_sharded):             # else it goes there a layer at a time
         lm.to(device)
@@ -78,7 +80,7 @@ def load_mapped(path: str, dtype: torch.dtype):
     its files: these are mapped, so that all ranks of a machine share their pages and none holds a copy.
     `shard` makes of every weight what its `kept_as` says."""
     stored = stored_dtype(path) if dtype == torch.float32 else None
-    if stored and not has_same_buffers(path, stored):
+    if stored not in (None, dtype) and not has_same_buffers(path, stored):
         stored = None
     lm = load_lm(path, stored or dtype)
     for weight in lm.parameters():
@@ -140,7 +142,7 @@ def build_critic_trunk(path: str, tokenizer, config, first: Policy, examples, no
         trunk.use(first.form)
     else:
         place = trunk.device
-        trunk.lm.to(first.device if num_ranks() == 1 else this_device())
+        trunk.lm.to(this_device())
         check_policy(trunk, examples, config, notice)
         trunk.lm.to(place)
     if first.is_compiled and trunk.form == first.form:
