@@ -74,7 +74,7 @@ class VllmSampler:
             self.llm.wake_up(tags=["kv_cache"])
         self.llm.reset_prefix_cache()
 
-    def sample(self, policy, tokenizer, prompts, keys, copies, sampling, report=None) -> list[list[Completion]]:
+    def sample(self, policy, tokenizer, prompts, keys, copies, sampling, report=None) -> list:
         """What `model.sampler.sample` returns, from the same arguments. The draws depend on the keys too, but
         also on what is decoded together; the log-probs are vLLM's."""
         if not prompts:
