@@ -4,6 +4,7 @@ import importlib
 import math
 import re
 import subprocess
+import sys
 import textwrap
 
 import pytest
@@ -82,9 +83,44 @@ def test_what_is_named_exists_and_nothing_is_left_to_fill_in(page):
     rooms = "algorithms|engine|model|rewards|data|docs|tests|example|benchmark"
     pattern = rf"(?<![\w/-])(?:{rooms})/[\w/.-]+\.(?:py|yml|md)\b"
     named = set(re.findall(pattern, text)) - {"algorithms/my_dpo.py"}      # the user's own
-    assert named and [name for name in named if not (ROOT / name).exists()] == []
+    assert [name for name in named if not (ROOT / name).exists()] == []
     for target in re.findall(r"\]\(([^)#:]+)\)", text):
         assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("english, chinese", PAIRS, ids=lambda path: path.name)
+def test_every_page_is_reached_and_leads_to_the_other_language(english, chinese):
+    """Its third line links the other language, and of a page in docs/ the README of its own."""
+    for page, other, home in [(english, chinese, ENGLISH), (chinese, english, CHINESE)]:
+        links = read(page).splitlines()[2]
+        assert f"]({other.name})" in links
+        if page != home:
+            assert f"](../{home.name})" in links
+            assert f"](docs/{page.name})" in read(home)
+
+
+@pytest.mark.parametrize("home, page", [(ENGLISH, "results.md"), (CHINESE, "results_zh.md")])
+def test_the_results_of_the_readme_are_rows_of_the_whole_table(home, page):
+    whole = {}
+    for line in read(ROOT / "docs" / page).splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if len(cells) == 9:
+            whole.setdefault(cells[0], cells)
+    table = read(home).partition("| SmolLM2 |")[2].partition("\n\n")[0]
+    rows = table.splitlines()[2:]
+    assert len(rows) > 10
+    for line in rows:
+        name, *cells = [cell.strip() for cell in line.strip("|").split("|")]
+        _, right, exact, _, greedy, _, pairs, divergence, _ = whole[name]
+        assert cells == [right, exact, greedy, pairs, divergence], name
+
+
+@pytest.mark.parametrize("script", ["docs/options/build.py", "docs/pictures/build.py"])
+def test_what_is_generated_is_what_the_code_says(script):
+    """`docs/pictures` reads the mask from the attention itself, counts the rows of an update, and finds the
+    lines of dpo.py that it shows."""
+    done = subprocess.run([sys.executable, script, "--check"], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_every_algorithm_is_in_the_table():
