@@ -3,6 +3,7 @@ runs."""
 import importlib
 import math
 import re
+import shlex
 import subprocess
 import sys
 import textwrap
@@ -24,7 +25,12 @@ from helpers import (
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from engine import definition
+import evaluate
+import sample
+from engine import definition, options
+from engine.config import load_config
+from engine.grid import grid_of, members_of
+from engine.results import read_settings
 
 ENGLISH, CHINESE = ROOT / "README.md", ROOT / "README_zh.md"
 GUIDE = ROOT / "docs" / "adding-an-algorithm.md"
@@ -113,6 +119,35 @@ def test_the_results_of_the_readme_are_rows_of_the_whole_table(home, page):
         name, *cells = [cell.strip() for cell in line.strip("|").split("|")]
         _, right, exact, _, greedy, _, pairs, divergence, _ = whole[name]
         assert cells == [right, exact, greedy, pairs, divergence], name
+
+
+def commands_of(program):
+    """The words behind this program in all commands of the pages."""
+    found = set()
+    for page in [*PAGES, *ROOT.glob("docs/learn/*.md")]:
+        for block in blocks(read(page)):
+            if block.startswith("```bash"):
+                found.update(re.findall(rf"^(?:python|torchrun .*?|.*&& python) {program} (.*)", block, re.M))
+    return sorted(found)
+
+
+@pytest.mark.parametrize("command", commands_of("train.py"))
+def test_a_training_command_of_the_pages_names_keys_and_values_that_there_are(command, monkeypatch):
+    """vLLM counts as installed."""
+    monkeypatch.setattr(options, "find_spec", lambda name: name)
+    words = shlex.split(command)
+    if grid := grid_of(words):
+        assert len(members_of(words, grid)[0]) > 1
+    else:
+        assert load_config(words).common.model
+
+
+@pytest.mark.parametrize("program, settings", [("evaluate.py", evaluate.Config), ("sample.py", sample.Config)])
+def test_other_commands_of_the_pages_name_keys_that_there_are(program, settings):
+    commands = commands_of(program)
+    assert commands
+    for command in commands:
+        assert read_settings(shlex.split(command), settings, program).data
 
 
 @pytest.mark.parametrize("script", ["docs/options/build.py", "docs/pictures/build.py"])
