@@ -56,7 +56,8 @@ def load_reward_model(engine, name: str):
     """The reward model that a reward of a run names, frozen: a run of `rm`, or a classifier off the shelf."""
     path = reward_model_path(name, engine.tokenizer, engine.notice)
     if not is_reward_model(path):
-        return load_off_the_shelf(path, engine.tokenizer, engine.config.precision)
+        common = engine.config
+        return load_off_the_shelf(path, engine.tokenizer, common.precision, common.replicate)
 
     def with_head(trunk):
         return build_reward_model(trunk, path, engine.config.seed, engine.notice)
@@ -71,13 +72,13 @@ def scores_of(engine, model, examples: list[Example]) -> list[torch.Tensor]:
     if not isinstance(model, Classifier):
         return engine.collect(model, examples, lambda example: len(example.responses))
 
-    def score(share):      # it may fail on one rank
-        return model.of_examples(examples[share.start:share.stop]).tolist()
+    def tokenised(share):      # it may fail on one rank
+        return model.rows(examples[share.start:share.stop])
 
-    scores = itertools.chain(*from_shares(score, len(examples)))
-    return list(torch.tensor(list(scores)).split(sizes))
+    rows = itertools.chain(*from_shares(tokenised, len(examples)))
+    return list(model.of_rows(list(rows)).cpu().split(sizes))
 
 
-def load_off_the_shelf(path: str, tokenizer, precision: str = "auto") -> Classifier:
+def load_off_the_shelf(path: str, tokenizer, precision: str = "auto", copies: int = 1) -> Classifier:
     """A classifier that scores the completions of a policy with this tokenizer."""
-    return Classifier(path, functools.partial(decoded, tokenizer), precision)
+    return Classifier(path, functools.partial(decoded, tokenizer), precision, copies)

@@ -260,6 +260,16 @@ def embeddings(module) -> list:
 
 
 def shard(policy: Policy, copies: int = 1) -> None:
+    """Shard a policy over all ranks, and let it say so; see `shard_over_ranks`."""
+    shard_over_ranks(policy, copies)
+    for module in policy.modules():
+        if isinstance(module, Policy):
+            module.is_sharded = True
+    policy.within = types.MethodType(within, policy)
+    register_fsdp_forward_method(policy, "within")
+
+
+def shard_over_ranks(model: nn.Module, copies: int = 1) -> None:
     """FSDP2 over all ranks: a group per decoder layer and embedding, and one for the rest. Each goes to the
     device, and what is not of this rank is given up, before the next one follows. Gradients are summed, not
     averaged, over ranks: the algorithms divide by counts of the whole step. With several `copies` each lies
@@ -270,20 +280,15 @@ def shard(policy: Policy, copies: int = 1) -> None:
         shape, names = shape[1:], names[1:]
     device = this_device()
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
-    for module in (*decoder_layers(policy), *embeddings(policy), policy):
+    for module in (*decoder_layers(model), *embeddings(model), model):
         for weight in module.parameters():
             if hasattr(weight, "kept_as"):
                 weight.data = weight.data.to(device).to(weight.kept_as)
         # 4-bit weights are integers, which cannot be sharded like this: every rank keeps them whole
-        whole = {parameter for parameter in policy.parameters() if not parameter.is_floating_point()}
+        whole = {parameter for parameter in model.parameters() if not parameter.is_floating_point()}
         fully_shard(module, mesh=mesh, ignored_params=whole)
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)       # without it gloo fails: it has no PREMUL_SUM
-    for module in policy.modules():
-        if isinstance(module, Policy):
-            module.is_sharded = True
-    policy.within = types.MethodType(within, policy)
-    register_fsdp_forward_method(policy, "within")
 
 
 def keep_no_copies(policy: Policy) -> None:
