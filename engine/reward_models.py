@@ -11,6 +11,7 @@ from engine import checkpoint
 from engine.ranks import from_main, from_shares
 from engine.score import decoded
 from model.build import build_second_model
+from model.classifier import saved_score
 from model.load import check_name, load_tokenizer
 from model.off_the_shelf import Classifier, check_classifier
 from model.reward_model import build_reward_model, is_reward_model
@@ -26,13 +27,19 @@ def check_reward_models(reward: str, tokenizer) -> None:
 
 
 def critic_path(reward: str, tokenizer, notice) -> str | None:
-    """The first run of `rm` among the rewards, which initialises the critic; None where there is none."""
+    """The first reward model among the rewards that can initialise the critic: a run of `rm`, or a classifier
+    with the policy's tokenizer; None where there is none."""
     for part in parts_of(reward):
         if is_model(part):
             path = reward_model_path(part, tokenizer, notice)
-            if is_reward_model(path):
+            if is_reward_model(path) or from_main(reads_as, path, tokenizer):
                 return path
     return None
+
+
+def reads_as(path: str, tokenizer) -> bool:
+    """Whether the classifier at `path` has this tokenizer, and a head that a critic can take."""
+    return load_tokenizer(path).get_vocab() == tokenizer.get_vocab() and saved_score(path) is not None
 
 
 def reward_model_path(name: str, tokenizer, notice) -> str:

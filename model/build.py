@@ -28,6 +28,7 @@ def build_policy(
     frozen: bool = False,
     trains_adapter: bool = False,
     is_trained: bool = True,
+    needs_head: bool = True,
 ) -> Policy:
     """Load the model at `path` (a directory or a hub name) as a Policy on this process's device, in eval
     mode: dropout is 0. Where it is an adapter, its base model is loaded with it; else, if `keys.lora_r` asks
@@ -35,7 +36,8 @@ def build_policy(
 
     `keys`: a ModelKeys (None: its defaults), or a run's configuration. `trains_adapter`: whether the run's
     start model is an adapter. Only adapters are trained then, as with `keys.lora_r`, and on a GPU all other
-    weights may be in bf16. `is_trained`: whether anything is."""
+    weights may be in bf16. `is_trained`: whether anything is. Without `needs_head` the model may be a
+    sequence classifier, whose trunk it is then."""
     keys = keys or ModelKeys()
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")      # torch asks for pages of 2 MiB: fewer page faults
     device = this_device()
@@ -46,9 +48,9 @@ def build_policy(
     quantized = lora.quantization(keys, device, dtype)
     will_be_sharded = num_ranks() > 1 and not quantized
     if will_be_sharded:
-        lm = load_mapped(base_of(path), dtype)
+        lm = load_mapped(base_of(path), dtype, needs_head)
     else:
-        lm = load_lm(base_of(path), dtype, **quantized)
+        lm = load_lm(base_of(path), dtype, needs_head, **quantized)
     lm.eval()
     if precision == "bf16" and not is_trained:
         for weight in rounded_weights(lm):      # once, not in every forward
@@ -75,14 +77,14 @@ def num_ranks() -> int:
     return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
 
 
-def load_mapped(path: str, dtype: torch.dtype):
+def load_mapped(path: str, dtype: torch.dtype, needs_head: bool = True):
     """The LM at `path` for one of several ranks, on the CPU. Where it is to be in fp32 it has the dtype of
     its files: these are mapped, so that all ranks of a machine share their pages and none holds a copy.
     `shard` makes of every weight what its `kept_as` says."""
     stored = stored_dtype(path) if dtype == torch.float32 else None
     if stored not in (None, dtype) and not has_same_buffers(path, stored):
         stored = None
-    lm = load_lm(path, stored or dtype)
+    lm = load_lm(path, stored or dtype, needs_head)
     for weight in lm.parameters():
         weight.kept_as = dtype if stored else weight.dtype
     return lm
@@ -137,7 +139,7 @@ def build_critic_trunk(path: str, tokenizer, config, first: Policy, examples, no
     """The model that a critic starts from, which is trained: with the form of the policy `first` where it has
     the same layers, else checked on some of `examples`, whole on the device."""
     trunk = build_policy(
-        path, tokenizer, config, frozen=True, trains_adapter=is_adapter(config.model), is_trained=True)
+        path, tokenizer, config, frozen=True, trains_adapter=is_adapter(config.model), needs_head=False)
     if path == config.model or has_layers_of(first.lm, trunk.lm):
         trunk.use(first.form)
     else:
