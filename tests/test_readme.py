@@ -142,7 +142,8 @@ def test_a_training_command_of_the_pages_names_keys_and_values_that_there_are(co
         assert load_config(words).common.model
 
 
-@pytest.mark.parametrize("program, settings", [("evaluate.py", evaluate.Config), ("sample.py", sample.Config)])
+@pytest.mark.parametrize("program, settings", [
+    ("evaluate.py", evaluate.Config), ("sample.py", sample.Config)])
 def test_other_commands_of_the_pages_name_keys_that_there_are(program, settings):
     commands = commands_of(program)
     assert commands

@@ -1,9 +1,11 @@
-"""Write docs/options.md and docs/options_zh.md: every key with its values, default and meaning, as --help has them.
+"""Write docs/options.md and docs/options_zh.md: every key with its values, default and meaning, as --help
+has them.
 
     python docs/options/build.py            # writes both
     python docs/options/build.py --check    # writes nothing; an error names a page that differs
 
-chinese.yml has the Chinese of each English text; one that is missing there, or not used any more, is an error.
+chinese.yml has the Chinese of each English text; one that is missing there, or not used any more, is an
+error.
 """
 import sys
 from dataclasses import fields
@@ -28,12 +30,13 @@ HEAD = """\
 
 {links}
 
-`python train.py algorithm=NAME --help` prints these keys for one algorithm. This page is generated: `python docs/options/build.py`.
+`python train.py algorithm=NAME --help` prints these keys for one algorithm.
+This page is generated: `python docs/options/build.py`.
 """
 
 
 def rows_of(configs: dict[str, type]) -> dict[tuple, list[str]]:
-    """{(key, values, default, meaning): the names of the configurations that have it}, keys in their order."""
+    """{(key, values, default, meaning): the names of the configurations that have it}, keys in order."""
     by_key = {}
     for name, config in configs.items():
         comments = comments_of(config)
