@@ -68,11 +68,17 @@ def page(links: str, say) -> str:
     parts = [say(HEAD).format(links=links)]
     parts += [say("## Keys of every algorithm"), "", *table({"": Common}, head, say), ""]
     shared = ["key", "algorithms", *head[1:]]
-    parts += [say("## Keys of some algorithms"), "", *table(all_configs(), shared, say), ""]
+    parts += [say("## Keys of some algorithms"), "", *table(published(), shared, say), ""]
     programs = {"evaluate.py": evaluate.Config, "sample.py": sample.Config}
     shared = ["key", "programs", *head[1:]]
     parts += [say("## Keys of evaluate.py and sample.py"), "", *table(programs, shared, say), ""]
     return "\n".join(parts)
+
+
+def published() -> dict[str, type]:
+    """The configurations of the algorithms that README.md names: a draft is not among them."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    return {name: config for name, config in all_configs().items() if f"(algorithms/{name}.py)" in readme}
 
 
 def chinese(text: str) -> str:
