@@ -18,7 +18,7 @@ from engine.reward_models import critic_path
 from model import lora
 from model.actor_critic import build_actor_critic
 from model.build import build_critic_trunk, build_policy, keep_no_copies, reshard, shard
-from model.check import check_policy
+from model.check import check_policy, check_sampling
 from model.compiled import compile_policy
 from model.experts import router_loss
 from model.load import is_adapter
@@ -77,6 +77,7 @@ def build(run_config, run: Run, start: str | None = None,
 
 def check_and_compile(policy: Policy, common, examples, notice) -> None:
     check_policy(policy, examples, common, notice)
+    check_sampling(policy, examples, notice)
     updates = Plan(common, len(examples)).total
     compile_policy(policy, common, updates, examples, notice)
 

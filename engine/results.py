@@ -26,6 +26,7 @@ from engine.reward_models import load_off_the_shelf, reward_model_path
 from engine.rollout import Rollout, with_completions
 from engine.score import decoded, score_rollout
 from engine.yaml_file import read_config
+from model.check import check_sampling
 from model.load import base_of, load_config, load_tokenizer_for
 from model.reward_model import is_reward_model
 from model.sampler import sample
@@ -244,6 +245,7 @@ def complete(settings, path: str, name: str, notice) -> tuple[list[dict], dict]:
     reward_models = {}
     if results.left:
         policy = load_frozen(path, tokenizer, examples, notice)
+        check_sampling(policy, examples, notice)
         for reward, reward_path in reward_paths.items():
             if is_reward_model(reward_path):
                 reward_models[reward] = load_frozen(reward_path, tokenizer, examples, notice)
