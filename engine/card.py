@@ -11,6 +11,7 @@ from pathlib import Path
 import yaml
 from huggingface_hub import try_to_load_from_cache
 
+from data.command import as_typed
 from data.errors import printable
 from engine.chart import number
 from engine.logs import redact
@@ -135,7 +136,7 @@ def command_of(run: RunFiles) -> str:
         is_its_value = previous in [f"--{key}" for key in ABOUT_PLACES]
         if not names_place and not is_its_value:
             kept.append(word)
-    return shlex.join(["python", "train.py", *kept])
+    return as_typed(shlex.join(["python", "train.py", *kept]))
 
 
 def configuration(run: RunFiles) -> str:
