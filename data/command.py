@@ -1,5 +1,5 @@
-"""How the programs are started here: `python train.py` in a checkout, `align train` where `pip install .` has put
-the project. All texts are written for a checkout; `as_typed` changes their commands before they are shown."""
+"""How the programs are started here: `python train.py` in a checkout, `align train` in an installed copy. All
+texts are written for a checkout; `as_typed` changes their commands before they are shown."""
 import os
 import re
 import shlex
@@ -23,8 +23,8 @@ def for_align(text: str) -> str:
 
 
 def own_command(words: list[str], launcher: str = "python") -> str:
-    """The command that starts this program with the arguments `words`; `launcher` is what stands before it in a
-    checkout."""
+    """The command that starts this program with the arguments `words`; `launcher` is what stands before it in
+    a checkout."""
     program = sys.argv[0]
     if BY_ALIGN in os.environ:
         program = os.path.basename(program)

@@ -16,6 +16,7 @@ from data.errors import printable
 from engine.chart import number
 from engine.logs import redact
 from engine.report import RunFiles
+from model.modelscope import PREFIX, as_written
 
 VERSION = Path(__file__).resolve().parents[1] / "VERSION"
 ABOUT_PLACES = ("output", "resume")       # keys that say where a run lies, not what it is
@@ -42,7 +43,10 @@ def model_card(run: RunFiles, base: str, is_adapter: bool, is_reward: bool) -> s
     known = front_matter(base)
     library = "peft" if is_adapter else "transformers"
     head = {"library_name": library, "tags": tags_of(algorithm, is_adapter, is_reward)}
-    origin = known.get("base_model") if os.path.exists(base) else base
+    name = as_written(base)
+    origin = name.removeprefix(PREFIX)
+    if name == base and os.path.exists(base):
+        origin = known.get("base_model")
     if isinstance(origin, str) and HUB_NAME.fullmatch(origin):
         head["base_model"] = origin
     for key in LICENSE:
@@ -56,7 +60,7 @@ def model_card(run: RunFiles, base: str, is_adapter: bool, is_reward: bool) -> s
         license_line = "The start model's files name no licence; see where it comes from."
     parts = [
         f"---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---",
-        f"# {plain(base)}, trained with {algorithm}",
+        f"# {plain(name)}, trained with {algorithm}",
         license_line,
         how_to_load(library, is_reward),
         "## Data", data_table(run),
