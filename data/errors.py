@@ -2,6 +2,7 @@
 import atexit
 import json
 import os
+import select
 import signal
 import sys
 import time
@@ -37,6 +38,12 @@ def shown_as(character: str, keep: str) -> str:
     return character if ordinary or character in keep else repr(character)[1:-1]
 
 
+def said_first(error: Exception) -> str:
+    """The first line of what somebody else's code said, or the error's name where that is nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__
+
+
 def notice(text: str) -> None:
     """Tell the user a sentence before there is a run that could log it."""
     print(printable(text, keep=""), file=sys.stderr, flush=True)
@@ -66,10 +73,15 @@ def exit_code(main, close) -> int:
     try:
         try:
             main(sys.argv[1:])
+            sys.stdout.flush()
         finally:
             close()
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:
+        if "--debug" in sys.argv or not reader_left():
+            raise
+        return 128 + signal.SIGPIPE
     except SystemExit as end:
         if isinstance(end.code, str):
             print(end.code, file=sys.stderr)
@@ -85,6 +97,16 @@ def exit_code(main, close) -> int:
             raise
         return 1
     return 0
+
+
+def reader_left() -> bool:
+    """Whether the program that reads our stdout, such as `head`, has ended. Then no more is written there."""
+    stdout = select.poll()
+    stdout.register(sys.stdout.fileno(), 0)
+    if not stdout.poll(0):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
 
 
 def tell(line: str) -> None:

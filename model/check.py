@@ -97,10 +97,16 @@ def use_kernel(policy: Policy, own, examples, asked: str, notice) -> None:
     form = policy.form
     if form.attention != VARLEN and (asked, form.attention) != ("auto", "segments"):
         return
-    policy.use(form._replace(attention="segments"))
-    rounding = difference_to(own, policy, examples, torch.mean)
-    policy.use(form._replace(attention=VARLEN))
-    if difference_to(own, policy, examples, torch.mean) <= max(policy.tolerance, ROUNDING * rounding):
+
+    def difference(attention):
+        policy.use(form._replace(attention=attention))
+        return difference_to(own, policy, examples, torch.mean)
+
+    of_kernel = difference(VARLEN)
+    if of_kernel <= policy.tolerance:
+        return
+    if of_kernel <= ROUNDING * difference("segments"):
+        policy.use(form._replace(attention=VARLEN))
         return
     kind = policy.lm.config.model_type
     if asked == VARLEN:

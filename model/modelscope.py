@@ -3,7 +3,7 @@ model is named, is the model of that name, which the package modelscope keeps in
 import logging
 import re
 
-from data.errors import UserError
+from data.errors import UserError, said_first
 from data.hub import NAME
 
 PREFIX = "modelscope:"
@@ -36,7 +36,7 @@ def directory_of(name: str, notice) -> str:
         try:
             directory = snapshot_download(repo)
         except Exception as error:  # noqa: BLE001  each version has errors of its own
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            reason = said_first(error)
             directory = in_cache(snapshot_download, repo)
             if directory is None:
                 raise UserError(f"model: ModelScope does not give {name} ({reason}), and it is not in the "

@@ -11,7 +11,7 @@ import tempfile
 import numpy as np
 import torch
 
-from data.errors import UserError
+from data.errors import UserError, said_first
 from data.tokenise import stop_ids
 from model.completions import Completion
 
@@ -32,8 +32,7 @@ class VllmSampler:
         try:
             import vllm
         except (ImportError, RuntimeError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"vLLM cannot be imported ({reason}); {FIX}") from error
+            raise UserError(f"vLLM cannot be imported ({said_first(error)}); {FIX}") from error
         self.parameters = vllm.SamplingParams
         self.stop_ids = stop_ids(tokenizer)
         self.is_on_gpu = policy.device.type == "cuda"
@@ -56,7 +55,7 @@ class VllmSampler:
                     seed=seed,
                 )
             except (ValueError, AssertionError, NotImplementedError) as error:
-                reason = (str(error).splitlines() or [type(error).__name__])[0]
+                reason = said_first(error)
                 raise UserError(
                     f"vLLM cannot run this model ({reason}); fix: remove rollout_engine") from error
         self.sleep()
@@ -75,16 +74,7 @@ class VllmSampler:
             self.llm.wake_up(tags=["kv_cache"])
         self.llm.reset_prefix_cache()
 
-    def sample(
-        self,
-        policy,
-        tokenizer,
-        prompts: list[np.ndarray],
-        keys: list[tuple],
-        copies: int,
-        sampling,
-        report=None,
-    ) -> list[list[Completion]]:
+    def sample(self, policy, tokenizer, prompts, keys, copies, sampling, report=None) -> list:
         """What `model.sampler.sample` returns, from the same arguments. The draws depend on the keys too, but
         also on what is decoded together; the log-probs are vLLM's."""
         if not prompts:

@@ -1,5 +1,5 @@
-"""Rollouts of another engine: a stand-in for vLLM gives log-probs that are wrong by a known amount, and the loss must
-be weighted by it; the real vLLM, where it is installed, is compared with the training forward."""
+"""Rollouts of another engine: a stand-in for vLLM gives log-probs that are wrong by a known amount, and the
+loss must be weighted by it; the real vLLM, where it is installed, is compared with the training forward."""
 import importlib.util
 import math
 
@@ -10,10 +10,9 @@ from helpers import (
     ONLINE,
     REWARDED,
     byte_tokenizer,
-    config_of,
+    ending_model,
     metrics,
     prompt_rows,
-    random_lm,
     refused,
     tiny_model,
     train_here,
@@ -42,17 +41,14 @@ needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason
 def files(tmp_path_factory):
     """A start model whose completions do end, and prompts."""
     folder = tmp_path_factory.mktemp("files")
-    lm = random_lm(config_of())
-    lm.lm_head.weight.data[258] *= 3
-    lm.save_pretrained(folder / "model")
-    byte_tokenizer().save_pretrained(folder / "model")
-    return {"model": str(folder / "model"), "data": write_jsonl(folder / "prompts.jsonl", prompt_rows(8))}
+    return {"model": ending_model(folder / "model"),
+            "data": write_jsonl(folder / "prompts.jsonl", prompt_rows(8))}
 
 
 @pytest.fixture
 def run(files, tmp_path, monkeypatch):
-    """run(name, algorithm, shift, key=value, ...) -> the directory of a run whose completions a stand-in for vLLM drew:
-    the own sampler's, with log-probs changed by shift(completion)."""
+    """run(name, algorithm, shift, key=value, ...) -> the directory of a run whose completions a stand-in for
+    vLLM drew: the own sampler's, with log-probs changed by shift(completion)."""
     def run(name, algorithm, shift=None, **values):
         class StandIn:
             def __init__(self, *arguments):
@@ -61,14 +57,16 @@ def run(files, tmp_path, monkeypatch):
             def sample(self, *arguments):
                 changed = []
                 for group in sample(*arguments):
-                    changed.append([completion._replace(logps=completion.logps + np.float32(shift(completion)))
-                                    for completion in group])
+                    changed.append([])
+                    for completion in group:
+                        logps = completion.logps + np.float32(shift(completion))
+                        changed[-1].append(completion._replace(logps=logps))
                 return changed
 
         monkeypatch.setattr("engine.options.find_spec", lambda name: name)
         monkeypatch.setattr("engine.importance.VllmSampler", StandIn)
         keys = PLAIN | dict(batch_size=3, eval_every=1000, max_steps=1, max_grad_norm=1e9) | ONLINE[algorithm]
-        keys |= dict(algorithm=algorithm, model=files["model"], data=files["data"], output=tmp_path / name) | values
+        keys |= dict(algorithm=algorithm, output=tmp_path / name) | files | values
         if shift:
             keys["rollout_engine"] = "vllm"
         train_here(write_config(tmp_path / f"{name}.yml", **keys))
@@ -107,8 +105,10 @@ def test_the_gradient_is_weighted_by_the_ratio(run, monkeypatch, algorithm):
     row, = metrics(weighted)[:1]
     for name in "mean", "min", "max":
         assert row[f"sampling/importance_ratio/{name}"] == pytest.approx(WEIGHT, rel=1e-4)
-    assert not any(name.startswith("sampling/importance_ratio") for name in {**metrics(plain)[0], **metrics(off)[0]})
-    (_, (first, *_)), (_, (other, *_)), (_, (unweighted, *_)) = updates[plain], updates[weighted], updates[off]
+    for name in {**metrics(plain)[0], **metrics(off)[0]}:
+        assert not name.startswith("sampling/importance_ratio")
+    (_, (first, *_)), (_, (other, *_)) = updates[plain], updates[weighted]
+    _, (unweighted, *_) = updates[off]
     is_changed = False
     for name, gradient in first.items():
         assert torch.equal(gradient, unweighted[name])
@@ -129,7 +129,8 @@ def test_mean_and_extremes_over_micro_batches(run):
 
     row = metrics(run("many", "grpo", shift, micro_batch_tokens=60, num_mini_batches=1, num_iterations=1))[0]
     total = sum(count * math.exp(-value) for value, count in drawn)
-    assert row["sampling/importance_ratio/mean"] == pytest.approx(total / sum(count for _, count in drawn), rel=1e-4)
+    mean = total / sum(count for _, count in drawn)
+    assert row["sampling/importance_ratio/mean"] == pytest.approx(mean, rel=1e-4)
     assert row["sampling/importance_ratio/min"] == pytest.approx(math.exp(-max(drawn)[0]), rel=1e-4)
     assert row["sampling/importance_ratio/max"] == pytest.approx(math.exp(-min(drawn)[0]), rel=1e-4)
 
@@ -141,11 +142,13 @@ def test_mean_and_extremes_over_micro_batches(run):
 def test_a_difference_is_told_and_a_large_one_stops(run, capsys, algorithm, shift, files):
     keys = {"teacher": files["model"]} if algorithm == "distill" else {}
     if abs(shift) > 1:
-        with pytest.raises(RunError, match="the training forward and vLLM differ by .* of rollout 1: .*; fix: "):
+        told = "the training forward and vLLM differ by .* of rollout 1: .*; fix: "
+        with pytest.raises(RunError, match=told):
             run("stopped", algorithm, lambda completion: shift, **keys)
         return
     run("told", algorithm, lambda completion: shift, **keys)
-    told = "the training forward and vLLM differ by 0.2 in log-prob per token of rollout 1; fix: precision: fp32"
+    told = ("the training forward and vLLM differ by 0.2 in log-prob per token of rollout 1; "
+            "fix: precision: fp32")
     assert (told in capsys.readouterr().err) == (shift == 0.2)
 
 
@@ -158,7 +161,8 @@ def test_a_difference_is_told_and_a_large_one_stops(run, capsys, algorithm, shif
 def test_what_vllm_cannot_do_is_refused(files, tmp_path, monkeypatch, keys, fault):
     is_installed = keys.pop("installed", True)
     monkeypatch.setattr("engine.options.find_spec", lambda name: name if is_installed else None)
-    path = write_config(tmp_path / "run.yml", algorithm="grpo", reward="r1_zero", **files, rollout_engine="vllm", **keys)
+    keys = files | dict(algorithm="grpo", reward="r1_zero", rollout_engine="vllm") | keys
+    path = write_config(tmp_path / "run.yml", **keys)
     error = refused(load_config, [path])
     assert "rollout_engine" in str(error) and fault in str(error)
 

@@ -38,7 +38,7 @@ class Package:
         self.calls.append((model_id, local_files_only))
         if local_files_only or not self.is_online:
             if not local_files_only or model_id not in self.cached:
-                raise ConnectionError("[E1020] no route\nto modelscope.cn")
+                raise ConnectionError("[E1020] no route\nmore")
         elif f"modelscope:{model_id}" != NAME:
             raise ValueError(f"[E3020] {model_id} does not exist")
         self.cached.add(model_id)
@@ -119,11 +119,11 @@ def test_the_cache_is_used_where_the_network_is_not_there(package, capsys):
     with pytest.raises(UserError) as refused:
         model_path(NAME, notices.append)
     assert str(refused.value) == (
-        f"model: ModelScope does not give {NAME} ([E1020] no route to modelscope.cn), and it is not in the cache; "
+        f"model: ModelScope does not give {NAME} ([E1020] no route), and it is not in the cache; "
         "fix: correct the name, or connect to the network")
     package.cached.add(NAME.partition(":")[2])
     assert model_path(NAME, notices.append) == str(package.folder)
-    assert notices == [f"{NAME}: ModelScope cannot be asked ([E1020] no route to modelscope.cn); "
+    assert notices == [f"{NAME}: ModelScope cannot be asked ([E1020] no route); "
                        "the cache is used as it is"]
 
 
