@@ -8,6 +8,8 @@ import sys
 import time
 import unicodedata
 
+from data.command import as_typed
+
 # to Python unprintable, but a part of words (the soft hyphen) and of emoji (the joiners)
 ORDINARY = "\u00ad\u200c\u200d"
 
@@ -88,7 +90,7 @@ def exit_code(main, close) -> int:
     except UserError as error:
         if "--debug" in sys.argv:
             raise
-        tell(printable(f"error: {error}", keep=""))
+        tell(printable(as_typed(f"error: {error}"), keep=""))
         return error.exit_code
     except Exception:
         if "--debug" in sys.argv or not told():

@@ -22,6 +22,7 @@ from model.check import check_policy, check_sampling
 from model.compiled import compile_policy
 from model.experts import router_loss
 from model.load import is_adapter
+from model.modelscope import as_written
 from model.policy import Policy
 from model.reward_model import build_reward_model
 
@@ -107,4 +108,4 @@ def add_router_loss(policy: Policy, coefficient: float | None, notice) -> None:
 
 def stored_yaml(common, config) -> str:
     """The configuration as a run stores it: always with resume: auto, since `resume` concerns one process."""
-    return as_yaml(replace(common, resume="auto"), config)
+    return as_yaml(replace(common, model=as_written(common.model), resume="auto"), config)

@@ -11,11 +11,13 @@ import yaml
 from huggingface_hub import try_to_load_from_cache
 
 from data import hub
+from data.command import as_typed
 from data.errors import printable
 from engine.chart import number
 from engine.logs import redact
 from engine.report import PLACES, RunFiles
 from model.load import HUB_MODEL
+from model.modelscope import PREFIX, as_written
 
 VERSION = Path(__file__).resolve().parents[1] / "VERSION"
 HIDDEN = ("step", "split", "epoch", "lr", "grad_norm", "tokens_per_second")
@@ -40,7 +42,10 @@ def model_card(run: RunFiles, base: str, is_adapter: bool, is_reward: bool) -> s
     known = front_matter(base)
     library = "peft" if is_adapter else "transformers"
     head = {"library_name": library, "tags": tags_of(algorithm, is_adapter, is_reward)}
-    origin = known.get("base_model") if os.path.exists(base) else base
+    name = as_written(base)
+    origin = name.removeprefix(PREFIX)
+    if name == base and os.path.exists(base):
+        origin = known.get("base_model")
     if isinstance(origin, str) and HUB_MODEL.fullmatch(origin):
         head["base_model"] = origin
     for key in LICENSE:
@@ -54,7 +59,7 @@ def model_card(run: RunFiles, base: str, is_adapter: bool, is_reward: bool) -> s
         license_line = "The start model's files name no licence; see where it comes from."
     parts = [
         f"---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---",
-        f"# {plain(base)}, trained with {algorithm}",
+        f"# {plain(name)}, trained with {algorithm}",
         license_line,
         how_to_load(library, is_reward),
         "## Data", data_table(run),
@@ -130,7 +135,7 @@ def command_of(run: RunFiles) -> str:
         is_its_value = previous in [f"--{key}" for key in PLACES]
         if not names_place and not is_its_value:
             kept.append(word)
-    return shlex.join(["python", "train.py", *kept])
+    return as_typed(shlex.join(["python", "train.py", *kept]))
 
 
 def configuration(run: RunFiles) -> str:

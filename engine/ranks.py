@@ -3,14 +3,13 @@ import datetime
 import itertools
 import os
 import secrets
-import shlex
 import socket
-import sys
 import time
 
 import torch
 import torch.distributed as dist
 
+from data.command import own_command
 from data.errors import UserError
 
 PATIENCE = datetime.timedelta(minutes=30)      # how long a process waits for another one,
@@ -151,10 +150,9 @@ def check_copies(copies: int, world: int) -> None:
 def command(words: list[str]) -> str:
     """The command that starts this program again with the arguments `words`, under torchrun if it runs under
     torchrun now."""
-    program = shlex.join([sys.argv[0], *words])
     if "LOCAL_RANK" not in os.environ:
-        return f"python {program}"
+        return own_command(words)
     local = os.environ.get("LOCAL_WORLD_SIZE")
     if local == os.environ.get("WORLD_SIZE"):
-        return f"torchrun --nproc-per-node {local} {program}"
-    return f"the same torchrun command on every machine, with {program}"
+        return own_command(words, f"torchrun --nproc-per-node {local}")
+    return own_command(words, "the same torchrun command on every machine, with")

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 
+from data.command import as_typed
 from data.dataset import load_datasets
 from data.errors import RunError, UserError
 from data.files import SUFFIXES
@@ -106,7 +107,7 @@ def read_settings(argv: list[str], kind: type, program: str):
 
 def help_text(doc: str, kind: type) -> str:
     """A program's description, and every key with its type, range, default and sentence."""
-    return "\n".join([doc, "keys:", *key_lines(kind)])
+    return "\n".join([as_typed(doc), "keys:", *key_lines(kind)])
 
 
 def name_of(data: str) -> str:

@@ -18,6 +18,7 @@ from data.errors import UserError
 from data.files import SUFFIXES, kind_of
 from data.hub import NAME, why_unreachable
 from data.templates import set_template
+from model import modelscope
 
 RUNS = "runs"                        # where runs are by default; no owner of models is meant by it
 HUB_MODEL = re.compile(f"({NAME}/)?{NAME}")
@@ -64,6 +65,8 @@ def check_name(name: str, key: str = "model") -> None:
     """UserError where there is no directory `name` and it cannot be, or be asked for as, a model on the
     hub."""
     check_path(name, key)
+    if name.startswith(modelscope.PREFIX):
+        return                           # `engine.checkpoint.model_path` asks for it
     cached = os.path.isdir(name) or isinstance(try_to_load_from_cache(name, "config.json"), str)
     cause = None if cached else why_unreachable(name, "model")
     if cause:
@@ -75,6 +78,8 @@ def check_name(name: str, key: str = "model") -> None:
 def check_path(name: str, key: str = "model") -> None:
     """UserError where a model's name can only be a local directory, and there is none: the hub is not
     asked."""
+    if name.startswith(modelscope.PREFIX):
+        return modelscope.check_form(name, key)
     folder = os.path.dirname(name) or "."
     is_local = not HUB_MODEL.fullmatch(name) or name.lower().endswith(FILES) or folder == RUNS
     if os.path.isdir(name) or not (is_local or os.path.exists(name)):
