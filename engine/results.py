@@ -276,7 +276,7 @@ def sampler_of(policy, tokenizer, examples: list, settings):
     if not settings.rollout_engine:
         return sample
     longest = max(len(example.prompt) for example in examples) + settings.max_completion_length
-    engine = other_engine(policy, tokenizer, settings, longest, settings.seed)
+    engine = other_engine(policy, tokenizer, settings, longest, settings.seed, settings.output)
     engine.hand_over(policy)
     return engine.draw
 

@@ -119,22 +119,30 @@ class VllmSampler:
         return [list(map(completion_of, output.outputs)) for output in outputs]
 
     def settings(self, key: tuple, copies: int, sampling):
-        """vLLM's SamplingParams of one prompt. The stop tokens are the policy's, whatever the model's
-        generation_config.json says."""
-        return self.parameters(
-            n=copies,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=sampling.top_k,
-            max_tokens=sampling.max_completion_length,
-            stop=sampling.stop_strings(),
-            include_stop_str_in_output=True,
-            stop_token_ids=self.stop_ids,
-            ignore_eos=True,
-            skip_special_tokens=False,
-            logprobs=0,                                        # of the drawn token alone
-            seed=seed_of(key) if self.is_on_gpu else None,     # the CPU build fails with a seed per request
-        )
+        """vLLM's SamplingParams of one prompt."""
+        request = request_of(key, copies, sampling, self.stop_ids)
+        if not self.is_on_gpu:
+            request["seed"] = None                             # the CPU build fails with a seed per request
+        return self.parameters(**request)
+
+
+def request_of(key: tuple, copies: int, sampling, stop_ids: list[int]) -> dict:
+    """What vLLM is asked for, by the names of its SamplingParams and of its server. The stop tokens are the
+    policy's, whatever the model's generation_config.json says."""
+    return {
+        "n": copies,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "max_tokens": sampling.max_completion_length,
+        "stop": sampling.stop_strings(),
+        "include_stop_str_in_output": True,
+        "stop_token_ids": stop_ids,
+        "ignore_eos": True,
+        "skip_special_tokens": False,
+        "logprobs": 0,                                         # of the drawn token alone
+        "seed": seed_of(key),
+    }
 
 
 def seed_of(key: tuple) -> int:
