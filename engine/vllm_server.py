@@ -38,11 +38,11 @@ START = 10                             # seconds that the first question may tak
 REMAINING = 10                         # seconds in which the server ends what nobody waits for any more
 
 
-class Cut(Exception):
+class Cut(RuntimeError):
     """A request that was not answered, which may be sent once more."""
 
 
-class Refused(Exception):
+class Refused(RuntimeError):
     """What the server says it cannot do."""
 
 
