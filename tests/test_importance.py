@@ -19,6 +19,7 @@ from helpers import (
     prompt_rows,
     random_lm,
     refused,
+    run_train,
     tiny_model,
     train_here,
     watch_updates,
@@ -287,3 +288,21 @@ def test_evaluate_draws_with_vllm(tmp_path):
         assert done.returncode == 0, done.stderr
         rows.append((tmp_path / name / "eval-prompts_eval_results.jsonl").read_text())
     assert rows[0] == rows[1] and len(rows[0].splitlines()) == 12
+
+
+@needs_vllm
+def test_an_engine_per_rank(tmp_path):
+    """Two ranks hold half of the weights each, and their engines get all, after every update. The second rank has one prompt
+    fewer, and in the last rollout none."""
+    data = ROOT / "example" / "tiny" / "prompts.jsonl"
+    rows = data.read_text().splitlines()[:7]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(rows))
+    keys = dict(algorithm="grpo", model="example/tiny/model", data=tmp_path / "prompts.jsonl", reward="r1_zero", max_length=256,
+                max_completion_length=40, num_generations=4, batch_size=3, max_steps=3, lr=1e-2, num_iterations=1,
+                rollout_engine="vllm", vllm_memory=0.1, output=tmp_path / "run", micro_batch_tokens=200)
+    done = run_train([write_config(tmp_path / "run.yml", **keys)], processes=2, timeout=600)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    for row in metrics(tmp_path / "run"):
+        assert row["sampling/sampling_logp_difference/mean"] < 1e-5
+        for name in "mean", "min", "max":
+            assert row[f"sampling/importance_ratio/{name}"] == pytest.approx(1, abs=1e-3)

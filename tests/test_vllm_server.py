@@ -29,6 +29,7 @@ from helpers import (
     write_jsonl,
 )
 from test_engine_exact import PLAIN
+from transformers import AutoTokenizer
 
 import evaluate
 import sample as sample_program
@@ -308,9 +309,16 @@ def test_what_the_server_says_is_told(server, policy, tmp_path, path, fault):
     assert "\n" not in str(caught.value) and not list(tmp_path.rglob("*.safetensors"))
 
 
+def test_an_older_vllm_tells_its_settings_as_text(server, tmp_path, monkeypatch):
+    known = server.answer
+    monkeypatch.setattr(server, "answer", lambda path, body: {"vllm_config": "mode"} if "info" in path else known(path, body))
+    error = refused(client, server, tmp_path)
+    assert "does not tell how it was started; fix: install vLLM 0.32 or newer there" in error
+
+
 def test_an_older_vllm_gives_no_token_ids(server, policy, tmp_path, monkeypatch):
     monkeypatch.setattr(server, "choices", lambda body: [{"index": 0, "text": "a"}])
-    with pytest.raises(RunError, match="answers without .*token_ids.*; fix: install vLLM 0.11 or newer there"):
+    with pytest.raises(RunError, match="gives no token ids with their log-probs; fix: install vLLM 0.32 or newer there"):
         client(server, tmp_path).sample(policy, server.tokenizer, *given(), 1, settings_of())
 
 
@@ -435,10 +443,13 @@ def real(tmp_path_factory):
 def test_the_real_server(real, tmp_path):
     """Before and after the weights have moved: the log-probs are those of the training forward, and greedy completions the own
     sampler's."""
-    tokenizer = byte_tokenizer()
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
     policy = build_policy(str(TINY), tokenizer, ModelKeys(max_length=256))
     engine = VllmServer(real, tokenizer, str(tmp_path), 256)
-    prompts, keys = given()
+    texts = [f"Leo has {i} apples, Max has 56. How many more has Leo?" for i in range(60, 65)]
+    # whole characters: vLLM's text of a completion may begin with those that the prompt leaves open
+    prompts = [np.array(tokenizer(text).input_ids, np.int32) for text in texts]
+    _, keys = given()
     for update in 0.0, 0.1:
         with torch.no_grad():
             for parameter in policy.parameters():
