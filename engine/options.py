@@ -42,8 +42,7 @@ def names_engine(value: str) -> bool:
     return value == "vllm" or (parts.scheme in ("http", "https") and has_address and is_bare)
 
 
-RolloutEngine = Annotated[str, Range("vllm, or the address of a vllm serve, such as http://host:8000",
-                                     names_engine)]
+RolloutEngine = Annotated[str, Range("vllm or http://host:port", names_engine)]
 
 
 class Options:

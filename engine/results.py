@@ -43,7 +43,15 @@ from rewards.functions import check_rewards, load_reward, score_all
 from rewards.verifiers import golds_of, r1_zero, r1_zero_details
 
 # keys that change no completion and no score
-NOT_COMPARED = ("output", "dump", "limit", "rollout_batch_size", "vllm_memory", "min_reward", "reward_timeout")
+NOT_COMPARED = (
+    "output",
+    "dump",
+    "limit",
+    "rollout_batch_size",
+    "vllm_memory",
+    "min_reward",
+    "reward_timeout",
+)
 
 
 @dataclass(kw_only=True)

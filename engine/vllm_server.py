@@ -33,6 +33,7 @@ INFO = "/server_info?config_format=json"
 COMMAND = "VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --logprobs-mode processed_logprobs"
 NEWER = "install vLLM 0.32 or newer there"
 AGAIN = "start it again, and then this run, which goes on from its last checkpoint"
+FOLDER = ".weights-for-vllm"            # in the run's directory, while weights are handed over
 AT_ONCE = 256                          # requests of a process in flight; vLLM queues what it cannot compute
 ATTEMPTS = 5                           # at a request, 1, 2, 4 and 8 seconds apart
 CLOSED = 502, 503, 504                 # what a proxy says while the server behind it cannot be reached
@@ -55,14 +56,14 @@ class VllmServer:
 
     def __init__(self, url: str, tokenizer, output: str, max_length: int):
         self.url = url.rstrip("/")
-        self.folder = os.path.join(os.path.abspath(output), "vllm")
+        self.folder = os.path.join(os.path.abspath(output), FOLDER)
         self.stop_ids = stop_ids(tokenizer)
         try:
             served, *_ = answer(self.url + "/v1/models", timeout=START)["data"]
+            self.model, longest = served["id"], served["max_model_len"]
         except (Cut, Refused, KeyError, TypeError, ValueError) as error:
             raise UserError(f"rollout_engine: no vLLM answers at {self.url} ({first_line(error)}); "
                             f"fix: start it there ({COMMAND}), or correct the address") from error
-        self.model, longest = served["id"], served["max_model_len"]
         if longest < max_length:
             raise UserError(f"rollout_engine: the vLLM at {self.url} takes {longest} tokens, and prompt and "
                             f"completion may have {max_length}; fix: start it with --max-model-len "

@@ -61,7 +61,7 @@ class StandIn(ThreadingHTTPServer):
         self.tokenizer = byte_tokenizer()
         self.load(folder)
         self.lock = threading.Lock()
-        self.asked, self.faults, self.refuses = [], {}, {}
+        self.asked, self.faults, self.refuses, self.model = [], {}, {}, None
         self.device, self.mode, self.longest, self.instance, self.success = "cuda", "processed_logprobs", 256, "a", True
 
     def load(self, directory):
@@ -69,7 +69,7 @@ class StandIn(ThreadingHTTPServer):
 
     def answer(self, path, body):
         if path == "/v1/models":
-            return {"data": [{"id": "served", "max_model_len": self.longest}]}
+            return {"data": [self.model or {"id": "served", "max_model_len": self.longest}]}
         if path == "/server_info?config_format=json":
             return {"vllm_config": {"model_config": {"logprobs_mode": self.mode}, "device_config": {"device": self.device},
                                     "instance_id": self.instance}}
@@ -254,6 +254,7 @@ def test_weights_in_bf16_are_rounded_before_they_are_written(server, policy, tmp
 @pytest.mark.parametrize("changes, fault", [
     ({"refuses": {"/v1/models": (404, "no")}}, r"no vLLM answers at .*\(no\); fix: start it there"),
     ({"refuses": {"/server_info?config_format=json": (404, "Not Found")}}, "takes no weights .*; fix: start it with VLLM_SERVER_DEV"),
+    ({"model": {"id": "served"}}, r"no vLLM answers at .*max_model_len.*; fix: start it there"),
     ({"mode": "raw_logprobs"}, "are raw_logprobs, .*; fix: start it with --logprobs-mode processed_logprobs"),
     ({"longest": 63}, "takes 63 tokens, .* 64; fix: start it with --max-model-len 64"),
 ])
@@ -281,7 +282,7 @@ def test_addresses(files, tmp_path, monkeypatch, value, accepted):
         assert load_config([path]).config.rollout_engine == value
     else:
         error = refused(load_config, [path])
-        assert error.startswith("rollout_engine (") and "fix: give vllm, or the address of a vllm serve" in error
+        assert error.startswith("rollout_engine (") and "fix: give vllm or http://host:port" in error
 
 
 @pytest.mark.parametrize("keys, fix", [({"top_k": 3}, "top_p=1 and top_k=0"), ({"lora_r": 4}, "remove lora_r")])
@@ -371,7 +372,7 @@ def test_every_rollout_is_drawn_with_the_weights_of_then(server, files, tmp_path
         assert row["sampling/sampling_logp_difference/mean"] < 1e-5
         for name in "mean", "min", "max":
             assert row[f"sampling/importance_ratio/{name}"] == pytest.approx(1, abs=1e-4)
-    assert not (tmp_path / "run" / "vllm").exists()
+    assert not list((tmp_path / "run").glob(".*"))
 
 
 def test_two_processes_are_one(server, files, tmp_path):
