@@ -31,7 +31,7 @@ def other_engine(policy, tokenizer, config, max_length: int, seed: int, output: 
                         "is an adapter; fix: give a merged model, or remove rollout_engine")
     if config.rollout_engine == "vllm":
         return VllmSampler(policy, tokenizer, max_length, config.vllm_memory, seed)
-    return VllmServer(config.rollout_engine, tokenizer, output, max_length)
+    return VllmServer(config.rollout_engine, policy, tokenizer, output, max_length)
 
 
 def importance_weighted(engine, batch, old_logps: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:

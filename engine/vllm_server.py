@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 from safetensors.torch import save_file
+from transformers import AutoConfig
 
 from data.errors import RunError, UserError
 from data.tokenise import stop_ids
@@ -33,6 +34,7 @@ INFO = "/server_info?config_format=json"
 COMMAND = "VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --logprobs-mode processed_logprobs"
 NEWER = "install vLLM 0.32 or newer there"
 AGAIN = "start it again, and then this run, which goes on from its last checkpoint"
+SIZES = "model_type", "vocab_size", "hidden_size", "num_hidden_layers"
 FOLDER = ".weights-for-vllm"            # in the run's directory, while weights are handed over
 AT_ONCE = 256                          # requests of a process in flight; vLLM queues what it cannot compute
 ATTEMPTS = 5                           # at a request, 1, 2, 4 and 8 seconds apart
@@ -54,7 +56,7 @@ class VllmServer:
     `max_length`: tokens of the longest prompt and its completion. UserError where nobody answers, or vLLM was
     started without what is needed here."""
 
-    def __init__(self, url: str, tokenizer, output: str, max_length: int):
+    def __init__(self, url: str, policy, tokenizer, output: str, max_length: int):
         self.url = url.rstrip("/")
         self.folder = os.path.join(os.path.abspath(output), FOLDER)
         self.stop_ids = stop_ids(tokenizer)
@@ -68,9 +70,24 @@ class VllmServer:
             raise UserError(f"rollout_engine: the vLLM at {self.url} takes {longest} tokens, and prompt and "
                             f"completion may have {max_length}; fix: start it with --max-model-len "
                             f"{max_length}, or lower max_length")
+        self.check_model(served.get("root", self.model), policy.lm.config.get_text_config())
         settings = self.checked_settings()
         self.instance = settings["instance_id"]                      # another one after a restart
         self.is_on_gpu = settings["device_config"]["device"] != "cpu"
+
+    def check_model(self, root: str, ours) -> None:
+        """UserError where the server has another model than that with the configuration `ours`. Its files
+        must be seen here, too; else loading the weights shows it, which vLLM does not survive."""
+        try:
+            theirs = AutoConfig.from_pretrained(root, local_files_only=True).get_text_config()
+        except (OSError, ValueError):
+            return
+        for key in SIZES:
+            served, wanted = getattr(theirs, key, None), getattr(ours, key, None)
+            if served != wanted:
+                raise UserError(f"rollout_engine: the vLLM at {self.url} serves {root}, whose {key} is "
+                                f"{served}, and that of the run's model is {wanted}; fix: serve the model of "
+                                "this run there")
 
     def checked_settings(self) -> dict:
         """How the server was started. UserError where it takes no weights, or its log-probs are not those at

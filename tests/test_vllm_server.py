@@ -174,8 +174,9 @@ def no_sleep(monkeypatch):
     return waits
 
 
-def client(server, tmp_path, **values):
-    return VllmServer(server.url, server.tokenizer, str(tmp_path), **{"max_length": 64} | values)
+def client(server, tmp_path, policy=None):
+    policy = policy or server.policy
+    return VllmServer(server.url, policy, server.tokenizer, str(tmp_path), 64)
 
 
 def given(count=5):
@@ -266,9 +267,24 @@ def test_a_server_that_cannot_serve(server, tmp_path, changes, fault):
     assert "\n" not in str(caught.value) and not isinstance(caught.value, RunError)
 
 
+@pytest.mark.parametrize("changes, fault", [
+    ({"num_hidden_layers": 3}, "whose num_hidden_layers is 3, and that of the run's model is 2"),
+    ({"hidden_size": 16}, "whose hidden_size is 16, and that of the run's model is 32"),
+    ({"initializer_range": 0.1}, None), (None, None)])
+def test_another_model_is_served(server, policy, tmp_path, changes, fault):
+    """Where its files are seen; None: they are on the server's machine only."""
+    if changes:
+        config_of(**changes).save_pretrained(tmp_path / "theirs")
+    server.model = {"id": "served", "max_model_len": 128, "root": str(tmp_path / "theirs")}
+    if fault:
+        assert fault in refused(client, server, tmp_path, policy)
+    else:
+        client(server, tmp_path, policy)
+
+
 def test_nobody_answers(tmp_path):
     with pytest.raises(UserError, match=r"^rollout_engine: no vLLM answers at http://127.0.0.1:9 \(.*refused.*\); fix: start it"):
-        VllmServer("http://127.0.0.1:9", byte_tokenizer(), str(tmp_path), 64)
+        VllmServer("http://127.0.0.1:9", None, byte_tokenizer(), str(tmp_path), 64)
 
 
 @pytest.mark.parametrize("value, accepted", [
@@ -446,7 +462,7 @@ def test_the_real_server(real, tmp_path):
     sampler's."""
     tokenizer = AutoTokenizer.from_pretrained(TINY)
     policy = build_policy(str(TINY), tokenizer, ModelKeys(max_length=256))
-    engine = VllmServer(real, tokenizer, str(tmp_path), 256)
+    engine = VllmServer(real, policy, tokenizer, str(tmp_path), 256)
     texts = [f"Leo has {i} apples, Max has 56. How many more has Leo?" for i in range(60, 65)]
     # whole characters: vLLM's text of a completion may begin with those that the prompt leaves open
     prompts = [np.array(tokenizer(text).input_ids, np.int32) for text in texts]
