@@ -4,6 +4,7 @@ import itertools
 import os
 import secrets
 import socket
+import sys
 import time
 
 import torch
@@ -35,7 +36,8 @@ def start_processes(deterministic: bool) -> None:
 
 
 def stop_processes() -> None:
-    if "LOCAL_RANK" in os.environ and dist.is_initialized():      # else the group is vLLM's, which ends it
+    # vLLM has groups of its own within this one, and ends them all when the process ends
+    if dist.is_initialized() and "vllm" not in sys.modules:
         dist.destroy_process_group()
 
 

