@@ -139,6 +139,8 @@ SAME = {
     "rollout_engine (vllm, http://host:port, or null for the own sampler)":
         "use_vllm infer_backend inference_backend rollout_backend rollout.name",
     "vllm_memory (a share of the GPU's memory)": "vllm_gpu_memory_utilization gpu_memory_utilization",
+    "vllm_tensor_parallel (processes that share an engine)":
+        "vllm_tensor_parallel_size rollout.tensor_model_parallel_size rollout_tp_size",
     "importance_sampling (truncate, mask or off)":
         "vllm_importance_sampling_correction enable_vllm_is_correction vllm_importance_sampling_mode",
     "sample_every (a number of updates)": "log_completions sample_during_eval",
@@ -303,7 +305,7 @@ NOT_NEEDED = {
     "a run is not uploaded; its final/ can be": "push_to_hub push_to_hub_* hub_* create_model_card",
     "the own sampler draws the completions, with rollout_engine=vllm vLLM in the same process, or with "
     "rollout_engine=http://host:port a running vllm serve":
-        "vllm_mode vllm_server_* vllm_tensor_parallel_size vllm_num_engines vllm_model_impl vllm_enable_* "
+        "vllm_mode vllm_server_* vllm_num_engines vllm_model_impl vllm_enable_* "
         "sglang_* lmdeploy_* enable_prefix_caching enforce_eager use_transformers_paged "
         "refresh_vllm_every sleep_level",
     "a completion ends at the model's own stop tokens; `stop` adds strings":

@@ -3,6 +3,7 @@ sampler draws from a slightly different policy: importance weights take that out
 import torch
 
 from data.errors import RunError, UserError
+from engine.ranks import distributed
 from engine.vllm_server import VllmServer
 from model.sampler import sample
 from model.vllm import VllmSampler
@@ -29,9 +30,14 @@ def other_engine(policy, tokenizer, config, max_length: int, seed: int, output: 
     if hasattr(policy.lm, "peft_config"):
         raise UserError(f"rollout_engine is {config.rollout_engine}, which gets whole weights, and the model "
                         "is an adapter; fix: give a merged model, or remove rollout_engine")
-    if config.rollout_engine == "vllm":
-        return VllmSampler(policy, tokenizer, max_length, config.vllm_memory, seed)
-    return VllmServer(config.rollout_engine, policy, tokenizer, output, max_length)
+    if config.rollout_engine != "vllm":
+        return VllmServer(config.rollout_engine, policy, tokenizer, output, max_length)
+    _, world = distributed()
+    sharing = config.vllm_tensor_parallel
+    if world % sharing:
+        raise UserError(f"vllm_tensor_parallel is {sharing}, which does not divide the number of processes, "
+                        f"{world}; fix: start {sharing} under torchrun, or give 1")
+    return VllmSampler(policy, tokenizer, max_length, config.vllm_memory, seed, sharing)
 
 
 def importance_weighted(engine, batch, old_logps: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:

@@ -120,6 +120,8 @@ class Generation(Options):
     #                                        http://host:port = a running vllm serve does, on other GPUs; null
     #                                        = the own sampler does
     vllm_memory: Fraction = 0.3            # the share of the GPU's memory that vLLM may use
+    vllm_tensor_parallel: Count = 1        # neighbouring processes that share an engine of vLLM, each with a
+    #                                        part of its weights
 
     def __post_init__(self):
         if self.stop == "auto":

@@ -51,6 +51,7 @@ NOT_COMPARED = (
     "limit",
     "rollout_batch_size",
     "vllm_memory",
+    "vllm_tensor_parallel",
     "min_reward",
     "reward_timeout",
 )

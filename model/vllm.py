@@ -26,9 +26,10 @@ class VllmSampler:
     memory to the training.
 
     `max_length`: tokens of the longest prompt and its completion. `memory`: the share of a GPU's memory that
-    weights and KV cache may take. UserError where vLLM cannot be imported, or cannot run this model."""
+    weights and KV cache may take; `sharing`: how many neighbouring ranks share an engine, each with a part of
+    its weights. UserError where vLLM cannot be imported, or cannot run this model."""
 
-    def __init__(self, policy, tokenizer, max_length: int, memory: float, seed: int):
+    def __init__(self, policy, tokenizer, max_length: int, memory: float, seed: int, sharing: int = 1):
         # the weights are handed over from this process
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -39,6 +40,7 @@ class VllmSampler:
         self.parameters = vllm.SamplingParams
         self.stop_ids = stop_ids(tokenizer)
         self.is_on_gpu = policy.device.type == "cuda"
+        self.group = neighbours(sharing) if sharing > 1 else None
         with tempfile.TemporaryDirectory() as directory:
             config = copy.deepcopy(policy.lm.config)
             if not self.is_on_gpu:
@@ -54,8 +56,9 @@ class VllmSampler:
                     gpu_memory_utilization=memory,
                     enable_sleep_mode=self.is_on_gpu,
                     enforce_eager=not self.is_on_gpu,
-                    # every rank has an engine of its own, which joins torchrun's process group
+                    # every rank runs vLLM's code itself, which joins torchrun's process group
                     distributed_executor_backend="external_launcher" if num_ranks() > 1 else None,
+                    tensor_parallel_size=sharing,
                     logprobs_mode="processed_logprobs",        # at the sampling temperature
                     seed=seed,
                 )
@@ -97,21 +100,34 @@ class VllmSampler:
         sampling,
         report=None,
     ) -> list[list[Completion]]:
-        """As `sample`, with the weights that were handed over before."""
-        if not prompts:
+        """As `sample`, with the weights that were handed over before. Ranks that share an engine ask for the
+        same: the prompts of all of them, one rank's after the other's."""
+        parts = [(prompts, keys)]
+        rank = 0
+        if self.group:
+            rank = torch.distributed.get_rank(self.group)
+            parts = [None] * torch.distributed.get_world_size(self.group)
+            torch.distributed.all_gather_object(parts, (prompts, keys), group=self.group)
+        asked = []
+        for part in parts:
+            asked += zip(*part)
+        if not asked:
             return []
         requests = []
         settings = []
-        for prompt, key in zip(prompts, keys):
+        for prompt, key in asked:
             requests.append({"prompt_token_ids": prompt.tolist()})
             settings.append(self.settings(key, copies, sampling))
         # a CPU build draws from PyTorch's own generator, whose state the training keeps
         with torch.random.fork_rng(enabled=not self.is_on_gpu), torch.no_grad():
-            torch.manual_seed(seed_of(keys[0]))
+            _, first_key = asked[0]
+            torch.manual_seed(seed_of(first_key))
             outputs = self.llm.generate(requests, settings, use_tqdm=False)
         if report:
             report(len(prompts) * copies, len(prompts) * copies)
-        return [list(map(completion_of, output.outputs)) for output in outputs]
+        before = sum(len(part) for part, _ in parts[:rank])
+        own = outputs[before:before + len(prompts)]
+        return [list(map(completion_of, output.outputs)) for output in own]
 
     def settings(self, key: tuple, copies: int, sampling):
         """vLLM's SamplingParams of one prompt."""
@@ -119,6 +135,16 @@ class VllmSampler:
         if not self.is_on_gpu:
             request["seed"] = None                             # the CPU build fails with a seed per request
         return self.parameters(**request)
+
+
+def neighbours(count: int):
+    """The process group of the `count` ranks, this one among them, that share an engine. All ranks call
+    this."""
+    world = torch.distributed.get_world_size()
+    groups = []
+    for first in range(0, world, count):
+        groups.append(torch.distributed.new_group(range(first, first + count), backend="gloo"))
+    return groups[torch.distributed.get_rank() // count]
 
 
 def request_of(key: tuple, copies: int, sampling, stop_ids: list[int]) -> dict:

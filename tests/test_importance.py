@@ -5,6 +5,7 @@ import importlib.util
 import math
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -29,10 +30,10 @@ from test_engine_exact import PLAIN
 
 import evaluate
 import sample as sample_program
-from data.errors import RunError
+from data.errors import RunError, UserError
 from data.pack import Example, Response
 from engine.config import load_config
-from engine.importance import importance_weights
+from engine.importance import importance_weights, other_engine
 from engine.options import Sampling
 from model.build import build_policy
 from model.keys import ModelKeys
@@ -174,6 +175,13 @@ def test_what_vllm_cannot_do_is_refused(files, tmp_path, monkeypatch, keys, faul
     assert "rollout_engine" in str(error) and fault in str(error)
 
 
+def test_processes_that_share_an_engine_divide_all():
+    policy = SimpleNamespace(lm=None)
+    config = SimpleNamespace(rollout_engine="vllm", vllm_tensor_parallel=2)
+    with pytest.raises(UserError, match="is 2, which does not divide the number of processes, 1; fix: start 2"):
+        other_engine(policy, None, config, max_length=8, seed=0, output="")
+
+
 PROGRAMS = evaluate.main, sample_program.main
 
 
@@ -295,7 +303,8 @@ def test_evaluate_draws_with_vllm(tmp_path):
 
 
 @needs_vllm
-def test_an_engine_per_rank(tmp_path):
+@pytest.mark.parametrize("sharing", [1, 2])
+def test_an_engine_per_rank_or_one_for_both(tmp_path, sharing):
     """Two ranks hold half of the weights each, and their engines get all, after every update. The second rank has one prompt
     fewer, and in the last rollout none."""
     data = ROOT / "example" / "tiny" / "prompts.jsonl"
@@ -303,7 +312,8 @@ def test_an_engine_per_rank(tmp_path):
     (tmp_path / "prompts.jsonl").write_text("\n".join(rows))
     keys = dict(algorithm="grpo", model="example/tiny/model", data=tmp_path / "prompts.jsonl", reward="r1_zero", max_length=256,
                 max_completion_length=40, num_generations=4, batch_size=3, max_steps=3, lr=1e-2, num_iterations=1,
-                rollout_engine="vllm", vllm_memory=0.1, output=tmp_path / "run", micro_batch_tokens=200)
+                rollout_engine="vllm", vllm_memory=0.1, output=tmp_path / "run", micro_batch_tokens=200,
+                vllm_tensor_parallel=sharing)
     done = run_train([write_config(tmp_path / "run.yml", **keys)], processes=2, timeout=600)
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
     for row in metrics(tmp_path / "run"):
