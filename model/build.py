@@ -255,10 +255,16 @@ def reshard(policy: Policy) -> None:
 
 
 def embeddings(module) -> list:
-    """The embeddings in a module whose weight is not the head's, too."""
+    """The embeddings in a module, outside of its decoder layers, whose weight is not the head's, too."""
     uses = Counter(id(weight) for _, weight in module.named_parameters(remove_duplicate=False))
-    found = [part for part in module.modules() if type(part) is nn.Embedding]
-    return [part for part in found if uses[id(part.weight)] == 1]
+    inside = set()
+    for layer in decoder_layers(module):
+        inside.update(layer.modules())
+    found = []
+    for part in module.modules():
+        if type(part) is nn.Embedding and part not in inside and uses[id(part.weight)] == 1:
+            found.append(part)
+    return found
 
 
 def shard(policy: Policy, copies: int = 1) -> None:

@@ -11,8 +11,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+import transformers
 
-from data.errors import UserError
+from data.errors import UserError, said_first
 from data.pack import Example, Response
 from data.store import extremes
 from model.cpu import cpu_linears
@@ -193,7 +194,7 @@ def differences_to_training(policy: Policy, example: Example, drawn) -> torch.Te
 
 def own_logps(policy: Policy, examples) -> torch.Tensor:
     """Log-probs (N,) of the trained tokens by the LM's own forward, one response at a time. Raises UserError
-    where a later token changes what is predicted before it."""
+    where that fails, or a later token changes what is predicted before it."""
     found = []
     with ordinary_state(policy) as lm, unpatched(lm):
         for example in examples:
@@ -215,10 +216,19 @@ def own_logps(policy: Policy, examples) -> torch.Tensor:
 
 
 def own_logits(lm, row, start: int):
-    """The logits (L, V) fp32 that predict the tokens of a row (1, T) from `start` on."""
+    """The logits (L, V) fp32 that predict the tokens of a row (1, T) from `start` on. UserError where the
+    LM's own forward fails."""
     predicting = row.shape[1] - start + 1
     mask = torch.ones_like(row)
-    logits = lm(row, attention_mask=mask, use_cache=False, logits_to_keep=predicting).logits[0]
+    try:
+        logits = lm(row, attention_mask=mask, use_cache=False, logits_to_keep=predicting).logits[0]
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # noqa: BLE001  somebody else's layers
+        reason = f"{type(error).__name__}: {said_first(error)}"
+        raise UserError(f"model: the forward of a {lm.config.model_type} fails in transformers "
+                        f"{transformers.__version__} ({reason}); fix: another version of it, or another "
+                        "model") from error
     # some families keep all; a copy, since FSDP warns of a view
     return logits[-predicting:-1].to(torch.float32, copy=True)
 

@@ -205,7 +205,7 @@ def test_evaluate_and_sample_hand_the_weights_over_once(files, tmp_path, monkeyp
     seen, lengths = [], []
 
     class StandIn:
-        def __init__(self, policy, tokenizer, max_length, memory, seed):
+        def __init__(self, policy, tokenizer, max_length, memory, seed, sharing):
             seen.append((max_length, memory, seed))
 
         def hand_over(self, policy):

@@ -6,6 +6,7 @@ import random
 import numpy as np
 import pytest
 import torch
+import transformers
 from helpers import byte_tokenizer, config_of, kinds, random_lm, tiny_model
 from transformers import (
     AutoModelForCausalLM,
@@ -302,6 +303,20 @@ def test_check_policy_falls_back_where_sharing_is_wrong(mode, shared):
         check_policy(policy, examples(2), keys, notices.append)
         assert policy.share_prompt is shared and len(notices) == (mode == "auto")
         assert policy.form.attention == "segments"
+
+
+def test_check_policy_names_a_forward_that_fails():
+    """As Llama 4 with images in transformers 5.24: its forward wants an output that its layers do not give."""
+    lm = random_lm(config_of())
+
+    def fail(*_):
+        raise AttributeError("'MoeCausalLMOutputWithPast' object has no attribute 'image_outputs'")
+
+    lm.lm_head.register_forward_hook(fail)
+    with pytest.raises(UserError) as caught:
+        check_policy(Policy(lm), examples(2), ModelKeys(), lambda text: None)
+    says = f"the forward of a qwen2 fails in transformers {transformers.__version__} (AttributeError: 'Moe"
+    assert says in str(caught.value)
 
 
 @pytest.mark.parametrize("hidden_scale", [1.0, 0.5])
