@@ -1,8 +1,8 @@
 """`python -m pytest tests/test_resume.py --algorithm NAME` tests one file of algorithms/, also your own;
 `python -m pytest -m quick` runs the files that take seconds."""
+import gc
 
 QUICK = ("losses", "online_losses", "pack", "divergence", "entropy", "verifiers", "reading", "advice")
-
 
 
 def pytest_configure(config):
@@ -36,3 +36,9 @@ def pytest_collection_modifyitems(config, items):
         chosen = [item for item in items if "chosen_algorithm" in item.fixturenames]
         config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
         items[:] = chosen
+
+
+def pytest_collection_finish(session):
+    """What is there before the first test, the libraries above all, is no garbage: no collection reads it
+    again. Every run with a reference makes one."""
+    gc.freeze()
