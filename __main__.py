@@ -14,6 +14,11 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))      # the folders import each other by their own names, as in a checkout
+
+from data.command import BY_ALIGN, for_align  # noqa: E402
+
+WITH_COMMANDS = (".md", ".py", ".sh", ".yml")      # files of example/ that name commands
 PROGRAMS = ("train", "evaluate", "sample", "chat", "report")
 
 
@@ -21,7 +26,8 @@ def main() -> None:
     command, *arguments = sys.argv[1:] or ["--help"]
     if command in PROGRAMS:
         program = str(HERE / f"{command}.py")
-        os.execv(sys.executable, [sys.executable, program, *arguments])
+        environment = {**os.environ, BY_ALIGN: "1"}
+        os.execve(sys.executable, [sys.executable, program, *arguments], environment)
     if command == "example":
         return copy_examples()
     if command == "path":
@@ -34,14 +40,22 @@ def main() -> None:
 
 
 def copy_examples() -> None:
-    """Copy the folder of examples, whose files name each other by paths such as example/tiny/model."""
+    """Copy the folder of examples, whose files name each other by paths such as example/tiny/model. What they
+    name or run as `python train.py` becomes `align train`."""
     try:
-        shutil.copytree(HERE / "example", "example")
+        shutil.copytree(HERE / "example", "example", copy_function=copy_example)
     except FileExistsError:
         fail("example exists here already; fix: go to another directory, or move it away")
     except OSError as error:
         fail(f"example cannot be written ({error}); fix: go to a directory that you may write")
     print("example  try: align train example/tiny-dpo.yml")
+
+
+def copy_example(source: str, target: str) -> None:
+    shutil.copy2(source, target)
+    if source.endswith(WITH_COMMANDS):
+        text = Path(target).read_text(encoding="utf-8")
+        Path(target).write_text(for_align(text), encoding="utf-8")
 
 
 def fail(reason: str) -> None:

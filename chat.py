@@ -22,6 +22,7 @@ import torch
 from transformers import TextStreamer
 from transformers.utils import logging
 
+from data.command import as_typed
 from data.errors import UserError, notice, printable, run_program
 from data.tokenise import Tokeniser, stop_ids
 from engine.cast import nearest, read_mapping, show
@@ -93,7 +94,8 @@ KEYS = ("temperature", "max-new-tokens", "seed", "chat-template", "system-prompt
 
 def parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    program = as_typed("python chat.py")
+    parser = argparse.ArgumentParser(prog=program, description=as_typed(__doc__), formatter_class=raw)
     parser.add_argument("model", nargs="+")
     parser.add_argument("--temperature", type=float,
                         help="0 is greedy, 1 samples as training does (default: 0 for runs that a verifier "

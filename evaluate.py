@@ -5,9 +5,9 @@ or without a reference by its log-prob alone.
 MODEL is a run (its final model, else its newest whole checkpoint), a model directory (an adapter too) or a
 hub name; with pairs also a reward model: a run of rm, or any sequence classifier with one label. With
 `dump=alpaca data=tatsu-lab/alpaca_eval` the answers are also written in the form that AlpacaEval judges;
-that takes no reward. Results go
-line by line to <data>_eval_results.jsonl in `output` and their averages to <data>_eval_summary.json. The same
-command continues an interrupted evaluation; its numbers are those of an undisturbed one.
+that takes no reward. Results go line by line to <data>_eval_results.jsonl in `output` and their averages to
+<data>_eval_summary.json. The same command continues an interrupted evaluation; its numbers are those of an
+undisturbed one.
 """
 import signal
 

@@ -9,6 +9,7 @@ the commands. The page needs neither a server nor the network. Every run writes 
 `--markdown` prints the tables instead.
 """
 
+from data.command import as_typed
 from data.errors import UserError, run_program
 from engine.report import as_markdown, page, read_run
 
@@ -17,7 +18,7 @@ def main(argv: list[str]) -> None:
     directories, output = [], "report.html"
     for word in argv:
         if word in ("-h", "--help"):
-            return print(__doc__)
+            return print(as_typed(__doc__))
         if word.startswith("output="):
             output = word.partition("=")[2]
         elif word.startswith("--") and word != "--markdown":

@@ -10,7 +10,7 @@ import json
 import re
 
 from data.bounds import bounded
-from data.errors import UserError
+from data.errors import UserError, said_first
 from data.messages import THOUGHTS, unflagged
 
 MARK = "PROBE"          # a text that no template has a reason to change
@@ -299,8 +299,7 @@ def _apply(tokenizer, messages, tools, generation_prompt, where):
         return tokenizer.apply_chat_template(messages, tools=tools, tokenize=False,
                                              add_generation_prompt=generation_prompt)
     except jinja2.TemplateError as error:
-        said = (str(error).splitlines() or [""])[0][:200]
-        raise Unusable(f"the chat template refuses it: {said}") from None
+        raise Unusable(f"the chat template refuses it: {said_first(error)}") from None
     except MemoryError:                    # `bounded` says so
         raise
     except Exception as error:  # noqa: BLE001  a template is a program

@@ -60,7 +60,10 @@ def build_dataset(source, kind, tokenizer, max_length, train_on="assistant", tru
     local = local_data(str(source), base) if is_local(source, base) else None
     counts = Counter()
     hh = hh if tokenizer.chat_template or template else "text"
-    rows = local.rows(counts) if local else rows_of(source, kind, hh == "messages", seed)
+    if local:
+        rows = local.rows(counts)
+    else:
+        rows = hub_rows(str(source), "responses" if kind == "prompts" else kind, hh == "messages", seed)
     chat = bool(tokenizer.chat_template) and not template
     reading = Reading(str(source), kind, max_length, train_on, truncate, hh, columns, template, chat, system,
                       longest_prompt)
@@ -75,13 +78,6 @@ def build_dataset(source, kind, tokenizer, max_length, train_on="assistant", tru
     found.keep_common_extras()
     notices = local.notices(counts) if local else []
     return Dataset(found.examples, _report(found, local, tokenizer), notices + list(found.notices))
-
-
-def rows_of(source, kind, chat=True, seed=0, base=None):
-    """Yield (where, row) of local data or a hub dataset; see `hub_rows` for the last ones."""
-    if is_local(source, base):
-        return local_data(str(source), base).rows(Counter())
-    return hub_rows(str(source), "responses" if kind == "prompts" else kind, chat, seed)
 
 
 def _report(found, local, tokenizer):

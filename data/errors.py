@@ -2,10 +2,13 @@
 import atexit
 import json
 import os
+import select
 import signal
 import sys
 import time
 import unicodedata
+
+from data.command import as_typed
 
 # to Python unprintable, but a part of words (the soft hyphen) and of emoji (the joiners)
 ORDINARY = "\u00ad\u200c\u200d"
@@ -33,6 +36,12 @@ def shown_as(character: str, keep: str) -> str:
     is_space = unicodedata.category(character) == "Zs"      # Python prints only one of them
     ordinary = character.isprintable() or is_space or character in ORDINARY
     return character if ordinary or character in keep else repr(character)[1:-1]
+
+
+def said_first(error: Exception) -> str:
+    """The first line of what somebody else's code said, or the error's name where that is nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__
 
 
 def notice(text: str) -> None:
@@ -64,10 +73,15 @@ def exit_code(main, close) -> int:
     try:
         try:
             main(sys.argv[1:])
+            sys.stdout.flush()
         finally:
             close()
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:
+        if "--debug" in sys.argv or not reader_left():
+            raise
+        return 128 + signal.SIGPIPE
     except SystemExit as end:
         if isinstance(end.code, str):
             print(end.code, file=sys.stderr)
@@ -76,13 +90,23 @@ def exit_code(main, close) -> int:
     except UserError as error:
         if "--debug" in sys.argv:
             raise
-        tell(printable(f"error: {error}", keep=""))
+        tell(printable(as_typed(f"error: {error}"), keep=""))
         return error.exit_code
     except Exception:
         if "--debug" in sys.argv or not told():
             raise
         return 1
     return 0
+
+
+def reader_left() -> bool:
+    """Whether the program that reads our stdout, such as `head`, has ended. Then no more is written there."""
+    stdout = select.poll()
+    stdout.register(sys.stdout.fileno(), 0)
+    if not stdout.poll(0):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
 
 
 def tell(line: str) -> None:

@@ -1,7 +1,9 @@
 """Rows of datasets on the Hugging Face Hub, and the transcripts of Anthropic's HH-RLHF."""
 import re
 
-from data.errors import UserError
+import yaml
+
+from data.errors import UserError, said_first
 from data.scored import se_rows, shp_rows
 
 SHORT = {
@@ -14,6 +16,7 @@ SUBSET = {"openai/gsm8k": "main"}      # the one that is meant where none is nam
 SHORT_NAME = re.compile(rf"^({'|'.join(SHORT)})(?=[/:]|$)")
 ANSWER_WITHIN = 5      # seconds
 NAME = r"\w[\w.-]*"      # an owner's, and a repository's
+FRONT = re.compile(r"---\r?\n(.*?)\r?\n---", re.DOTALL)      # of a README.md
 HUB_NAME = re.compile(rf"(?P<repo>{NAME}/{NAME})"
                       r"(?:/(?P<subset>[\w./-]+?))?(?::(?P<split>[\w.\[\]%:+-]+))?")
 
@@ -81,10 +84,20 @@ def _load(name, repo, subset, split):
         if cause:
             raise UserError(f"{cause}, and {name!r} is neither an existing file nor a dataset in its cache; "
                             "fix: correct the path, or connect to the network") from None
-        reason = (str(error).strip().splitlines() or [""])[0][:200]
         raise UserError(f"{name!r} is neither an existing file nor a dataset that the hub gives us "
-                        f"({type(error).__name__}: {reason}); "
+                        f"({type(error).__name__}: {said_first(error)}); "
                         "fix: correct the path or name, or download the file and name it") from None
+
+
+def front_matter(path) -> dict:
+    """What the README.md of a model or dataset says to the hub, between its first lines ---; {} where it says
+    nothing, or there is no such file."""
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            found = yaml.safe_load(FRONT.match(file.read())[1])
+    except (OSError, TypeError, ValueError, RecursionError, yaml.YAMLError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def why_unreachable(repo, kind):

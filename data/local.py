@@ -19,10 +19,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import yaml
-
-from data.errors import UserError
+from data.errors import UserError, said_first
 from data.files import SUFFIXES, digest_of, find_file, read_rows
+from data.hub import front_matter
 
 SPLITS = {      # a word in a file's name -> the split
     "train": "train",
@@ -33,7 +32,6 @@ SPLITS = {      # a word in a file's name -> the split
 }
 DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json")       # of the hub's datasets
 NAMED = 20      # files that a notice names
-FRONT = re.compile(r"---\r?\n(.*?)\r?\n---", re.DOTALL)      # of a README.md on the hub
 
 
 class Local(NamedTuple):
@@ -216,11 +214,10 @@ def saved(name: str, folder: Path, split: str | None) -> Local:
 
 def subsets_of(folder: Path) -> list[str]:
     """The subsets that the README.md of a hub dataset's clone lists; [] where it lists none."""
+    configs = front_matter(folder / "README.md").get("configs")
     try:
-        front = FRONT.match((folder / "README.md").read_text(encoding="utf-8"))
-        configs = yaml.safe_load(front[1])["configs"]
         return [config["config_name"] for config in configs]
-    except (OSError, ValueError, LookupError, TypeError, yaml.YAMLError):
+    except (LookupError, TypeError):
         return []
 
 
@@ -230,8 +227,8 @@ def by_library(name: str, function: str, *arguments, **options):
     try:
         dataset = getattr(datasets, function)(*arguments, **options)
     except Exception as error:  # noqa: BLE001  no common type
-        reason = (str(error).strip().splitlines() or [""])[0][:200]
-        raise UserError(f"the package datasets cannot read {name} ({type(error).__name__}: {reason}); "
+        reason = f"{type(error).__name__}: {said_first(error)}"
+        raise UserError(f"the package datasets cannot read {name} ({reason}); "
                         "fix: correct the split or subset, or copy the directory again") from None
     if not len(dataset):
         raise UserError(f"the dataset is empty, no rows in {name}; fix: choose another split")

@@ -136,9 +136,11 @@ SAME = {
         "report_to_tensorboard logger loggers wandb wandb.enabled use_wandb use_swanlab swanlab tensorboard "
         "use_tensorboard tracker trackers",
     "quiet (true: no progress bar and no lines of updates)": "disable_tqdm silent no_progress_bar",
-    "rollout_engine (vllm, or null for the own sampler)":
+    "rollout_engine (vllm, http://host:port, or null for the own sampler)":
         "use_vllm infer_backend inference_backend rollout_backend rollout.name",
     "vllm_memory (a share of the GPU's memory)": "vllm_gpu_memory_utilization gpu_memory_utilization",
+    "vllm_tensor_parallel (processes that share an engine)":
+        "vllm_tensor_parallel_size rollout.tensor_model_parallel_size rollout_tp_size",
     "importance_sampling (truncate, mask or off)":
         "vllm_importance_sampling_correction enable_vllm_is_correction vllm_importance_sampling_mode",
     "sample_every (a number of updates)": "log_completions sample_during_eval",
@@ -301,8 +303,9 @@ NOT_NEEDED = {
     "step 0 is evaluated too": "eval_on_start do_first_eval val_before_train eval_first",
     "train.py trains, and evaluates where there are eval_data or eval_fraction": "do_train do_eval",
     "a run is not uploaded; its final/ can be": "push_to_hub push_to_hub_* hub_* create_model_card",
-    "the own sampler draws the completions, or with rollout_engine=vllm vLLM in the same process":
-        "vllm_mode vllm_server_* vllm_tensor_parallel_size vllm_num_engines vllm_model_impl vllm_enable_* "
+    "the own sampler draws the completions, with rollout_engine=vllm vLLM in the same process, or with "
+    "rollout_engine=http://host:port a running vllm serve":
+        "vllm_mode vllm_server_* vllm_num_engines vllm_model_impl vllm_enable_* "
         "sglang_* lmdeploy_* enable_prefix_caching enforce_eager use_transformers_paged "
         "refresh_vllm_every sleep_level",
     "a completion ends at the model's own stop tokens; `stop` adds strings":

@@ -18,10 +18,11 @@ from engine.reward_models import critic_path
 from model import lora
 from model.actor_critic import build_actor_critic
 from model.build import build_critic_trunk, build_policy, keep_no_copies, reshard, shard
-from model.check import check_policy
+from model.check import check_policy, check_sampling
 from model.compiled import compile_policy
 from model.experts import router_loss
 from model.load import is_adapter
+from model.modelscope import as_written
 from model.policy import Policy
 from model.reward_model import build_reward_model
 
@@ -77,6 +78,7 @@ def build(run_config, run: Run, start: str | None = None,
 
 def check_and_compile(policy: Policy, common, examples, notice) -> None:
     check_policy(policy, examples, common, notice)
+    check_sampling(policy, examples, notice)
     updates = Plan(common, len(examples)).total
     compile_policy(policy, common, updates, examples, notice)
 
@@ -106,4 +108,4 @@ def add_router_loss(policy: Policy, coefficient: float | None, notice) -> None:
 
 def stored_yaml(common, config) -> str:
     """The configuration as a run stores it: always with resume: auto, since `resume` concerns one process."""
-    return as_yaml(replace(common, resume="auto"), config)
+    return as_yaml(replace(common, model=as_written(common.model), resume="auto"), config)

@@ -4,22 +4,23 @@ It holds nothing that depends on the clock or on the run's directory, so that a 
 one.
 """
 import os
-import re
 import shlex
 from pathlib import Path
 
 import yaml
 from huggingface_hub import try_to_load_from_cache
 
+from data import hub
+from data.command import as_typed
 from data.errors import printable
 from engine.chart import number
 from engine.logs import redact
-from engine.report import RunFiles
+from engine.report import PLACES, RunFiles
+from model.load import HUB_MODEL
+from model.modelscope import PREFIX, as_written
 
 VERSION = Path(__file__).resolve().parents[1] / "VERSION"
-ABOUT_PLACES = ("output", "resume")       # keys that say where a run lies, not what it is
 HIDDEN = ("step", "split", "epoch", "lr", "grad_norm", "tokens_per_second")
-HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 LICENSE = ("license", "license_name", "license_link")
 LOAD = {
     "transformers": """\
@@ -41,8 +42,11 @@ def model_card(run: RunFiles, base: str, is_adapter: bool, is_reward: bool) -> s
     known = front_matter(base)
     library = "peft" if is_adapter else "transformers"
     head = {"library_name": library, "tags": tags_of(algorithm, is_adapter, is_reward)}
-    origin = known.get("base_model") if os.path.exists(base) else base
-    if isinstance(origin, str) and HUB_NAME.fullmatch(origin):
+    name = as_written(base)
+    origin = name.removeprefix(PREFIX)
+    if name == base and os.path.exists(base):
+        origin = known.get("base_model")
+    if isinstance(origin, str) and HUB_MODEL.fullmatch(origin):
         head["base_model"] = origin
     for key in LICENSE:
         if isinstance(known.get(key), str):
@@ -55,7 +59,7 @@ def model_card(run: RunFiles, base: str, is_adapter: bool, is_reward: bool) -> s
         license_line = "The start model's files name no licence; see where it comes from."
     parts = [
         f"---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---",
-        f"# {plain(base)}, trained with {algorithm}",
+        f"# {plain(name)}, trained with {algorithm}",
         license_line,
         how_to_load(library, is_reward),
         "## Data", data_table(run),
@@ -84,17 +88,13 @@ def how_to_load(library: str, is_reward: bool) -> str:
 
 def front_matter(base: str) -> dict:
     """What the card of a model says in its front matter; {} where it has none on this machine."""
+    path = os.path.join(base, "README.md")
     try:
-        path = os.path.join(base, "README.md")
         if not os.path.exists(base):
-            path = try_to_load_from_cache(base, "README.md")      # ValueError: not the name of a model
-        with open(path, encoding="utf-8", errors="replace") as file:
-            text = file.read()
-        _, found, _ = text.split("---\n", 2)
-        head = yaml.safe_load(found)
-    except (OSError, TypeError, ValueError, RecursionError, yaml.YAMLError):
+            path = try_to_load_from_cache(base, "README.md")
+    except ValueError:      # not the name of a model
         return {}
-    return head if isinstance(head, dict) and text.startswith("---\n") else {}
+    return hub.front_matter(path)
 
 
 def data_table(run: RunFiles) -> str:
@@ -131,17 +131,17 @@ def command_of(run: RunFiles) -> str:
     words = shlex.split(run.started.get("command", ""))[2:]
     kept = []
     for word, previous in zip(words, ["", *words]):
-        names_place = word.removeprefix("--").split("=")[0] in ABOUT_PLACES
-        is_its_value = previous in [f"--{key}" for key in ABOUT_PLACES]
+        names_place = word.removeprefix("--").split("=")[0] in PLACES
+        is_its_value = previous in [f"--{key}" for key in PLACES]
         if not names_place and not is_its_value:
             kept.append(word)
-    return shlex.join(["python", "train.py", *kept])
+    return as_typed(shlex.join(["python", "train.py", *kept]))
 
 
 def configuration(run: RunFiles) -> str:
     values = []
     for key, value in run.config.items():
-        if key not in ABOUT_PLACES:
+        if key not in PLACES:
             values.append(f"{key}: {value}")
     return "Every value of the configuration:\n\n" + indented("\n".join(values))
 

@@ -17,7 +17,7 @@ from data.files import digest_of
 from engine.ranks import distributed
 from engine.sealed import MANIFEST, WEIGHTS, broken, write_sealed
 from engine.shares import deal, deal_each, saved_tensors, share_of, write_by_all
-from model import gguf, lora
+from model import gguf, lora, modelscope
 from model.actor_critic import CRITIC
 from model.load import RUNS, is_gguf
 from model.reward_model import HEAD_BIAS, HEAD_WEIGHT, VALUE_HEAD
@@ -70,8 +70,10 @@ def weights_fault(directory: str) -> str | None:
 
 def model_path(name: str, notice) -> str:
     """The directory with the model of a run: its `final/`, else its newest whole checkpoint. A GGUF file
-    is converted into a directory; any other name is returned unchanged. A notice tells if a run's model is
-    not its final model as the run wrote it."""
+    is converted into a directory, a model of ModelScope is downloaded into one; any other name is returned
+    unchanged. A notice tells if a run's model is not its final model as the run wrote it."""
+    if name.startswith(modelscope.PREFIX):
+        return modelscope.directory_of(name, notice)
     if is_gguf(name):
         return converted(name, notice)
     final = os.path.join(name, "final")

@@ -36,8 +36,8 @@ Warmup = Annotated[NonNegative, Range("a share below 1 or a whole number of upda
 class Common:
     """The keys of every algorithm. `python train.py --help` prints the comments."""
     algorithm: Name                        # a file in algorithms/, such as sft or dpo
-    model: str                             # start model: a directory or a name on the Hugging Face hub; its
-    #                                        tokenizer is used
+    model: str                             # start model: a directory, a name on the Hugging Face hub, or
+    #                                        modelscope:owner/name; its tokenizer is used
     data: str | list                       # training data: a file, directory or glob (data/local.py), a hub
     #                                        dataset as name, name:split or name/subset:split, or a list of
     #                                        these (data/sources.py)

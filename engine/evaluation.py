@@ -1,8 +1,12 @@
 """Frozen models, and what they give to responses that exist already: log-probs or scores."""
+from collections import Counter
+
 import torch
 
-from data.dataset import rows_of
+from data.dataset import is_local
 from data.formats import parse
+from data.hub import hub_rows
+from data.local import local_data
 from data.pack import Example
 from data.packing import pack
 from data.sources import rename
@@ -57,7 +61,8 @@ def conversations_of(source: str, examples: list[Example], seed: int, columns: d
     file's}."""
     texts = {}
     wanted = {example.where for example in examples}
-    for where, row in rows_of(source, "pairs", True, seed):
+    rows = local_data(source).rows(Counter()) if is_local(source) else hub_rows(source, "pairs", seed=seed)
+    for where, row in rows:
         if where in wanted:
             texts[where] = parse(rename(row, columns or {}, where), where, "pairs", chat=True)
     found = []

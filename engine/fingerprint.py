@@ -14,6 +14,7 @@ from data.files import digest_of
 from data.hub import NAME
 from engine import checkpoint
 from model.load import base_of, is_adapter
+from model.modelscope import MODEL
 
 # the files of a model directory that change numbers: weights, configuration, tokenizer and templates ...
 INPUT = re.compile(r".*\.(safetensors|jinja|model)|.*model.*\.bin|.*\.index\.json|(merges|vocab)\.txt"
@@ -28,8 +29,8 @@ HUB_NAME = re.compile(f"{NAME}/{NAME}")
 
 def fingerprints(values: dict) -> dict[str, dict[str, str]]:
     """{key: {file: sha256}} for every string in `values` that names a file, a function in a file
-    (`file.py:name`), a model directory (with an adapter's base, and the model of a run) or a model of the hub
-    ({name: commit}). A string may hold several names between commas."""
+    (`file.py:name`), a model directory (with an adapter's base, and the model of a run), a model of
+    ModelScope or one of the hub ({name: commit}). A string may hold several names between commas."""
     found = {}
     for key, value in values.items():
         if key in NOT_HERE or not isinstance(value, str):
@@ -49,7 +50,7 @@ def contents(name: str) -> dict[str, str]:
         return {name: digest_of(name)}
     if colon and os.path.isfile(path):
         return {path: digest_of(path)}
-    if os.path.isdir(name):
+    if os.path.isdir(name) or MODEL.fullmatch(name):
         return model_files(checkpoint.model_path(name, lambda text: None))
     if not HUB_NAME.fullmatch(name):
         return {}

@@ -92,7 +92,7 @@ def frozen_bytes(common, path: str, width: int, rounded: bool, world: int) -> fl
 
 
 def reward_model_bytes(common, reward: str, width: int, is_bf16: bool, world: int) -> dict[str, float]:
-    """{what is shown: a device's bytes} of the models among the rewards. A classifier is whole on each."""
+    """{what is shown: a device's bytes} of the models among the rewards."""
     sizes = {}
     for part in filter(is_model, parts_of(reward)):
         path = model_path(part, lambda text: None)
@@ -100,7 +100,7 @@ def reward_model_bytes(common, reward: str, width: int, is_bf16: bool, world: in
             size = frozen_bytes(common, path, width, is_bf16, world)
         else:
             bytes_per_weight = 2 if is_bf16 and this_device().type == "cuda" else 4
-            size = bytes_per_weight * size_of(empty_classifier(path))
+            size = bytes_per_weight * size_of(empty_classifier(path)) / (world // common.replicate)
         sizes[f"reward model {part}"] = size
     return sizes
 

@@ -72,7 +72,7 @@ def reference_model(engine, path: str | None):
     has_fresh_adapter = lora.settings(engine.policy.lm) and not is_adapter(engine.config.model)
     if is_start_model and has_fresh_adapter:
         return WithoutAdapter(engine.policy)
-    return frozen_model(engine, path)
+    return load_reference(engine, path)
 
 
 def frozen_model(engine, path: str | None) -> Policy:

@@ -7,6 +7,7 @@ from dataclasses import MISSING, fields
 from types import NoneType
 from typing import Annotated, Literal, get_args, get_origin
 
+from data.command import as_typed
 from engine.cast import Columns, Lines, Name, ranges_of
 from engine.command_line import parse_argv
 from engine.config import (
@@ -44,8 +45,8 @@ def help_for(argv: list[str]) -> str | None:
     path, overrides, _ = parse_argv(argv)
     given = read_given(path, overrides)
     if path is None and "algorithm" not in given:
-        return help_text()
-    return help_text(algorithm_of(given, path))
+        return as_typed(help_text())
+    return as_typed(help_text(algorithm_of(given, path)))
 
 
 def help_text(algorithm: str | None = None) -> str:

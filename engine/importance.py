@@ -3,6 +3,8 @@ sampler draws from a slightly different policy: importance weights take that out
 import torch
 
 from data.errors import RunError, UserError
+from engine.ranks import distributed
+from engine.vllm_server import VllmServer
 from model.sampler import sample
 from model.vllm import VllmSampler
 
@@ -16,15 +18,26 @@ def sampler_of(engine, config):
     """The function that draws completions, with the signature of model.sampler.sample."""
     if not config.rollout_engine:
         return sample
-    if engine.world > 1:
-        raise UserError(f"rollout_engine is vllm, which runs in one process, not in {engine.world}; "
-                        "fix: start without torchrun, or remove rollout_engine")
-    if hasattr(engine.policy.lm, "peft_config"):
-        raise UserError("rollout_engine is vllm, which gets whole weights, and the model is an adapter; "
-                        "fix: give a merged model, or remove rollout_engine")
     common = engine.config
-    vllm = VllmSampler(engine.policy, engine.tokenizer, common.max_length, config.vllm_memory, common.seed)
-    return vllm.sample
+    return other_engine(engine.policy, engine.tokenizer, config, common.max_length, common.seed,
+                        engine.run.directory).sample
+
+
+def other_engine(policy, tokenizer, config, max_length: int, seed: int, output: str):
+    """The engine that `config.rollout_engine` names, a VllmSampler or a VllmServer. `max_length`: tokens of
+    the longest prompt and its completion; `output`: the directory of the run. UserError where it cannot be
+    had, or not for this policy."""
+    if hasattr(policy.lm, "peft_config"):
+        raise UserError(f"rollout_engine is {config.rollout_engine}, which gets whole weights, and the model "
+                        "is an adapter; fix: give a merged model, or remove rollout_engine")
+    if config.rollout_engine != "vllm":
+        return VllmServer(config.rollout_engine, policy, tokenizer, output, max_length)
+    _, world = distributed()
+    sharing = config.vllm_tensor_parallel
+    if world % sharing:
+        raise UserError(f"vllm_tensor_parallel is {sharing}, which does not divide the number of processes, "
+                        f"{world}; fix: start {sharing} under torchrun, or give 1")
+    return VllmSampler(policy, tokenizer, max_length, config.vllm_memory, seed, sharing)
 
 
 def importance_weighted(engine, batch, old_logps: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
@@ -55,15 +68,21 @@ def importance_weights(ratios: torch.Tensor, how: str) -> torch.Tensor:
 
 
 def log_weights(step, weights: torch.Tensor) -> None:
-    """Log their mean and extremes over the update, which one process makes."""
+    """Log their mean and extremes over the update. All ranks, which have the same number of micro-batches,
+    call this for each, where one may have no weights."""
     step.add({f"{RATIO}/mean": weights})
+    extremes = torch.full((2,), -torch.inf, dtype=torch.float64, device=weights.device)      # -min, max
+    if len(weights):
+        extremes = torch.stack([-weights.min(), weights.max()]).double()
     totals = step.totals["train"]
-    for name, furthest in ("min", torch.amin), ("max", torch.amax):
-        value = furthest(weights).double()
+    for i, (name, sign) in enumerate((("min", -1), ("max", 1))):
         if f"{RATIO}/{name}" in totals:
             before, _ = totals[f"{RATIO}/{name}"][0]
-            value = furthest(torch.stack([before, value]))
-        totals[f"{RATIO}/{name}"] = {0: [value, 1]}
+            extremes[i] = torch.maximum(extremes[i], sign * before)
+    if step.engine.world > 1:
+        torch.distributed.all_reduce(extremes, torch.distributed.ReduceOp.MAX)
+    totals[f"{RATIO}/min"] = {0: [-extremes[0], 1]}
+    totals[f"{RATIO}/max"] = {0: [extremes[1], 1]}
 
 
 def check_difference(engine, total: torch.Tensor, count: int) -> None:

@@ -10,12 +10,12 @@ import math
 import os
 import platform
 import re
-import shlex
 import sys
 import time
 
 import yaml
 
+from data.command import as_typed, beside_this_program, own_command
 from data.errors import RunError, UserError, printable
 from engine import checkpoint, sealed
 from engine.claim import release
@@ -272,7 +272,8 @@ class Run:
                 console.say(f"  {name:<20} {first[name]:9.4f} -> {last[name]:9.4f}")
         console.say(f"model    {self.path('final')}")
         if chat:
-            console.say(f"chat     python {beside_this_program('chat.py')} {self.directory}")
+            program = beside_this_program("chat.py")
+            console.say(as_typed(f"chat     python {program} {self.directory}"))
         console.say(f"metrics  {self.path('metrics.jsonl')}")
         if os.path.isfile(self.path(REPORT)):
             console.say(f"report   {self.path(REPORT)}")
@@ -286,13 +287,6 @@ class Run:
     def erase(self) -> None:
         """Remove the bars from the terminal, so that what is printed next has a line of its own."""
         self.console.close()
-
-
-def beside_this_program(name: str) -> str:
-    """The path of another program of this project, as one would type it; an installed copy has it elsewhere
-    than in the working directory."""
-    path = os.path.join(os.path.dirname(sys.argv[0]), name)
-    return shlex.quote(path) if os.path.isfile(path) else name
 
 
 def write_whole(path: str, text: str) -> None:
@@ -359,7 +353,7 @@ def environment() -> dict:
     machine = {"system": platform.platform(), "processor": platform.machine(), "cores": os.cpu_count(),
                "threads": torch.get_num_threads(), "gpu": gpu}
     return {
-        "command": redact(" ".join(["python", *map(shlex.quote, sys.argv)])),
+        "command": redact(own_command(sys.argv[1:])),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "versions": versions,
         "machine": machine,

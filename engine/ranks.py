@@ -3,7 +3,6 @@ import datetime
 import itertools
 import os
 import secrets
-import shlex
 import socket
 import sys
 import time
@@ -11,6 +10,7 @@ import time
 import torch
 import torch.distributed as dist
 
+from data.command import own_command
 from data.errors import UserError
 
 PATIENCE = datetime.timedelta(minutes=30)      # how long a process waits for another one,
@@ -36,7 +36,8 @@ def start_processes(deterministic: bool) -> None:
 
 
 def stop_processes() -> None:
-    if "LOCAL_RANK" in os.environ and dist.is_initialized():      # else the group is vLLM's, which ends it
+    # vLLM has groups of its own within this one, and ends them all when the process ends
+    if dist.is_initialized() and "vllm" not in sys.modules:
         dist.destroy_process_group()
 
 
@@ -151,10 +152,9 @@ def check_copies(copies: int, world: int) -> None:
 def command(words: list[str]) -> str:
     """The command that starts this program again with the arguments `words`, under torchrun if it runs under
     torchrun now."""
-    program = shlex.join([sys.argv[0], *words])
     if "LOCAL_RANK" not in os.environ:
-        return f"python {program}"
+        return own_command(words)
     local = os.environ.get("LOCAL_WORLD_SIZE")
     if local == os.environ.get("WORLD_SIZE"):
-        return f"torchrun --nproc-per-node {local} {program}"
-    return f"the same torchrun command on every machine, with {program}"
+        return own_command(words, f"torchrun --nproc-per-node {local}")
+    return own_command(words, "the same torchrun command on every machine, with")

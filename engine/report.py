@@ -18,7 +18,7 @@ REPORT = "report.html"                         # in a run's directory
 PAGE = os.path.join(os.path.dirname(__file__), "report.css")
 COLORS = 8                                     # of the style's classes c0, c1, ...
 HIDDEN = ("step", "split", "epoch")
-PLACES = {"output", "resume", "seed"}          # runs that differ in these only are one line with a band
+PLACES = ("output", "resume")      # keys that say where a run lies, not what it is
 FIRST = ("loss", "reward", "rewards/", "accuracy", "kl", "entropy", "completions/", "grad_norm", "lr")
 RATES = ("accuracy", "accuracies")             # the last part of the name of a share of the held-out rows
 SAMPLES = 8                                    # completions of a run that are shown
@@ -111,7 +111,7 @@ def differing(runs: list[RunFiles]) -> list[str]:
     found = []
     for key in keys:
         values = {run.config.get(key) for run in runs}
-        if len(values) > 1 and key not in ("output", "resume"):
+        if len(values) > 1 and key not in PLACES:
             found.append(key)
     return found
 
@@ -120,7 +120,7 @@ def groups_of(runs: list[RunFiles]) -> list[list[RunFiles]]:
     """Runs that differ in their seed only are together."""
     groups = {}
     for run in runs:
-        kept = run.config | dict.fromkeys(PLACES)
+        kept = run.config | dict.fromkeys((*PLACES, "seed"))
         groups.setdefault(json.dumps(kept, sort_keys=True), []).append(run)
     return list(groups.values())
 

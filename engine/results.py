@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 
+from data.command import as_typed
 from data.dataset import load_datasets
 from data.errors import RunError, UserError
 from data.files import SUFFIXES
@@ -20,12 +21,23 @@ from engine.config import Common, check_output, hints_of, is_required, read_valu
 from engine.evaluation import load_frozen, response_scores
 from engine.fingerprint import fingerprints
 from engine.help import key_lines
+from engine.importance import other_engine
 from engine.logs import Run, write_whole
-from engine.options import Count, NonNegative, Sampling, Seed, TwoOrMore, stop_strings, usual_stop
+from engine.options import (
+    Count,
+    Generation,
+    NonNegative,
+    Scoring,
+    Seed,
+    TwoOrMore,
+    stop_strings,
+    usual_stop,
+)
 from engine.reward_models import load_off_the_shelf, reward_model_path
 from engine.rollout import Rollout, with_completions
 from engine.score import decoded, score_rollout
 from engine.yaml_file import read_config
+from model.check import check_sampling
 from model.load import base_of, load_config, load_tokenizer_for
 from model.reward_model import is_reward_model
 from model.sampler import sample
@@ -33,11 +45,20 @@ from rewards.functions import check_rewards, load_reward, score_all
 from rewards.verifiers import golds_of, r1_zero, r1_zero_details
 
 # keys that change no completion and no score
-NOT_COMPARED = ("output", "dump", "limit", "rollout_batch_size", "min_reward", "reward_timeout")
+NOT_COMPARED = (
+    "output",
+    "dump",
+    "limit",
+    "rollout_batch_size",
+    "vllm_memory",
+    "vllm_tensor_parallel",
+    "min_reward",
+    "reward_timeout",
+)
 
 
 @dataclass(kw_only=True)
-class Settings(Sampling):
+class Settings(Generation, Scoring):
     """The keys of evaluate.py and sample.py; those of sampling are the online algorithms'."""
     model: str                             # a run, a model directory (an adapter too) or a hub name
     data: str                              # a file, directory or glob, or a hub dataset as name or name:split
@@ -100,12 +121,13 @@ def read_settings(argv: list[str], kind: type, program: str):
     if settings.n > 1 and settings.temperature == 0:
         raise UserError(f"n (command line) is {settings.n}, but at temperature 0 all completions of a prompt "
                         "are the same; fix: give n=1 or a temperature above 0")
+    settings.check_engine()
     return settings
 
 
 def help_text(doc: str, kind: type) -> str:
     """A program's description, and every key with its type, range, default and sentence."""
-    return "\n".join([doc, "keys:", *key_lines(kind)])
+    return "\n".join([as_typed(doc), "keys:", *key_lines(kind)])
 
 
 def name_of(data: str) -> str:
@@ -249,8 +271,9 @@ def complete(settings, path: str, name: str, notice) -> tuple[list[dict], dict]:
                 reward_models[reward] = load_frozen(reward_path, tokenizer, examples, notice)
             else:
                 reward_models[reward] = load_off_the_shelf(reward_path, tokenizer)
+        draw = sampler_of(policy, tokenizer, examples, settings, notice)
     for first, last in results.left:
-        rollout = sample_part(policy, tokenizer, examples[first:last], first, settings, results)
+        rollout = sample_part(draw, policy, tokenizer, examples[first:last], first, settings, results)
         if rewards:
             with results.run.console.cleared():      # a reward may print
                 score_part(rollout, rewards, reward_models, tokenizer, settings.reward_timeout)
@@ -258,7 +281,19 @@ def complete(settings, path: str, name: str, notice) -> tuple[list[dict], dict]:
     return results.rows, used
 
 
-def sample_part(policy, tokenizer, examples: list, first: int, settings, results) -> Rollout:
+def sampler_of(policy, tokenizer, examples: list, settings, notice):
+    """The function that draws completions, with the signature of model.sampler.sample. Another engine gets
+    the weights once: they do not change."""
+    if not settings.rollout_engine:
+        check_sampling(policy, examples, notice)
+        return sample
+    longest = max(len(example.prompt) for example in examples) + settings.max_completion_length
+    engine = other_engine(policy, tokenizer, settings, longest, settings.seed, settings.output)
+    engine.hand_over(policy)
+    return engine.draw
+
+
+def sample_part(draw, policy, tokenizer, examples: list, first: int, settings, results) -> Rollout:
     """`n` completions for each of `examples`, which begin at the data's prompt number `first`."""
     prompts = []
     keys = []
@@ -269,7 +304,7 @@ def sample_part(policy, tokenizer, examples: list, first: int, settings, results
     def report(done, total):
         results.show(first * settings.n + done, line=False)
 
-    completions = sample(policy, tokenizer, prompts, keys, settings.n, settings, report)
+    completions = draw(policy, tokenizer, prompts, keys, settings.n, settings, report)
     rows = range(first, first + len(examples))
     return Rollout(0, rows, list(map(with_completions, examples, completions)))
 

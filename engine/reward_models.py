@@ -11,6 +11,7 @@ from engine import checkpoint
 from engine.ranks import from_main, from_shares
 from engine.score import decoded
 from model.build import build_second_model
+from model.classifier import saved_score
 from model.load import check_name, load_tokenizer
 from model.off_the_shelf import Classifier, check_classifier
 from model.reward_model import build_reward_model, is_reward_model
@@ -26,13 +27,19 @@ def check_reward_models(reward: str, tokenizer) -> None:
 
 
 def critic_path(reward: str, tokenizer, notice) -> str | None:
-    """The first run of `rm` among the rewards, which initialises the critic; None where there is none."""
+    """The first reward model among the rewards that can initialise the critic: a run of `rm`, or a classifier
+    with the policy's tokenizer; None where there is none."""
     for part in parts_of(reward):
         if is_model(part):
             path = reward_model_path(part, tokenizer, notice)
-            if is_reward_model(path):
+            if is_reward_model(path) or from_main(reads_as, path, tokenizer):
                 return path
     return None
+
+
+def reads_as(path: str, tokenizer) -> bool:
+    """Whether the classifier at `path` has this tokenizer, and a head that a critic can take."""
+    return load_tokenizer(path).get_vocab() == tokenizer.get_vocab() and saved_score(path) is not None
 
 
 def reward_model_path(name: str, tokenizer, notice) -> str:
@@ -56,7 +63,8 @@ def load_reward_model(engine, name: str):
     """The reward model that a reward of a run names, frozen: a run of `rm`, or a classifier off the shelf."""
     path = reward_model_path(name, engine.tokenizer, engine.notice)
     if not is_reward_model(path):
-        return load_off_the_shelf(path, engine.tokenizer, engine.config.precision)
+        common = engine.config
+        return load_off_the_shelf(path, engine.tokenizer, common.precision, common.replicate)
 
     def with_head(trunk):
         return build_reward_model(trunk, path, engine.config.seed, engine.notice)
@@ -71,13 +79,13 @@ def scores_of(engine, model, examples: list[Example]) -> list[torch.Tensor]:
     if not isinstance(model, Classifier):
         return engine.collect(model, examples, lambda example: len(example.responses))
 
-    def score(share):      # it may fail on one rank
-        return model.of_examples(examples[share.start:share.stop]).tolist()
+    def tokenised(share):      # it may fail on one rank
+        return model.rows(examples[share.start:share.stop])
 
-    scores = itertools.chain(*from_shares(score, len(examples)))
-    return list(torch.tensor(list(scores)).split(sizes))
+    rows = itertools.chain(*from_shares(tokenised, len(examples)))
+    return list(model.of_rows(list(rows)).cpu().split(sizes))
 
 
-def load_off_the_shelf(path: str, tokenizer, precision: str = "auto") -> Classifier:
+def load_off_the_shelf(path: str, tokenizer, precision: str = "auto", copies: int = 1) -> Classifier:
     """A classifier that scores the completions of a policy with this tokenizer."""
-    return Classifier(path, functools.partial(decoded, tokenizer), precision)
+    return Classifier(path, functools.partial(decoded, tokenizer), precision, copies)

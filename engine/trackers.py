@@ -12,7 +12,7 @@ import secrets
 
 import yaml
 
-from data.errors import UserError
+from data.errors import UserError, said_first
 from engine.cast import nearest, show
 
 PROJECT = "minimal-llm-alignment"       # where no variable such as WANDB_PROJECT names another one
@@ -141,8 +141,7 @@ class Trackers:
 
     def give_up(self, name: str, error: Exception) -> None:
         self.open.pop(name, None)
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        self.notice(f"warning: {name} fails ({reason[:200]}) and gets no more numbers of this run; "
+        self.notice(f"warning: {name} fails ({said_first(error)}) and gets no more numbers of this run; "
                     "metrics.jsonl has all of them")
 
 

@@ -8,9 +8,10 @@ from safetensors.torch import load_file
 from data.errors import UserError
 from data.pack import Batch
 from model import lora
+from model.classifier import saved_score
 from model.form import Form, trunk_of
 from model.policy import Policy
-from model.reward_model import hidden_size, linear_head, saved_head
+from model.reward_model import hidden_size, is_reward_model, linear_head, saved_head
 from model.state import files_of
 from model.varlen import laid_out
 
@@ -54,8 +55,8 @@ class ActorCritic(Policy):
 def build_actor_critic(policy: Policy, trunk: Policy | None, reward_model: str | None, start: str | None,
                        seed: int, notice) -> ActorCritic:
     """`policy` with a critic on `trunk`, or on the policy's own trunk where that is None. Where `trunk` is
-    that of the reward model at a path, the critic's head is that model's; else it is 0. A run that
-    continues from the checkpoint `start` loads the critic saved there.
+    that of the reward model or classifier at a path, the critic's head is that model's; else it is 0. A run
+    that continues from the checkpoint `start` loads the critic saved there.
 
     Where the policy has an adapter, so has the trunk: its own, else a fresh one, drawn from `seed`.
     Raises UserError where the checkpoint's critic is another model's."""
@@ -64,7 +65,8 @@ def build_actor_critic(policy: Policy, trunk: Policy | None, reward_model: str |
         origin = "the policy's trunk under a head of 0"
     elif reward_model:
         origin = f"the reward model {reward_model}"
-        head = saved_head(reward_model, notice)
+        is_own = is_reward_model(reward_model)
+        head = saved_head(reward_model, notice) if is_own else saved_score(reward_model)
     else:
         origin = "the start model's trunk under a head of 0"
     if trunk is not None:

@@ -28,6 +28,7 @@ def build_policy(
     frozen: bool = False,
     trains_adapter: bool = False,
     is_trained: bool = True,
+    needs_head: bool = True,
 ) -> Policy:
     """Load the model at `path` (a directory or a hub name) as a Policy on this process's device, in eval
     mode: dropout is 0. Where it is an adapter, its base model is loaded with it; else, if `keys.lora_r` asks
@@ -35,7 +36,8 @@ def build_policy(
 
     `keys`: a ModelKeys (None: its defaults), or a run's configuration. `trains_adapter`: whether the run's
     start model is an adapter. Only adapters are trained then, as with `keys.lora_r`, and on a GPU all other
-    weights may be in bf16. `is_trained`: whether anything is."""
+    weights may be in bf16. `is_trained`: whether anything is. Without `needs_head` the model may be a
+    sequence classifier, whose trunk it is then."""
     keys = keys or ModelKeys()
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")      # torch asks for pages of 2 MiB: fewer page faults
     device = this_device()
@@ -46,13 +48,15 @@ def build_policy(
     quantized = lora.quantization(keys, device, dtype)
     will_be_sharded = num_ranks() > 1 and not quantized
     if will_be_sharded:
-        lm = load_mapped(base_of(path), dtype).eval()
+        lm = load_mapped(base_of(path), dtype, needs_head)
     else:
-        lm = load_lm(base_of(path), dtype, **quantized).eval()
+        lm = load_lm(base_of(path), dtype, needs_head, **quantized)
+    lm.eval()
     if precision == "bf16" and not is_trained:
         for weight in rounded_weights(lm):      # once, not in every forward
-            weight.kept_as = torch.bfloat16
-            if not will_be_sharded:
+            if will_be_sharded:
+                weight.kept_as = torch.bfloat16
+            else:
                 weight.data = weight.data.to(torch.bfloat16)
     if not (quantized or will_be_sharded):             # else it goes there a layer at a time
         lm.to(device)
@@ -73,14 +77,14 @@ def num_ranks() -> int:
     return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
 
 
-def load_mapped(path: str, dtype: torch.dtype):
+def load_mapped(path: str, dtype: torch.dtype, needs_head: bool = True):
     """The LM at `path` for one of several ranks, on the CPU. Where it is to be in fp32 it has the dtype of
     its files: these are mapped, so that all ranks of a machine share their pages and none holds a copy.
     `shard` makes of every weight what its `kept_as` says."""
     stored = stored_dtype(path) if dtype == torch.float32 else None
-    if stored and not has_same_buffers(path, stored):
+    if stored not in (None, dtype) and not has_same_buffers(path, stored):
         stored = None
-    lm = load_lm(path, stored or dtype)
+    lm = load_lm(path, stored or dtype, needs_head)
     for weight in lm.parameters():
         weight.kept_as = dtype if stored else weight.dtype
     return lm
@@ -135,12 +139,12 @@ def build_critic_trunk(path: str, tokenizer, config, first: Policy, examples, no
     """The model that a critic starts from, which is trained: with the form of the policy `first` where it has
     the same layers, else checked on some of `examples`, whole on the device."""
     trunk = build_policy(
-        path, tokenizer, config, frozen=True, trains_adapter=is_adapter(config.model), is_trained=True)
+        path, tokenizer, config, frozen=True, trains_adapter=is_adapter(config.model), needs_head=False)
     if path == config.model or has_layers_of(first.lm, trunk.lm):
         trunk.use(first.form)
     else:
         place = trunk.device
-        trunk.lm.to(first.device if num_ranks() == 1 else this_device())
+        trunk.lm.to(this_device())
         check_policy(trunk, examples, config, notice)
         trunk.lm.to(place)
     if first.is_compiled and trunk.form == first.form:
@@ -258,6 +262,16 @@ def embeddings(module) -> list:
 
 
 def shard(policy: Policy, copies: int = 1) -> None:
+    """Shard a policy over all ranks, and let it say so; see `shard_over_ranks`."""
+    shard_over_ranks(policy, copies)
+    for module in policy.modules():
+        if isinstance(module, Policy):
+            module.is_sharded = True
+    policy.within = types.MethodType(within, policy)
+    register_fsdp_forward_method(policy, "within")
+
+
+def shard_over_ranks(model: nn.Module, copies: int = 1) -> None:
     """FSDP2 over all ranks: a group per decoder layer and embedding, and one for the rest. Each goes to the
     device, and what is not of this rank is given up, before the next one follows. Gradients are summed, not
     averaged, over ranks: the algorithms divide by counts of the whole step. With several `copies` each lies
@@ -268,20 +282,15 @@ def shard(policy: Policy, copies: int = 1) -> None:
         shape, names = shape[1:], names[1:]
     device = this_device()
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
-    for module in (*decoder_layers(policy), *embeddings(policy), policy):
+    for module in (*decoder_layers(model), *embeddings(model), model):
         for weight in module.parameters():
             if hasattr(weight, "kept_as"):
                 weight.data = weight.data.to(device).to(weight.kept_as)
         # 4-bit weights are integers, which cannot be sharded like this: every rank keeps them whole
-        whole = {parameter for parameter in policy.parameters() if not parameter.is_floating_point()}
+        whole = {parameter for parameter in model.parameters() if not parameter.is_floating_point()}
         fully_shard(module, mesh=mesh, ignored_params=whole)
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)       # without it gloo fails: it has no PREMUL_SUM
-    for module in policy.modules():
-        if isinstance(module, Policy):
-            module.is_sharded = True
-    policy.within = types.MethodType(within, policy)
-    register_fsdp_forward_method(policy, "within")
 
 
 def keep_no_copies(policy: Policy) -> None:

@@ -197,7 +197,7 @@ def rollout_attention(
     value,
     attention_mask,
     scaling=None,
-    cache=None,
+    rollout_cache=None,
     segments=None,
     units=None,
     sliding_window=None,
@@ -206,7 +206,7 @@ def rollout_attention(
     **_,
 ):
     """Attention while sampling: within whole prompts (`segments`, or their `units`), or of one new token per
-    row over what `cache` holds. Shapes are those of `segments_attention`."""
+    row over what `rollout_cache` holds. Shapes are those of `segments_attention`."""
     key = key.to(value.dtype)                                      # as in segments_attention
     within = None
     if segments is not None:
@@ -214,10 +214,10 @@ def rollout_attention(
     elif units is not None:
         within = partial(varlen_attention, units=units)
     if within:
-        cache.store_prompts(module.layer_idx, key, value)
+        rollout_cache.store_prompts(module.layer_idx, key, value)
         options = {"scaling": scaling, "sliding_window": sliding_window, "softcap": softcap, "s_aux": s_aux}
         return within(module, query, key, value, None, **options)
-    key, value, mask = cache.append(module.layer_idx, key, value, sliding_window)
+    key, value, mask = rollout_cache.append(module.layer_idx, key, value, sliding_window)
     # the query heads of a key's head are its queries: fewer and larger products than with a copy for each
     rows, _, _, head_dim = query.shape
     grouped = query.to(value.dtype).view(rows, key.shape[1], -1, head_dim)

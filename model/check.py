@@ -15,10 +15,12 @@ import torch
 from data.errors import UserError
 from data.pack import Example, Response
 from data.store import extremes
+from model.cpu import cpu_linears
 from model.form import PADDING, PLAIN, VARLEN, Form
 from model.generating import called, generating, logps_by, ordinary_state
 from model.plain import decode_plain
 from model.policy import Policy
+from model.sampler import decode
 
 TOLERANCE = 1e-3                   # of a log-prob, in fp32
 IN_4_BIT = 0.25                    # weights in 4 bits are multiplied in bf16, which rounds to this
@@ -97,10 +99,16 @@ def use_kernel(policy: Policy, own, examples, asked: str, notice) -> None:
     form = policy.form
     if form.attention != VARLEN and (asked, form.attention) != ("auto", "segments"):
         return
-    policy.use(form._replace(attention="segments"))
-    rounding = difference_to(own, policy, examples, torch.mean)
-    policy.use(form._replace(attention=VARLEN))
-    if difference_to(own, policy, examples, torch.mean) <= max(policy.tolerance, ROUNDING * rounding):
+
+    def difference(attention):
+        policy.use(form._replace(attention=attention))
+        return difference_to(own, policy, examples, torch.mean)
+
+    of_kernel = difference(VARLEN)
+    if of_kernel <= policy.tolerance:
+        return
+    if of_kernel <= ROUNDING * difference("segments"):
+        policy.use(form._replace(attention=VARLEN))
         return
     kind = policy.lm.config.model_type
     if asked == VARLEN:
@@ -123,6 +131,37 @@ def difference_to(own, policy: Policy, examples, reduce=torch.max) -> float:
     return float(reduce((logps - own).abs()))
 
 
+@torch.no_grad()
+def check_sampling(policy: Policy, examples, notice) -> None:
+    """For a policy that answers prompts, `examples` without responses: let transformers' loop sample where
+    the layers, somebody else's, do not take our cache, or give other log-probs with it. A notice says so."""
+    prompts = [example for example in extremes(examples) if not example.responses]
+    if not prompts or policy.form.attention == PLAIN:
+        return
+    if all(takes_our_cache(policy, prompt) for prompt in prompts):
+        return
+    exact = all(has_exact_cache(policy, prompt) for prompt in prompts)
+    policy.use(policy.form._replace(takes_our_cache=False, has_exact_cache=exact))
+    kind = policy.lm.config.model_type
+    notice(f"sampling: transformers' loop samples, since a {kind}'s layers do not take our cache in this "
+           "version of transformers; this is exact, but slower")
+
+
+def takes_our_cache(policy: Policy, example: Example) -> bool:
+    """Whether the log-probs of two short completions that our loop draws are those of the forward: on
+    average, since bf16 rounds a few of them far."""
+    sampling = SimpleNamespace(
+        temperature=1.0, top_p=1.0, top_k=0, max_completion_length=4, rollout_batch_size=2)
+    prompts = [example.prompt] * 2
+    try:
+        with generating(policy, "rollout") as lm, cpu_linears(lm):
+            drawn = decode(policy, prompts, [(0,), (1,)], sampling, never, lambda count: None)
+    except Exception:  # noqa: BLE001  somebody else's layers
+        return False
+    tolerance = TOLERANCE if policy.precision == "fp32" else IN_4_BIT
+    return bool(differences_to_training(policy, example, drawn).mean() <= tolerance)
+
+
 def has_exact_cache(policy: Policy, example: Example) -> bool:
     """Whether the log-probs of two completions that the LM generates together with its cache are those of its
     forward, to 1e-4 where the run has fp32, else to 1e-3."""
@@ -133,14 +172,23 @@ def has_exact_cache(policy: Policy, example: Example) -> bool:
     with in_fp32(policy):
         try:
             with generating(policy) as lm:
-                drawn = decode_plain(lm, [example.prompt] * 2, uniforms, sampling, stops=lambda tokens: False)
+                drawn = decode_plain(lm, [example.prompt] * 2, uniforms, sampling, never)
         except Exception:  # noqa: BLE001  somebody else's cache
             return False
-        responses = [Response.all_trained(completion.tokens) for completion in drawn]
-        batch = policy.collate([Example(example.prompt, responses, example.where)])
-        logps = logps_by(policy, batch).cpu()
+        return bool(differences_to_training(policy, example, drawn).max() <= tolerance)
+
+
+def never(tokens) -> bool:
+    """Stops no completion before its limit."""
+    return False
+
+
+def differences_to_training(policy: Policy, example: Example, drawn) -> torch.Tensor:
+    """(N,): how far the log-probs of completions of an example's prompt are from those of the forward."""
+    responses = [Response.all_trained(completion.tokens) for completion in drawn]
+    logps = logps_by(policy, policy.collate([Example(example.prompt, responses, example.where)])).cpu()
     generated = np.concatenate([completion.logps for completion in drawn])
-    return bool((logps - torch.from_numpy(generated)).abs().max() <= tolerance)
+    return (logps - torch.from_numpy(generated)).abs()
 
 
 def own_logps(policy: Policy, examples) -> torch.Tensor:

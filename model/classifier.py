@@ -2,10 +2,12 @@
 import copy
 
 import torch
+from safetensors import safe_open
 from transformers import AutoModelForSequenceClassification
 
 from data.tokenise import stop_ids
 from model import lora
+from model.load import weight_files
 from model.state import precision, save_pretrained
 
 HEAD = "score.weight"      # the classifier's name of the value head
@@ -50,6 +52,17 @@ def save_classifier(lm, tokenizer, state: dict, directory: str) -> None:
         weights[name] = tensor
     save_pretrained(classifier, weights, directory)
     tokenizer.save_pretrained(directory)
+
+
+def saved_score(path: str) -> torch.Tensor | None:
+    """The head (1, D) in fp32 of the classifier at `path`; None where no safetensors file has one of this
+    name and shape."""
+    for file in weight_files(path):
+        with safe_open(file, "pt") as weights:
+            if HEAD in weights.keys():
+                score = weights.get_tensor(HEAD).float()
+                return score if len(score) == 1 else None
+    return None
 
 
 def with_padding(tokenizer):

@@ -165,6 +165,6 @@ def last_hidden(lm, cache: Cache, ids, positions, **layout):
         input_ids=ids,
         position_ids=positions,
         use_cache=False,
-        cache=cache,
+        rollout_cache=cache,      # `cache` and `past_key_values` are the layers' own
         **layout,
     ).last_hidden_state

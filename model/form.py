@@ -11,7 +11,13 @@ class Form(NamedTuple):
     attention: str = "segments"            # or varlen, dense, plain
     share_prompt: bool = True              # whether a prompt is laid out once for all its responses
     padding: float = PADDING               # how far plain rows may be padded
-    has_exact_cache: bool = True           # whether plain rows are sampled with the LM's own cache
+    has_exact_cache: bool = True           # whether transformers' loop samples with the LM's own cache
+    takes_our_cache: bool = True           # whether our loop samples where rows are flat, not transformers'
+
+    @property
+    def samples_itself(self) -> bool:
+        """Whether model/decoding.py draws completions; else transformers' loop does, a batch at a time."""
+        return self.attention != PLAIN and self.takes_our_cache
 
 
 def set_form(lm, form: Form) -> Form:

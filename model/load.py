@@ -18,6 +18,7 @@ from data.errors import UserError
 from data.files import SUFFIXES, kind_of
 from data.hub import NAME, why_unreachable
 from data.templates import set_template
+from model import modelscope
 
 RUNS = "runs"                        # where runs are by default; no owner of models is meant by it
 HUB_MODEL = re.compile(f"({NAME}/)?{NAME}")
@@ -64,6 +65,8 @@ def check_name(name: str, key: str = "model") -> None:
     """UserError where there is no directory `name` and it cannot be, or be asked for as, a model on the
     hub."""
     check_path(name, key)
+    if name.startswith(modelscope.PREFIX):
+        return                           # `engine.checkpoint.model_path` asks for it
     cached = os.path.isdir(name) or isinstance(try_to_load_from_cache(name, "config.json"), str)
     cause = None if cached else why_unreachable(name, "model")
     if cause:
@@ -75,6 +78,8 @@ def check_name(name: str, key: str = "model") -> None:
 def check_path(name: str, key: str = "model") -> None:
     """UserError where a model's name can only be a local directory, and there is none: the hub is not
     asked."""
+    if name.startswith(modelscope.PREFIX):
+        return modelscope.check_form(name, key)
     folder = os.path.dirname(name) or "."
     is_local = not HUB_MODEL.fullmatch(name) or name.lower().endswith(FILES) or folder == RUNS
     if os.path.isdir(name) or not (is_local or os.path.exists(name)):
@@ -100,15 +105,16 @@ def held(folder: str, name: str) -> str:
     return f" ({folder} holds {', '.join(shown)}{more})" if shown else ""
 
 
-def load_lm(path: str, dtype=torch.float32, **options):
+def load_lm(path: str, dtype=torch.float32, needs_head: bool = True, **options):
     """A causal LM from a local directory or the hub, with the attention that transformers chooses; UserError
     for what is not one. `dtype` is fp32 for weights that are trained; `options` are more of
-    from_pretrained's. Only its text part has gradients."""
+    from_pretrained's. Only its text part has gradients. Without `needs_head` a sequence classifier is taken,
+    too: its trunk, under a head of random numbers."""
     if is_adapter(path):
         raise UserError(f"{path} holds a LoRA adapter, not a model; "
                         "fix: pass its base model, or a run of it with merge: true")
     config = load_config(path)
-    loader = lm_class(config, path)
+    loader = lm_class(config, path, needs_head)
     settings, changed = generation_settings(path)
     if changed:
         options["generation_config"] = GenerationConfig(**settings)
@@ -116,7 +122,10 @@ def load_lm(path: str, dtype=torch.float32, **options):
         lm, info = loader.from_pretrained(path, dtype=dtype, output_loading_info=True, **options)
     except Exception as error:  # noqa: BLE001  somebody else's files: anything may be raised
         raise unloadable(path, error) from error
-    missing = sorted(info["missing_keys"])
+    missing = info["missing_keys"]
+    if not needs_head:
+        missing = missing - names_of(lm, lm.get_output_embeddings())
+    missing = sorted(missing)
     if missing:                                  # transformers would train them from random values
         kind = type(lm).__name__
         raise UserError(f"model: {path} lacks {len(missing)} weights of a {kind} ({missing[0]}, ...); "
@@ -126,14 +135,25 @@ def load_lm(path: str, dtype=torch.float32, **options):
     return lm
 
 
+def names_of(lm, module) -> set[str]:
+    """The names in an LM of the weights of one of its modules."""
+    weights = {id(weight) for weight in module.parameters()}
+    return {name for name, weight in lm.named_parameters() if id(weight) in weights}
+
+
+def weight_files(path: str) -> list[str]:
+    """The safetensors files of the model at `path`; an exception where the hub's cache has none of its
+    files."""
+    folder = os.path.dirname(cached_file(path, "config.json"))
+    return sorted(glob.glob(os.path.join(glob.escape(folder), "model*.safetensors")))
+
+
 def stored_dtype(path: str) -> torch.dtype | None:
     """The dtype that all weights of the model at `path` have in its safetensors files; None where they have
     several, or other files."""
     try:
-        folder = os.path.dirname(cached_file(path, "config.json"))
         dtypes = set()
-        files = os.path.join(glob.escape(folder), "model*.safetensors")
-        for file in sorted(glob.glob(files)):
+        for file in weight_files(path):
             with safe_open(file, "pt") as weights:
                 for name in weights.keys():
                     dtypes.add(weights.get_slice(name).get_dtype())
@@ -142,16 +162,18 @@ def stored_dtype(path: str) -> torch.dtype | None:
     return STORED.get(dtypes.pop()) if len(dtypes) == 1 else None
 
 
-def lm_class(config, path: str):
+def lm_class(config, path: str, needs_head: bool = True):
     """The class that loads a causal LM with this configuration: the one that the checkpoint names where it
-    reads more than text (`...ForConditionalGeneration`). UserError for what is no causal LM, or is
-    quantized."""
+    reads more than text (`...ForConditionalGeneration`). UserError for what is no causal LM, nor, without
+    `needs_head`, a sequence classifier, or is quantized."""
     if getattr(config, "quantization_config", None):
         raise UserError(f"model: {path} is quantized and cannot be trained; fix: pass the unquantized model")
     kinds = config.architectures
     kinds = kinds if kinds and isinstance(kinds, list) else ["CausalLM"]
     reads_more = kinds[0].endswith("ForConditionalGeneration")
     is_causal = any("CausalLM" in kind or "LMHead" in kind for kind in kinds)
+    if not needs_head and kinds[0].endswith("ForSequenceClassification"):
+        is_causal = True
     if reads_more and not config.is_encoder_decoder and hasattr(transformers, kinds[0]):
         return getattr(transformers, kinds[0])
     if is_causal and type(config) in AutoModelForCausalLM._model_mapping:

@@ -6,10 +6,11 @@ from transformers import AutoModelForSequenceClassification
 from data.errors import RunError, UserError
 from data.messages import unflagged
 from data.pack import Example
-from model.build import product_precision, this_device
+from model.build import num_ranks, product_precision, shard_over_ranks, this_device
 from model.load import check_finite, first_line, load_config, load_tokenizer, unloadable
 
-PADDED = 1.25      # rows are computed together as long as padding makes no more of them than this
+PADDED = 1.25      # rows are computed together as long as padding makes no more of them than this,
+TOGETHER = 8192    # ... and no more tokens
 KIND = "ForSequenceClassification"
 
 
@@ -18,43 +19,66 @@ class Classifier:
     `decode` makes them of token ids, go through its own chat template, and the scores are those of
     transformers.
 
-    It is frozen, whole on every rank, and in bf16 where a run on a GPU is. UserError where it cannot be
-    loaded."""
+    It is frozen, and in bf16 where a run on a GPU is. Under several ranks it is sharded, in so many `copies`
+    over all, and each of them computes a share of the scores. UserError where it cannot be loaded."""
 
-    def __init__(self, path: str, decode=None, precision: str = "auto"):
+    def __init__(self, path: str, decode=None, precision: str = "auto", copies: int = 1):
         self.path, self.decode = path, decode
         self.tokenizer = check_classifier(path)
         device = this_device()
         is_bf16 = device.type == "cuda" and product_precision(precision, device) == "bf16"
         self.tolerance = 5e-2 if is_bf16 else 1e-4      # how far apart two computations of a score may be
-        self.model = load_classifier(path, torch.bfloat16 if is_bf16 else torch.float32).to(device)
+        self.model = load_classifier(path, torch.bfloat16 if is_bf16 else torch.float32)
         self.config = self.model.config.get_text_config()
         self.longest = getattr(self.config, "max_position_embeddings", None) or torch.inf
+        if num_ranks() > 1:
+            shard_over_ranks(self.model, copies)
+        else:
+            self.model.to(device)
 
     def of_examples(self, examples: list[Example]) -> torch.Tensor:
         """(S,) fp32: a score for each of the examples' responses."""
+        return self.of_rows(self.rows(examples))
+
+    def scores(self, conversations: list[list[dict]]) -> torch.Tensor:
+        """(n,) fp32: a score for each conversation."""
+        return self.of_rows(self.tokenised(conversations))
+
+    def rows(self, examples: list[Example]) -> list[list[int]]:
+        """S rows of its own token ids: a prompt with a response each. RunError where it cannot read one."""
         conversations = []
         for example in examples:
             for response in example.responses:
                 conversations.append(conversation(example.extras["prompt"], self.decode(response.tokens)))
-        return self.scores(conversations)
+        return self.tokenised(conversations)
 
-    @torch.no_grad()
-    def scores(self, conversations: list[list[dict]]) -> torch.Tensor:
-        """(n,) fp32, a score for each conversation."""
+    def tokenised(self, conversations: list[list[dict]]) -> list[list[int]]:
         try:
             rows = [self.tokenizer.apply_chat_template(turns, return_dict=False) for turns in conversations]
         except Exception as error:  # noqa: BLE001  jinja's, of a template that somebody else wrote
             raise RunError(f"reward: the chat template of {self.path} refuses a conversation "
                            f"({first_line(error)}); fix: another reward model, or prompts in the roles that "
                            "it knows") from error
-        lengths = [len(row) for row in rows]
-        if max(lengths, default=0) > self.longest:
+        longest = max(map(len, rows), default=0)
+        if longest > self.longest:
             raise RunError(f"reward: {self.path} reads {self.longest} tokens, and a completion with its "
-                           f"prompt has {max(lengths)}; fix: lower max_completion_length")
-        found = torch.zeros(len(rows), device=self.model.device)
-        for places in together(lengths):
-            found[places] = self.forward([rows[place] for place in places])
+                           f"prompt has {longest}; fix: lower max_completion_length")
+        return rows
+
+    @torch.no_grad()
+    def of_rows(self, rows: list[list[int]]) -> torch.Tensor:
+        """(n,) fp32: a score for each row of token ids, on every rank. All ranks call it with the same rows:
+        each computes as many forwards as the others, since a sharded model needs all of them."""
+        world = num_ranks()
+        rank = torch.distributed.get_rank() if world > 1 else 0
+        groups = together([len(row) for row in rows])
+        found = torch.zeros(len(rows), device=this_device())
+        for first in range(0, len(groups), world):
+            places = groups[first + rank] if first + rank < len(groups) else []
+            scores = self.forward([rows[place] for place in places] or [[0]])
+            found[places] = scores[:len(places)]
+        if world > 1:
+            torch.distributed.all_reduce(found)
         return found
 
     def forward(self, rows: list[list[int]]) -> torch.Tensor:
@@ -72,7 +96,7 @@ class Classifier:
             mask[i, :len(row)] = 1
         own, self.config.pad_token_id = self.config.pad_token_id, padding
         try:
-            output = self.model(ids.to(self.model.device), attention_mask=mask.to(self.model.device))
+            output = self.model(ids.to(this_device()), attention_mask=mask.to(this_device()))
         finally:
             self.config.pad_token_id = own
         return output.logits[:, 0].float()
@@ -106,10 +130,12 @@ def architecture(config) -> str:
 
 
 def together(lengths: list[int]) -> list[list[int]]:
-    """The places of rows that are computed together: of similar length."""
+    """The places of rows that are computed together: of similar length, the shortest first."""
     groups = []
     for place in sorted(range(len(lengths)), key=lengths.__getitem__):
-        if groups and lengths[place] <= PADDED * lengths[groups[-1][0]]:
+        length = lengths[place]
+        joins = groups and length <= PADDED * lengths[groups[-1][0]]
+        if joins and length * (len(groups[-1]) + 1) <= TOGETHER:
             groups[-1].append(place)
         else:
             groups.append([place])

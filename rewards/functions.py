@@ -19,10 +19,12 @@ from pathlib import Path
 
 from data.errors import RunError, UserError, printable
 from data.hub import NAME
+from model.modelscope import PREFIX
 from rewards.guard import Interrupted, TimedOut, guarded
 from rewards.verifiers import golds_of, gsm8k, math_answer, no_gold, r1_zero
 
-ON_HUB = re.compile(f"(?!runs/){NAME}/{NAME}(?<!\\.py)")          # owner/name, neither a run nor a file
+# owner/name, neither a run nor a file
+ON_HUB = re.compile(f"(?!runs/)({PREFIX})?{NAME}/{NAME}(?<!\\.py)")
 IMPORT_SECONDS = 600.0                             # limit for the import of its file, which may load a model
 GIVEN = ("prompts", "completions", "completion_ids")               # what a reward gets beside the columns
 OF_TRL = ("trainer_state", "log_extra", "log_metric", "environments")      # what only TRL passes to it

@@ -128,6 +128,15 @@ def assistant(content, **parts):
     return {"role": "assistant", "content": content, **parts}
 
 
+def ending_model(folder):
+    """The directory of a random model whose completions do end, with the bytes' tokenizer."""
+    lm = random_lm(config_of())
+    lm.lm_head.weight.data[258] *= 3
+    lm.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
 def messages(*turns):
     return [{"role": "assistant" if i % 2 else "user", "content": turn} for i, turn in enumerate(turns)]
 

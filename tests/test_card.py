@@ -92,8 +92,8 @@ def test_what_a_run_trains_further_keeps_its_origin(train, tmp_path):
     assert head["base_model"] == "some/origin" and head["license"] == "apache-2.0"
 
 
-@pytest.mark.parametrize("text", ["", "---\n", "---\n: [\n---\n", "---\n- a\n---\n", "x\n---\nlicense: y\n---\n",
-                                  "---\nlicense: 3\n"])
+@pytest.mark.parametrize("text", [
+    "", "---\n", "---\n: [\n---\n", "---\n- a\n---\n", "x\n---\nlicense: y\n---\n", "---\nlicense: 3\n"])
 def test_a_card_of_any_form_is_no_error(train, tmp_path, text):
     (tmp_path / "model" / "README.md").write_text(text)
     assert front_matter(str(tmp_path / "model")) == {}

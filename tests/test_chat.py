@@ -26,7 +26,10 @@ def run_with(folder, **config):
     """A directory with the config.yaml of a run."""
     values = {"algorithm": "dpo", "eval_data": "null", "columns": "null"} | config
     folder.mkdir(parents=True, exist_ok=True)
-    lines = [f"{key}: {value if isinstance(value, str) else json.dumps(value)}\n" for key, value in values.items()]
+    lines = []
+    for key, value in values.items():
+        text = value if isinstance(value, str) else json.dumps(value)
+        lines.append(f"{key}: {text}\n")
     (folder / "config.yaml").write_text("".join(lines))
     return str(folder)
 
@@ -39,7 +42,8 @@ def test_questions_are_held_out_prompts(here):
     lines = {"prompt": "two\nlines", "chosen": "a", "rejected": "b"}
     first = {"prompt": messages("Hi", "Hello", "What is 1+1?"), "chosen": "2", "rejected": "3"}
     other = {"prompt": "2+2=", "chosen": "4", "rejected": "5"}
-    held_out = write_jsonl(here / "held.jsonl", [long, lines, first, first, other, {"prompt": "x", "chosen": "a", "rejected": "b"}])
+    last = {"prompt": "x", "chosen": "a", "rejected": "b"}
+    held_out = write_jsonl(here / "held.jsonl", [long, lines, first, first, other, last])
     rows = write_jsonl(here / "rows.jsonl", [{"Ask": "Training?", "chosen": "a", "rejected": "b"}])
     columns = {"prompt": "Ask"}
     assert questions(run_with(here / "a", data=rows, eval_data=held_out)) == ["What is 1+1?", "2+2="]
@@ -53,7 +57,8 @@ def test_questions_are_held_out_prompts(here):
 def test_questions_that_cannot_be_known(here, monkeypatch):
     monkeypatch.setattr("data.hub.why_unreachable", lambda *_: pytest.fail("the hub was asked"))
     assert questions(run_with(here / "a", data="gone.jsonl")) == []
-    assert questions(run_with(here / "b", data="Anthropic/hh-rlhf:test")) == questions(run_with(here / "c", data="hh")) == []
+    assert questions(run_with(here / "b", data="Anthropic/hh-rlhf:test")) == []
+    assert questions(run_with(here / "c", data="hh")) == []
     assert questions(str(here)) == questions("gpt2") == []
 
 
@@ -76,7 +81,8 @@ def test_both_forms_of_an_option(here):
     args = parser().parse_args(with_dashes(words))
     assert (args.model, args.temperature, args.max_new_tokens, args.seed) == (["runs/x"], 0, 7, 3)
     assert args.chat_template_kwargs == {"a": 1}
-    assert "unknown key 'temprature' (command line); fix: write temperature" in refused(with_dashes, ["m", "temprature=0"])
+    said = refused(with_dashes, ["m", "temprature=0"])
+    assert "unknown key 'temprature' (command line); fix: write temperature" in said
     (here / "lr=3").mkdir()
     assert with_dashes(["lr=3", "runs/a/lr=1"]) == ["lr=3", "runs/a/lr=1"]
 
@@ -91,7 +97,8 @@ def test_an_unknown_run_lists_the_runs(here, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     for name in ("tiny-dpo", "tiny-grpo"):
         run_with(here / "runs" / name)
-    assert "there is no directory runs/tiny (runs holds tiny-dpo, tiny-grpo)" in refused(check_name, "runs/tiny")
+    said = refused(check_name, "runs/tiny")
+    assert "there is no directory runs/tiny (runs holds tiny-dpo, tiny-grpo)" in said
     said = refused(check_name, "tiny-dp")
     assert "(runs holds tiny-dpo, tiny-grpo)" in said
     assert "runs holds" not in refused(check_name, "owner/tiny")

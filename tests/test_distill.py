@@ -13,6 +13,7 @@ from helpers import (
     assert_same_weights,
     byte_tokenizer,
     config_of,
+    ending_model,
     final_weights,
     metrics,
     prompt_rows,
@@ -48,12 +49,7 @@ FOUR = dict(num_iterations=2, num_mini_batches=2)      # updates from each rollo
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """A start model whose completions do end."""
-    folder = tmp_path_factory.mktemp("model")
-    lm = random_lm(config_of())
-    lm.lm_head.weight.data[258] *= 3
-    lm.save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-    return str(folder)
+    return ending_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")

@@ -46,10 +46,13 @@ def finish(process):
 
 @pytest.mark.parametrize("words, grid", [
     ([DPO, "seed=0,1,2", "lr=1e-4, 3e-4"], {"seed": ["0", "1", "2"], "lr": ["1e-4", "3e-4"]}),
-    ([DPO, "--seed", "0,1", "--reference-free=true,false"], {"seed": ["0", "1"], "reference_free": ["true", "false"]}),
-    ([DPO, "schedule=linear,cosine", "max_steps=10,null"], {"schedule": ["linear", "cosine"], "max_steps": ["10", "null"]}),
+    ([DPO, "--seed", "0,1", "--reference-free=true,false"],
+     {"seed": ["0", "1"], "reference_free": ["true", "false"]}),
+    ([DPO, "schedule=linear,cosine", "max_steps=10,null"],
+     {"schedule": ["linear", "cosine"], "max_steps": ["10", "null"]}),
     ([DPO, "algorithm=dpo,ipo", "beta=0.1,0.5"], {"algorithm": ["dpo", "ipo"], "beta": ["0.1", "0.5"]}),
-    ([GRPO, "num_generations=4,8", "reward=r1_zero,gsm8k", "reward_weights=1,0"], {"num_generations": ["4", "8"]}),
+    ([GRPO, "num_generations=4,8", "reward=r1_zero,gsm8k", "reward_weights=1,0"],
+     {"num_generations": ["4", "8"]}),
     ([GRPO, "stop=a,b", "data=a.jsonl,b.jsonl", "lora_targets=q_proj,v_proj", "model=a,b"], {}),
     ([DPO, "chat_template_kwargs={a: 1, b: 2}", "system_prompt=Yes, sir"], {}),
     ([DPO, "seed=1"], {}),

@@ -1,7 +1,11 @@
-"""Rollouts of another engine: a stand-in for vLLM gives log-probs that are wrong by a known amount, and the loss must
-be weighted by it; the real vLLM, where it is installed, is compared with the training forward."""
+"""Rollouts of another engine: a stand-in for vLLM gives log-probs that are wrong by a known amount, and the
+loss must be weighted by it; the real vLLM, where it is installed, is compared with the training forward."""
+import contextlib
 import importlib.util
 import math
+import subprocess
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,12 +13,13 @@ import torch
 from helpers import (
     ONLINE,
     REWARDED,
+    ROOT,
     byte_tokenizer,
-    config_of,
+    ending_model,
     metrics,
     prompt_rows,
-    random_lm,
     refused,
+    run_train,
     tiny_model,
     train_here,
     watch_updates,
@@ -23,10 +28,12 @@ from helpers import (
 )
 from test_engine_exact import PLAIN
 
-from data.errors import RunError
+import evaluate
+import sample as sample_program
+from data.errors import RunError, UserError
 from data.pack import Example, Response
 from engine.config import load_config
-from engine.importance import importance_weights
+from engine.importance import importance_weights, other_engine
 from engine.options import Sampling
 from model.build import build_policy
 from model.keys import ModelKeys
@@ -42,17 +49,14 @@ needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason
 def files(tmp_path_factory):
     """A start model whose completions do end, and prompts."""
     folder = tmp_path_factory.mktemp("files")
-    lm = random_lm(config_of())
-    lm.lm_head.weight.data[258] *= 3
-    lm.save_pretrained(folder / "model")
-    byte_tokenizer().save_pretrained(folder / "model")
-    return {"model": str(folder / "model"), "data": write_jsonl(folder / "prompts.jsonl", prompt_rows(8))}
+    return {"model": ending_model(folder / "model"),
+            "data": write_jsonl(folder / "prompts.jsonl", prompt_rows(8))}
 
 
 @pytest.fixture
 def run(files, tmp_path, monkeypatch):
-    """run(name, algorithm, shift, key=value, ...) -> the directory of a run whose completions a stand-in for vLLM drew:
-    the own sampler's, with log-probs changed by shift(completion)."""
+    """run(name, algorithm, shift, key=value, ...) -> the directory of a run whose completions a stand-in for
+    vLLM drew: the own sampler's, with log-probs changed by shift(completion)."""
     def run(name, algorithm, shift=None, **values):
         class StandIn:
             def __init__(self, *arguments):
@@ -61,14 +65,16 @@ def run(files, tmp_path, monkeypatch):
             def sample(self, *arguments):
                 changed = []
                 for group in sample(*arguments):
-                    changed.append([completion._replace(logps=completion.logps + np.float32(shift(completion)))
-                                    for completion in group])
+                    changed.append([])
+                    for completion in group:
+                        logps = completion.logps + np.float32(shift(completion))
+                        changed[-1].append(completion._replace(logps=logps))
                 return changed
 
         monkeypatch.setattr("engine.options.find_spec", lambda name: name)
         monkeypatch.setattr("engine.importance.VllmSampler", StandIn)
         keys = PLAIN | dict(batch_size=3, eval_every=1000, max_steps=1, max_grad_norm=1e9) | ONLINE[algorithm]
-        keys |= dict(algorithm=algorithm, model=files["model"], data=files["data"], output=tmp_path / name) | values
+        keys |= dict(algorithm=algorithm, output=tmp_path / name) | files | values
         if shift:
             keys["rollout_engine"] = "vllm"
         train_here(write_config(tmp_path / f"{name}.yml", **keys))
@@ -107,8 +113,10 @@ def test_the_gradient_is_weighted_by_the_ratio(run, monkeypatch, algorithm):
     row, = metrics(weighted)[:1]
     for name in "mean", "min", "max":
         assert row[f"sampling/importance_ratio/{name}"] == pytest.approx(WEIGHT, rel=1e-4)
-    assert not any(name.startswith("sampling/importance_ratio") for name in {**metrics(plain)[0], **metrics(off)[0]})
-    (_, (first, *_)), (_, (other, *_)), (_, (unweighted, *_)) = updates[plain], updates[weighted], updates[off]
+    for name in {**metrics(plain)[0], **metrics(off)[0]}:
+        assert not name.startswith("sampling/importance_ratio")
+    (_, (first, *_)), (_, (other, *_)) = updates[plain], updates[weighted]
+    _, (unweighted, *_) = updates[off]
     is_changed = False
     for name, gradient in first.items():
         assert torch.equal(gradient, unweighted[name])
@@ -129,7 +137,8 @@ def test_mean_and_extremes_over_micro_batches(run):
 
     row = metrics(run("many", "grpo", shift, micro_batch_tokens=60, num_mini_batches=1, num_iterations=1))[0]
     total = sum(count * math.exp(-value) for value, count in drawn)
-    assert row["sampling/importance_ratio/mean"] == pytest.approx(total / sum(count for _, count in drawn), rel=1e-4)
+    mean = total / sum(count for _, count in drawn)
+    assert row["sampling/importance_ratio/mean"] == pytest.approx(mean, rel=1e-4)
     assert row["sampling/importance_ratio/min"] == pytest.approx(math.exp(-max(drawn)[0]), rel=1e-4)
     assert row["sampling/importance_ratio/max"] == pytest.approx(math.exp(-min(drawn)[0]), rel=1e-4)
 
@@ -141,11 +150,13 @@ def test_mean_and_extremes_over_micro_batches(run):
 def test_a_difference_is_told_and_a_large_one_stops(run, capsys, algorithm, shift, files):
     keys = {"teacher": files["model"]} if algorithm == "distill" else {}
     if abs(shift) > 1:
-        with pytest.raises(RunError, match="the training forward and vLLM differ by .* of rollout 1: .*; fix: "):
+        told = "the training forward and vLLM differ by .* of rollout 1: .*; fix: "
+        with pytest.raises(RunError, match=told):
             run("stopped", algorithm, lambda completion: shift, **keys)
         return
     run("told", algorithm, lambda completion: shift, **keys)
-    told = "the training forward and vLLM differ by 0.2 in log-prob per token of rollout 1; fix: precision: fp32"
+    told = ("the training forward and vLLM differ by 0.2 in log-prob per token of rollout 1; "
+            "fix: precision: fp32")
     assert (told in capsys.readouterr().err) == (shift == 0.2)
 
 
@@ -158,9 +169,76 @@ def test_a_difference_is_told_and_a_large_one_stops(run, capsys, algorithm, shif
 def test_what_vllm_cannot_do_is_refused(files, tmp_path, monkeypatch, keys, fault):
     is_installed = keys.pop("installed", True)
     monkeypatch.setattr("engine.options.find_spec", lambda name: name if is_installed else None)
-    path = write_config(tmp_path / "run.yml", algorithm="grpo", reward="r1_zero", **files, rollout_engine="vllm", **keys)
+    keys = files | dict(algorithm="grpo", reward="r1_zero", rollout_engine="vllm") | keys
+    path = write_config(tmp_path / "run.yml", **keys)
     error = refused(load_config, [path])
     assert "rollout_engine" in str(error) and fault in str(error)
+
+
+def test_processes_that_share_an_engine_divide_all():
+    policy = SimpleNamespace(lm=None)
+    config = SimpleNamespace(rollout_engine="vllm", vllm_tensor_parallel=2)
+    with pytest.raises(UserError, match="is 2, which does not divide the number of processes, 1; fix: start 2"):
+        other_engine(policy, None, config, max_length=8, seed=0, output="")
+
+
+PROGRAMS = evaluate.main, sample_program.main
+
+
+@pytest.mark.parametrize("main", PROGRAMS)
+@pytest.mark.parametrize("word, fault", [
+    ("top_p=0.9", "fix: top_p=1 and top_k=0"),
+    ("top_k=3", "fix: top_p=1 and top_k=0"),
+    ("n=4", "fix: pip install vllm"),
+])
+def test_evaluate_and_sample_refuse_it_too(files, tmp_path, monkeypatch, main, word, fault):
+    """Before anything is read or written."""
+    monkeypatch.setattr("engine.options.find_spec", lambda name: name if "pip" not in fault else None)
+    error = refused(main, [files["model"], "data=nowhere", "reward=r1_zero", "rollout_engine=vllm", word,
+                           f"output={tmp_path / 'out'}"])
+    assert "rollout_engine" in error and fault in error and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("main", PROGRAMS)
+def test_evaluate_and_sample_hand_the_weights_over_once(files, tmp_path, monkeypatch, main):
+    """The stand-in gets room for the longest prompt and its completion, and draws every part."""
+    seen, lengths = [], []
+
+    class StandIn:
+        def __init__(self, policy, tokenizer, max_length, memory, seed):
+            seen.append((max_length, memory, seed))
+
+        def hand_over(self, policy):
+            seen.append("weights")
+
+        def draw(self, *arguments):
+            seen.append(len(arguments[2]))
+            lengths.extend(map(len, arguments[2]))
+            return sample(*arguments)
+
+    monkeypatch.setattr("engine.options.find_spec", lambda name: name)
+    monkeypatch.setattr("engine.importance.VllmSampler", StandIn)
+    words = [files["model"], f"data={files['data']}", f"reward={ONLINE['grpo']['reward']}", "max_completion_length=10", "n=2",
+             "rollout_batch_size=6", "seed=4"]
+    found = []
+    for more in ["rollout_engine=vllm", "vllm_memory=0.5"], []:
+        output = tmp_path / f"out{len(more)}"
+        with contextlib.suppress(RunError):           # sample.py may keep no completion
+            main([*words, *more, f"output={output}"])
+        path, = output.glob("*_results.jsonl")
+        found.append(path.read_text())
+    assert seen == [(max(lengths) + 10, 0.5, 4), "weights", 3, 3, 2]
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("main", PROGRAMS)
+def test_evaluate_and_sample_refuse_an_adapter(files, tmp_path, monkeypatch, main):
+    keys = PLAIN | dict(algorithm="grpo", max_steps=1, eval_every=1000, lora_r=2) | ONLINE["grpo"] | files
+    train_here(write_config(tmp_path / "lora.yml", output=tmp_path / "lora", **keys))
+    monkeypatch.setattr("engine.options.find_spec", lambda name: name)
+    error = refused(main, [str(tmp_path / "lora"), f"data={files['data']}", "reward=r1_zero", "rollout_engine=vllm", "n=2",
+                           f"output={tmp_path / 'out'}"])
+    assert "is an adapter; fix: give a merged model" in error
 
 
 # ---- the real one ----
@@ -209,3 +287,36 @@ def test_greedy_completions_are_the_own_samplers(real, stop):
     own = sample(policy, tokenizer, prompts, keys, 1, settings)
     for (mine,), (theirs,) in zip(own, vllm.sample(policy, tokenizer, prompts, keys, 1, settings)):
         assert mine.tokens.tolist() == theirs.tokens.tolist() and mine.finished == theirs.finished
+
+
+@needs_vllm
+def test_evaluate_draws_with_vllm(tmp_path):
+    """Greedy completions of the embedded model are the own sampler's, as a user starts it."""
+    words = ["example/tiny/model", "data=example/tiny/eval-prompts.jsonl", "reward=r1_zero", "temperature=0", "limit=12"]
+    rows = []
+    for name, more in ("own", []), ("vllm", ["rollout_engine=vllm"]):
+        command = [sys.executable, "evaluate.py", *words, *more, f"output={tmp_path / name}"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stderr
+        rows.append((tmp_path / name / "eval-prompts_eval_results.jsonl").read_text())
+    assert rows[0] == rows[1] and len(rows[0].splitlines()) == 12
+
+
+@needs_vllm
+@pytest.mark.parametrize("sharing", [1, 2])
+def test_an_engine_per_rank_or_one_for_both(tmp_path, sharing):
+    """Two ranks hold half of the weights each, and their engines get all, after every update. The second rank has one prompt
+    fewer, and in the last rollout none."""
+    data = ROOT / "example" / "tiny" / "prompts.jsonl"
+    rows = data.read_text().splitlines()[:7]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(rows))
+    keys = dict(algorithm="grpo", model="example/tiny/model", data=tmp_path / "prompts.jsonl", reward="r1_zero", max_length=256,
+                max_completion_length=40, num_generations=4, batch_size=3, max_steps=3, lr=1e-2, num_iterations=1,
+                rollout_engine="vllm", vllm_memory=0.1, output=tmp_path / "run", micro_batch_tokens=200,
+                vllm_tensor_parallel=sharing)
+    done = run_train([write_config(tmp_path / "run.yml", **keys)], processes=2, timeout=600)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    for row in metrics(tmp_path / "run"):
+        assert row["sampling/sampling_logp_difference/mean"] < 1e-5
+        for name in "mean", "min", "max":
+            assert row[f"sampling/importance_ratio/{name}"] == pytest.approx(1, abs=1e-3)

@@ -1,6 +1,9 @@
-"""`pip install .`: a package of its own, whose command does what the programs of the checkout do."""
+"""`pip install .`: a package of its own, whose command does what the programs of the checkout do and is named in
+what they print."""
 import importlib.util
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -8,6 +11,7 @@ import sys
 import pytest
 from helpers import ROOT, metrics, tracked
 
+WORDS = ["example/tiny-dpo.yml", "max_steps=2", "eval_data=null"]
 pytestmark = pytest.mark.skipif(not importlib.util.find_spec("setuptools"), reason="setuptools is missing")
 
 
@@ -25,11 +29,27 @@ def installed(tmp_path_factory):
     return site
 
 
-def align(installed, folder, *arguments):
+@pytest.fixture(scope="module")
+def trained(installed, tmp_path_factory):
+    """(The folder with the copied examples and a run of two updates, what `align train` printed.)"""
+    folder = tmp_path_factory.mktemp("trained")
+    copied = align(installed, folder, "example")
+    assert copied.returncode == 0, copied.stderr
+    done = align(installed, folder, "train", *WORDS)
+    assert done.returncode == 0, done.stderr
+    return folder, done.stdout
+
+
+def align(installed, folder, *arguments, **options):
     """`align ...` in a folder; its CompletedProcess with texts."""
-    environment = {**os.environ, "PYTHONPATH": str(installed), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, installed / "bin" / "align", *arguments]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    return called(installed, folder, [sys.executable, installed / "bin" / "align", *arguments], **options)
+
+
+def called(installed, folder, command, **options):
+    path = f"{installed / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PYTHONPATH": str(installed), "OMP_NUM_THREADS": "1", "PATH": path}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300,
+                          **options)
 
 
 def test_one_package_of_its_own_is_installed(installed):
@@ -43,21 +63,60 @@ def test_one_package_of_its_own_is_installed(installed):
     assert missing == []
 
 
-def test_it_trains_from_an_empty_directory(installed, tmp_path):
-    """The same numbers as the checkout's train.py; what is printed names commands that exist."""
-    copied = align(installed, tmp_path, "example")
-    assert copied.returncode == 0, copied.stderr
-    words = ["example/tiny-dpo.yml", "max_steps=2", "eval_data=null"]
-    trained = align(installed, tmp_path, "train", *words)
-    assert trained.returncode == 0, trained.stderr
-    ours = [sys.executable, ROOT / "train.py", *words, "output=runs/checkout"]
+def test_it_trains_from_an_empty_directory(installed, trained):
+    """The same numbers as the checkout's train.py."""
+    folder, _ = trained
+    ours = [sys.executable, ROOT / "train.py", *WORDS, "output=runs/checkout"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run(ours, cwd=tmp_path, env=environment, check=True, capture_output=True)
-    assert metrics(tmp_path / "runs" / "tiny-dpo") == metrics(tmp_path / "runs" / "checkout")
-    chat, = [line for line in trained.stdout.splitlines() if line.startswith("chat")]
-    assert os.path.isfile(chat.split()[2])
-    report = align(installed, tmp_path, "report", "runs/tiny-dpo", "runs/checkout")
+    subprocess.run(ours, cwd=folder, env=environment, check=True, capture_output=True)
+    assert metrics(folder / "runs" / "tiny-dpo") == metrics(folder / "runs" / "checkout")
+    report = align(installed, folder, "report", "runs/tiny-dpo", "runs/checkout")
     assert report.stdout == "report  report.html\n", report.stderr
+
+
+def test_what_a_run_prints_and_keeps_names_commands_that_exist(installed, trained):
+    """The summary, run.json, the model card, the page; and the command of the summary talks to the model."""
+    folder, printed = trained
+    run = folder / "runs" / "tiny-dpo"
+    chat, = [line for line in printed.splitlines() if line.startswith("chat")]
+    assert chat == "chat     align chat runs/tiny-dpo"
+    words = " ".join(WORDS)
+    assert json.loads((run / "run.json").read_text())["command"] == f"align train {words}"
+    assert f"    align train {words}\n" in (run / "final" / "README.md").read_text(encoding="utf-8")
+    assert f"<pre>align train {words}</pre>" in (run / "report.html").read_text(encoding="utf-8")
+    answered = called(installed, folder, chat.split()[1:], input="Hello\n")
+    assert answered.returncode == 0 and answered.stdout.strip(), answered.stderr
+
+
+@pytest.mark.parametrize("words, says", [
+    (["train"], "error: no config file in the command line; fix: align train example/tiny-dpo.yml\n"),
+    (["report"], "error: no run is named; fix: align report runs/NAME\n"),
+    (["evaluate", "MODEL"], "error: data is missing in the command line; "
+                            "fix: align evaluate MODEL data=... reward=...\n")])
+def test_errors_name_commands_that_exist(installed, tmp_path, words, says):
+    refused = align(installed, tmp_path, *words)
+    assert (refused.returncode, refused.stdout, refused.stderr) == (2, "", says)
+
+
+@pytest.mark.parametrize("program", ["train", "evaluate", "sample", "chat", "report"])
+def test_help_names_commands_that_exist(installed, tmp_path, program):
+    asked = align(installed, tmp_path, program, "--help")
+    assert asked.returncode == 0 and f"align {program}" in asked.stdout, asked.stderr
+    assert not re.search(r"python \w+\.py", asked.stdout)
+
+
+def test_the_examples_run_what_exists(installed, trained):
+    """None of the copied files names a program of the checkout, and a script of several commands runs."""
+    folder, _ = trained
+    for path in (folder / "example").rglob("*"):
+        if path.suffix in (".md", ".py", ".sh", ".yml"):
+            text = path.read_text(encoding="utf-8")
+            assert not re.search(r"(python|torchrun) .*\b(train|evaluate|sample|chat|report)\.py", text), path
+    settings = ["env", "CONFIG=example/tiny-dpo.yml", "LOSSES=dpo", "BETAS=0.1"]
+    script = ["bash", "example/recipes/preference-scan.sh", "max_steps=1", "eval_data=null"]
+    done = called(installed, folder, [*settings, *script])
+    assert done.returncode == 0, done.stderr
+    assert (folder / "runs" / "preference-scan" / "report.html").exists()
 
 
 def test_version_and_what_is_not_a_command(installed, tmp_path):

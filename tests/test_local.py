@@ -95,7 +95,8 @@ def test_a_bad_row_names_its_file(parts):
 
 @pytest.mark.parametrize("files, reads, left_out", [
     (["train.jsonl", "test.jsonl"], ["train"], ["test"]),
-    (["data/train-00000-of-00002.jsonl", "data/train-00001-of-00002.jsonl", "data/validation-00000-of-00001.jsonl"],
+    (["data/train-00000-of-00002.jsonl", "data/train-00001-of-00002.jsonl",
+      "data/validation-00000-of-00001.jsonl"],
      ["train-00000-of-00002", "train-00001-of-00002"], ["validation-00000-of-00001"]),
     (["train/a.jsonl", "dev/b.jsonl"], ["a"], ["b"]),
     (["one.jsonl", "two.jsonl", "eval_set.jsonl"], ["one", "two"], ["eval_set"]),
@@ -214,7 +215,9 @@ def test_separators(name, text, here):
     found = build_dataset(name, "pairs", TOKENIZER, 1000).examples
     texts = []
     for example in found:
-        responses = [TOKENIZER.decode(response.tokens, skip_special_tokens=True) for response in example.responses]
+        responses = []
+        for response in example.responses:
+            responses.append(TOKENIZER.decode(response.tokens, skip_special_tokens=True))
         texts.append([TOKENIZER.decode(example.prompt), *responses])
     assert texts == [["1,5?", "a,b", "c"], ["q;r", "x;y", "z"]]
     first = text.count("\n") - 1
@@ -270,7 +273,8 @@ def test_columns_in_yaml_and_on_the_command_line(here):
     (here / "again.yml").write_text(as_yaml(run.common, run.config))
     assert load_config(["again.yml"]).common == run.common
     for bad in ("columns=Question", "columns={prompt: [a]}", "columns={prompt: }", "columns=[a, b]"):
-        assert "fix: give our names and the file's, such as {prompt: Question" in refused(load_config, ["x.yml", bad])
+        said = refused(load_config, ["x.yml", bad])
+        assert "fix: give our names and the file's, such as {prompt: Question" in said
 
 
 def test_a_source_s_own_columns_come_first(here):
@@ -283,8 +287,9 @@ def test_a_source_s_own_columns_come_first(here):
     write_jsonl(here / "ours.jsonl", pairs("ours", 1))
     data = [{"path": "own.jsonl", "columns": {"prompt": "q", "chosen": "good", "rejected": "bad"}},
             {"path": "other.jsonl"}]
-    common = SimpleNamespace(data=data, eval_data="ours.jsonl", eval_fraction=0, seed=0, max_length=100,
-                             truncate="none", hh="messages", system_prompt=None, columns={"prompt": "Question"})
+    common = SimpleNamespace(
+        data=data, eval_data="ours.jsonl", eval_fraction=0, seed=0, max_length=100, truncate="none",
+        hh="messages", system_prompt=None, columns={"prompt": "Question"})
     said = refused(load_datasets, common, "pairs", TOKENIZER, lambda text: None)
     assert "no column 'Question' in ours.jsonl:1" in said
     common.eval_data = [{"path": "ours.jsonl", "columns": {}}]
@@ -305,6 +310,7 @@ def test_the_proposed_command_runs(here):
     assert fix == "columns={prompt: Question, chosen: good_answer, rejected: bad_answer}"
     second = subprocess.run([*command, fix], capture_output=True, text=True)
     assert second.returncode == 0 and "mine.csv: 2 rows read, 2 examples used" in second.stdout
-    evaluated = [sys.executable, str(ROOT / "evaluate.py"), f"{ROOT}/example/tiny/model", "data=mine.csv", fix]
+    program, model = ROOT / "evaluate.py", ROOT / "example" / "tiny" / "model"
+    evaluated = [sys.executable, str(program), str(model), "data=mine.csv", fix]
     third = subprocess.run(evaluated, capture_output=True, text=True)
     assert third.returncode == 0 and "accuracy" in third.stdout

@@ -3,6 +3,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -103,6 +104,7 @@ def test_scores_are_transformers_own(tmp_path, padding):
 def test_rows_of_similar_length_are_computed_together():
     assert together([10, 100, 12, 12, 13, 99]) == [[0, 2, 3], [4], [5, 1]]
     assert together([]) == []
+    assert together([4096, 4096, 4096]) == [[0, 1], [2]]      # at most 8192 tokens
 
 
 @pytest.fixture(scope="module")
@@ -244,6 +246,29 @@ def fail_on_one_rank(*place):
     off_the_shelf.Classifier.__init__ = shorter
 
 
+def note_share(*place):
+    """Write how many numbers of the classifier's weights this rank keeps."""
+    join(*place)
+    from model import off_the_shelf
+    start = off_the_shelf.Classifier.__init__
+
+    def noted(self, *arguments):
+        start(self, *arguments)
+        kept = sum(weight.to_local().numel() for weight in self.model.parameters())
+        Path("kept").write_text(str(kept))
+    off_the_shelf.Classifier.__init__ = noted
+
+
+def test_each_rank_keeps_its_share_of_a_classifier(tmp_path, policy, classifier):
+    """Of every weight: sizes are even here. A rank whose share of the rows is smaller computes as often."""
+    config = Path(grpo(tmp_path, policy, classifier, max_steps=1))
+    done = train_on_ranks(config, patch=note_share)
+    assert [rank.code for rank in done] == [0, 0], done[0].err
+    count = AutoModelForSequenceClassification.from_pretrained(classifier).num_parameters()
+    kept = [int((tmp_path / f"rank{rank}" / "kept").read_text()) for rank in (0, 1)]
+    assert sum(kept) == count and max(kept) < 0.6 * count
+
+
 def test_a_failure_of_one_rank_ends_all(tmp_path, policy, classifier):
     done = train_on_ranks(Path(grpo(tmp_path, policy, classifier)), patch=fail_on_one_rank)
     for rank in done:
@@ -295,7 +320,9 @@ def test_pairs_are_evaluated_by_a_classifier(tmp_path, classifier):
 def test_the_forecast_counts_reward_models(tmp_path, policy, classifier):
     """A classifier with all its weights in fp32, as a CPU has it."""
     count = AutoModelForSequenceClassification.from_pretrained(classifier).num_parameters()
-    found = reward_model_bytes(None, f"gsm8k, {classifier}", 4, False, 1)
-    assert found == {f"reward model {classifier}": 4 * count}
+    for replicate, world, shards in [(1, 1, 1), (1, 2, 2), (2, 4, 2)]:
+        common = SimpleNamespace(replicate=replicate)
+        found = reward_model_bytes(common, f"gsm8k, {classifier}", 4, False, world)
+        assert found == {f"reward model {classifier}": 4 * count / shards}
     done = run_train([grpo(tmp_path, policy, classifier), "--dry-run"])
     assert done.returncode == 0 and f"reward model {classifier}" in done.stdout + done.stderr

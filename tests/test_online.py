@@ -15,11 +15,10 @@ from helpers import (
     assert_same_gradients,
     assert_same_weights,
     byte_tokenizer,
-    config_of,
+    ending_model,
     final_weights,
     metrics,
     prompt_rows,
-    random_lm,
     train_here,
     watch_updates,
     write_config,
@@ -46,11 +45,7 @@ RUN = PLAIN | dict(batch_size=3, eval_every=1000)
 def files(tmp_path_factory):
     """Paths: a start model whose completions do end, eight prompts and five held-out ones."""
     folder = tmp_path_factory.mktemp("files")
-    lm = random_lm(config_of())
-    lm.lm_head.weight.data[258] *= 3
-    lm.save_pretrained(folder / "model")
-    byte_tokenizer().save_pretrained(folder / "model")
-    return {"model": str(folder / "model"), "data": write_jsonl(folder / "prompts.jsonl", prompt_rows(8)),
+    return {"model": ending_model(folder / "model"), "data": write_jsonl(folder / "prompts.jsonl", prompt_rows(8)),
             "eval": write_jsonl(folder / "eval.jsonl", prompt_rows(5, 8))}
 
 

@@ -24,6 +24,7 @@ ONLINE = {
     "max_completion_length": COUNT, "temperature": POSITIVE, "top_p": ("1e-6 1", "0 1.1"),
     "top_k": ("0 7", "-1 0.5"), "reward_timeout": POSITIVE, "rollout_batch_size": COUNT,
     "num_mini_batches": ("1 32", "0 33"), "vllm_memory": ("1e-6 1", "0 1.1"),
+    "vllm_tensor_parallel": ("1 8", "0 1.5"),
 }
 GROUP = ONLINE | {"num_generations": ("2 7", "1 0"), "num_iterations": COUNT}
 CLIPPED = GROUP | {"epsilon": POSITIVE, "epsilon_high": POSITIVE}

@@ -28,13 +28,14 @@ from helpers import (
 )
 from robust_helpers import train_on_ranks
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig
 
 from algorithms import ppo
 from algorithms.ppo import Config, gae, ppo_policy_loss, ppo_value_loss, token_rewards, whiten
 from data.errors import UserError
 from data.pack import Example, Response
 from engine.config import load_config
+from engine.reward_models import reads_as
 from model import sampler
 from model.actor_critic import ActorCritic
 from model.policy import Policy
@@ -473,6 +474,27 @@ def test_a_reward_model_judges_and_starts_the_critic(files, run, reward_runs, na
     assert len(metrics(directory)) == 5 and not (directory / "final" / "value_head.safetensors").exists()
     head_later = critic_of(directory, 5)["critic_head.weight"]
     assert not torch.equal(head_later, head) and torch.allclose(head_later, head, atol=0.1)
+
+
+@pytest.mark.parametrize("name", ["rm", "rm-llama"])
+def test_a_classifier_with_the_policy_s_tokenizer_starts_the_critic(files, run, reward_runs, name):
+    """First values are the scores of transformers' own classifier in the states before each token; with another
+    tokenizer, or a head of another name, the critic starts from the start model."""
+    place = reward_runs[name] / "classifier"
+    directory = run(f"classifier-{name}", reward=place, max_steps=4)
+    given = stored_rollout(directory, 1)
+    classifier = AutoModelForSequenceClassification.from_pretrained(place).eval()
+    tokenizer = byte_tokenizer()
+    for i, row in enumerate(given["rows"]):
+        prompt = tokenizer.apply_chat_template(json.loads(Path(files.data).read_text().splitlines()[row])["prompt"],
+                                               add_generation_prompt=True, return_dict=False)
+        states = classifier.base_model(torch.tensor([prompt + given["tokens"][i]])).last_hidden_state
+        values = classifier.score(states)[0, :, 0]
+        assert given["old_values"][i] == pytest.approx(values[len(prompt) - 1:-1].tolist(), abs=1e-5)
+    assert reads_as(str(place), tokenizer)
+    tokenizer.add_tokens(["<x>"])
+    assert not reads_as(str(place), tokenizer)
+    assert not reads_as(files.model, byte_tokenizer())      # no classifier: nothing is named `score`
 
 
 def test_a_shared_trunk_does_not_start_from_the_reward_model(run, reward_runs):

@@ -15,6 +15,7 @@ from helpers import ROOT, assert_same_weights, tiny_model, tracked
 from safetensors.torch import load_file, save_file
 
 from data import errors
+from data.command import BY_ALIGN
 from data.errors import RunError
 from engine import checkpoint, ranks, restore, sealed
 
@@ -239,6 +240,7 @@ def test_weights_that_no_run_can_go_on_from(interrupted):
 
 # ---- one end for all
 
+ALIGN = {BY_ALIGN: "1"}
 TORCHRUN = {"LOCAL_RANK": "0", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4"}
 
 
@@ -247,9 +249,14 @@ TORCHRUN = {"LOCAL_RANK": "0", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4"}
     ({}, "../project/train.py", "python ../project/train.py c.yml 'name=a b'"),
     (TORCHRUN, "train.py", "torchrun --nproc-per-node 4 train.py c.yml 'name=a b'"),
     (TORCHRUN | {"WORLD_SIZE": "8"}, "train.py",
-     "the same torchrun command on every machine, with train.py c.yml 'name=a b'")])
+     "the same torchrun command on every machine, with train.py c.yml 'name=a b'"),
+    (ALIGN, "/site/train.py", "align train c.yml 'name=a b'"),
+    (ALIGN | TORCHRUN, "/site/train.py",
+     "torchrun --nproc-per-node 4 -m minimal_llm_alignment train c.yml 'name=a b'"),
+    (ALIGN | TORCHRUN | {"WORLD_SIZE": "8"}, "/site/train.py",
+     "the same torchrun command on every machine, with -m minimal_llm_alignment train c.yml 'name=a b'")])
 def test_the_command_to_go_on(environment, program, says, monkeypatch):
-    for name in ("LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+    for name in (BY_ALIGN, "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)

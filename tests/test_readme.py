@@ -3,7 +3,9 @@ runs."""
 import importlib
 import math
 import re
+import shlex
 import subprocess
+import sys
 import textwrap
 
 import pytest
@@ -23,7 +25,12 @@ from helpers import (
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from engine import definition
+import evaluate
+import sample
+from engine import definition, options
+from engine.config import load_config
+from engine.grid import grid_of, members_of
+from engine.results import read_settings
 
 ENGLISH, CHINESE = ROOT / "README.md", ROOT / "README_zh.md"
 GUIDE = ROOT / "docs" / "adding-an-algorithm.md"
@@ -82,9 +89,74 @@ def test_what_is_named_exists_and_nothing_is_left_to_fill_in(page):
     rooms = "algorithms|engine|model|rewards|data|docs|tests|example|benchmark"
     pattern = rf"(?<![\w/-])(?:{rooms})/[\w/.-]+\.(?:py|yml|md)\b"
     named = set(re.findall(pattern, text)) - {"algorithms/my_dpo.py"}      # the user's own
-    assert named and [name for name in named if not (ROOT / name).exists()] == []
+    assert [name for name in named if not (ROOT / name).exists()] == []
     for target in re.findall(r"\]\(([^)#:]+)\)", text):
         assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("english, chinese", PAIRS, ids=lambda path: path.name)
+def test_every_page_is_reached_and_leads_to_the_other_language(english, chinese):
+    """Its third line links the other language, and of a page in docs/ the README of its own."""
+    for page, other, home in [(english, chinese, ENGLISH), (chinese, english, CHINESE)]:
+        links = read(page).splitlines()[2]
+        assert f"]({other.name})" in links
+        if page != home:
+            assert f"](../{home.name})" in links
+            assert f"](docs/{page.name})" in read(home)
+
+
+@pytest.mark.parametrize("home, page", [(ENGLISH, "results.md"), (CHINESE, "results_zh.md")])
+def test_the_results_of_the_readme_are_rows_of_the_whole_table(home, page):
+    whole = {}
+    for line in read(ROOT / "docs" / page).splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if len(cells) == 9:
+            whole.setdefault(cells[0], cells)
+    table = read(home).partition("| SmolLM2 |")[2].partition("\n\n")[0]
+    rows = table.splitlines()[2:]
+    assert len(rows) > 10
+    for line in rows:
+        name, *cells = [cell.strip() for cell in line.strip("|").split("|")]
+        _, right, exact, _, greedy, _, pairs, divergence, _ = whole[name]
+        assert cells == [right, exact, greedy, pairs, divergence], name
+
+
+def commands_of(program):
+    """The words behind this program in all commands of the pages."""
+    found = set()
+    for page in [*PAGES, *ROOT.glob("docs/learn/*.md")]:
+        for block in blocks(read(page)):
+            if block.startswith("```bash"):
+                found.update(re.findall(rf"^(?:python|torchrun .*?|.*&& python) {program} (.*)", block, re.M))
+    return sorted(found)
+
+
+@pytest.mark.parametrize("command", commands_of("train.py"))
+def test_a_training_command_of_the_pages_names_keys_and_values_that_there_are(command, monkeypatch):
+    """vLLM counts as installed."""
+    monkeypatch.setattr(options, "find_spec", lambda name: name)
+    words = shlex.split(command)
+    if grid := grid_of(words):
+        assert len(members_of(words, grid)[0]) > 1
+    else:
+        assert load_config(words).common.model
+
+
+@pytest.mark.parametrize("program, settings", [
+    ("evaluate.py", evaluate.Config), ("sample.py", sample.Config)])
+def test_other_commands_of_the_pages_name_keys_that_there_are(program, settings):
+    commands = commands_of(program)
+    assert commands
+    for command in commands:
+        assert read_settings(shlex.split(command), settings, program).data
+
+
+@pytest.mark.parametrize("script", ["docs/options/build.py", "docs/pictures/build.py"])
+def test_what_is_generated_is_what_the_code_says(script):
+    """`docs/pictures` reads the mask from the attention itself, counts the rows of an update, and finds the
+    lines of dpo.py that it shows."""
+    done = subprocess.run([sys.executable, script, "--check"], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_every_algorithm_is_in_the_table():

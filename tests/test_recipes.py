@@ -15,6 +15,7 @@ CHAINS = [
     ("gpt2-nl-pretrain", "gpt2-nl-sft", "gpt2-nl-dpo"),
     ("constitutional-ai-sft", "constitutional-ai-dpo"),
     ("smollm3-sft", "smollm3-apo"),
+    ("starchat2-15b-sft", "starchat2-15b-dpo"),
 ]
 
 

@@ -6,13 +6,27 @@ import random
 import numpy as np
 import pytest
 import torch
-from helpers import byte_tokenizer, config_of, kinds, random_lm
+from helpers import (
+    ONLINE,
+    byte_tokenizer,
+    config_of,
+    kinds,
+    metrics,
+    prompt_rows,
+    random_lm,
+    tiny_model,
+    train_here,
+    write_config,
+    write_jsonl,
+)
 from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
+from data.pack import Example
 from engine.options import Sampling
-from model import lora, varlen
+from model import decoding, lora, varlen
 from model.cache import Cache, CacheInPlace
-from model.decoding import Decoding
+from model.check import check_sampling
+from model.decoding import Decoding, last_hidden
 from model.draw import BLOCK, draw, inverse_cdf
 from model.form import VARLEN, Form
 from model.keys import ModelKeys
@@ -468,3 +482,65 @@ def test_rows_that_go_on_keep_their_keys_and_values():
             for layer in range(2):
                 for kept, old in zip(cache.layers[layer], before[layer]):
                     assert len(kept) == len(alive) and torch.equal(kept[place, :, :column], old[row, :, :column])
+
+
+# ---- layers that do not take our cache ----
+
+def made(policy, tokenizer):
+    """The completions of all prompts, as pairs of tokens and log-probs."""
+    found = []
+    for group in sample(policy, tokenizer, prompts(), keys(len(LENGTHS)), COPIES, settings()):
+        found += [(completion.tokens.tolist(), completion.logps.tolist()) for completion in group]
+    return found
+
+
+def unanswered():
+    return [Example(prompt, [], "prompts:1") for prompt in prompts()]
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_these_layers_take_our_cache(name):
+    policy = Policy(model(ARCHITECTURES[name]), "fp32")
+    check_sampling(policy, unanswered(), notice=None)      # it would be called
+    assert policy.form == Form() and policy.form.samples_itself
+
+
+def refuses(*_, **__):
+    raise AttributeError("'Cache' object has no attribute 'update'")
+
+
+def misreads(*arguments, **keywords):
+    """Other hidden states, as of layers that leave out a part of the cache."""
+    return last_hidden(*arguments, **keywords) + 0.1
+
+
+@pytest.mark.parametrize("other", [refuses, misreads])
+def test_layers_that_do_not_take_our_cache_are_sampled_by_transformers(tokenizer, monkeypatch, other):
+    """The draws are the same: they depend on keys, and probabilities are those of the LM. Where its own cache
+    is wrong, too, every token is sampled from the whole row."""
+    policy = Policy(model(ARCHITECTURES["llama"]), "fp32")
+    expected = made(policy, tokenizer)
+    monkeypatch.setattr(decoding, "last_hidden", other)
+    said = []
+    check_sampling(policy, unanswered(), said.append)
+    assert len(said) == 1 and "transformers' loop samples, since a llama's layers" in said[0]
+    assert not policy.form.samples_itself and policy.form.has_exact_cache
+    for (tokens, logps), (wanted, wanted_logps) in zip(made(policy, tokenizer), expected, strict=True):
+        assert tokens == wanted and logps == pytest.approx(wanted_logps, abs=1e-5)
+
+
+def test_a_run_goes_on_with_layers_that_do_not_take_our_cache(tmp_path, monkeypatch):
+    """Its numbers are those of a run whose layers do."""
+    rows = []
+    for name in ("own", "other"):
+        options = ONLINE["grpo"] | dict(algorithm="grpo", model=tiny_model(tmp_path / "model"), max_steps=2,
+                                         max_length=200)
+        options |= dict(data=write_jsonl(tmp_path / "rows.jsonl", prompt_rows(4)), output=tmp_path / name)
+        train_here(write_config(tmp_path / f"{name}.yml", **options))
+        rows.append(metrics(tmp_path / name))
+        monkeypatch.setattr(decoding, "last_hidden", refuses)
+    assert "transformers' loop samples" in (tmp_path / "other" / "events.log").read_text()
+    for own, other in zip(*rows, strict=True):
+        assert own.pop("split") == other.pop("split")
+        for number in ("loss", "grad_norm", "reward", "completions/mean_length"):
+            assert other[number] == pytest.approx(own[number], rel=1e-4, abs=1e-6), number

@@ -161,12 +161,13 @@ def test_a_missing_reward_is_refused(tmp_path):
 
 
 def test_the_chain_of_iterative_dpo(tmp_path):
-    """Each round begins with what the one before learned; the programs know all keys. They are not run here."""
+    """Each round begins with what the one before learned; the programs know all keys. They are not run."""
     stub = tmp_path / "python"
     stub.write_text('#!/bin/sh\nprintf "%s\\n" "$*" >> "$(dirname "$0")/calls"\n')
     stub.chmod(0o755)
     variables = dict(PATH=f"{tmp_path}:{os.environ['PATH']}", OUTPUT="out", ROUNDS="2")
-    subprocess.run(["bash", ROOT / "example" / "iterative-dpo.sh", "lr=1e-5"], env=variables, cwd=ROOT, check=True)
+    command = ["bash", ROOT / "example" / "iterative-dpo.sh", "lr=1e-5"]
+    subprocess.run(command, env=variables, cwd=ROOT, check=True)
     calls = [line.split() for line in (tmp_path / "calls").read_text().splitlines()]
     programs = [call[0] for call in calls]
     assert programs == ["evaluate.py", *["sample.py", "train.py", "evaluate.py"] * 2]

@@ -2,6 +2,7 @@
 import io
 import os
 import re
+import signal
 import subprocess
 import sys
 
@@ -104,6 +105,20 @@ def test_help_names_every_key():
         assert done.returncode == 0
         for key in keys:
             assert f"{key}:" in done.stdout
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_ends_early_gets_no_traceback(unbuffered):
+    """As `python train.py --help | head` does; the code is that of a program which SIGPIPE ends."""
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    command = [sys.executable, "train.py", "--help"]
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        done = subprocess.run(command, cwd=ROOT, env=environment, stdout=writing, stderr=subprocess.PIPE)
+    finally:
+        os.close(writing)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, b"")
 
 
 def chat(*arguments, text):

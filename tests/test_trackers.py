@@ -130,7 +130,8 @@ def test_a_new_run_has_a_new_id(model, tmp_path):
 
 # ---- failures
 
-@pytest.mark.parametrize("failing, says", [(2, "wandb fails (no route)"), (None, "wandb fails (no such key)")])
+@pytest.mark.parametrize("failing, says", [
+    (2, "wandb fails (no route)"), (None, "wandb fails (no such key)")])
 def test_a_tracker_that_fails_stops_no_run(failing, says, model, tmp_path):
     """At an update, or at its start. It is told once, and what works goes on."""
     folder = tmp_path / "packages"
@@ -165,7 +166,8 @@ def test_other_ranks_report_nothing(tmp_path):
     ("report_to=trackio, mlflow", "fix: give one of tensorboard, wandb, swanlab, trackio"),
 ])
 def test_unknown_names(value, says, monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: importlib.machinery.PathFinder.find_spec("json"))
+    found = importlib.machinery.PathFinder.find_spec("json")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: found)
     assert says in refused(load_config, ["example/tiny-dpo.yml", value])
 
 
