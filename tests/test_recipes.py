@@ -85,7 +85,7 @@ def test_the_scan_trains_every_loss_and_compares(model, tmp_path):
     for name in found[:-1]:
         config = yaml.safe_load((output / name / "config.yaml").read_text())
         assert f"{config['algorithm']}-{config['beta']}" == name
-    *commands, _ = scan(BETAS="0.1 0.5", LAUNCH="echo")
+    *commands, _ = scan(BETAS="0.1 0.5", TRAIN="echo train.py")
     expected = []
     for loss, beta in itertools.product(("dpo", "ipo"), ("0.1", "0.5")):
         own = [f"algorithm={loss}", f"beta={beta}", f"output={output}/{loss}-{beta}"]
