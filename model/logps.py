@@ -1,7 +1,7 @@
 """Log-probs of target tokens from hidden states; the full logits (N, V) never exist."""
 import torch
 
-from model.slices import compiled_slice_error, logit_slices, slice_error, target_logits
+from model.slices import kernel, logit_slices, slice_error, target_logits
 
 
 def plain_logps(hidden, weight, target):
@@ -27,11 +27,10 @@ class ChunkedLogps(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, target, dtype, bias=None, cap=None, compiled=False):
         hidden = hidden.to(dtype)
-        slices = logit_slices(hidden, weight, target, bias, cap)
-        chosen, log_z = target_logits(slices, target, compiled)
+        chosen, log_z = target_logits(logit_slices(hidden, weight, target, bias, cap), target, compiled)
         ctx.save_for_backward(hidden, weight, target, log_z, bias)
         ctx.cap = cap
-        ctx.error_of = compiled_slice_error if compiled else slice_error
+        ctx.error_of = kernel(slice_error, compiled)
         return (chosen - log_z)[:, 0]
 
     @staticmethod

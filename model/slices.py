@@ -1,4 +1,6 @@
 """Logits in slices of the vocabulary, and what log-probs need of each slice."""
+import functools
+
 import torch
 
 LOGITS_AT_ONCE = {
@@ -39,7 +41,7 @@ def logit_slices(hidden, weight, target, bias=None, cap=None, parts=1):
 
 def target_logits(slices, target, compiled: bool = False):
     """The targets' logits (N, 1), and log Z (N, 1): the log of each row's sum of exp(logits)."""
-    add = compiled_add_slice if compiled else add_slice
+    add = kernel(add_slice, compiled)
     total = torch.zeros_like(target[:, None]).float()        # sum of exp(logits - maximum)
     chosen = torch.zeros_like(total)
     maximum = total - torch.inf
@@ -69,6 +71,8 @@ def slice_error(logits, log_z, column, hit, cap, dtype):
     return error, error.to(dtype)
 
 
-# one kernel for each of them, where a run compiles its layers
-compiled_add_slice = torch.compile(add_slice, dynamic=True)
-compiled_slice_error = torch.compile(slice_error, dynamic=True)
+@functools.cache
+def kernel(function, compiled):
+    """`function`, as one kernel where a run compiles its layers. torch.compile imports the compiler, which
+    takes a second, so it is called only where a kernel is needed."""
+    return torch.compile(function, dynamic=True) if compiled else function

@@ -1,4 +1,5 @@
 """Imported once by the server that forks the processes of robust_helpers: what they would all do again is done here."""
+import gc
 import tempfile
 
 import helpers
@@ -7,3 +8,5 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 with tempfile.TemporaryDirectory() as directory:
     AutoModelForCausalLM.from_pretrained(helpers.tiny_model(directory))    # builds tables that transformers caches
     AutoTokenizer.from_pretrained(directory)
+
+gc.freeze()    # a garbage collection in a forked process would read, and copy, all that lies here

@@ -1,6 +1,7 @@
 """What an unknown key is answered: names of other projects against answers written by hand, and misspellings
 of ours."""
 import dataclasses
+import functools
 import re
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from helpers import tracked
 
 import evaluate
 import sample
-from engine.advice import MEANINGS, OTHERS, REASONS, advice, is_secret, plain
+from engine.advice import MEANINGS, OTHERS, REASONS, advice, is_secret, is_slip, plain
 from engine.cast import nearest
 from engine.command_line import FLAGS
 from engine.config import Common, all_configs, hints_of, unknown_key
@@ -20,6 +21,14 @@ PROGRAMS = {"evaluate.py": evaluate.Config, "sample.py": sample.Config}
 TRACKED = {path.stem for path in tracked("algorithms/*.py")}
 OURS = {name: hints_of(Common) | hints_of(kind) for name, kind in all_configs().items() if name in TRACKED}
 KNOWN = OURS | {program: hints_of(kind) for program, kind in PROGRAMS.items()}
+
+
+@pytest.fixture(autouse=True)
+def memory(monkeypatch):
+    """Some 50,000 answers ask the same of the same words and files: each is computed once."""
+    monkeypatch.setattr("engine.advice.plain", functools.cache(plain))
+    monkeypatch.setattr("engine.advice.is_slip", functools.cache(is_slip))
+    monkeypatch.setattr("engine.config.all_configs", functools.cache(all_configs))
 
 
 def answer(name, user):

@@ -10,11 +10,11 @@ from test_model import examples, gradients
 
 from data.errors import UserError
 from engine.options import Sampling
+from model import slices
 from model.compiled import compile_layers, compile_policy, plain_layers
 from model.form import VARLEN, Form
 from model.policy import Policy
 from model.sampler import sample
-from model.slices import add_slice, slice_error
 from model.varlen import Units
 
 BACKEND = "aot_eager"      # graphs and gradients as ever, but operations of torch: no C++ compiler is needed
@@ -41,14 +41,14 @@ def kernel(monkeypatch):
         return attended(queries, keys, values, units.key_ends, units.query_ends)
 
     compile_module = functools.partialmethod(torch.nn.Module.compile, backend=BACKEND)
-    compiled_add = torch.compile(add_slice, dynamic=True, backend=BACKEND)
-    compiled_error = torch.compile(slice_error, dynamic=True, backend=BACKEND)
+    compile_function = functools.partial(torch.compile, backend=BACKEND)
     monkeypatch.setattr("model.varlen.one_by_one", stand_in)
     monkeypatch.setattr(torch.nn.Module, "compile", compile_module)
-    monkeypatch.setattr("model.slices.compiled_add_slice", compiled_add)
-    monkeypatch.setattr("model.logps.compiled_slice_error", compiled_error)
+    monkeypatch.setattr(torch, "compile", compile_function)
+    slices.kernel.cache_clear()
     torch._dynamo.reset()
     yield
+    slices.kernel.cache_clear()
     torch._dynamo.reset()
 
 

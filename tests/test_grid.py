@@ -1,14 +1,17 @@
 """Grids: which words are one, what is refused before a run starts, and the runs of one."""
 import os
+import runpy
 import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import robust_helpers as child
 from helpers import ROOT, assert_same_weights, final_weights, metrics, refused, tiny_model
 
+import engine.grid
 from engine.grid import grid_of, run_grid
 
 DPO = "example/tiny-dpo.yml"
@@ -78,16 +81,48 @@ def test_what_is_refused_before_the_first_run(words, says, tmp_path, monkeypatch
 
 # ---- the runs
 
+class Forked:
+    """In the place of a grid's process for a run, with the interface of subprocess.Popen: a fork of this
+    process, which has imported everything."""
+
+    def __init__(self, command, env):
+        self.pid = os.fork()
+        if self.pid == 0:
+            os.environ.clear()
+            os.environ.update(env)
+            code = 1
+            try:
+                sys.argv = command[1:]
+                runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+                code = 0
+            except SystemExit as ended:
+                code = ended.code
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(code)
+
+    def wait(self):
+        _, status = os.waitpid(self.pid, 0)
+        return os.waitstatus_to_exitcode(status)
+
+
+def fork_runs():
+    engine.grid.subprocess = SimpleNamespace(Popen=Forked)
+
+
 def test_all_combinations_and_the_comparison(model, tmp_path):
     """One of four runs cannot start, the others are made. The second time only that one is; each is the run
-    that its values make by themselves."""
+    that its values make by themselves. Below, the runs are processes of their own; here forks, without the
+    seconds of imports."""
     child.project(tmp_path, "dpo", model, output="null", max_steps=2)
     (tmp_path / "runs").mkdir()
     in_the_way = tmp_path / "runs" / "config-seed-0-lr-2e-3"
     in_the_way.write_text("")
     words = ["seed=0,1", "lr=2e-3,3e-3"]
-    code, out, err = finish(start(tmp_path, *words))
-    assert code == 1
+    done = child.train(tmp_path, *words, patch=fork_runs)
+    out, err = done.out, done.err
+    assert done.code == 1 and "Traceback" not in err
     assert "1 of 4 runs failed: runs/config-seed-0-lr-2e-3" in err.splitlines()[-1]
     assert out.splitlines()[-1] == "report  runs/config-seed-lr.html"
     assert "| lr | 0.003 | 0.002 | 0.003 |" in out and "| seed | 0 | 1 | 1 |" in out
@@ -98,10 +133,10 @@ def test_all_combinations_and_the_comparison(model, tmp_path):
 
     in_the_way.unlink()
     before = {name: child.contents(tmp_path / "runs" / name) for name in made}
-    code, out, err = finish(start(tmp_path, *words))
-    assert code == 0 and err.count("is finished already") == 3
+    done = child.train(tmp_path, *words, patch=fork_runs)
+    assert done.code == 0 and done.err.count("is finished already") == 3
     assert {name: child.contents(tmp_path / "runs" / name) for name in made} == before
-    assert "| loss | config-seed-0-lr-2e-3 | 0.6931 at step 0 |" in out
+    assert "| loss | config-seed-0-lr-2e-3 | 0.6931 at step 0 |" in done.out
 
     assert child.train(tmp_path, "seed=1", "lr=3e-3", "output=alone").code == 0
     assert metrics(tmp_path / "alone") == metrics(tmp_path / "runs" / "config-seed-1-lr-3e-3")
@@ -110,7 +145,7 @@ def test_all_combinations_and_the_comparison(model, tmp_path):
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_stopped_grid_goes_on(processes, model, tmp_path):
     """SIGTERM to the grid alone: its run saves. The same command makes the rest of it, and the other one."""
-    child.project(tmp_path, "sft", model, output="runs/x", max_steps=150, save_every="null", eval_every=150)
+    child.project(tmp_path, "sft", model, output="runs/x", max_steps=80, save_every="null", eval_every=80)
     first, second = tmp_path / "runs" / "x-seed-0", tmp_path / "runs" / "x-seed-1"
     process = start(tmp_path, "seed=0,1", processes=processes)
     rows = first / "metrics.jsonl"
@@ -130,4 +165,4 @@ def test_a_stopped_grid_goes_on(processes, model, tmp_path):
     if processes == 1:
         assert child.train(tmp_path, "seed=0", "output=alone").code == 0
         assert_same_weights(final_weights(first), final_weights(tmp_path / "alone"))
-    assert len(metrics(first)) == len(metrics(second)) == 150
+    assert len(metrics(first)) == len(metrics(second)) == 80

@@ -46,7 +46,7 @@ def test_supervised_fine_tuning_elicits_the_skill(sft_run):
 
 
 @pytest.mark.parametrize("algorithm, level, updates", [
-    ("dpo", 0.75, 32), ("apo", 0.75, 30), ("grpo", 0.75, 6)])
+    ("dpo", 0.75, 32), ("apo", 0.75, 30), ("grpo", 0.75, 4)])
 def test_training_elicits_the_skill(tmp_path, algorithm, level, updates):
     assert_reaches(trained(tmp_path, algorithm, updates, "log_every=1000"), level)
 

@@ -1,5 +1,6 @@
 """Several processes are one run: they make the same collective calls in the same order and end together."""
 import ast
+import functools
 import os
 import re
 import signal
@@ -37,6 +38,7 @@ def called(node):
     return getattr(node.func, "attr", getattr(node.func, "id", None))
 
 
+@functools.cache
 def calls(node):
     """The functions called in a piece of code, and those handed to a call, which may call them."""
     found = [part for part in ast.walk(node) if isinstance(part, ast.Call)]

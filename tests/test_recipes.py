@@ -1,4 +1,5 @@
 """example/recipes/: each file makes two updates with the model and the rows exchanged for tiny ones."""
+import itertools
 import os
 import re
 import subprocess
@@ -66,15 +67,27 @@ def test_every_number_says_whose_it_is(path):
 
 
 def test_the_scan_trains_every_loss_and_compares(model, tmp_path):
-    """Two losses and two values of beta on tiny pairs."""
+    """Two losses on tiny pairs, and one page; then the commands of two losses and two values of beta, which
+    `echo` prints."""
     data = write_jsonl(tmp_path / "rows.jsonl", pair_rows(4))
     output = tmp_path / "scan"
-    settings = {"LOSSES": "dpo ipo", "BETAS": "0.1 0.5", "OUTPUT": str(output), "OMP_NUM_THREADS": "1"}
     words = [f"model={model}", f"data={data}", "eval_data=null", "batch_size=4", "max_steps=1"]
-    subprocess.run(["bash", "example/recipes/preference-scan.sh", *words], cwd=ROOT, check=True,
-                   env=os.environ | settings, capture_output=True)
+
+    def scan(**settings):
+        settings |= {"LOSSES": "dpo ipo", "OUTPUT": str(output)}
+        done = subprocess.run(["bash", "example/recipes/preference-scan.sh", *words], cwd=ROOT, check=True,
+                              env=os.environ | settings, capture_output=True, text=True)
+        return done.stdout.splitlines()
+
+    scan(BETAS="0.5")
     found = sorted(path.name for path in output.glob("[!.]*"))
-    assert found == ["dpo-0.1", "dpo-0.5", "ipo-0.1", "ipo-0.5", "report.html"]
+    assert found == ["dpo-0.5", "ipo-0.5", "report.html"]
     for name in found[:-1]:
-        beta = yaml.safe_load((output / name / "config.yaml").read_text())["beta"]
-        assert str(beta) == name.split("-")[1]
+        config = yaml.safe_load((output / name / "config.yaml").read_text())
+        assert f"{config['algorithm']}-{config['beta']}" == name
+    *commands, _ = scan(BETAS="0.1 0.5", TRAIN="echo train.py")
+    expected = []
+    for loss, beta in itertools.product(("dpo", "ipo"), ("0.1", "0.5")):
+        own = [f"algorithm={loss}", f"beta={beta}", f"output={output}/{loss}-{beta}"]
+        expected.append(["train.py", "example/recipes/preference-scan.yml", *own, *words])
+    assert [command.split() for command in commands] == expected
