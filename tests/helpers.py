@@ -1,5 +1,6 @@
 """What tests share: a tokenizer and tiny models built in memory, small data files, runs of train.py here or
 as a process."""
+import atexit
 import copy
 import dataclasses
 import importlib
@@ -198,9 +199,15 @@ class OtherModel:
 
     def __str__(self):
         if self.folder is None:
-            self.folder = tempfile.TemporaryDirectory(prefix="other-model-")
-            tiny_model(self.folder.name, seed=1)
-        return self.folder.name
+            self.folder = tempfile.mkdtemp(prefix="other-model-")
+            tiny_model(self.folder, seed=1)
+            atexit.register(self.remove, os.getpid())
+        return self.folder
+
+    def remove(self, maker):
+        """At the end of the process that made it, not of one that was forked from it."""
+        if os.getpid() == maker:
+            shutil.rmtree(self.folder)
 
 
 ALGORITHMS = {    # name -> the rows it trains on
