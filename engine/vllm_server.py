@@ -28,7 +28,7 @@ from model.build import reshard
 from model.completions import Completion
 from model.load import first_line
 from model.state import inside_lm, save_pretrained
-from model.vllm import request_of
+from model.vllm import OtherEngine
 
 INFO = "/server_info?config_format=json"
 COMMAND = "VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --logprobs-mode processed_logprobs"
@@ -51,7 +51,7 @@ class Refused(RuntimeError):
     """What the server says it cannot do."""
 
 
-class VllmServer:
+class VllmServer(OtherEngine):
     """The server at `url`. `output`: the directory of the run, in which the weights are handed over;
     `max_length`: tokens of the longest prompt and its completion. UserError where nobody answers, or vLLM was
     started without what is needed here."""
@@ -151,40 +151,13 @@ class VllmServer:
 
     # ---- the completions -----------------------------------------------------------------------------
 
-    def sample(
-        self,
-        policy,
-        tokenizer,
-        prompts: list[np.ndarray],
-        keys: list[tuple],
-        copies: int,
-        sampling,
-        report=None,
-    ) -> list[list[Completion]]:
-        """What `model.sampler.sample` returns, from the same arguments; as in model/vllm.py the draws depend
-        on what is decoded together, too. All ranks call this."""
-        self.hand_over(policy)
-        return self.draw(policy, tokenizer, prompts, keys, copies, sampling, report)
-
-    def draw(
-        self,
-        policy,
-        tokenizer,
-        prompts: list[np.ndarray],
-        keys: list[tuple],
-        copies: int,
-        sampling,
-        report=None,
-    ) -> list[list[Completion]]:
-        """As `sample`, with the weights that were handed over before."""
+    def draw(self, policy, tokenizer, prompts, keys, copies, sampling, report=None) -> list:
         requests = []
         for prompt, key in zip(prompts, keys):
-            request = request_of(key, copies, sampling, self.stop_ids)
+            request = self.request(key, copies, sampling)
             named = {"model": self.model, "prompt": prompt.tolist(), "return_token_ids": True}
             # else those of the model's generation_config.json
             neutral = {"min_p": 0.0, "repetition_penalty": 1.0}
-            if not self.is_on_gpu:
-                request["seed"] = None         # the CPU build fails with a seed per request
             requests.append(request | named | neutral)
         found = []
         with ThreadPoolExecutor(AT_ONCE) as pool:

@@ -13,12 +13,13 @@ import numpy as np
 import torch
 import transformers
 
-from data.errors import UserError, said_first
+from data.errors import UserError
 from data.pack import Example, Response
 from data.store import extremes
 from model.cpu import cpu_linears
 from model.form import PADDING, PLAIN, VARLEN, Form
 from model.generating import called, generating, logps_by, ordinary_state
+from model.load import first_line
 from model.plain import decode_plain
 from model.policy import Policy
 from model.sampler import decode
@@ -225,10 +226,9 @@ def own_logits(lm, row, start: int):
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # noqa: BLE001  somebody else's layers
-        reason = f"{type(error).__name__}: {said_first(error)}"
         raise UserError(f"model: the forward of a {lm.config.model_type} fails in transformers "
-                        f"{transformers.__version__} ({reason}); fix: another version of it, or another "
-                        "model") from error
+                        f"{transformers.__version__} ({first_line(error)}); fix: another version of it, or "
+                        "another model") from error
     # some families keep all; a copy, since FSDP warns of a view
     return logits[-predicting:-1].to(torch.float32, copy=True)
 

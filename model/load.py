@@ -20,6 +20,7 @@ from data.hub import NAME, why_unreachable
 from data.templates import set_template
 from model import modelscope
 
+CLASSIFIER = "ForSequenceClassification"      # how the names of such classes end
 RUNS = "runs"                        # where runs are by default; no owner of models is meant by it
 HUB_MODEL = re.compile(f"({NAME}/)?{NAME}")
 # endings of files that are no models
@@ -172,7 +173,7 @@ def lm_class(config, path: str, needs_head: bool = True):
     kinds = kinds if kinds and isinstance(kinds, list) else ["CausalLM"]
     reads_more = kinds[0].endswith("ForConditionalGeneration")
     is_causal = any("CausalLM" in kind or "LMHead" in kind for kind in kinds)
-    if not needs_head and kinds[0].endswith("ForSequenceClassification"):
+    if not needs_head and kinds[0].endswith(CLASSIFIER):
         is_causal = True
     if reads_more and not config.is_encoder_decoder and hasattr(transformers, kinds[0]):
         return getattr(transformers, kinds[0])

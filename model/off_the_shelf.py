@@ -7,11 +7,10 @@ from data.errors import RunError, UserError
 from data.messages import unflagged
 from data.pack import Example
 from model.build import num_ranks, product_precision, shard_over_ranks, this_device
-from model.load import check_finite, first_line, load_config, load_tokenizer, unloadable
+from model.load import CLASSIFIER, check_finite, first_line, load_config, load_tokenizer, unloadable
 
 PADDED = 1.25      # rows are computed together as long as padding makes no more of them than this,
 TOGETHER = 8192    # ... and no more tokens
-KIND = "ForSequenceClassification"
 
 
 class Classifier:
@@ -116,7 +115,7 @@ def conversation(prompt, completion) -> list[dict]:
 
 def is_classifier(path: str) -> bool:
     """Whether the model at `path` is a sequence classifier."""
-    return architecture(load_config(path)).endswith(KIND)
+    return architecture(load_config(path)).endswith(CLASSIFIER)
 
 
 def empty_classifier(path: str):
@@ -150,7 +149,7 @@ def check_classifier(path: str):
     except UserError as error:      # it speaks of the key `model`
         raise UserError(str(error).replace("model: ", "reward: ", 1)) from error
     kind = architecture(config)
-    if not kind.endswith(KIND):
+    if not kind.endswith(CLASSIFIER):
         raise UserError(f"reward: {path} is a {kind}, which gives no score; "
                         "fix: pass a run of algorithm: rm, or a sequence classifier with one label")
     if config.num_labels != 1:

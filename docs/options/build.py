@@ -15,7 +15,9 @@ import yaml
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(HERE.parent)]
+
+from generated import write_or_check  # noqa: E402
 
 import evaluate  # noqa: E402
 import sample  # noqa: E402
@@ -99,11 +101,7 @@ def main(arguments: list[str]) -> None:
     for text in set(TRANSLATED) - USED:
         raise UserError(f"docs/options/chinese.yml has {text!r}, which no key says; fix: remove it")
     for name, text in pages.items():
-        path = HERE.parent / name
-        if "--check" not in arguments:
-            path.write_text(text, encoding="utf-8")
-        elif not path.is_file() or path.read_text(encoding="utf-8") != text:
-            raise UserError(f"docs/{name} is not what the code says; fix: python docs/options/build.py")
+        write_or_check(HERE.parent / name, text, "--check" in arguments, "docs/options/build.py")
 
 
 if __name__ == "__main__":

@@ -14,9 +14,10 @@ from typing import NamedTuple
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(HERE.parent)]
 
 import torch  # noqa: E402
+from generated import write_or_check  # noqa: E402
 from transformers import AutoTokenizer  # noqa: E402
 
 from benchmark.figure import COLORS, GREY, rule, text  # noqa: E402
@@ -228,13 +229,7 @@ def speed() -> str:
 
 def main(arguments: list[str]) -> None:
     for name, draw in (("flat-row", flat_row), ("update", update), ("speed", speed)):
-        path = HERE / f"{name}.svg"
-        drawn = draw()
-        if "--check" not in arguments:
-            path.write_text(drawn, encoding="utf-8")
-        elif not path.is_file() or path.read_text(encoding="utf-8") != drawn:
-            raise UserError(f"docs/pictures/{name}.svg is not what the code says; "
-                            "fix: python docs/pictures/build.py")
+        write_or_check(HERE / f"{name}.svg", draw(), "--check" in arguments, "docs/pictures/build.py")
 
 
 if __name__ == "__main__":
