@@ -178,7 +178,8 @@ def test_what_vllm_cannot_do_is_refused(files, tmp_path, monkeypatch, keys, faul
 def test_processes_that_share_an_engine_divide_all():
     policy = SimpleNamespace(lm=None)
     config = SimpleNamespace(rollout_engine="vllm", vllm_tensor_parallel=2)
-    with pytest.raises(UserError, match="is 2, which does not divide the number of processes, 1; fix: start 2"):
+    says = "is 2, which does not divide the number of processes, 1; fix: start 2"
+    with pytest.raises(UserError, match=says):
         other_engine(policy, None, config, max_length=8, seed=0, output="")
 
 
@@ -218,8 +219,8 @@ def test_evaluate_and_sample_hand_the_weights_over_once(files, tmp_path, monkeyp
 
     monkeypatch.setattr("engine.options.find_spec", lambda name: name)
     monkeypatch.setattr("engine.importance.VllmSampler", StandIn)
-    words = [files["model"], f"data={files['data']}", f"reward={ONLINE['grpo']['reward']}", "max_completion_length=10", "n=2",
-             "rollout_batch_size=6", "seed=4"]
+    words = [files["model"], f"data={files['data']}", f"reward={ONLINE['grpo']['reward']}",
+             "max_completion_length=10", "n=2", "rollout_batch_size=6", "seed=4"]
     found = []
     for more in ["rollout_engine=vllm", "vllm_memory=0.5"], []:
         output = tmp_path / f"out{len(more)}"
@@ -236,8 +237,9 @@ def test_evaluate_and_sample_refuse_an_adapter(files, tmp_path, monkeypatch, mai
     keys = PLAIN | dict(algorithm="grpo", max_steps=1, eval_every=1000, lora_r=2) | ONLINE["grpo"] | files
     train_here(write_config(tmp_path / "lora.yml", output=tmp_path / "lora", **keys))
     monkeypatch.setattr("engine.options.find_spec", lambda name: name)
-    error = refused(main, [str(tmp_path / "lora"), f"data={files['data']}", "reward=r1_zero", "rollout_engine=vllm", "n=2",
-                           f"output={tmp_path / 'out'}"])
+    words = [str(tmp_path / "lora"), f"data={files['data']}", "reward=r1_zero", "rollout_engine=vllm", "n=2",
+             f"output={tmp_path / 'out'}"]
+    error = refused(main, words)
     assert "is an adapter; fix: give a merged model" in error
 
 
@@ -292,7 +294,8 @@ def test_greedy_completions_are_the_own_samplers(real, stop):
 @needs_vllm
 def test_evaluate_draws_with_vllm(tmp_path):
     """Greedy completions of the embedded model are the own sampler's, as a user starts it."""
-    words = ["example/tiny/model", "data=example/tiny/eval-prompts.jsonl", "reward=r1_zero", "temperature=0", "limit=12"]
+    words = ["example/tiny/model", "data=example/tiny/eval-prompts.jsonl", "reward=r1_zero", "temperature=0",
+             "limit=12"]
     rows = []
     for name, more in ("own", []), ("vllm", ["rollout_engine=vllm"]):
         command = [sys.executable, "evaluate.py", *words, *more, f"output={tmp_path / name}"]
@@ -305,15 +308,15 @@ def test_evaluate_draws_with_vllm(tmp_path):
 @needs_vllm
 @pytest.mark.parametrize("sharing", [1, 2])
 def test_an_engine_per_rank_or_one_for_both(tmp_path, sharing):
-    """Two ranks hold half of the weights each, and their engines get all, after every update. The second rank has one prompt
-    fewer, and in the last rollout none."""
+    """Two ranks hold half of the weights each, and their engines get all, after every update. The second rank
+    has one prompt fewer, and in the last rollout none."""
     data = ROOT / "example" / "tiny" / "prompts.jsonl"
     rows = data.read_text().splitlines()[:7]
     (tmp_path / "prompts.jsonl").write_text("\n".join(rows))
-    keys = dict(algorithm="grpo", model="example/tiny/model", data=tmp_path / "prompts.jsonl", reward="r1_zero", max_length=256,
-                max_completion_length=40, num_generations=4, batch_size=3, max_steps=3, lr=1e-2, num_iterations=1,
-                rollout_engine="vllm", vllm_memory=0.1, output=tmp_path / "run", micro_batch_tokens=200,
-                vllm_tensor_parallel=sharing)
+    keys = dict(algorithm="grpo", model="example/tiny/model", data=tmp_path / "prompts.jsonl")
+    keys |= dict(reward="r1_zero", max_length=256, max_completion_length=40, num_generations=4, batch_size=3)
+    keys |= dict(max_steps=3, lr=1e-2, num_iterations=1, rollout_engine="vllm", vllm_memory=0.1)
+    keys |= dict(output=tmp_path / "run", micro_batch_tokens=200, vllm_tensor_parallel=sharing)
     done = run_train([write_config(tmp_path / "run.yml", **keys)], processes=2, timeout=600)
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
     for row in metrics(tmp_path / "run"):

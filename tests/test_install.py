@@ -1,5 +1,5 @@
-"""`pip install .`: a package of its own, whose command does what the programs of the checkout do and is named in
-what they print."""
+"""`pip install .`: a package of its own, whose command does what the programs of the checkout do and is
+named in what they print."""
 import importlib.util
 import json
 import os

@@ -57,8 +57,9 @@ def package(tmp_path, monkeypatch):
 
 def train(tmp_path, name, output, *words):
     data = write_jsonl(tmp_path / "pairs.jsonl", pair_rows(4))
-    train_here(ROOT / "example" / "tiny-dpo.yml", f"model={name}", f"data={data}", f"output={tmp_path / output}",
-               "eval_data=null", "batch_size=4", "max_steps=2", "epochs=2", *words)
+    given = [f"model={name}", f"data={data}", f"output={tmp_path / output}", "eval_data=null"]
+    given += ["batch_size=4", "max_steps=2", "epochs=2", *words]
+    train_here(ROOT / "example" / "tiny-dpo.yml", *given)
     return tmp_path / output
 
 
@@ -74,8 +75,8 @@ def stop_after_an_update(engine):
 
 
 def test_a_run_is_that_of_the_directory_and_records_the_name(package, tmp_path, capsys):
-    """The same numbers and weights; config.yaml, the opening line and the card have the name, and the card the
-    licence of the downloaded files. A process downloads it once."""
+    """The same numbers and weights; config.yaml, the opening line and the card have the name, and the card
+    the licence of the downloaded files. A process downloads it once."""
     (tmp_path / "cache" / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
     run = train(tmp_path, NAME, "named", f"reference={NAME}")
     other = train(tmp_path, tmp_path / "cache", "directory")
@@ -137,7 +138,8 @@ def test_malformed_names(package, name, key):
 
 
 def test_a_name_that_is_not_there(package):
-    with pytest.raises(UserError, match=r"does not give modelscope:a/b \(\[E3020\] a/b does not exist\), and it is "):
+    says = r"does not give modelscope:a/b \(\[E3020\] a/b does not exist\), and it is "
+    with pytest.raises(UserError, match=says):
         model_path("modelscope:a/b", print)
 
 
@@ -169,8 +171,8 @@ for name in sys.argv[1:]:
 
 @pytest.mark.skipif(not importlib.util.find_spec("modelscope"), reason="pip install modelscope")
 def test_the_package_itself_reads_its_cache(tmp_path):
-    """The real package, whose hub does not answer: a model that lies in MODELSCOPE_CACHE is found, another one
-    is not, and nothing but our lines is printed."""
+    """The real package, whose hub does not answer: a model that lies in MODELSCOPE_CACHE is found, another
+    one is not, and nothing but our lines is printed."""
     folder = tmp_path / "models" / "a" / "b___5"      # where the package puts a/b.5, in all its versions
     folder.mkdir(parents=True)
     (folder / "config.json").write_text("{}")
@@ -216,7 +218,8 @@ class Mirror(http.server.SimpleHTTPRequestHandler):
         name = self.path.removeprefix(f"/us/tiny/resolve/{self.server.commit}/")
         name = name.removeprefix("/us/tiny/resolve/main/")
         if self.path in ("/api/models/us/tiny", "/api/models/us/tiny/revision/main"):
-            found = {"_id": "1", "id": "us/tiny", "modelId": "us/tiny", "sha": self.server.commit, "siblings": []}
+            found = {"_id": "1", "id": "us/tiny", "modelId": "us/tiny", "sha": self.server.commit,
+                     "siblings": []}
             return self.reply(200, json.dumps(found).encode())
         if (self.server.folder / name).is_file():
             return self.reply(200, (self.server.folder / name).read_bytes(), name)

@@ -306,7 +306,8 @@ def test_check_policy_falls_back_where_sharing_is_wrong(mode, shared):
 
 
 def test_check_policy_names_a_forward_that_fails():
-    """As Llama 4 with images in transformers 5.24: its forward wants an output that its layers do not give."""
+    """As Llama 4 with images in transformers 5.24: its forward wants an output that its layers do not
+    give."""
     lm = random_lm(config_of())
 
     def fail(*_):

@@ -45,7 +45,8 @@ RUN = PLAIN | dict(batch_size=3, eval_every=1000)
 def files(tmp_path_factory):
     """Paths: a start model whose completions do end, eight prompts and five held-out ones."""
     folder = tmp_path_factory.mktemp("files")
-    return {"model": ending_model(folder / "model"), "data": write_jsonl(folder / "prompts.jsonl", prompt_rows(8)),
+    return {"model": ending_model(folder / "model"),
+            "data": write_jsonl(folder / "prompts.jsonl", prompt_rows(8)),
             "eval": write_jsonl(folder / "eval.jsonl", prompt_rows(5, 8))}
 
 

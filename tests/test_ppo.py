@@ -479,16 +479,17 @@ def test_a_reward_model_judges_and_starts_the_critic(files, run, reward_runs, na
 
 @pytest.mark.parametrize("name", ["rm", "rm-llama"])
 def test_a_classifier_with_the_policy_s_tokenizer_starts_the_critic(files, run, reward_runs, name):
-    """First values are the scores of transformers' own classifier in the states before each token; with another
-    tokenizer, or a head of another name, the critic starts from the start model."""
+    """First values are the scores of transformers' own classifier in the states before each token; with
+    another tokenizer, or a head of another name, the critic starts from the start model."""
     place = reward_runs[name] / "classifier"
     directory = run(f"classifier-{name}", reward=place, max_steps=4)
     given = stored_rollout(directory, 1)
     classifier = AutoModelForSequenceClassification.from_pretrained(place).eval()
     tokenizer = byte_tokenizer()
+    lines = Path(files.data).read_text().splitlines()
     for i, row in enumerate(given["rows"]):
-        prompt = tokenizer.apply_chat_template(json.loads(Path(files.data).read_text().splitlines()[row])["prompt"],
-                                               add_generation_prompt=True, return_dict=False)
+        turns = json.loads(lines[row])["prompt"]
+        prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
         states = classifier.base_model(torch.tensor([prompt + given["tokens"][i]])).last_hidden_state
         values = classifier.score(states)[0, :, 0]
         assert given["old_values"][i] == pytest.approx(values[len(prompt) - 1:-1].tolist(), abs=1e-5)

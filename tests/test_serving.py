@@ -1,5 +1,5 @@
-"""docs/serving.md: every command is run here, where its package is installed, or says with which versions it was run by hand, or that it
-was not run."""
+"""docs/serving.md: every command is run here, where its package is installed, or says with which versions it
+was run by hand, or that it was not run."""
 import contextlib
 import io
 import json
@@ -28,7 +28,8 @@ def command(start):
 
 
 def test_every_command_is_run_or_marked():
-    """Commands that take a server or files of another project are run by hand, with the versions that the text names."""
+    """Commands that take a server or files of another project are run by hand, with the versions that the
+    text names."""
     for code, text in blocks("bash"):
         says = text.strip()
         by_hand = re.match(r"Run (with|on) .*\d\.\d", says, re.DOTALL) is not None

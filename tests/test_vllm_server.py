@@ -1,5 +1,6 @@
-"""rollout_engine: http://host:port. A stand-in server speaks vLLM's protocol, loads the weights that it is given and draws
-with the own sampler; the real `vllm serve`, where it is installed, is compared with the training forward."""
+"""rollout_engine: http://host:port. A stand-in server speaks vLLM's protocol, loads the weights that it is
+given and draws with the own sampler; the real `vllm serve`, where it is installed, is compared with the
+training forward."""
 import importlib.util
 import json
 import os
@@ -50,8 +51,9 @@ GREEDY = dict(temperature=0.0, max_completion_length=12)
 
 
 class StandIn(ThreadingHTTPServer):
-    """What of `vllm serve` is used. `weights`: the directory it loaded last; `asked`: the requests for completions; `faults`:
-    {path: what happens at the next requests there, in order}; `refuses`: {path: (status, message)}."""
+    """What of `vllm serve` is used. `weights`: the directory it loaded last; `asked`: the requests for
+    completions; `faults`: {path: what happens at the next requests there, in order}; `refuses`: {path:
+    (status, message)}."""
     request_queue_size = 256
     daemon_threads = True
 
@@ -62,7 +64,8 @@ class StandIn(ThreadingHTTPServer):
         self.load(folder)
         self.lock = threading.Lock()
         self.asked, self.faults, self.refuses, self.model = [], {}, {}, None
-        self.device, self.mode, self.longest, self.instance, self.success = "cuda", "processed_logprobs", 256, "a", True
+        self.device, self.mode, self.longest = "cuda", "processed_logprobs", 256
+        self.instance, self.success = "a", True
 
     def load(self, directory):
         self.policy = build_policy(str(directory), self.tokenizer, ModelKeys(max_length=128))
@@ -71,27 +74,34 @@ class StandIn(ThreadingHTTPServer):
         if path == "/v1/models":
             return {"data": [self.model or {"id": "served", "max_model_len": self.longest}]}
         if path == "/server_info?config_format=json":
-            return {"vllm_config": {"model_config": {"logprobs_mode": self.mode}, "device_config": {"device": self.device},
-                                    "instance_id": self.instance}}
+            return {"vllm_config": {
+                "model_config": {"logprobs_mode": self.mode},
+                "device_config": {"device": self.device},
+                "instance_id": self.instance,
+            }}
         if path == "/collective_rpc":
             assert body["method"] == "reload_weights"
             self.load(body["kwargs"]["weights_path"])
             return {"results": [None]}
         if path == "/reset_prefix_cache":
             return {"success": self.success}
-        assert path == "/v1/completions" and body["model"] == "served" and body["return_token_ids"] and body["logprobs"] == 0
+        assert path == "/v1/completions" and body["model"] == "served"
+        assert body["return_token_ids"] and body["logprobs"] == 0
         assert body["include_stop_str_in_output"] and body["ignore_eos"] and not body["skip_special_tokens"]
-        assert body["stop_token_ids"] == stop_ids(self.tokenizer) and body["repetition_penalty"] == 1 and body["min_p"] == 0
+        assert body["stop_token_ids"] == stop_ids(self.tokenizer)
+        assert body["repetition_penalty"] == 1 and body["min_p"] == 0
         return {"choices": self.choices(body)[::-1]}      # in any order
 
     def choices(self, body):
         settings = SimpleNamespace(
             temperature=body["temperature"], top_p=body["top_p"], top_k=body["top_k"],
-            max_completion_length=body["max_tokens"], rollout_batch_size=64, stop_strings=lambda: body["stop"])
+            max_completion_length=body["max_tokens"], rollout_batch_size=64,
+            stop_strings=lambda: body["stop"])
         prompt = np.array(body["prompt"], np.int32)
         with self.lock:
             self.asked.append(body)
-            group, = sample(self.policy, self.tokenizer, [prompt], [(body["seed"] or 0,)], body["n"], settings)
+            keys = [(body["seed"] or 0,)]
+            group, = sample(self.policy, self.tokenizer, [prompt], keys, body["n"], settings)
         found = []
         for index, completion in enumerate(group):
             found.append({
@@ -163,7 +173,9 @@ def policy(files):
     policy = build_policy(str(files / "model"), byte_tokenizer(), ModelKeys(max_length=128))
     with torch.no_grad():
         for parameter in policy.parameters():
-            parameter += 0.1 * parameter.std() * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+            generator = torch.Generator().manual_seed(1)
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter += 0.1 * parameter.std() * noise
     return policy
 
 
@@ -186,7 +198,8 @@ def given(count=5):
 
 
 def settings_of(**values):
-    settings = Sampling(reward="", max_completion_length=values.pop("max_completion_length", 12), stop=values.pop("stop", None))
+    limit = values.pop("max_completion_length", 12)
+    settings = Sampling(reward="", max_completion_length=limit, stop=values.pop("stop", None))
     settings.temperature = values.pop("temperature", 1.0)
     return settings
 
@@ -218,7 +231,8 @@ def test_greedy_completions_are_the_own_samplers(server, policy, tmp_path, stop)
 def test_log_probs_are_those_of_the_training_forward(server, policy, tmp_path):
     prompts, keys = given()
     settings = settings_of(temperature=0.8)
-    for prompt, group in zip(prompts, client(server, tmp_path).sample(policy, server.tokenizer, prompts, keys, 3, settings)):
+    groups = client(server, tmp_path).sample(policy, server.tokenizer, prompts, keys, 3, settings)
+    for prompt, group in zip(prompts, groups):
         responses = [Response.all_trained(completion.tokens) for completion in group]
         with torch.no_grad():
             logps = policy(policy.collate([Example(prompt, responses, "", {})]), 0.8)
@@ -254,7 +268,8 @@ def test_weights_in_bf16_are_rounded_before_they_are_written(server, policy, tmp
 
 @pytest.mark.parametrize("changes, fault", [
     ({"refuses": {"/v1/models": (404, "no")}}, r"no vLLM answers at .*\(no\); fix: start it there"),
-    ({"refuses": {"/server_info?config_format=json": (404, "Not Found")}}, "takes no weights .*; fix: start it with VLLM_SERVER_DEV"),
+    ({"refuses": {"/server_info?config_format=json": (404, "Not Found")}},
+     "takes no weights .*; fix: start it with VLLM_SERVER_DEV"),
     ({"model": {"id": "served"}}, r"no vLLM answers at .*max_model_len.*; fix: start it there"),
     ({"mode": "raw_logprobs"}, "are raw_logprobs, .*; fix: start it with --logprobs-mode processed_logprobs"),
     ({"longest": 63}, "takes 63 tokens, .* 64; fix: start it with --max-model-len 64"),
@@ -283,13 +298,15 @@ def test_another_model_is_served(server, policy, tmp_path, changes, fault):
 
 
 def test_nobody_answers(tmp_path):
-    with pytest.raises(UserError, match=r"^rollout_engine: no vLLM answers at http://127.0.0.1:9 \(.*refused.*\); fix: start it"):
+    says = r"^rollout_engine: no vLLM answers at http://127.0.0.1:9 \(.*refused.*\); fix: start it"
+    with pytest.raises(UserError, match=says):
         VllmServer("http://127.0.0.1:9", None, byte_tokenizer(), str(tmp_path), 64)
 
 
 @pytest.mark.parametrize("value, accepted", [
     ("vllm", True), ("http://host:8000", True), ("https://host", True), ("http://10.0.0.1:1/", True),
-    ("vlm", False), ("host:8000", False), ("http://host:8000/v1", False), ("http://host:port", False), ("http://:80", False)])
+    ("vlm", False), ("host:8000", False), ("http://host:8000/v1", False), ("http://host:port", False),
+    ("http://:80", False)])
 def test_addresses(files, tmp_path, monkeypatch, value, accepted):
     monkeypatch.setattr("engine.options.find_spec", lambda name: name)
     path = write_config(tmp_path / "run.yml", algorithm="grpo", reward="r1_zero", model=files / "model",
@@ -301,7 +318,8 @@ def test_addresses(files, tmp_path, monkeypatch, value, accepted):
         assert error.startswith("rollout_engine (") and "fix: give vllm or http://host:port" in error
 
 
-@pytest.mark.parametrize("keys, fix", [({"top_k": 3}, "top_p=1 and top_k=0"), ({"lora_r": 4}, "remove lora_r")])
+@pytest.mark.parametrize("keys, fix", [
+    ({"top_k": 3}, "top_p=1 and top_k=0"), ({"lora_r": 4}, "remove lora_r")])
 def test_what_a_server_cannot_do_is_refused(files, tmp_path, keys, fix):
     path = write_config(tmp_path / "run.yml", algorithm="grpo", reward="r1_zero", model=files / "model",
                         data=files / "prompts.jsonl", rollout_engine="http://host:1", **keys)
@@ -311,12 +329,14 @@ def test_what_a_server_cannot_do_is_refused(files, tmp_path, keys, fix):
 
 def test_an_adapter_is_refused():
     policy = SimpleNamespace(lm=SimpleNamespace(peft_config={}))
-    error = refused(other_engine, policy, None, Sampling(reward="", rollout_engine="http://host:1"), 64, 0, "")
+    settings = Sampling(reward="", rollout_engine="http://host:1")
+    error = refused(other_engine, policy, None, settings, 64, 0, "")
     assert "is an adapter; fix: give a merged model" in error
 
 
 @pytest.mark.parametrize("path, fault", [
-    ("/collective_rpc", "cannot load the weights in .* \\(.*size mismatch\\); fix: serve the model of this run"),
+    ("/collective_rpc",
+     "cannot load the weights in .* \\(.*size mismatch\\); fix: serve the model of this run"),
     ("/v1/completions", "draws no completions \\(.*size mismatch\\); fix: look at its log, start it again")])
 def test_what_the_server_says_is_told(server, policy, tmp_path, path, fault):
     engine = client(server, tmp_path)
@@ -328,14 +348,19 @@ def test_what_the_server_says_is_told(server, policy, tmp_path, path, fault):
 
 def test_an_older_vllm_tells_its_settings_as_text(server, tmp_path, monkeypatch):
     known = server.answer
-    monkeypatch.setattr(server, "answer", lambda path, body: {"vllm_config": "mode"} if "info" in path else known(path, body))
+
+    def older(path, body):
+        return {"vllm_config": "mode"} if "info" in path else known(path, body)
+
+    monkeypatch.setattr(server, "answer", older)
     error = refused(client, server, tmp_path)
     assert "does not tell how it was started; fix: install vLLM 0.32 or newer there" in error
 
 
 def test_an_older_vllm_gives_no_token_ids(server, policy, tmp_path, monkeypatch):
     monkeypatch.setattr(server, "choices", lambda body: [{"index": 0, "text": "a"}])
-    with pytest.raises(RunError, match="gives no token ids with their log-probs; fix: install vLLM 0.32 or newer there"):
+    says = "gives no token ids with their log-probs; fix: install vLLM 0.32 or newer there"
+    with pytest.raises(RunError, match=says):
         client(server, tmp_path).sample(policy, server.tokenizer, *given(), 1, settings_of())
 
 
@@ -360,7 +385,8 @@ def test_a_request_that_is_cut_off_is_sent_again(server, policy, tmp_path, no_sl
 def test_a_server_that_stays_away_ends_the_run(server, policy, tmp_path, no_sleep):
     engine = client(server, tmp_path)
     server.faults["/collective_rpc"] = ["cut"] * 9
-    with pytest.raises(RunError, match="does not answer any more .*; fix: start it again, and then this run, which goes on"):
+    says = "does not answer any more .*; fix: start it again, and then this run, which goes on"
+    with pytest.raises(RunError, match=says):
         engine.hand_over(policy)
     assert no_sleep == [1, 2, 4, 8]
 
@@ -368,7 +394,8 @@ def test_a_server_that_stays_away_ends_the_run(server, policy, tmp_path, no_slee
 def test_a_server_that_was_started_anew_has_not_the_weights(server, policy, tmp_path, no_sleep):
     engine = client(server, tmp_path)
     server.faults["/v1/completions"] = ["restart"]
-    with pytest.raises(RunError, match="was started anew and has not the weights of this run; fix: start the run again"):
+    says = "was started anew and has not the weights of this run; fix: start the run again"
+    with pytest.raises(RunError, match=says):
         engine.sample(policy, server.tokenizer, *given(1), 1, settings_of())
 
 
@@ -376,8 +403,9 @@ def test_a_server_that_was_started_anew_has_not_the_weights(server, policy, tmp_
 
 def keys_of_run(server, files, **values):
     return PLAIN | SAMPLED | dict(
-        algorithm="grpo", model=files / "model", data=files / "prompts.jsonl", rollout_engine=server.url, num_generations=4,
-        batch_size=4, eval_every=1000, max_steps=3, micro_batch_tokens=200, lr=1e-2) | values
+        algorithm="grpo", model=files / "model", data=files / "prompts.jsonl", rollout_engine=server.url,
+        num_generations=4, batch_size=4, eval_every=1000, max_steps=3, micro_batch_tokens=200,
+        lr=1e-2) | values
 
 
 def test_every_rollout_is_drawn_with_the_weights_of_then(server, files, tmp_path):
@@ -410,7 +438,8 @@ def test_two_processes_are_one(server, files, tmp_path):
 
 def test_evaluate_and_sample(server, files, tmp_path):
     """Greedy completions are those of the own sampler, and several drawn ones do come."""
-    words = [str(files / "model"), f"data={files / 'prompts.jsonl'}", f"reward={SAMPLED['reward']}", "max_completion_length=10"]
+    words = [str(files / "model"), f"data={files / 'prompts.jsonl'}", f"reward={SAMPLED['reward']}",
+             "max_completion_length=10"]
     texts = []
     for name, more in ("own", []), ("server", [f"rollout_engine={server.url}"]):
         evaluate.main([*words, *more, "temperature=0", f"output={tmp_path / name}"])
@@ -432,12 +461,14 @@ TINY = ROOT / "example" / "tiny" / "model"
 
 @pytest.fixture(scope="module")
 def real(tmp_path_factory):
-    """The address of `vllm serve`. Its command looks for a package that is named vllm; that of the CPU build is not."""
+    """The address of `vllm serve`. Its command looks for a package that is named vllm; that of the CPU build
+    is not."""
     folder = tmp_path_factory.mktemp("serve")
     port = 8000 + os.getpid() % 1000
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(TINY), "--host", "127.0.0.1",
-               "--port", str(port), "--max-model-len", "256", "--logprobs-mode", "processed_logprobs", "--enforce-eager",
-               "--dtype", "float32", "--gpu-memory-utilization", "0.3"]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(TINY),
+               "--host", "127.0.0.1", "--port", str(port), "--max-model-len", "256",
+               "--logprobs-mode", "processed_logprobs", "--enforce-eager", "--dtype", "float32",
+               "--gpu-memory-utilization", "0.3"]
     environment = {**os.environ, "VLLM_SERVER_DEV_MODE": "1", "HF_HUB_OFFLINE": "1"}
     url = f"http://127.0.0.1:{port}"
     with open(folder / "log", "w") as log:
@@ -458,8 +489,8 @@ def real(tmp_path_factory):
 
 @needs_vllm
 def test_the_real_server(real, tmp_path):
-    """Before and after the weights have moved: the log-probs are those of the training forward, and greedy completions the own
-    sampler's."""
+    """Before and after the weights have moved: the log-probs are those of the training forward, and greedy
+    completions the own sampler's."""
     tokenizer = AutoTokenizer.from_pretrained(TINY)
     policy = build_policy(str(TINY), tokenizer, ModelKeys(max_length=256))
     engine = VllmServer(real, policy, tokenizer, str(tmp_path), 256)
@@ -471,7 +502,8 @@ def test_the_real_server(real, tmp_path):
         with torch.no_grad():
             for parameter in policy.parameters():
                 parameter += update * parameter.std() * torch.randn_like(parameter)
-        groups = engine.sample(policy, tokenizer, prompts, keys, 4, settings_of(temperature=0.8, max_completion_length=20))
+        settings = settings_of(temperature=0.8, max_completion_length=20)
+        groups = engine.sample(policy, tokenizer, prompts, keys, 4, settings)
         for prompt, group in zip(prompts, groups):
             responses = [Response.all_trained(completion.tokens) for completion in group]
             with torch.no_grad():
