@@ -31,7 +31,7 @@ Metrics:  loss                       0 in the first update from a rollout: a gro
           completions/mean_length, /clipped_ratio, ...     tokens; share truncated at
                                      max_completion_length
           sampling/sampling_logp_difference/mean    sampler against training forward: rounding
-          sampling/importance_ratio/mean, /min, /max    with rollout_engine: vllm, which draws from a policy
+          sampling/importance_ratio/mean, /min, /max    with rollout_engine (vLLM), which draws from a policy
                                      that is rounded otherwise: the weights of the advantages,
                                      pi_old / pi_vllm, at most 2 (engine/importance.py)
 Step 0:   before the first rollout the held-out prompts are sampled and scored

@@ -44,7 +44,7 @@ Metrics:  objective/scores, /rlhf_reward    mean score; mean of score and KL pen
           episode, eps                      completions so far; per second
           reward, completions/..., sampling/...    mean reward; lengths in tokens; sampler against training
                                             forward: rounding
-          sampling/importance_ratio/mean, /min, /max    with rollout_engine: vllm, which draws from a policy
+          sampling/importance_ratio/mean, /min, /max    with rollout_engine (vLLM), which draws from a policy
                                             that is rounded otherwise: the weights of the advantages,
                                             pi_old / pi_vllm, at most 2 (engine/importance.py)
 Step 0:   before the first rollout the held-out prompts are sampled and scored
