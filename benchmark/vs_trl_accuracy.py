@@ -5,9 +5,9 @@ and memory.
 
 The first --pairs usable rows are trained on; the --held-out ones after them, without those whose prompt was
 trained on, are what both final models and the start model are measured on, by one program. TRL runs in the
-setting that `vs_trl.py` finds the fastest and leanest: one pair per forward on a CPU, all pairs of an update
-on a GPU (--gpu), the reference's log-probs precomputed. Seconds and memory are counted as there. Prints a
-table in markdown.
+setting that `vs_trl.py` finds the fastest: one pair per forward on a CPU, all pairs of an update on a GPU
+(--gpu); the reference's log-probs precomputed, or with --in-memory the reference beside the policy. Seconds
+and memory are counted as there. Prints a table in markdown.
 
 Every part (each training, each measurement) is kept in --output, so that an interrupted comparison goes on.
 """
@@ -22,7 +22,8 @@ from benchmark import shared, vs_trl  # noqa: E402
 
 BETA = 0.1      # the default of both sides
 SETTINGS = (
-    "source", "shape", "tokenizer", "data", "pairs", "held_out", "batch", "lr", "threads", "gpu", "overrides")
+    "source", "shape", "tokenizer", "data", "pairs", "held_out", "batch", "lr", "threads", "gpu",
+    "precompute", "overrides")
 SIDES = {"ours": "ours", "trl": "TRL"}
 AT_ONCE = 64      # pairs measured between two progress lines
 
@@ -166,11 +167,12 @@ def main() -> None:
     parser.add_argument("--held-out", type=int, default=500)
     parser.add_argument("--batch", type=int, default=8, help="pairs per update")
     parser.add_argument("--output", default="runs/vs-trl-accuracy", help="directory of the parts")
+    parser.add_argument("--in-memory", action="store_true", help="TRL keeps the reference in memory")
     shared.add_options(parser, repeats=None)
     args = parser.parse_intermixed_args()
     if args.pairs % args.batch:
         parser.error("--pairs must be a multiple of --batch")
-    own = {"algorithm": "dpo", "precision": "fp32", "precompute": True}
+    own = {"algorithm": "dpo", "precision": "fp32", "precompute": not args.in_memory}
     own["per_device"] = args.batch if args.gpu else 1
     work = Path(args.output).resolve()
     work.mkdir(parents=True, exist_ok=True)

@@ -13,9 +13,12 @@ from data.pack import Example, Response
 from data.packing import pack
 from data.store import sizes_of
 from engine.checkpoint import model_path
+from engine.build import stored_yaml
 from engine.config import describe
+from engine.console import clock
 from engine.forecast import forecast
 from engine.inputs import marked, read_inputs
+from engine.pace import expected_seconds
 from engine.plan import Plan
 from model import lora
 from model.load import base_of, empty_lm, load_config
@@ -57,6 +60,12 @@ def dry_run(run_config, kind: str) -> None:
         f"prompts shared: {tokens_of(train_set, True)} tokens per epoch; one copy per response: "
         f"{tokens_of(train_set, False)}",
     ])
+    epochs = plan.total / plan.draws_per_epoch
+    tokens = 0 if online else epochs * tokens_of(train_set, common.share_prompt != "false")
+    known = expected_seconds(common, config, stored_yaml(common, config), plan.total, tokens)
+    if known:
+        seconds, like = known
+        section("time", [f"about {clock(seconds)}, at the pace of {like}, with evaluations and checkpoints"])
     print()
     base = base_of(common.model)
     lm = empty_lm(load_config(base), base)

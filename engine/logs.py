@@ -12,6 +12,7 @@ import platform
 import re
 import sys
 import time
+from typing import NamedTuple
 
 import yaml
 
@@ -80,15 +81,16 @@ class Run:
             self.append("events.log", line)
         self.trackers.start(self.directory, yaml.safe_load(config_yaml), step)
 
-    def finish(self) -> None:
-        """Say in run.json what the final/ that now stands in the directory was made with, and write the
-        report."""
+    def finish(self, pace: NamedTuple) -> None:
+        """Say in run.json what the final/ that now stands in the directory was made with and at what pace,
+        and write the report."""
         if self.begun:
             try:
                 write_report(self.directory)
             except Exception as error:  # noqa: BLE001  it never stops a run
                 self.notice(f"report.html is not written ({error})")
             self.started["final"] = shape_of_final(self.text("config.yaml"))
+            self.started["pace"] = pace._asdict()
             with contextlib.suppress(OSError):      # the same command then writes the same final/ once more
                 self.write_file("run.json", json.dumps(self.started, indent=1) + "\n")
 

@@ -7,6 +7,7 @@ import torch
 from data.errors import RunError
 from engine import checkpoint, shares
 from engine.console import per_second
+from engine.pace import Pace
 from engine.ranks import from_all_ranks, sum_over_ranks
 from engine.signals import Stopped
 from engine.step import Step
@@ -64,6 +65,11 @@ class Record:
             engine.save(step.index, is_left)
         if is_stopped:
             raise Stopped(stop)
+
+    def pace(self) -> Pace:
+        """What this process has trained since the updates began."""
+        updates = self.engine.last - self.engine.first
+        return Pace(updates, self.tokens_seen, time.perf_counter() - self.since)
 
     def log_update(self, step: Step, tokens: int) -> dict:
         """Write the row of an update into metrics.jsonl; the part of it that the console shows."""

@@ -182,7 +182,7 @@ class Saver:
                 background.wait()
             raise
         from_main(engine.run.replace, engine.run.directory)
-        from_main(engine.run.finish)
+        from_main(engine.run.finish, engine.record.pace())
 
     def merged(self, weights: dict) -> tuple:
         """The LM with the adapter merged into it, and its weights, on rank 0; nothing to write on others."""

@@ -1,5 +1,6 @@
 """What stands around training: --dry-run, --help, chat.py."""
 import io
+import json
 import os
 import re
 import signal
@@ -19,10 +20,11 @@ from helpers import (
     write_config,
     write_jsonl,
 )
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from chat import main
 from data.errors import UserError
+from engine.console import clock
 
 
 def test_dry_run_shows_everything_and_writes_nothing(tmp_path, capsys):
@@ -105,6 +107,57 @@ def test_help_names_every_key():
         assert done.returncode == 0
         for key in keys:
             assert f"{key}:" in done.stdout
+
+
+def test_dry_run_says_how_long_a_run_like_another_one_takes(tmp_path, capsys):
+    """9 pairs are counted by hand; the run that tells has 7 s for 50 tokens written into its run.json, or for
+    two rollouts."""
+    model = tiny_model(tmp_path / "model")
+    data = write_jsonl(tmp_path / "pairs.jsonl", pair_rows(9))
+    keys = {"model": model, "max_length": 256, "batch_size": 4, "save_every": None, "quiet": True}
+    config = write_config(tmp_path / "c.yml", algorithm="dpo", data=data, share_prompt="false", **keys)
+    train_here(config, "max_steps=2", f"output={tmp_path / 'runs' / 'a'}")
+    started = tmp_path / "runs" / "a" / "run.json"
+    written = json.loads(started.read_text())
+    assert written["pace"]["updates"] == 2 and 0 < written["pace"]["seconds"] < 600
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokens = 0
+    for row in pair_rows(9):
+        prompt = tokenizer.apply_chat_template(row["prompt"], tokenize=False, add_generation_prompt=True)
+        for response in (row["chosen"], row["rejected"]):
+            tokens += len(tokenizer(f"{prompt}{response[0]['content']}<|im_end|>").input_ids)
+
+    def shown(*words, **changes):
+        started.write_text(json.dumps(written | changes))
+        train_here(*words, "--dry-run", f"output={tmp_path / 'runs' / 'b'}")
+        return re.findall(r"about (.*), at the pace of (.*),", capsys.readouterr().out)
+
+    pace = {"updates": 2, "tokens": 50, "seconds": 7.0}
+    seconds = int(7 * 200 * tokens / 50)
+    told = [(clock(seconds), str(tmp_path / "runs" / "a"))]
+    assert shown(config, "epochs=200", "beta=0.7", "lr=1", pace=pace) == told
+    machine = written["machine"] | {"cores": 1000}
+    for words, changes in ((["lora_r=2"], {}), ([], {"machine": machine}), ([], {"world_size": 2})):
+        assert shown(config, *words, pace=pace, **changes) == []
+    for damaged in (None, 3, {}, {"updates": 1, "tokens": "x", "seconds": 2}, pace | {"tokens": 0}):
+        assert shown(config, pace=damaged) == []
+
+
+def test_dry_run_says_how_long_an_online_run_like_another_one_takes(tmp_path, capsys):
+    """By its updates, if these have as many completions."""
+    model = tiny_model(tmp_path / "model")
+    data = write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": f"{i} + {i}", "answer": "1"} for i in range(4)])
+    config = write_config(tmp_path / "c.yml", algorithm="grpo", model=model, data=data, max_length=64,
+                          batch_size=2, reward="gsm8k", num_generations=2, max_completion_length=4)
+    directory = tmp_path / "runs" / "a"
+    train_here(config, "max_steps=1", f"output={directory}")
+    started = directory / "run.json"
+    written = json.loads(started.read_text()) | {"pace": {"updates": 2, "tokens": 9, "seconds": 5000.0}}
+    started.write_text(json.dumps(written))
+    capsys.readouterr()
+    for words, told in ((["max_steps=12"], ["8:20:00"]), (["num_generations=4"], []), (["batch_size=4"], [])):
+        train_here(config, *words, "--dry-run", f"output={tmp_path / 'runs' / 'b'}")
+        assert re.findall(r"about (.*), at the pace", capsys.readouterr().out) == told
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
