@@ -32,13 +32,18 @@ def expected_seconds(common, config, stored: str, updates: int, tokens: float) -
         ignored = UNTIMED | {field.name for field in fields(config)} | {"batch_size"}
     beside = os.path.dirname(common.output or "runs/run") or "."
     files = glob.glob(os.path.join(glob.escape(beside), "*", "run.json"))
-    for file in sorted(files, key=os.path.getmtime, reverse=True):
+    for file in sorted(files, key=written, reverse=True):
         directory = os.path.dirname(file)
         pace = pace_of(file)
         if pace and not differing(directory, stored, ignored):
             share = tokens / pace.tokens if tokens else updates / pace.updates
             return pace.seconds * share, directory
     return None
+
+
+def written(file: str) -> float:
+    """When a file was written; a link to nothing counts as one."""
+    return os.lstat(file).st_mtime
 
 
 def pace_of(file: str) -> Pace | None:

@@ -30,6 +30,7 @@ from model.load import first_line
 from model.state import inside_lm, save_pretrained
 from model.vllm import OtherEngine
 
+API_KEY = "VLLM_API_KEY"               # the variable from which vLLM takes it, too
 INFO = "/server_info?config_format=json"
 COMMAND = "VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --logprobs-mode processed_logprobs"
 NEWER = "install vLLM 0.32 or newer there"
@@ -202,13 +203,20 @@ class VllmServer(OtherEngine):
 
 
 def answer(url: str, body: dict | None = None, timeout: float = PATIENCE.total_seconds()):
-    """What a server says to a POST, or without a body to a GET, read as JSON; None where it says nothing."""
+    """What a server says to a POST, or without a body to a GET, read as JSON; None where it says nothing. A
+    server with a key (`vllm serve --api-key`) gets the one in the environment."""
     data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+    headers = {"Content-Type": "application/json"}
+    if key := os.environ.get(API_KEY):
+        headers["Authorization"] = f"Bearer {key}"
+    request = urllib.request.Request(url, data, headers)
     try:
         with urllib.request.urlopen(request, timeout=timeout) as response:
             text = response.read()
     except urllib.error.HTTPError as error:
+        if error.code == 401:
+            raise UserError(f"rollout_engine: {url} asks for the key of the server; fix: give it in the "
+                            f"environment, {API_KEY}=…") from error
         kind = Cut if error.code in CLOSED else Refused
         raise kind(reason_in(error)) from error
     except (OSError, http.client.HTTPException) as error:

@@ -65,7 +65,7 @@ class StandIn(ThreadingHTTPServer):
         self.lock = threading.Lock()
         self.asked, self.faults, self.refuses, self.model = [], {}, {}, None
         self.device, self.mode, self.longest = "cuda", "processed_logprobs", 256
-        self.instance, self.success = "a", True
+        self.instance, self.success, self.key = "a", True, None
 
     def load(self, directory):
         self.policy = build_policy(str(directory), self.tokenizer, ModelKeys(max_length=128))
@@ -124,6 +124,8 @@ class Handler(BaseHTTPRequestHandler):
         status, answer = 200, None
         if what == "busy":
             status, answer = 503, "<html>"
+        elif server.key and self.headers["Authorization"] != f"Bearer {server.key}":
+            status, answer = 401, {"error": "Unauthorized"}
         elif self.path in server.refuses:
             status, message = server.refuses[self.path]
             answer = {"error": {"message": message}}
@@ -295,6 +297,21 @@ def test_another_model_is_served(server, policy, tmp_path, changes, fault):
         assert fault in refused(client, server, tmp_path, policy)
     else:
         client(server, tmp_path, policy)
+
+
+def test_a_server_with_a_key(server, policy, tmp_path, monkeypatch):
+    """It has the name under which vLLM itself takes it from the environment."""
+    server.key = "secret"
+    fault = (f"rollout_engine: {server.url}/v1/models asks for the key of the server; fix: give it in the "
+             "environment, VLLM_API_KEY=…")
+    assert refused(client, server, tmp_path) == fault
+    monkeypatch.setenv("VLLM_API_KEY", "wrong")
+    assert refused(client, server, tmp_path) == fault
+    monkeypatch.setenv("VLLM_API_KEY", "secret")
+    engine = client(server, tmp_path)
+    engine.hand_over(policy)
+    group, = engine.draw(policy, server.tokenizer, [np.array([81], np.int32)], [(0,)], 2, settings_of())
+    assert len(group) == 2
 
 
 def test_nobody_answers(tmp_path):
