@@ -66,7 +66,7 @@ def kto_loss(policy_logps, reference_logps, labels, kl,
     losses = weights * (1 - torch.sigmoid(beta * gains))                                # (B,) eq. 8
     rewards = beta * logratios
     metrics = {
-        "kl": kl,
+        "kl": kl.expand(len(labels)),
         "rewards/chosen": rewards[labels],
         "rewards/rejected": rewards[~labels],
         "rewards/margins": (rewards[labels], -rewards[~labels]),       # the sum of two means

@@ -12,8 +12,8 @@ from data.errors import printable
 from data.pack import Example, Response
 from data.packing import pack
 from data.store import sizes_of
-from engine.checkpoint import model_path
 from engine.build import stored_yaml
+from engine.checkpoint import model_path
 from engine.config import describe
 from engine.console import clock
 from engine.forecast import forecast

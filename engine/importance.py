@@ -8,6 +8,7 @@ from engine.vllm_server import VllmServer
 from model.sampler import sample
 from model.vllm import VllmSampler
 
+SAMPLER = "sampling/sampling_logp_difference/mean"
 RATIO = "sampling/importance_ratio"
 HIGHEST = 2.0                  # importance weights are truncated here
 BAND = 0.5, 5.0                # or masked outside
@@ -45,8 +46,8 @@ def importance_weighted(engine, batch, old_logps: torch.Tensor, advantages: torc
     policy's probability to that of the engine which sampled, truncated or masked. A loss that is proportional
     to its advantages is weighted by that, too. The same tensor where the own sampler drew.
 
-    Source: Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL training"; the
-    numbers are those of TRL's vllm_importance_sampling_correction."""
+    Source: Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL training". TRL
+    1.16 leaves out whole completions whose ratio is above 3, unless it is told otherwise."""
     config = engine.online.config
     if not config.rollout_engine or config.importance_sampling == "off":
         return advantages
@@ -76,13 +77,20 @@ def log_weights(step, weights: torch.Tensor) -> None:
         extremes = torch.stack([-weights.min(), weights.max()]).double()
     totals = step.totals["train"]
     for i, (name, sign) in enumerate((("min", -1), ("max", 1))):
-        if f"{RATIO}/{name}" in totals:
-            before, _ = totals[f"{RATIO}/{name}"][0]
+        if (f"{RATIO}/{name}", 0) in totals:
+            before, _ = totals[f"{RATIO}/{name}", 0]
             extremes[i] = torch.maximum(extremes[i], sign * before)
     if step.engine.world > 1:
         torch.distributed.all_reduce(extremes, torch.distributed.ReduceOp.MAX)
-    totals[f"{RATIO}/min"] = {0: [-extremes[0], 1]}
-    totals[f"{RATIO}/max"] = {0: [extremes[1], 1]}
+    totals[f"{RATIO}/min", 0] = [-extremes[0], 1]
+    totals[f"{RATIO}/max", 0] = [extremes[1], 1]
+
+
+def check_sampler(engine, step) -> None:
+    """The check below for the rollout of an update, where its difference was logged."""
+    totals = step.totals["train"]
+    if (SAMPLER, 0) in totals:
+        check_difference(engine, *totals[SAMPLER, 0])
 
 
 def check_difference(engine, total: torch.Tensor, count: int) -> None:

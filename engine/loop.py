@@ -27,6 +27,8 @@ from data.pack import Batch, Example
 from data.packing import pack
 from data.store import Examples
 from engine import checkpoint, frozen, restore
+from engine.contract import check_before_clipping, check_new
+from engine.importance import check_sampler
 from engine.logs import Run
 from engine.optimizer import Optimizer
 from engine.plan import Plan
@@ -91,13 +93,13 @@ class Engine:
         step = self.step
         if step.index == 0:
             return                                   # nothing is trained there
-        step.check_logged()
+        check_before_clipping(self)
         limit = self.config.max_grad_norm or math.inf
         norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), limit)
         self.grad_norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
         self.record.check_finite(step)
         if self.online:
-            self.online.check_sampler(step)
+            check_sampler(self, step)
         step.is_clipped = True
 
     def eval_batches(self, step: Step, examples: list[Example] | None = None) -> Iterator[Batch]:
@@ -199,6 +201,7 @@ class Engine:
         """Close the update before, and begin this one; `metrics` join its row."""
         self.close_step()
         self.step, self.is_open = Step(self, update, examples), True
+        check_new(self.step, self.last)
         self.record.open_step(self.step, metrics or {})
         if update:
             self.optimizer.set_learning_rate(self.plan.learning_rate(update))

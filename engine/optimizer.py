@@ -3,6 +3,7 @@ stops."""
 import torch
 
 from data.errors import RunError
+from model.build import reshard
 
 
 def adamw_arguments(policy, lr: float, weight_decay: float) -> dict:
@@ -27,6 +28,16 @@ class Optimizer(torch.optim.AdamW):
         self.engine, config = engine, engine.config
         super().__init__(**adamw_arguments(engine.policy, config.lr, config.weight_decay))
 
+    def check_rates(self) -> None:
+        """RunError where a group has got another rate before the first update, which would replace it. Within
+        an update any rate may be set."""
+        planned = self.engine.config.lr
+        for group in self.param_groups:
+            if group["lr"] != planned:
+                raise RunError(f"a group of the optimizer has lr {group['lr']:g}, which every update replaces "
+                               f"by that of the keys lr ({planned:g}), schedule and warmup; fix: set it "
+                               "within the update, before optimizer.step()")
+
     def set_learning_rate(self, rate: float) -> None:
         for group in self.param_groups:
             group["lr"] = rate
@@ -43,6 +54,7 @@ class Optimizer(torch.optim.AdamW):
                            "fix: add the line engine.clip_gradients() before optimizer.step()")
         super().step()
         step.is_made = True
+        reshard(self.engine.policy)      # what a forward after the backward has gathered is the old weights
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         step = self.engine.step

@@ -6,6 +6,7 @@ import secrets
 import socket
 import sys
 import time
+import zlib
 
 import torch
 import torch.distributed as dist
@@ -81,6 +82,17 @@ def from_all_ranks(values: list, group: dist.ProcessGroup | None = None) -> list
     parts = [None] * dist.get_world_size()
     dist.all_gather_object(parts, values, group=group or objects)
     return list(itertools.chain(*parts))
+
+
+def union(values: list, device) -> list:
+    """What any rank has in its list, each value once, in the same order on every rank. Where the lists are the
+    same that costs two numbers."""
+    _, world = distributed()
+    digest = zlib.crc32(repr(values).encode()) % 2 ** 20
+    total, squares = sum_over_ranks([float(digest), float(digest ** 2)], device)
+    if squares * world == total ** 2:      # they have no variance
+        return values
+    return list(dict.fromkeys(from_all_ranks(values)))
 
 
 def from_shares(function, count: int) -> list:

@@ -29,6 +29,7 @@ class Record:
     def begin(self) -> None:
         """Start the clock and the progress line of the updates."""
         engine = self.engine
+        engine.optimizer.check_rates()
         self.since = time.perf_counter()
         engine.run.console.start(engine.first, engine.plan.total)
 
@@ -77,7 +78,7 @@ class Record:
         averages = step.averages("train") | self.rollout_metrics
         position = {"step": step.index, "split": "train", "epoch": plan.epochs_after(step.index)}
         speed = round(per_second(tokens, self.started), 1)
-        rate = plan.learning_rate(step.index)
+        rate = self.engine.optimizer.param_groups[0]["lr"]
         rest = {"grad_norm": self.engine.grad_norm, "lr": rate, "tokens_per_second": speed}
         self.engine.run.log(position | averages | rest)
         return self.shown(averages)

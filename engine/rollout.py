@@ -1,5 +1,6 @@
 """A rollout: sampled completions, and what is known of each of them."""
 import difflib
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -8,7 +9,7 @@ from data.errors import RunError
 from data.pack import Example, Response
 from model.sampler import Completion
 
-PerPrompt = list[torch.Tensor]      # a tensor per prompt: a number per completion (G,), or one per token
+PerPrompt = Sequence[torch.Tensor]      # a tensor per prompt: a number per completion (G,), or one per token
 
 
 OWN = ("number", "rows", "examples", "metrics", "kept", "attempts")      # what a Rollout holds beside numbers
@@ -80,7 +81,7 @@ class Rollout:
         return all(name in example.extras for example in self.examples)
 
     def __getitem__(self, name: str) -> PerPrompt:
-        return [example.extras[name] for example in self.examples]
+        return tuple(example.extras[name] for example in self.examples)      # to assign into it is an error
 
     def __setitem__(self, name: str, values: PerPrompt) -> None:
         values = list(values)

@@ -42,7 +42,9 @@ class RolloutRecord:
         if not rollout.knows("scored"):
             raise RunError("the rewards of the rollout are not known yet; fix: add the line "
                            "engine.score(rollout) before engine.each_reward(rollout)")
-        rewards = [rollout[f"rewards/{reward.name}"] for reward in self.rollouts.rewards]
+        rewards = []
+        for reward in self.rollouts.rewards:
+            rewards.append([group.clone() for group in rollout[f"rewards/{reward.name}"]])
         weights = [reward.weight for reward in self.rollouts.rewards]
         return rewards, weights
 

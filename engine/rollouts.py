@@ -14,7 +14,7 @@ import torch
 from data.errors import RunError
 from data.pack import Example
 from engine import rollout_state
-from engine.importance import check_difference, sampler_of
+from engine.importance import SAMPLER, sampler_of
 from engine.mixture import mixed_rollout
 from engine.plan import Plan
 from engine.reward_models import load_reward_model, scores_of
@@ -30,7 +30,6 @@ from rewards.functions import load_reward
 EVALUATION, TRAINING, REPLACEMENT = range(3)      # so that the random draws of these never coincide
 MANY = 10      # rollouts in a row with nothing to train, after which a run ends
 FIX = "look at the reward, or raise max_completion_length"
-SAMPLER = "sampling/sampling_logp_difference/mean"
 
 
 class Rollouts:
@@ -157,7 +156,7 @@ class Rollouts:
                            "write class Config(Sampling), which has the key reward")
         named = [f"rewards/{reward.name}" for reward in self.rewards]
         rollout.once(("scored", *named), self.scores, rollout, named)
-        rollout.rewards = rollout["scored"]
+        rollout.rewards = [group.clone() for group in rollout["scored"]]      # to be changed in place
         rollout.metrics = self.record.reward_metrics(rollout)
 
     def scores(self, rollout: Rollout, named: list[str]) -> list[PerPrompt]:
@@ -198,7 +197,7 @@ class Rollouts:
         end = min(first + self.updates_per_rollout, engine.plan.total + 1)
         updates = range(max(first, engine.first + 1), end)
         if not any(kept):
-            return self.pass_over(rollout, updates)
+            return self.train_nothing(rollout, updates)
         self.rollouts_without_training = 0
         if self.rewards:
             self.record.watch_signal(rollout, len(updates))
@@ -209,6 +208,9 @@ class Rollouts:
         examples = [example.part(which) for example, which in zip(rollout.examples, kept) if which]
         for update in updates:
             rows = self.mini_batch(rollout.number, update - first, len(examples))
+            if not rows.size:                            # fewer prompts than mini-batches
+                self.pass_over(rollout, [update])
+                continue
             mine = [examples[row] for row in rows]
             yield engine.open_step(update, self.divided(mine), rollout.metrics)
         engine.close_step()
@@ -295,22 +297,20 @@ class Rollouts:
             differences = differences[batch.expand(batch.extra("sampled")).bool()]
         step.add({SAMPLER: differences})
 
-    def check_sampler(self, step: Step) -> None:
-        """RunError where the training forward gives the sampled tokens other log-probs than the sampler."""
-        totals = step.totals["train"]
-        if SAMPLER in totals:
-            check_difference(self.engine, *totals[SAMPLER][0])
-
     # ---- rollouts that train nothing -----------------------------------------------------------------
 
-    def pass_over(self, rollout: Rollout, updates: range) -> None:
-        """The `updates` of a rollout with nothing to train: they count, are logged and saved, but no weight
-        moves, not even by AdamW's momentum. RunError after MANY such rollouts in a row."""
+    def train_nothing(self, rollout: Rollout, updates: range) -> None:
+        """Pass over a whole rollout; RunError after MANY in a row."""
         self.rollouts_without_training += 1
         fault = self.record.nothing_to_train(rollout)
         if self.rollouts_without_training == MANY:
             raise RunError(f"{fault}; so it was in {MANY} rollouts in a row; fix: {FIX}")
         self.engine.notice(f"{fault}; it is passed over")
+        self.pass_over(rollout, updates)
+
+    def pass_over(self, rollout: Rollout, updates) -> None:
+        """`updates` with nothing to train: they count, are logged and saved, but no weight moves, not even by
+        AdamW's momentum."""
         for update in updates:
             step = self.engine.open_step(update, [], rollout.metrics)
             step.is_made, self.engine.grad_norm = True, 0.0

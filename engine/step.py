@@ -2,7 +2,8 @@
 import torch
 
 from data.errors import RunError
-from engine.ranks import sum_over_ranks
+from engine.contract import check_losses, check_metrics
+from engine.ranks import sum_over_ranks, union
 
 
 class Step:
@@ -21,7 +22,7 @@ class Step:
         # one at least, for the metrics
         self.computed = [example for example in examples if example.has_gradient] or examples[:1]
         self.micro_batches = engine.deal(self.computed) if index else []
-        self.totals = {"train": {}, "eval": {}}      # split -> metric -> a [sum, count] per part
+        self.totals = {"train": {}, "eval": {}}      # split -> (metric, which part) -> [sum, count]
         self.losses = []                             # per micro-batch: its summed loss and its examples
         self.split = "train"                         # what the micro-batch in work belongs to
         self.is_logged = False                       # whether the loss of the micro-batch in work is logged
@@ -49,15 +50,13 @@ class Step:
         self.split, self.is_logged = split, False
 
     def log(self, losses, metrics: dict, split: str = "train") -> None:
-        """Add one micro-batch: `losses` and every metric are unreduced tensors (a metric may be one
-        number). Each is averaged over all its entries in the update, or in the evaluation. A tuple of
+        """Add one micro-batch: `losses` and every metric are unreduced tensors (n,), or a metric is a Python
+        number. Each is averaged over all its entries in the update, or in the evaluation. A tuple of
         tensors stands for the sum of their averages. A second call for the same micro-batch adds its
         metrics, but no loss."""
         parts = losses if isinstance(losses, tuple) else (losses,)
-        if any(part.ndim == 0 for part in parts):
-            raise RunError("step.log got a loss that is one number already, so its mean over micro-batches "
-                           "would be wrong; fix: pass the losses per example, response or token, without "
-                           "sum() or mean()")
+        check_losses(parts)
+        check_metrics(metrics)
         if split != self.split:
             raise RunError(f"step.log got split={split!r} within the micro-batches of {self.split!r}; "
                            f"fix: write step.log(losses, metrics, split={self.split!r})")
@@ -70,42 +69,30 @@ class Step:
                 self.losses.append((total, self.micro_batches[place]))
         self.add(metrics, split)
 
-    def check_logged(self) -> None:
-        """RunError where a micro-batch of the update was not logged."""
-        count = len(self.micro_batches)
-        missing = count - len(self.losses)
-        if missing > 0:
-            raise RunError(f"{missing} of the {count} micro-batches of update {self.index} have no loss; "
-                           "fix: add the line step.log(losses, metrics) after backward(), for every batch")
-
     def add(self, metrics: dict, split: str = "train") -> None:
         for name, values in metrics.items():
-            totals = self.totals[split].setdefault(name, {})
             parts = values if isinstance(values, tuple) else (values,)
             for i, part in enumerate(parts):
                 part = torch.as_tensor(part, device=self.engine.policy.device).detach()
-                total = totals.setdefault(i, [0.0, 0])
+                total = self.totals[split].setdefault((name, i), [0.0, 0])
                 total[0] = total[0] + part.sum(dtype=torch.float64)
                 total[1] += part.numel()
 
     def averages(self, split: str) -> dict:
-        """Metric -> mean over all ranks; without those that had no entry anywhere, such as the rewards of a
-        class that is not in the update."""
-        totals, counts = [], []
-        for parts in self.totals[split].values():
-            for total, count in parts.values():
-                totals.append(total)
-                counts.append(float(count))
+        """Metric -> mean over all ranks, whichever of them has entries; without those that have none anywhere,
+        such as the rewards of a class that is not in the update."""
         device = self.engine.policy.device
+        known = self.totals[split]
+        keys = union(list(known), device)
+        nothing = [torch.zeros((), dtype=torch.float64, device=device), 0]
+        totals, counts = [], []
+        for key in keys:
+            total, count = known.get(key, nothing)
+            totals.append(total)
+            counts.append(float(count))
         totals = torch.stack(totals).tolist() if totals else []        # one copy from a GPU
         sums = sum_over_ranks(totals + counts, device)
-        pairs = iter(zip(sums[:len(totals)], sums[len(totals):]))
-        averages = {}
-        for name, parts in self.totals[split].items():
-            means = []
-            for _ in parts:
-                total, count = next(pairs)
-                means.append(total / count if count else None)
-            if None not in means:
-                averages[name] = sum(means)
-        return averages
+        means = {}
+        for (name, _), total, count in zip(keys, sums, sums[len(keys):]):
+            means.setdefault(name, []).append(total / count if count else None)
+        return {name: sum(parts) for name, parts in means.items() if None not in parts}

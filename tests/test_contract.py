@@ -155,6 +155,16 @@ BATCH_LOG = "                step.log(losses, metrics)\n"
 REDUCED = LOG.replace("losses", "losses.mean()")
 PER_PROMPT = '        rollout.once("difficulty", lambda: [[0.5] for _ in rollout.examples])\n'
 PER_ROLLOUT = '        rollout.once("difficulty", list, [0.5])\n'
+BACKWARD = "            (losses.sum() / step.num_examples).backward()"
+ONLINE_BACKWARD = "                (losses.sum() / step.num_responses).backward()"
+TWICE = "step for _ in range(2) for step in engine.steps("
+
+
+def logged(metrics):
+    """The edit that logs other metrics."""
+    return LOG, LOG.replace("metrics", metrics)
+
+
 LINES = {    # name: (algorithm, edits, what the sentence says)
     "log": ("dpo", [(LOG, "        engine")], "add the line step.log(losses, metrics)"),
     "clip": ("dpo", [(CLIP, "        pass #")],
@@ -170,6 +180,23 @@ LINES = {    # name: (algorithm, edits, what the sentence says)
     "two steps": ("dpo", [after(STEP, STEP)], "optimizer.step() was called twice in update 1"),
     "split": ("dpo", [(', split="eval"', "")], "write step.log(losses, metrics, split='eval')"),
     "mean": ("dpo", [(LOG, REDUCED)], "pass the losses per example, response or token"),
+    "a loss per pair of pairs": ("dpo", [(LOG, LOG.replace("losses", "losses[:, None] - losses"))],
+                                 "one number for every pair of two things"),
+    "a mean as a metric": ("dpo", [logged("{'x': losses.mean()}")], "'x' of shape (), whose mean over"),
+    "a square as a metric": ("dpo", [logged("{'x': losses[:, None]}")], "'x' of shape (4, 1), whose mean"),
+    "the loss as a metric": ("dpo", [logged("{'loss': losses}")], "'loss', which every row has already"),
+    "a name of the row": ("dpo", [logged("{'epoch': losses}")], "'epoch', which every row has already"),
+    "backward": ("dpo", [(BACKWARD, "            pass #")],
+                 "update 1 has no gradient; fix: add the line (losses.sum() / step.num_examples).backward()"),
+    "online backward": ("grpo", [(ONLINE_BACKWARD, "                pass #")],
+                        "update 1 has no gradient; fix: add the line"),
+    "steps twice": ("dpo", [(OFFLINE_LOOP, f"    for step in ({TWICE})):")], "update 1 was made already"),
+    "a rollout twice": ("grpo", [(ONLINE_LOOP, f"        for step in ({TWICE}rollout)):")],
+                        "update 1 was made already; fix: iterate engine.steps once"),
+    "a step twice": ("dpo", [(MICRO_BATCHES, "        for batch in (x for _ in range(2) for x in step):")],
+                     "update 1 has 2 losses of 1 micro-batches"),
+    "a rate before": ("dpo", [before(OFFLINE_LOOP, "    optimizer.param_groups[1]['lr'] = 1.0\n")],
+                      "has lr 1, which every update replaces by that of the keys lr (0.001), schedule"),
     "score": ("grpo", [("        engine.score(rollout)", "        pass #")],
               "add the line engine.score(rollout) before"),
     "each reward": ("gdpo", [("        engine.score(rollout)", "        pass #")],
@@ -196,6 +223,18 @@ def test_one_sentence_names_the_line(edit, name):
     assert says in sentence
 
 
+def test_a_rate_that_is_set_within_an_update_acts_and_is_logged(edit):
+    set_rate = before(STEP, "        optimizer.param_groups[0]['lr'] = 0.5 * step.index\n")
+    rows = metrics(edit("dpo", set_rate)("run"))
+    assert [row["lr"] for row in rows] == [0.5, 1.0, 1.5, 2.0, 2.5, 3.0]
+
+
+def test_rewards_of_a_rollout_are_not_assigned_into(edit):
+    assign = before("        rollout.advantages =", "        rollout.rewards[0] = 0 * rollout.rewards[0]\n")
+    with pytest.raises(TypeError, match="item assignment"):
+        edit("grpo", assign)("run")
+
+
 def test_what_was_made_before_is_kept(edit, tmp_path):
     """The gradients are not cleared: the second update stops, the first one is on the disk."""
     run = edit("dpo", ("        optimizer.zero_grad()\n", ""))
@@ -211,6 +250,10 @@ PENALTY = before(
     "        rollout.advantages =",
     "        pairs = zip(rollout.rewards, rollout.lengths)\n",
     "        rollout.rewards = [rewards - 0.1 * (lengths > 5) for rewards, lengths in pairs]\n")
+IN_PLACE = before(
+    "        rollout.advantages =",
+    "        for rewards, lengths in zip(rollout.rewards, rollout.lengths):\n",
+    "            rewards -= 0.1 * (lengths > 5)\n")
 ONCE = before(
     ONLINE_LOOP,
     "        own = rollout.once('own', lambda: [0.01 * part for part in rollout.lengths])\n",
@@ -234,10 +277,11 @@ CONTROLLER = [
 
 @pytest.mark.parametrize("algorithm, edits, values", [
     ("grpo", [PENALTY], dict(reward=f"{REWARDS}:coarse")),
+    ("grpo", [IN_PLACE], dict(reward=f"{REWARDS}:coarse")),
     ("grpo", [ONCE], {}),
     ("grpo", AVERAGED, dict(beta=0.5)),
     ("dpo", CONTROLLER, {}),
-], ids=["penalty", "once", "averaged reference", "controller"])
+], ids=["penalty", "penalty in place", "once", "averaged reference", "controller"])
 def test_a_resumed_run_ends_as_one_without_a_stop(edit, algorithm, edits, values):
     run, plain = edit(algorithm, *edits), edit(algorithm)
     whole = run("whole", **values)
@@ -275,6 +319,30 @@ def test_an_averaged_reference_resumes_on_two_ranks(edit, tmp_path):
     assert "step-000003" in told(directory)
     assert again == rows
     assert_same_weights(weights_again, weights)
+
+
+def test_two_ranks_take_extra_forwards_and_metrics_of_one_of_them(edit, tmp_path):
+    """A forward without a backward gathers the weights again: they must be sharded before the clipping, and
+    after the update. A metric may be known on one rank alone, or come in another order."""
+    forward = "        import torch\n        with torch.no_grad():\n            policy(batch)\n"
+    mixed = "{**(metrics if engine.rank else dict(reversed(metrics.items()))), **mine}"
+    log = LOG.replace("metrics", mixed).replace("        engine", f"{forward}        engine")
+    mine = "            mine = {'mine': 0 * losses + 5} if engine.rank else {}\n"
+    found = []
+    for edits in ([], [(LOG, mine + log), before(STEP, forward)]):
+        run = edit("dpo", *edits)
+        directory = run("run", max_steps=1)              # writes the configuration
+        shutil.rmtree(directory)
+        config = tmp_path / "run.yml"
+        config.write_text(config.read_text().replace("max_steps: 1", "max_steps: 4"))
+        ranks = train_on_ranks(config, patch=own_algorithms, arguments=(tmp_path / "project",))
+        assert [rank.code for rank in ranks] == [0, 0], ranks
+        found.append((metrics(directory), final_weights(directory)))
+        shutil.rmtree(directory)
+    (plain, weights), (edited, edited_weights) = found
+    assert [row.pop("mine") for row in edited if row["split"] == "train"] == [5.0] * 4
+    assert edited == plain
+    assert_same_weights(edited_weights, weights)
 
 
 # ---- more than the paper -------------------------------------------------------------------------------
