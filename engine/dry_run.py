@@ -65,7 +65,7 @@ def dry_run(run_config, kind: str) -> None:
     known = expected_seconds(common, config, stored_yaml(common, config), plan.total, tokens)
     if known:
         seconds, like = known
-        section("time", [f"about {clock(seconds)}, at the pace of {like}, with evaluations and checkpoints"])
+        section("time", [f"about {clock(seconds)}, at the pace of {like}, without evaluations"])
     print()
     base = base_of(common.model)
     lm = empty_lm(load_config(base), base)

@@ -110,7 +110,7 @@ class Engine:
             return
         if examples is None:
             examples = self.online.record.held_out(step) if self.online else self.eval_set
-        with torch.no_grad():              # it holds for the caller's loop too, which runs while this waits
+        with self.record.evaluation():     # it holds for the caller's loop too, which runs while this waits
             for batch in self.batches(examples, "held-out rows"):
                 step.start_micro_batch("eval")
                 yield batch

@@ -1,4 +1,5 @@
 """What is checked, logged and saved when an update is closed."""
+import contextlib
 import math
 import time
 
@@ -23,13 +24,16 @@ class Record:
         self.engine, self.progress = engine, progress
         self.since = self.started = time.perf_counter()
         self.tokens_seen = 0
+        self.tokens_planned = 0                      # the same as --dry-run counts them
+        self.evaluating = 0.0                        # seconds
         self.weights_before: list | None = None      # what the first update must move
         self.rollout_metrics: dict = {}              # they join the rows of the rollout's updates
 
     def begin(self) -> None:
         """Start the clock and the progress line of the updates."""
         engine = self.engine
-        engine.optimizer.check_rates()
+        if engine.step is None:                      # each update sets them
+            engine.optimizer.check_rates()
         self.since = time.perf_counter()
         engine.run.console.start(engine.first, engine.plan.total)
 
@@ -51,6 +55,8 @@ class Record:
             step.add(engine.policy.router_loss.metrics())
         tokens = sum(example.size(engine.policy.share_prompt) for example in step.computed)
         self.tokens_seen += tokens
+        is_shared = config.share_prompt != "false"
+        self.tokens_planned += sum(example.size(is_shared) for example in step.examples)
         is_logged = step.index % config.log_every == 0 or step.index in (1, total) or is_left
         shown = self.log_update(step, tokens) if is_logged else {}
         rate = f"{per_second(self.tokens_seen, self.since):.0f} tokens/s"
@@ -70,7 +76,15 @@ class Record:
     def pace(self) -> Pace:
         """What this process has trained since the updates began."""
         updates = self.engine.last - self.engine.first
-        return Pace(updates, self.tokens_seen, time.perf_counter() - self.since)
+        return Pace(updates, self.tokens_planned, time.perf_counter() - self.since - self.evaluating)
+
+    @contextlib.contextmanager
+    def evaluation(self):
+        """While this lasts, nothing has a gradient, and its time is not the updates'."""
+        started = time.perf_counter()
+        with torch.no_grad():
+            yield
+        self.evaluating += time.perf_counter() - started
 
     def log_update(self, step: Step, tokens: int) -> dict:
         """Write the row of an update into metrics.jsonl; the part of it that the console shows."""

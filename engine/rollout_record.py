@@ -141,8 +141,9 @@ class RolloutRecord:
         is_scored = engine.eval_set and self.rollouts.rewards
         if not is_scored or not is_due or update in from_main(self.evaluated):
             return
-        rollout = self.rollouts.sample_held_out(update)
-        self.rollouts.score(rollout)
+        with engine.record.evaluation():
+            rollout = self.rollouts.sample_held_out(update)
+            self.rollouts.score(rollout)
         engine.run.log({"step": update, "split": "eval", **rollout.metrics})
         rewards = []
         for name, value in rollout.metrics.items():

@@ -176,8 +176,7 @@ class Rollouts:
         except RunError as error:
             failure = error
         # a signal often reaches the processes that a reward started, so its values may be wrong: drop them
-        stop = engine.stop_requested()
-        if stop:
+        if stop := engine.stop_requested():
             if engine.last > engine.first and not engine.is_saved(engine.last):
                 engine.save(engine.last)
             raise Stopped(stop)
@@ -227,9 +226,7 @@ class Rollouts:
         """Per prompt, which of its responses have a reward and are not skipped."""
         kept = []
         for i, truncated in enumerate(rollout.truncated):
-            is_kept = torch.ones_like(truncated)
-            if self.rewards:
-                is_kept = ~rollout.rewards[i].isnan()
+            is_kept = ~rollout.rewards[i].isnan() if self.rewards else torch.ones_like(truncated)
             if skip:
                 is_kept &= ~skip[i]
             kept.append(is_kept.nonzero()[:, 0].tolist())

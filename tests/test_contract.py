@@ -331,7 +331,7 @@ def test_two_ranks_take_extra_forwards_and_metrics_of_one_of_them(edit, tmp_path
     found = []
     for edits in ([], [(LOG, mine + log), before(STEP, forward)]):
         run = edit("dpo", *edits)
-        directory = run("run", max_steps=1)              # writes the configuration
+        directory = run("run", max_steps=1, save_every=None)      # writes the configuration
         shutil.rmtree(directory)
         config = tmp_path / "run.yml"
         config.write_text(config.read_text().replace("max_steps: 1", "max_steps: 4"))
