@@ -11,9 +11,12 @@ from helpers import (
     REWARDED,
     REWARDS,
     assert_same_weights,
+    byte_tokenizer,
+    config_of,
     final_weights,
     metrics,
     prompt_rows,
+    random_lm,
     tiny_model,
     train_here,
     write_config,
@@ -21,6 +24,7 @@ from helpers import (
 )
 from robust_helpers import train_on_ranks
 from safetensors.torch import load_file
+from transformers import MixtralConfig
 
 from algorithms import gdpo, ppo, reinforce_pp, rloo
 from data.errors import RunError, UserError
@@ -293,6 +297,21 @@ def test_cut_completions_that_are_masked(run, monkeypatch):
     result = run("dapo", reward=f"{REWARDS}:varied", mask_truncated_completions="true", max_steps=3)
     assert ["loss" in row for row in metrics(result)] == [True, False, True]
     assert "nothing to train in rollout 2 (8 cut at max_completion_length, and masked); " in told(result)
+
+
+def test_a_rollout_with_fewer_prompts_than_mini_batches(run, tmp_path):
+    """The second one has two prompts for four updates; a mixture of experts divides by the examples of each."""
+    experts = config_of(MixtralConfig, num_local_experts=4, num_experts_per_tok=2, router_aux_loss_coef=0.5)
+    random_lm(experts).save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    data = write_jsonl(tmp_path / "prompts.jsonl", prompt_rows(6))
+    result = run("gspo", reward=f"{REWARDS}:varied", model=tmp_path / "model", data=data, batch_size=4,
+                 num_mini_batches=4, max_steps=8, save_every=1, keep=9)
+    rows = metrics(result)
+    trained = [True] * 6 + [False] * 2
+    assert ["loss" in row for row in rows] == [row["grad_norm"] > 0 for row in rows] == trained
+    weights = [load_file(result / "checkpoints" / f"step-00000{step}" / "model.safetensors") for step in (6, 8)]
+    assert_same_weights(*weights)
 
 
 def test_two_processes_pass_over_as_one_does(run, files, tmp_path):
