@@ -6,8 +6,8 @@ Paper:    MiniMax 2025 (MiniMax-M1), arXiv 2506.13585, eq. 4 and 5. The single b
 Formula:  L = 1 / (sum_i |o_i|) * sum_i sum_t -sg( min(rho, eps_high) ) A_i log pi(o_t)
           rho = pi(o_t) / pi_old(o_t),    A_i = (r_i - mean(r)) / std(r),    sg: without its gradient
 Symbols:  log pi(o_t)        logps            each token of a completion, at the sampling temperature
-          log pi_old(o_t)    old_logps        the same under the policy that sampled it; in the first pass
-                                              rho is exactly 1
+          log pi_old(o_t)    old_logps        the same under the policy that sampled it; in the first
+                                              update of a rollout rho is exactly 1
           r, A               rewards, advantages    one per completion, the same for all of its tokens
           eps_high           epsilon_high     the bound itself, not its distance from 1
 Shapes:   (N,) sampled tokens of a micro-batch, (S,) its completions, (G,) completions of one prompt
@@ -23,7 +23,7 @@ Metrics:  loss                       the weighted log-probs: not a progress meas
           entropy                    mean of -log pi of the sampled tokens: an estimate of the entropy at
                                      the sampling temperature
           cispo_clip_ratio           share of tokens with a positive advantage and a ratio above epsilon_high;
-                                     0 in a first pass
+                                     0 in a rollout's first update
           completions/mean_length, /clipped_ratio, ...     tokens; share truncated at
                                      max_completion_length
           sampling/sampling_logp_difference/mean    sampler against training forward: rounding

@@ -7,8 +7,8 @@ Formula:  L = 1/G sum over o_i of 1/M sum_t [ -min( rho A_i, clip(rho, 1 - eps, 
           rho = pi(o_t) / pi_old(o_t),    A_i = r_i - mean(r)
           k3 = pi_ref / pi - log(pi_ref / pi) - 1
 Symbols:  log pi(o_t)        logps            each token of a completion, at the sampling temperature
-          log pi_old(o_t)    old_logps        the same under the policy that sampled it; in the first pass
-                                              rho is exactly 1
+          log pi_old(o_t)    old_logps        the same under the policy that sampled it; in the first
+                                              update of a rollout rho is exactly 1
           log pi_ref(o_t)    reference_logps
           r, A               rewards, advantages    one per completion, the same for all of its tokens
           eps, eps_high      epsilon, epsilon_high
@@ -31,7 +31,7 @@ Metrics:  loss                       0 in the first update from a rollout only w
           entropy                    mean of -log pi of the sampled tokens: an estimate of the entropy at
                                      the sampling temperature
           clip_ratio/low_mean, /high_mean, /region_mean    share of tokens clipped below, above, either; 0
-                                     in a first pass
+                                     in a rollout's first update
           completions/mean_length, /clipped_ratio, ...     tokens; share truncated at
                                      max_completion_length
           sampling/sampling_logp_difference/mean    sampler against training forward: rounding

@@ -9,8 +9,8 @@ Formula:  L = mean over o_i of 1/|o_i| sum_t [ -min( rho A_i, clip(rho, 1 - eps,
           B_i = sum over k of w_k (r_ik - mean(r_k)) / std(r_k), with mean and std over the group
           k3 = pi_ref / pi - log(pi_ref / pi) - 1
 Symbols:  log pi(o_t)        logps            each token of a completion, at the sampling temperature
-          log pi_old(o_t)    old_logps        the same under the policy that sampled it; in the first pass
-                                              rho is exactly 1
+          log pi_old(o_t)    old_logps        the same under the policy that sampled it; in the first
+                                              update of a rollout rho is exactly 1
           log pi_ref(o_t)    reference_logps
           r_k, w_k           rewards, weights       one number per completion of each reward; one weight
           B, A               sums, advantages       one per completion, the same for all of its tokens
@@ -22,9 +22,9 @@ Trains:   the policy: every weight, or with lora_r an adapter. The reference is 
 Data:     {"prompt": ..., "answer": ...}: a prompt, plus the columns that the rewards read
 Normalised by: each completion by its tokens, their sum by the completions of the whole update, over all
           micro-batches and ranks. So is std(B), over the whole rollout
-Metrics:  loss                       0 in the first update from a rollout with beta 0: a group's advantages
-                                     sum to 0 and every ratio is 1, but the gradient is not 0. It is not a
-                                     progress measure; watch `reward`
+Metrics:  loss                       0 in the first update from a rollout with beta 0 and the own sampler: a
+                                     group's advantages sum to 0 and every ratio is 1, but the gradient is not
+                                     0. It is not a progress measure; watch `reward`
           reward, reward_std         of the weighted sum of the rewards: mean over all completions; mean over
                                      the groups of their standard deviation
           rewards/<name>/mean, /std, /frac_zero_std    the same of each reward, if there are several; share
@@ -36,7 +36,7 @@ Metrics:  loss                       0 in the first update from a rollout with b
           entropy                    mean of -log pi of the sampled tokens: an estimate of the entropy at
                                      the sampling temperature
           clip_ratio/low_mean, /high_mean, /region_mean    share of tokens clipped below, above, either; 0
-                                     in a first pass
+                                     in a rollout's first update
           completions/mean_length, /clipped_ratio, ...     tokens; share truncated at
                                      max_completion_length
           sampling/sampling_logp_difference/mean    sampler against training forward: rounding

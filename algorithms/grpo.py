@@ -7,8 +7,8 @@ Formula:  L = mean over o_i of 1/|o_i| sum_t [ -min( rho A_i, clip(rho, 1 - eps,
           rho = pi(o_t) / pi_old(o_t),    A_i = (r_i - mean(r)) / std(r)
           k3 = pi_ref / pi - log(pi_ref / pi) - 1
 Symbols:  log pi(o_t)        logps            each token of a completion, at the sampling temperature
-          log pi_old(o_t)    old_logps        the same under the policy that sampled it; in the first pass
-                                              rho is exactly 1
+          log pi_old(o_t)    old_logps        the same under the policy that sampled it; in the first
+                                              update of a rollout rho is exactly 1
           log pi_ref(o_t)    reference_logps
           r, A               rewards, advantages    one per completion, the same for all of its tokens
           eps, eps_high      epsilon, epsilon_high
@@ -19,9 +19,9 @@ Trains:   the policy: every weight, or with lora_r an adapter. The reference is 
 Data:     {"prompt": ..., "answer": ...}: a prompt, plus the columns that the reward reads
 Normalised by: each completion by its tokens, their sum by the completions of the whole update, over all
           micro-batches and ranks
-Metrics:  loss                       0 in the first update from a rollout with beta 0: a group's advantages
-                                     sum to 0 and every ratio is 1, but the gradient is not 0. It is not a
-                                     progress measure; watch `reward`
+Metrics:  loss                       0 in the first update from a rollout with beta 0 and the own sampler: a
+                                     group's advantages sum to 0 and every ratio is 1, but the gradient is not
+                                     0. It is not a progress measure; watch `reward`
           reward, reward_std         mean over all completions; mean over the groups of their standard
                                      deviation
           frac_reward_zero_std       share of groups whose rewards are all equal: they give no gradient.
@@ -31,7 +31,7 @@ Metrics:  loss                       0 in the first update from a rollout with b
           entropy                    mean of -log pi of the sampled tokens: an estimate of the entropy at
                                      the sampling temperature
           clip_ratio/low_mean, /high_mean, /region_mean    share of tokens clipped below, above, either; 0
-                                     in a first pass
+                                     in a rollout's first update
           completions/mean_length, /clipped_ratio, ...     tokens; share truncated at
                                      max_completion_length
           sampling/sampling_logp_difference/mean    sampler against training forward: rounding

@@ -15,9 +15,9 @@ Shapes:   (N,) sampled tokens of a micro-batch, (S,) its completions, (G,) compl
 Trains:   the policy: every weight, or with lora_r an adapter. There is no reference.
 Data:     {"prompt": ..., "answer": ...}: a prompt, plus the columns that the reward reads
 Normalised by: the completions of the whole update, over all micro-batches and ranks
-Metrics:  loss                       0 in the first update from a rollout: a group's advantages sum to 0 and
-                                     every ratio is 1, but the gradient is not 0. It is not a progress
-                                     measure; watch `reward`
+Metrics:  loss                       0 in the first update from a rollout of the own sampler: a group's
+                                     advantages sum to 0 and every ratio is 1, but the gradient is not 0. It
+                                     is not a progress measure; watch `reward`
           reward, reward_std         mean over all completions; mean over the groups of their standard
                                      deviation
           frac_reward_zero_std       share of groups whose rewards are all equal: they give no gradient.

@@ -35,8 +35,9 @@ Metrics:  objective/scores, /rlhf_reward    mean score; mean of score and KL pen
           policy/clipfrac_avg, val/clipfrac_avg    shares of tokens clipped; 0 in a rollout's first update
           val/ratio, val/ratio_var          mean of rho, 1 in a rollout's first update; mean of (rho - 1)^2
           policy/entropy_avg                mean of -log pi of the sampled tokens
-          loss/policy_avg, loss/value_avg   the two terms. In a rollout's first update the first is 0 (A' has
-                                            mean 0), its gradient is not
+          loss/policy_avg, loss/value_avg   the two terms. In a rollout's first update, with one mini-batch
+                                            and the own sampler, the first is 0 (A' has mean 0), its
+                                            gradient is not
           val/explained_variance            1 - var(R - V_old) / var(R): 1 is a perfect critic; 0 at step 0
                                             under a head of 0
           val/mean                          mean of V_old

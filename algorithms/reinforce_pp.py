@@ -6,8 +6,8 @@ Formula:  L = 1 / (sum_i |o_i|) * sum_i sum_t -min( rho A_t, clip(rho, 1 - eps, 
           rho = pi(o_t) / pi_old(o_t),    A_t = (R_t - mean(R)) / std(R) over all tokens of the rollout
           R_t = r_i - beta sum over u >= t of [ log pi_old(o_u) - log pi_ref(o_u) ]
 Symbols:  log pi(o_t)        logps            each token of a completion, at the sampling temperature
-          log pi_old(o_t)    old_logps        the same under the policy that sampled it; in the first pass
-                                              rho is exactly 1
+          log pi_old(o_t)    old_logps        the same under the policy that sampled it; in the first
+                                              update of a rollout rho is exactly 1
           log pi_old(o_t) - log pi_ref(o_t)   kl    per token, the estimator k1
           r                  rewards          one per completion, at its last token; with baseline less
                                               the mean of its group
@@ -21,9 +21,9 @@ Trains:   the policy: every weight, or with lora_r an adapter. The reference is 
 Data:     {"prompt": ..., "answer": ...}: a prompt, plus the columns that the reward reads
 Normalised by: the tokens of the whole update, over all micro-batches and ranks. So are mean and std of the
           returns, over the whole rollout
-Metrics:  loss                       0 in the first update from a rollout: the advantages sum to 0 over the
-                                     tokens and every ratio is 1, but the gradient is not 0. It is not a
-                                     progress measure; watch `reward`
+Metrics:  loss                       0 in the first update from a rollout of the own sampler, with one
+                                     mini-batch: the advantages sum to 0 over the tokens and every ratio is 1,
+                                     but the gradient is not 0. It is not a progress measure; watch `reward`
           reward, reward_std         mean over all completions, without the KL; mean over the groups of their
                                      standard deviation
           frac_reward_zero_std       share of groups whose rewards are all equal: unlike in grpo they give a
@@ -32,7 +32,7 @@ Metrics:  loss                       0 in the first update from a rollout: the a
           entropy                    mean of -log pi of the sampled tokens: an estimate of the entropy at
                                      the sampling temperature
           clip_ratio/low_mean, /high_mean, /region_mean    share of tokens clipped below, above, either; 0
-                                     in a first pass
+                                     in a rollout's first update
           completions/mean_length, /clipped_ratio, ...     tokens; share truncated at
                                      max_completion_length
           sampling/sampling_logp_difference/mean    sampler against training forward: rounding

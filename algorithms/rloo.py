@@ -19,9 +19,9 @@ Trains:   the policy: every weight, or with lora_r an adapter. The reference is 
 Data:     {"prompt": ..., "answer": ...}: a prompt, plus the columns that the reward reads
 Normalised by: the completions of the whole update, over all micro-batches and ranks; not by their tokens: the
           gradient grows with length
-Metrics:  loss                       0 in the first update from a rollout: a group's advantages sum to 0 and
-                                     every ratio is 1, but the gradient is not 0. It is not a progress
-                                     measure; watch `reward`
+Metrics:  loss                       0 in the first update from a rollout of the own sampler: a group's
+                                     advantages sum to 0 and every ratio is 1, but the gradient is not 0. It
+                                     is not a progress measure; watch `reward`
           reward, reward_std         mean over all completions, without the KL; mean over the groups of their
                                      standard deviation
           frac_reward_zero_std       share of groups whose rewards are all equal: only the KL gives a gradient
@@ -31,8 +31,8 @@ Metrics:  loss                       0 in the first update from a rollout: a gro
           entropy                    mean of -log pi of the sampled tokens: an estimate of the entropy at
                                      the sampling temperature
           clip_ratio/low_mean, /high_mean, /region_mean    share of completions clipped below, above, either;
-                                     0 in a first pass. Their ratio is a product over tokens: in a second
-                                     pass most are clipped
+                                     0 in a rollout's first update. Their ratio is a product over tokens: in
+                                     a second pass most are clipped
           completions/mean_length, /clipped_ratio, ...     tokens; share truncated at
                                      max_completion_length
           sampling/sampling_logp_difference/mean    sampler against training forward: rounding

@@ -12,9 +12,8 @@ OWN = {"step", "split", "epoch", "loss", "grad_norm", "lr", "tokens_per_second"}
 def check_new(step, last: int) -> None:
     """RunError where an update is opened that was made already."""
     if 0 < step.index <= last:
-        raise RunError(f"update {step.index} was made already; fix: iterate engine.steps once, as long as the "
-                       "keys say (epochs, max_steps; online num_iterations), without a loop of your own "
-                       "around it")
+        raise RunError(f"update {step.index} was made already; fix: iterate engine.steps once, without a "
+                       "loop of your own around it: epochs, max_steps and online num_iterations say how long")
 
 
 def check_losses(losses: tuple) -> None:
@@ -34,8 +33,8 @@ def check_metrics(metrics: dict) -> None:
     """RunError where a metric has a name of the row's own, or is no list of numbers."""
     for name, values in metrics.items():
         if name in OWN:
-            raise RunError(f"step.log got a metric {name!r}, which every row has already; fix: choose another "
-                           "name")
+            raise RunError(f"step.log got a metric {name!r}, which every row has already; fix: choose "
+                           "another name")
         for part in values if isinstance(values, tuple) else (values,):
             if torch.is_tensor(part) and part.ndim != 1:
                 raise RunError(f"step.log got {name!r} of shape {tuple(part.shape)}, whose mean over "

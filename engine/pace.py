@@ -14,8 +14,8 @@ UNTIMED = SILENT | {"max_steps", "epochs", "seed", "shuffle", "lr", "schedule", 
 
 
 class Pace(NamedTuple):
-    """What the last process of a run trained, and in how many seconds: with checkpoints and, online, rollouts,
-    without evaluations."""
+    """What the last process of a run trained, and in how many seconds: with checkpoints and, online,
+    rollouts, without evaluations."""
     updates: int
     tokens: int
     seconds: float

@@ -85,8 +85,8 @@ def from_all_ranks(values: list, group: dist.ProcessGroup | None = None) -> list
 
 
 def union(values: list, device) -> list:
-    """What any rank has in its list, each value once, in the same order on every rank. Where the lists are the
-    same that costs two numbers."""
+    """What any rank has in its list, each value once, in the same order on every rank. Where the lists are
+    the same that costs two numbers."""
     _, world = distributed()
     digest = zlib.crc32(repr(values).encode()) % 2 ** 20
     total, squares = sum_over_ranks([float(digest), float(digest ** 2)], device)

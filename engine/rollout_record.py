@@ -52,7 +52,8 @@ class RolloutRecord:
 
     def reward_metrics(self, rollout: Rollout) -> dict:
         """What TRL logs of a rollout, under its names; completions without a reward are left out and
-        counted. `std` is the mean over the groups of their standard deviations."""
+        counted. `std` is the mean over the groups of their standard deviations, where TRL 1.16 takes that of
+        all completions."""
         rewards = torch.cat(known(rollout.rewards))
         is_grouped = any(len(example.responses) > 1 for example in rollout.examples)
         metrics = {"reward": rewards.mean()}

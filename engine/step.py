@@ -79,8 +79,8 @@ class Step:
                 total[1] += part.numel()
 
     def averages(self, split: str) -> dict:
-        """Metric -> mean over all ranks, whichever of them has entries; without those that have none anywhere,
-        such as the rewards of a class that is not in the update."""
+        """Metric -> mean over all ranks, whichever of them has entries; without those that have none
+        anywhere, such as the rewards of a class that is not in the update."""
         device = self.engine.policy.device
         known = self.totals[split]
         keys = union(list(known), device)

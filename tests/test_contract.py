@@ -261,11 +261,16 @@ ONCE = before(
 AVERAGED = [
     ("    reference = engine.reference(config.reference) if config.beta > 0 else None\n",
      "    reference = engine.reference(config.reference)\n"
-     "    averaged = engine.remember('averaged', dict(reference.named_parameters()))\n"),
+     "    copies = {name: weight.detach().float().clone() for name, weight in reference.named_parameters()}\n"
+     "    averaged = engine.remember('averaged', copies)\n"),
+    before(
+        "        engine.score(rollout) ",
+        "        for name, weight in reference.named_parameters():\n",
+        "            weight.data.copy_(averaged[name])\n"),
     after(
         ONLINE_ZERO,
         "            for name, parameter in policy.named_parameters():\n",
-        "                averaged[name].data.lerp_(parameter.detach(), 0.3)\n")]
+        "                averaged[name].lerp_(parameter.detach(), 0.3)\n")]
 CONTROLLER = [
     before(
         OFFLINE_LOOP,
@@ -280,8 +285,9 @@ CONTROLLER = [
     ("grpo", [IN_PLACE], dict(reward=f"{REWARDS}:coarse")),
     ("grpo", [ONCE], {}),
     ("grpo", AVERAGED, dict(beta=0.5)),
+    ("grpo", AVERAGED, dict(beta=0.5, precision="bf16")),      # the reference is rounded, the average not
     ("dpo", CONTROLLER, {}),
-], ids=["penalty", "penalty in place", "once", "averaged reference", "controller"])
+], ids=["penalty", "penalty in place", "once", "averaged reference", "in bf16", "controller"])
 def test_a_resumed_run_ends_as_one_without_a_stop(edit, algorithm, edits, values):
     run, plain = edit(algorithm, *edits), edit(algorithm)
     whole = run("whole", **values)
