@@ -35,8 +35,8 @@ class Optimizer(torch.optim.AdamW):
         for group in self.param_groups:
             if group["lr"] != planned:
                 raise RunError(f"a group of the optimizer has lr {group['lr']:g}, which every update "
-                               f"replaces by that of the keys lr ({planned:g}), schedule and warmup; fix: set "
-                               "it within the update, before optimizer.step()")
+                               f"replaces by that of the keys lr ({planned:g}), schedule and warmup; fix: "
+                               "set it within the update, before optimizer.step()")
 
     def set_learning_rate(self, rate: float) -> None:
         for group in self.param_groups:
