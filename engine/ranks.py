@@ -84,7 +84,7 @@ def from_all_ranks(values: list, group: dist.ProcessGroup | None = None) -> list
     return list(itertools.chain(*parts))
 
 
-def union(values: list, device) -> list:
+def on_any_rank(values: list, device) -> list:
     """What any rank has in its list, each value once, in the same order on every rank. Where the lists are
     the same that costs two numbers."""
     _, world = distributed()

@@ -3,7 +3,7 @@ import torch
 
 from data.errors import RunError
 from engine.contract import check_losses, check_metrics
-from engine.ranks import sum_over_ranks, union
+from engine.ranks import on_any_rank, sum_over_ranks
 
 
 class Step:
@@ -83,7 +83,7 @@ class Step:
         anywhere, such as the rewards of a class that is not in the update."""
         device = self.engine.policy.device
         known = self.totals[split]
-        keys = union(list(known), device)
+        keys = on_any_rank(list(known), device)
         nothing = [torch.zeros((), dtype=torch.float64, device=device), 0]
         totals, counts = [], []
         for key in keys:
