@@ -196,7 +196,7 @@ class Rollouts:
         end = min(first + self.updates_per_rollout, engine.plan.total + 1)
         updates = range(max(first, engine.first + 1), end)
         if not any(kept):
-            return self.train_nothing(rollout, updates)
+            return self.pass_over(rollout, updates)
         self.rollouts_without_training = 0
         if self.rewards:
             self.record.watch_signal(rollout, len(updates))
@@ -207,9 +207,6 @@ class Rollouts:
         examples = [example.part(which) for example, which in zip(rollout.examples, kept) if which]
         for update in updates:
             rows = self.mini_batch(rollout.number, update - first, len(examples))
-            if not rows.size:                            # fewer prompts than mini-batches
-                self.pass_over(rollout, [update])
-                continue
             mine = [examples[row] for row in rows]
             yield engine.open_step(update, self.divided(mine), rollout.metrics)
         engine.close_step()
@@ -296,18 +293,14 @@ class Rollouts:
 
     # ---- rollouts that train nothing -----------------------------------------------------------------
 
-    def train_nothing(self, rollout: Rollout, updates: range) -> None:
-        """Pass over a whole rollout; RunError after MANY in a row."""
+    def pass_over(self, rollout: Rollout, updates: range) -> None:
+        """The `updates` of a rollout with nothing to train: they count, are logged and saved, but no weight
+        moves, not even by AdamW's momentum. RunError after MANY such rollouts in a row."""
         self.rollouts_without_training += 1
         fault = self.record.nothing_to_train(rollout)
         if self.rollouts_without_training == MANY:
             raise RunError(f"{fault}; so it was in {MANY} rollouts in a row; fix: {FIX}")
         self.engine.notice(f"{fault}; it is passed over")
-        self.pass_over(rollout, updates)
-
-    def pass_over(self, rollout: Rollout, updates) -> None:
-        """`updates` with nothing to train: they count, are logged and saved, but no weight moves, not even by
-        AdamW's momentum."""
         for update in updates:
             step = self.engine.open_step(update, [], rollout.metrics)
             step.is_made, self.engine.grad_norm = True, 0.0

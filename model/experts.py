@@ -32,7 +32,7 @@ class RouterLoss:
         return AddLoss.apply(hidden, losses.sum() * (self.coefficient / self.num_examples))
 
     def open(self, num_examples: int) -> None:
-        self.num_examples = num_examples
+        self.num_examples = max(1, num_examples)      # a mini-batch of a small rollout may be empty
         self.losses = []
 
     def metrics(self) -> dict:

@@ -352,7 +352,7 @@ def watch_updates(monkeypatch):
 
     def clip_gradients(engine):
         clip(engine)
-        if engine.step.index:
+        if engine.step.index and engine.step.examples:      # else nothing moves
             trained = {}
             for name, parameter in engine.policy.named_parameters():
                 if parameter.grad is not None:

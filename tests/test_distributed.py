@@ -92,9 +92,8 @@ def assert_same_updates(run, start, gradients):
     so the weights of two runs are as close as AdamW lets them be, see `saved_gradients` and what stands above
     it."""
     ours = saved_gradients(run, len(gradients))
-    # in the last update of an online run no rank has an example, and its gradient of 0 is the difference of
-    # two moments: these are below 0.1, which fp32 rounds to 4e-9, and tenfold
-    assert_same_gradients(ours, gradients, least=4e-8)
+    # in the last update of an online run no rank has an example, and nothing moves
+    assert_same_gradients(ours, gradients)
     critic = run / "checkpoints" / f"step-{len(gradients):06d}" / "critic.safetensors"
     weights = trained_weights(run) | (load_file(critic) if critic.exists() else {})
     assert start.keys() <= weights.keys()
