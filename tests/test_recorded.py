@@ -2,6 +2,7 @@
 pool stands in for it."""
 import contextlib
 import gc
+import types
 import warnings
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from helpers import byte_tokenizer, config_of, random_lm
 
 from engine.options import Sampling
+from model.cache import tokens_in_memory
 from model.decoding import Decoding
 from model.policy import Policy
 from model.recorded import Recorded
@@ -122,3 +124,15 @@ def test_keys_and_values_are_gone_with_the_rollout():
     finally:
         gc.enable()
     assert alive == []
+
+
+def test_memory_that_pytorch_keeps_for_itself_is_free(monkeypatch):
+    """Half of what is free: 1,000 bytes on the device, and of the 5,000 that PyTorch has 3,000."""
+    memory = dict(mem_get_info=(1000, 9000), memory_reserved=5000, memory_allocated=2000)
+    for name, value in memory.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    heads = dict(num_attention_heads=2, num_key_value_heads=1, head_dim=6)
+    config = config_of(num_hidden_layers=2, **heads)
+    lm = types.SimpleNamespace(config=config, dtype=torch.bfloat16, device=torch.device("cuda"))
+    per_token = 2 * 2 * 1 * 6 * 2      # layers x keys and values x heads x their width x bytes
+    assert tokens_in_memory(lm) == (1000 + 3000) // 2 // per_token
