@@ -35,7 +35,7 @@ def main(argv: list[str]) -> None:
         return dry_run(run_config, algorithm.DATA)
     ranks.start_processes(common.deterministic)
     rank, _ = ranks.distributed()
-    run = None
+    run, code = None, 0
     try:
         # a run named as start model stands for its model of now, and a resumed run must start from the same
         start_model = ranks.from_main(checkpoint.model_path, common.model, notice)
@@ -64,14 +64,16 @@ def main(argv: list[str]) -> None:
         line = f"{stop}; continue with: {ranks.command(words)}"
         give_reason(line)
         ranks.from_main(run.notice, line)      # all wait: torchrun ends all when the first one leaves
-        sys.exit(stop.exit_code)
+        code = stop.exit_code
     finally:
         background.join()
         if background.fault and rank == 0:      # the run ends by another error
             notice(str(background.fault))
         if run:
             run.close()
-        ranks.stop_processes()
+    ranks.stop_processes()      # not after an error, which the other ranks may not have
+    if code:
+        sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -56,10 +56,17 @@ def run_program(main, close=lambda: None) -> None:
     remove progress bars."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:      # as the program had it for its imports
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    code = exit_code(main, close)
+    try:
+        code = exit_code(main, close)
+    except Exception:
+        if "LOCAL_RANK" not in os.environ:
+            raise
+        sys.excepthook(*sys.exc_info())
+        code = 1
     if "LOCAL_RANK" in os.environ:
         # A thread of gloo's may still free a tensor. Python aborts the process if it is finalizing then, and
-        # torchrun takes that for a failed run, so this process leaves without finalizing.
+        # torchrun takes that for a failed run, so this process leaves without finalizing. After an error it
+        # would also wait for threads, which may wait for other ranks.
         atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()

@@ -37,6 +37,8 @@ def start_processes(deterministic: bool) -> None:
 
 
 def stop_processes() -> None:
+    """Leave the process group. All ranks call this where they end together, and none after an error: NCCL
+    waits for the other ranks, which may be in the middle of an update."""
     # vLLM has groups of its own within this one, and ends them all when the process ends
     if dist.is_initialized() and "vllm" not in sys.modules:
         dist.destroy_process_group()

@@ -28,6 +28,7 @@ class ActorCritic(Policy):
 
     def __init__(self, policy: Policy, head: torch.Tensor, trunk: Policy | None = None):
         super().__init__(policy.lm, policy.precision, policy.form)
+        self.is_compiled = policy.is_compiled
         self.critic_trunk = trunk              # None: the policy's
         self.critic_head = linear_head(head, policy.device)
 
@@ -84,7 +85,9 @@ def headless(critic: Policy, policy: Policy, seed: int) -> Policy:
     adapter = lora.settings(policy.lm)
     if adapter and not lora.settings(critic.lm):
         lora.attach(critic.lm, copy.deepcopy(adapter), seed)
-    return Policy(trunk_of(critic.lm), policy.precision, critic.form)
+    made = Policy(trunk_of(critic.lm), policy.precision, critic.form)
+    made.is_compiled = critic.is_compiled
+    return made
 
 
 def load_critic(model: ActorCritic, start: str) -> None:

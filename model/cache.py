@@ -27,7 +27,8 @@ def tokens_in_memory(lm) -> int:
     room = CACHE_BYTES
     if lm.device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(lm.device)
-        room = free // 2
+        kept = torch.cuda.memory_reserved(lm.device) - torch.cuda.memory_allocated(lm.device)
+        room = (free + kept) // 2                # PyTorch gives again what it keeps of freed tensors
     return room // per_token
 
 

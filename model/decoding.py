@@ -39,7 +39,7 @@ class Decoding:
         self.length = 1                                                 # the same on the host
         # a sharded layer waits for other streams, which a recorded step cannot
         is_sharded = any(isinstance(module, FSDPModule) for module in lm.modules())
-        self.recorded = Recorded(self.step, device.type == "cuda" and not is_sharded)
+        self.recorded = Recorded(device.type == "cuda" and not is_sharded)
 
     def add(self, prompts: list[np.ndarray], uniforms: np.ndarray):
         """Go on with a row more for each of `prompts`, copies of which are neighbours and the same object.
@@ -98,7 +98,7 @@ class Decoding:
         for _ in range(start, end):
             if self.cache.show():
                 self.recorded.forget()
-            self.recorded()
+            self.recorded(self.step)
             self.cache.column += 1
         self.length = end
         return self.tokens[:, start:end], self.logps[:, start:end]

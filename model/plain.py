@@ -4,6 +4,7 @@ For every causal LM whose layers do not compute flat rows: linear attention, sta
 and others. A causal layer never sees what follows, so rows of similar length share a forward, padded on the
 right. Prompts are computed once per response.
 """
+import copy
 import itertools
 
 import numpy as np
@@ -88,28 +89,27 @@ def decode_plain(
     """What sampler.decode does, through the LM's own `generate` and the cache it has, or without one.
     Neighbours of the same length are computed together, so nothing is padded."""
     drawn = Drawn(len(prompts), sampling.max_completion_length)
-    settings = lm.generation_config                # it may penalise or forbid tokens
-    lm.generation_config = GenerationConfig(pad_token_id=0)
+    # the same modules without the LM's own settings, which may penalise or forbid tokens: a thread that saves
+    # the LM reads these meanwhile
+    own = copy.copy(lm)
+    own.generation_config = GenerationConfig(pad_token_id=0)
     start = 0
-    try:
-        for _, group in itertools.groupby(prompts, key=len):
-            group = list(group)
-            rows = list(range(start, start + len(group)))
-            start += len(group)
-            draws = Draws(drawn, rows, uniforms, sampling, stops, ended)
-            ids = torch.from_numpy(np.stack(group)).long().to(lm.device)
-            lm.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=sampling.max_completion_length,
-                do_sample=False,
-                use_cache=use_cache,
-                synced_gpus=False,
-                logits_processor=LogitsProcessorList([draws.process]),
-                stopping_criteria=StoppingCriteriaList([draws.all_ended]),
-            )
-    finally:
-        lm.generation_config = settings
+    for _, group in itertools.groupby(prompts, key=len):
+        group = list(group)
+        rows = list(range(start, start + len(group)))
+        start += len(group)
+        draws = Draws(drawn, rows, uniforms, sampling, stops, ended)
+        ids = torch.from_numpy(np.stack(group)).long().to(lm.device)
+        own.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=sampling.max_completion_length,
+            do_sample=False,
+            use_cache=use_cache,
+            synced_gpus=False,
+            logits_processor=LogitsProcessorList([draws.process]),
+            stopping_criteria=StoppingCriteriaList([draws.all_ended]),
+        )
     return [drawn.completions[row] for row in range(len(prompts))]
 
 

@@ -42,6 +42,7 @@ class RewardModel(Policy):
 
     def __init__(self, policy: Policy, head: torch.Tensor):
         super().__init__(policy.lm, policy.precision, policy.form)
+        self.is_compiled = policy.is_compiled
         self.value_head = linear_head(head, policy.device)
 
     token_logps = Policy.forward

@@ -1,5 +1,6 @@
 """Weights by name, as they are saved: plain tensors on the CPU, or for a trial tensors without numbers
 (meta)."""
+import copy
 import glob
 import os
 
@@ -29,12 +30,10 @@ def num_bytes(state: dict) -> int:
 
 
 def save_pretrained(lm, weights: dict, directory: str) -> None:
-    """`lm.save_pretrained` with these weights, on every rank: without them, it writes on rank 0 only."""
-    lm.should_save_on_this_rank = lambda is_main_process: True
-    try:
-        lm.save_pretrained(directory, state_dict=written(weights), max_shard_size="5GB")
-    finally:
-        del lm.should_save_on_this_rank
+    """`lm.save_pretrained` with these weights, on every rank: by itself, it writes on rank 0 only."""
+    own = copy.copy(lm)      # the same modules: another thread may save them, too
+    own.should_save_on_this_rank = lambda is_main_process: True
+    own.save_pretrained(directory, state_dict=written(weights), max_shard_size="5GB")
 
 
 def files_of(directory: str, name: str) -> list[str]:

@@ -11,9 +11,11 @@ from test_model import examples, gradients
 from data.errors import UserError
 from engine.options import Sampling
 from model import slices
+from model.actor_critic import ActorCritic, headless
 from model.compiled import compile_layers, compile_policy, plain_layers
 from model.form import VARLEN, Form
 from model.policy import Policy
+from model.reward_model import build_reward_model
 from model.sampler import sample
 from model.varlen import Units
 
@@ -81,6 +83,21 @@ def test_layers_are_compiled_once_and_compute_the_same(kernel):
     assert num_graphs() == counts[0]                                          # sampling compiles nothing
     plain_layers(policy)
     assert torch.equal(policy(batches[0]), expected[0][0]) and not policy.is_compiled
+
+
+def test_a_head_on_compiled_layers(kernel, tmp_path):
+    """A critic or a reward model says as its policy that the layers are compiled, and the critic's trunk for
+    its own."""
+    policy, other = (Policy(random_lm(config_of(), attn_implementation=VARLEN), form=Form(VARLEN))
+                     for _ in range(2))
+    for expected in (False, True):
+        trunk = headless(other, policy, seed=0)
+        critic = ActorCritic(policy, torch.zeros(1, 32), trunk)
+        reward = build_reward_model(policy, str(tmp_path), seed=0)
+        flags = [made.is_compiled for made in (trunk, critic, reward)]
+        assert flags == [expected] * 3
+        compile_layers(policy)
+        compile_layers(other)
 
 
 @pytest.mark.parametrize("form, deterministic, message", [

@@ -167,14 +167,14 @@ def test_compiled_layers_compute_the_same_with_one_graph():
     assert len(set(graphs)) == 1
 
 
-@pytest.mark.parametrize("rows", [64, 6])       # all at once; as others end
-def test_steps_of_sampling_are_recorded(monkeypatch, rows):
+@pytest.mark.parametrize("rows, least", [(64, 1), (6, 2)])       # all at once; as others end
+def test_steps_of_sampling_are_recorded(monkeypatch, rows, least):
     graphs = []
     record = Recorded.record
 
-    def noted(recorded):
-        record(recorded)
-        graphs.append(recorded.graph)
+    def noted(recorded, function):
+        record(recorded, function)
+        graphs.append(recorded.graph is not None)      # to keep it would keep its memory pool in use
 
     monkeypatch.setattr(Recorded, "record", noted)
     lm = random_lm(config_of(**KINDS["grouped heads"]), attn_implementation=VARLEN).cuda()
@@ -182,4 +182,20 @@ def test_steps_of_sampling_are_recorded(monkeypatch, rows):
     keys = [(0, number) for number in range(len(prompts))]
     sampling = Sampling(reward="", max_completion_length=40, rollout_batch_size=rows)
     sample(Policy(lm, "bf16", Form(VARLEN)), byte_tokenizer(), prompts, keys, 8, sampling)
-    assert graphs and None not in graphs
+    assert len(graphs) >= least and all(graphs)
+
+
+def test_a_step_that_waits_is_never_recorded():
+    """Nor does it leave PyTorch as if a recording went on."""
+    numbers = torch.zeros(2, device="cuda")
+
+    def step():
+        numbers.add_(1).nonzero()
+
+    recorded = Recorded(is_wanted=True)
+    for _ in range(4):
+        recorded(step)
+    assert recorded.graph is None and numbers.tolist() == [4, 4]
+    for _ in range(4):
+        recorded(lambda: numbers.add_(1))
+    assert recorded.graph is not None and numbers.tolist() == [8, 8]

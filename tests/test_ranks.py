@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from data import errors
 from data.command import BY_ALIGN
 from data.errors import RunError
 from engine import checkpoint, ranks, restore, sealed
+from engine.loop import Engine
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
@@ -284,6 +286,59 @@ def test_one_line_of_all_processes(tmp_path, monkeypatch, capsys):
     assert end(3, RunError("full; fix: y")) == 1 and end(4, RuntimeError("connection closed by peer")) == 1
     assert capsys.readouterr().err == "error: bad; fix: x\nerror: full; fix: y\n"
     assert '"py_callstack": "error: bad; fix: x"' in (tmp_path / "2" / "error.json").read_text()
+
+
+LEFT = "left-{}"      # a file in the working directory of a rank, once it leaves the process group
+
+
+def leave_as_nccl(rank, port, count, fails):
+    """To leave the group waits for the other rank, as with NCCL. Rank 1 may fail in update 2."""
+    def leave():
+        Path(LEFT.format(rank)).touch()
+        end = time.monotonic() + 60
+        while not Path(f"../rank{1 - rank}", LEFT.format(1 - rank)).exists():
+            assert time.monotonic() < end
+            time.sleep(0.05)
+
+    def fail():
+        raise RuntimeError("out of memory")
+
+    child.join(rank, port, count)
+    torch.distributed.destroy_process_group = leave
+    if fails and rank == 1:
+        child.before(Engine, "clip_gradients", fail, lambda engine: engine.step.index == 2)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_only_ranks_that_end_together_leave_the_group(interrupted, tmp_path, fails):
+    """A rank that fails says why at once and ends, and so does the one that waited for it in an update."""
+    child.project(tmp_path, "sft", interrupted / "model", max_steps=3, output=tmp_path / "run")
+    done = child.train_on_ranks(tmp_path / "config.yml", patch=leave_as_nccl, arguments=(fails,))
+    assert [rank.code for rank in done] == ([1, 1] if fails else [0, 0]), done[1].err
+    left = [Path(tmp_path, f"rank{rank}", LEFT.format(rank)).exists() for rank in (0, 1)]
+    assert left == [not fails, not fails]
+    assert ("RuntimeError: out of memory" in done[1].err) == fails
+
+
+LINGERING = """
+import threading, time
+from data.errors import run_program
+
+def main(words):
+    threading.Thread(target=time.sleep, args=(60,)).start()
+    raise RuntimeError("out of memory")
+
+run_program(main)
+"""
+
+
+def test_a_rank_that_fails_leaves_its_threads_behind():
+    """Python would wait for them, and they may wait for other ranks."""
+    environment = {**os.environ, "LOCAL_RANK": "0"}
+    environment.pop("TORCHELASTIC_ERROR_FILE", None)
+    command = [sys.executable, "-c", LINGERING]
+    done = subprocess.run(command, cwd=ROOT, env=environment, timeout=30, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.endswith("RuntimeError: out of memory\n")
 
 
 def test_a_stop_under_torchrun(interrupted, tmp_path):

@@ -325,16 +325,21 @@ def test_the_policy_is_as_before(tokenizer):
 
 @pytest.mark.parametrize("use_cache", [True, False])
 def test_plain_rows(tokenizer, use_cache):
-    """Through transformers' `generate`, whose own settings have no say."""
+    """Through transformers' `generate`, where the LM's own settings have no say; they stay as they are
+    meanwhile, for a save in the background."""
     given, sampling = prompts(), settings(stop="Q, j", temperature=0.8)
     lm = model(ARCHITECTURES["qwen2"])
     lm.generation_config.repetition_penalty = 3.0
     policy = Policy(lm, form=Form("plain", False, has_exact_cache=use_cache))
-    reports = []
-    completions = sample(policy, tokenizer, given, keys(len(given)), COPIES, sampling,
-                         lambda *numbers: reports.append(numbers))
+    reports, penalties = [], set()
+
+    def report(*numbers):
+        reports.append(numbers)
+        penalties.add(lm.generation_config.repetition_penalty)
+
+    completions = sample(policy, tokenizer, given, keys(len(given)), COPIES, sampling, report)
     check_all(model(ARCHITECTURES["qwen2"], "eager"), tokenizer, given, completions, sampling)
-    assert lm.generation_config.repetition_penalty == 3.0 and reports[-1] == (15, 15)
+    assert penalties == {lm.generation_config.repetition_penalty} == {3.0} and reports[-1] == (15, 15)
 
 
 def test_under_lora(tokenizer):

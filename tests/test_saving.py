@@ -31,6 +31,7 @@ from transformers import (
     AutoTokenizer,
     BloomConfig,
     GenerationConfig,
+    PreTrainedModel,
 )
 
 from data.errors import RunError, UserError
@@ -42,6 +43,7 @@ from model import load
 from model.build import build_policy
 from model.classifier import save_classifier
 from model.reward_model import build_reward_model
+from model.state import save_pretrained
 
 MERGED = {"lora_r": 2, "merge": "true"}
 VICUNA = {"temperature": 0.9, "top_p": 0.6}           # as published: sampling settings without do_sample
@@ -595,3 +597,22 @@ def test_the_summary_leaves_out_what_was_not_finite(tmp_path, capsys):
     run.summary()
     printed = capsys.readouterr().out
     assert "reward" in printed and "loss" not in printed
+
+
+def test_two_threads_save_the_same_model(tmp_path, monkeypatch):
+    """A second save begins and ends within the first one, on a rank that is not the first: both are whole."""
+    lm = random_lm(config_of())
+    weights = lm.state_dict()
+    original = PreTrainedModel.save_pretrained
+
+    def interrupted(this, directory, **options):
+        monkeypatch.setattr(PreTrainedModel, "save_pretrained", original)
+        save_pretrained(lm, weights, tmp_path / "second")
+        original(this, directory, **options)
+
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", interrupted)
+    monkeypatch.setattr("transformers.distributed.mixin._is_torch_distributed_initialized", lambda: True)
+    monkeypatch.setattr("transformers.distributed.mixin._get_torch_distributed_rank", lambda: 1)
+    save_pretrained(lm, weights, tmp_path / "first")
+    for name in ("first", "second"):
+        assert_same_weights(load_file(tmp_path / name / "model.safetensors"), weights)
