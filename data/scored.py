@@ -8,8 +8,8 @@ SE (HuggingFaceH4/stack-exchange-preferences): every two answers with different 
     slice and under every seed.
 
 At most 5 pairs per prompt, by a choice that depends on the seed and the prompt only. The readers yield
-(where, row), or (where, reason) for what is left out; the dataset counts the reasons. Each pair has a place of
-its own: of several of one question, `where` is "pair 2 of owner/name:split:123".
+(where, row), or (where, reason) for what is left out; the dataset counts the reasons. Each pair has a place
+of its own: of several of one question, `where` is "pair 2 of owner/name:split:123".
 """
 import functools
 import hashlib
