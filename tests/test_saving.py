@@ -3,6 +3,7 @@ import errno
 import json
 import multiprocessing
 import os
+import shlex
 import shutil
 
 import pytest
@@ -595,3 +596,12 @@ def test_the_summary_leaves_out_what_was_not_finite(tmp_path, capsys):
     run.summary()
     printed = capsys.readouterr().out
     assert "reward" in printed and "loss" not in printed
+
+
+def test_the_command_of_the_summary_is_one_for_a_shell(tmp_path, capsys):
+    """The directory of a run may have spaces in its name."""
+    run = Run(str(tmp_path / "my run"))
+    run.begin("", {}, {}, 0)
+    run.summary()
+    line, = [line for line in capsys.readouterr().out.splitlines() if line.startswith("chat ")]
+    assert shlex.split(line)[-1] == str(tmp_path / "my run")
