@@ -133,8 +133,8 @@ def reward_of(row: dict) -> float | None:
 
 
 def sft_row(row: dict) -> dict:
-    """As messages where the prompt is a conversation, else as strings. Of a conversation only what was sampled
-    is the completion: it may go on where the prompt's last turn ends."""
+    """As messages where the prompt is a conversation, else as strings. Only what was sampled is the
+    completion: it may go on where the prompt's last turn ends."""
     if isinstance(row["prompt"], str):
         return {"prompt": row["prompt"], "response": row["generation"], "reward": reward_of(row)}
     return asked(row) | {"completion": [turn(row)], "reward": reward_of(row)}
