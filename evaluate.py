@@ -20,6 +20,7 @@ import os
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from data.dataset import is_local
 from data.errors import UserError, notice, printable, run_program
 from data.hub import SHORT
 from engine import console
@@ -69,6 +70,9 @@ def main(argv: list[str]) -> None:
     name = f"{name_of(settings.data)}_eval"
     if settings.data in SHORT and not os.path.exists(settings.data):
         settings = replace(settings, data=f"{settings.data}:test")
+    elif ":" not in settings.data and not is_local(settings.data):
+        notice(f"{settings.data}: the split train is scored, since the name says none; "
+               f"data={settings.data}:test would score the split test")
     settings = replace(settings, output=output)
     path = model_path(settings.model, notice)
     if (settings.reward or settings.dump) and settings.reference not in (None, "auto"):

@@ -133,10 +133,11 @@ def reward_of(row: dict) -> float | None:
 
 
 def sft_row(row: dict) -> dict:
-    """As messages where the prompt is a conversation, else as strings."""
+    """As messages where the prompt is a conversation, else as strings. Only what was sampled is the
+    completion: it may go on where the prompt's last turn ends."""
     if isinstance(row["prompt"], str):
         return {"prompt": row["prompt"], "response": row["generation"], "reward": reward_of(row)}
-    return {"messages": [*row["prompt"], turn(row)], "reward": reward_of(row)}
+    return asked(row) | {"completion": [turn(row)], "reward": reward_of(row)}
 
 
 def preference_row(good: dict, bad: dict) -> dict:
@@ -146,7 +147,12 @@ def preference_row(good: dict, bad: dict) -> dict:
         chosen = [turn(good)]
         rejected = [turn(bad)]
     rewards = [reward_of(good), reward_of(bad)]
-    return {"prompt": good["prompt"], "chosen": chosen, "rejected": rejected, "rewards": rewards}
+    return asked(good) | {"chosen": chosen, "rejected": rejected, "rewards": rewards}
+
+
+def asked(row: dict) -> dict:
+    """The columns that make the prompt of a completion."""
+    return {name: row[name] for name in ("prompt", "tools") if name in row}
 
 
 def turn(row: dict) -> dict:

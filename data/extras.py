@@ -7,9 +7,12 @@
     rejected_score: 1         this one: the same as score: [4, 1]                    -> (S,)
     weight: [1, 0, 2, ...]    a row with one response: one for each trained token    -> (N,)
 
-true and false are 1 and 0. In CSV, where all is text, a text that spells a number is one.
+true and false are 1 and 0. In CSV, where all is text, a text that spells a number is one. A column whose
+lists fit in no row of a source means something else and is ignored; where some fit, the others are errors.
 """
 import math
+from collections import Counter
+from dataclasses import dataclass, field
 from numbers import Number
 
 import torch
@@ -17,7 +20,7 @@ import torch
 from data.errors import UserError
 
 LARGEST = 3.4e38      # float32 holds no larger number
-NOT_READ = "unused"   # how the name of a column starts that is left alone, after `columns: {unused: name}`
+NOT_READ = "unused"   # how the name of a column starts that is left alone, as in `columns: {unused_x: x}`
 
 
 def read_number(value, is_text_allowed):
@@ -61,18 +64,63 @@ def _with_sides_joined(numbers):
     return joined
 
 
-def share_out(text, examples):
-    """Put the numbers of a row (a `Text`) into the extras of its examples, as float32 tensors. UserError for
-    a list of another length."""
+@dataclass
+class Lists:
+    """What is known of the lists in the columns of numbers of a source."""
+    fitting: set = field(default_factory=set)            # the names of columns with a list that fits its row
+    counts: Counter = field(default_factory=Counter)     # name -> lists that do not
+    firsts: dict = field(default_factory=dict)           # name -> the first of them, as a sentence
+
+    def add(self, later):
+        """Add what is known of the rows after these."""
+        self.fitting |= later.fitting
+        self.counts.update(later.counts)
+        for name, sentence in later.firsts.items():
+            self.firsts.setdefault(name, sentence)
+
+    def ignored(self, source):
+        """{a column without a fitting list: a sentence}. UserError where one has fitting lists and others."""
+        sentences = {}
+        for name, first in self.firsts.items():
+            if name in self.fitting:
+                raise UserError(f"the column {name!r} has {first}, unlike other rows; "
+                                f"fix: write as many, or one number, or rename it ({renamed(name)})")
+            sentences[name] = (f"{source}: the column {name!r} is ignored, since its lists of numbers "
+                               f"({self.counts[name]:,}) fit in no row (first: {first})")
+        return sentences
+
+
+def renamed(name):
+    """The mapping of columns that leaves this one alone."""
+    return f"columns: {{{NOT_READ}_{name}: {name}}}"
+
+
+def share_out(text, examples, lists):
+    """Put the numbers of a row (a `Text`) into the extras of its examples, as float32 tensors. A list of
+    another length is none of them; `lists` is told of all."""
     for name, value in text.numbers.items():
         if not isinstance(value, list):
             shares = [[value] * len(example.responses) for example in examples]
-        elif text.of_pair and len(value) == 2:
-            shares = _per_side(value, examples)
+        elif unlike := _misfit(value, examples, text):
+            lists.counts[name] += 1
+            lists.firsts.setdefault(name, f"{len(value)} numbers for {unlike} in {text.where}")
+            continue
         else:
-            shares = _per_token(name, value, examples, text)
+            lists.fitting.add(name)
+            is_per_side = text.of_pair and len(value) == 2
+            shares = _per_side(value, examples) if is_per_side else _per_token(name, value, examples, text)
         for example, share in zip(examples, shares):
             example.extras[name] = torch.tensor(share)
+
+
+def _misfit(value, examples, text):
+    """What a list of numbers would have to fit, where it does not, else ""."""
+    if text.of_pair and len(value) == 2:
+        return ""
+    if len(text.responses) > 1:
+        return f"{len(text.responses)} responses"
+    count = sum(example.num_trained for example in examples)
+    return "" if len(value) == count else f"{count} trained tokens"
 
 
 def _per_side(value, examples):
@@ -85,12 +133,7 @@ def _per_side(value, examples):
 
 def _per_token(name, value, examples, text):
     """One number for each trained token of a row with one response; its turns may be several examples."""
-    responses = len(text.responses)
     counts = [example.num_trained for example in examples]
-    if responses > 1 or len(value) != sum(counts):
-        wanted = f"{responses} responses" if responses > 1 else f"{sum(counts)} trained tokens"
-        raise UserError(f"the column {name!r} has {len(value)} numbers for {wanted} in {text.where}; "
-                        f"fix: write as many, or one number, or rename it (columns: {{{NOT_READ}: {name}}})")
     if text.raw and len(examples) > 1:
         raise UserError(f"the column {name!r} has a number for each token of a text that is cut into pieces "
                         f"in {text.where}; fix: raise max_length, or write one number")

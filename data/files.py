@@ -16,6 +16,7 @@ import os
 import zlib
 from pathlib import Path
 
+from data.columns import KNOWN
 from data.errors import UserError, notice
 
 MAGIC = {      # the first bytes of files that are often taken for data
@@ -50,6 +51,7 @@ WINDOW = 2 ** 26      # bytes unpacked from a gzip file, for which about 1 / RAT
 RATIO = 200           # text with the same page in every row reaches 140, zeros reach 1,030
 AT_ONCE = 2 ** 17     # bytes that Python reads of a gzip file before it needs them
 PARQUET_RATIO = 1000
+OF_MESSAGES = {"role", "from", "human", "assistant"}      # keys of a message, in each notation
 SUFFIXES = (".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".parquet", ".gz")
 
 
@@ -284,18 +286,18 @@ def _json_document(path):
 
 
 def _rows_key(document):
-    """The key of a dict's only list of objects, if these are rows: {"data": [{...}, ...]}. Messages are a
-    row's column."""
+    """The key of a dict's only list of objects, if these are rows: {"data": [{...}, ...]}. They are not where
+    they are messages, or where the dict has a row's columns beside them."""
     if not isinstance(document, dict):
         return None
     keys = []
     for key, value in document.items():
         if isinstance(value, list) and set(map(type, value)) == {dict}:
             keys.append(key)
-    if len(keys) != 1:
+    if len(keys) != 1 or KNOWN & document.keys() - {*keys}:
         return None
     names = set(itertools.chain(*document[keys[0]]))
-    return None if names & {"role", "from"} else keys[0]
+    return None if names & OF_MESSAGES else keys[0]
 
 
 # ---- CSV and Parquet ----

@@ -4,8 +4,9 @@ Plain strings stay exactly as they are. A row that is well-formed but cannot be 
 returns the reason, a short constant that the dataset counts. A row that is malformed is the file's mistake:
 `parse` raises UserError naming where.
 
-Which columns are read, where a row has more than it needs: the first of these that is there in full.
-    pairs       PAIRS below, from top to bottom
+Which columns are read, where a row has more than it needs: the first of these in `data.columns` that is there
+in full.
+    pairs       PAIRS, from top to bottom
     responses   WHOLE, REPLIES, then the chosen side of PAIRS, then text
     labelled    with a label WHOLE or REPLIES, else PAIRS, of which both sides are trained
     prompts     PROMPTS; whole conversations without the assistant's last turns
@@ -23,8 +24,9 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from data.columns import KNOWN, LABELS, MEDIA, PAIRS, PROMPTS, QUESTIONS, REPLIES, WHOLE
 from data.errors import UserError
-from data.extras import numbers_in, read_number
+from data.extras import numbers_in, read_number, renamed
 from data.files import read_named
 from data.hub import hh_messages, is_transcript, split_hh
 from data.messages import (
@@ -38,35 +40,8 @@ from data.messages import (
     unflagged,
 )
 
-WHOLE = ("messages", "conversations", "conversation")            # one column with the whole conversation
-REPLIES = (
-    ("prompt", "response"),
-    ("prompt", "completion"),
-    ("question", "answer"),
-    ("problem", "solution"),
-    ("instruction", "output"),
-    ("query", "response"),
-    ("prompt", "extra_info.answer"),          # verl's
-)
-PAIRS = (
-    ("prompt", "chosen_response", "rejected_response"),
-    ("prompt", "chosen", "rejected"),
-    ("conversations", "chosen", "rejected"),
-    ("instruction", "chosen", "rejected"),
-    ("question", "chosen", "rejected"),
-    ("query", "chosen", "rejected"),
-    ("query", "response", "rejected_response"),
-    ("question", "response_j", "response_k"),
-    ("messages", "rejected_response"),
-    ("messages", "rejected_messages"),
-    ("", "chosen", "rejected"),               # "": no prompt column
-)
-PROMPTS = (*WHOLE, "prompt", "question", "problem", "Problem", "instruction", "query", "chosen")
-QUESTIONS = ("question", "problem", "Problem")
-LABELS = ("label", "kto_tag")
 MAY_BE_JSON = (*WHOLE, "prompt", "response", "completion", "chosen", "rejected", "chosen_response",
                "rejected_response", "rejected_messages")
-MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 PLACEHOLDER = re.compile(r"^[^\S\n]*<(image|video|audio)>|<image>[^\S\n]*$", re.MULTILINE)
 MARKUP = re.compile(r"</(image|video|audio)>")      # HTML or XML, not a place for an image
 ONLY_TEXT = "an image, video or sound stands in its text, and only text is read"
@@ -80,8 +55,6 @@ AS_CONVERSATION = {
     "chosen_response": "chosen",
     "rejected_response": "rejected",
 }
-KNOWN = {*itertools.chain(*REPLIES, *PAIRS), *PROMPTS, *LABELS, *MEDIA, "text", "system", "tools", "history",
-         "input", "margin", "extra_info", "reward_model"}      # a number in any other column is an extra
 TEMPLATES = Path(__file__).parent / "prompts"
 # the roles of a row's columns, and the words by which a name may tell them
 ROLES = {
@@ -266,8 +239,8 @@ def _check_media(row, where):
     for name in MEDIA:
         if not _is_empty(row.get(name)):
             raise UserError(f"something in the column {name!r}, but only text is read, in {where}; "
-                            f"fix: leave such rows out, or rename it (columns: {{unused: {name}}}) where the "
-                            "text stands on its own")
+                            f"fix: leave such rows out, or rename it ({renamed(name)}) where the text stands "
+                            "on its own")
 
 
 def _is_empty(value):

@@ -1,7 +1,8 @@
 """Local data of several files -> rows: a directory, a glob, or what the package `datasets` wrote.
 
     pairs.jsonl                  one file (data/files.py)
-    parts/   "parts/*.jsonl"     all files in it and below, one after the other, in the order of their names
+    parts/   "parts/*.jsonl"     all files in it and below, one after the other, in the order of their names;
+                                 links to other directories are followed
     parts/:test                  those whose name, or whose directory's, says test
     saved/   saved/:test         `save_to_disk` of a dataset, or of several splits
     clone/   clone/subset:test   a clone of a hub dataset whose README.md lists its subsets ("configs")
@@ -145,14 +146,27 @@ def matching(pattern: str) -> list[Path]:
 
 # ---- directories -----------------------------------------------------------------------------------------
 
-def below(folder: Path) -> list[Path]:
-    """The files in a directory and below it, in the order of their names, without hidden ones."""
+def below(folder: Path, around: tuple[Path, ...] = ()) -> list[Path]:
+    """The files in a directory and below it, in the order of their names, without hidden ones. Links are
+    followed, but not back to a directory that is, or holds, one of those `around`."""
+    here = folder.resolve()
+    if any(path.is_relative_to(here) for path in around):
+        return []
     found = []
-    for path in sorted(folder.rglob("*")):
-        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        if path.is_file() and not hidden:
+    for path in in_order(folder):
+        if os.path.isdir(path):
+            found += below(path, (*around, here))
+        elif os.path.isfile(path):
             found.append(path)
     return found
+
+
+def in_order(folder: Path) -> list[Path]:
+    """What a directory holds, without what is hidden; nothing where we may not look into it."""
+    try:
+        return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    except PermissionError:
+        return []
 
 
 def read_directory(name: str, folder: Path, split: str | None) -> Local:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from data.errors import RunError, UserError
-from data.extras import said_of, share_out, without_uncommon
+from data.extras import Lists, said_of, share_out, without_uncommon
 from data.formats import Text, parse, without_template
 from data.pack import Example
 from data.sources import rename
@@ -161,6 +161,7 @@ class Found:
     first: Text | None = None                        # the first row that was not dropped,
     labelled: Text | None = None                     # ... with a label's column,
     other_label: Text | None = None                  # ... where that is no label
+    lists: Lists = field(default_factory=Lists)      # of numbers
     notices: dict = field(default_factory=dict)      # sentence -> None: a set in the order in which they came
 
     def drop(self, reason, where):
@@ -196,7 +197,7 @@ class Found:
         else:
             for example in examples:
                 example.extras |= text.extras
-        share_out(text, examples)
+        share_out(text, examples, self.lists)
         self.chunk += examples
 
     def close_chunk(self):
@@ -213,6 +214,7 @@ class Found:
             setattr(self, name, getattr(self, name) or getattr(later, name))
         for name in ("read", "cut_rows", "split_rows", "continued", "control", "chunks"):
             setattr(self, name, getattr(self, name) + getattr(later, name))
+        self.lists.add(later.lists)
         self.dropped.update(later.dropped)
         self.shapes.update(later.shapes)
         for reason, where in later.first_dropped.items():
@@ -258,10 +260,12 @@ class Found:
                             "fix: delete these rows or correct how the file was made")
 
     def keep_common_extras(self):
-        self.examples, names, sentences = without_uncommon(self.examples, self.source)
+        ignored = self.lists.ignored(self.source)
+        examples = self.examples.without(ignored)
+        self.examples, names, sentences = without_uncommon(examples, self.source)
         if names:
             self.notices[said_of(names, self.source)] = None
-        self.notices |= dict.fromkeys(sentences)
+        self.notices |= dict.fromkeys([*sentences, *ignored.values()])
 
 
 def _labelled_sides(pairs):

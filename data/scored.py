@@ -8,7 +8,8 @@ SE (HuggingFaceH4/stack-exchange-preferences): every two answers with different 
     slice and under every seed.
 
 At most 5 pairs per prompt, by a choice that depends on the seed and the prompt only. The readers yield
-(where, row), or (where, reason) for what is left out; the dataset counts the reasons.
+(where, row), or (where, reason) for what is left out; the dataset counts the reasons. Each pair has a place
+of its own: of several of one question, `where` is "pair 2 of owner/name:split:123".
 """
 import functools
 import hashlib
@@ -91,13 +92,14 @@ def se_rows(dataset, label, kind, chat, seed, test):
             kept = _capped(unequal, seed, digest)
         prompt = html_to_text(question)
         text_of = functools.cache(lambda i, answers=answers: html_to_text(answers[i]["text"]))
-        for i, j in pairs:
+        for number, (i, j) in enumerate(pairs, 1):
+            place = f"pair {number} of {where}" if len(pairs) > 1 else where
             if (i, j) not in kept:
-                yield where, "answers with equal scores" if scores[i] == scores[j] else CAPPED
+                yield place, "answers with equal scores" if scores[i] == scores[j] else CAPPED
             elif prompt and text_of(i) and text_of(j):
-                yield where, _row(prompt, text_of(i), text_of(j), kind, chat)
+                yield place, _row(prompt, text_of(i), text_of(j), kind, chat)
             else:
-                yield where, "no text in the HTML"
+                yield place, "no text in the HTML"
 
 
 def _check_se(row, where):

@@ -130,7 +130,9 @@ def ranges_of(kind) -> list[Range]:
 
 
 def nearest(name: str, names) -> str | None:
-    matches = difflib.get_close_matches(name.lower(), list(names), 1)
+    """The most similar one of some names; None for a single letter, since a name that holds it may mean the
+    opposite: n means no, not on."""
+    matches = difflib.get_close_matches(name.lower(), list(names), 1) if len(name) > 1 else []
     return matches[0] if matches else None
 
 

@@ -10,6 +10,7 @@ import math
 import os
 import platform
 import re
+import shlex
 import sys
 import time
 from typing import NamedTuple
@@ -275,7 +276,7 @@ class Run:
         console.say(f"model    {self.path('final')}")
         if chat:
             program = beside_this_program("chat.py")
-            console.say(as_typed(f"chat     python {program} {self.directory}"))
+            console.say(as_typed(f"chat     python {program} {shlex.quote(self.directory)}"))
         console.say(f"metrics  {self.path('metrics.jsonl')}")
         if os.path.isfile(self.path(REPORT)):
             console.say(f"report   {self.path(REPORT)}")

@@ -324,7 +324,8 @@ def completion_rows(rollout: Rollout, first: int, rewards: list, verifies_r1_zer
         names += [f"rewards/{reward.name}" for reward in rewards]
     rows = []
     for i, example in enumerate(rollout.examples):
-        golds = golds_of(example.extras["columns"])
+        columns = example.extras["columns"]
+        golds = golds_of(columns)
         for k, response in enumerate(example.responses):
             text = decoded(tokenizer, response.tokens)
             metrics = {}
@@ -346,8 +347,10 @@ def completion_rows(rollout: Rollout, first: int, rewards: list, verifies_r1_zer
                 "tokens": len(response.tokens),
                 "finished": not example.extras["truncated"][k],
             }
-            if isinstance(example.extras["columns"].get("dataset"), str):      # AlpacaEval's parts
-                row["dataset"] = example.extras["columns"]["dataset"]
+            if columns.get("tools"):           # the chat template wrote them into the prompt
+                row["tools"] = columns["tools"]
+            if isinstance(columns.get("dataset"), str):      # AlpacaEval's parts
+                row["dataset"] = columns["dataset"]
             rows.append(row)
     return rows
 

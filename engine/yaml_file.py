@@ -2,6 +2,7 @@
 in which it is written: YAML would make 5e-7 a string and `no` a bool."""
 import os
 import re
+import shlex
 from pathlib import Path
 from typing import NamedTuple
 
@@ -66,7 +67,7 @@ def no_file(file: Path, path: str) -> UserError:
             others[other.name] = other
     near = others.get(nearest(file.name, others))
     state = "is a directory" if file.is_dir() else "does not exist"
-    fix = f"python train.py {near}" if near else "give the path of a .yml file"
+    fix = f"python train.py {shlex.quote(str(near))}" if near else "give the path of a .yml file"
     return UserError(f"config file {show(path)} {state}; fix: {fix}")
 
 

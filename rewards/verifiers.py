@@ -282,6 +282,9 @@ def _text(plain):
 
 ANSWER_IS = re.compile(r"(?:answer(?: is)?|答案(?:是|为)?)\**\s*:", re.IGNORECASE)
 COUNTS = re.compile(r"\\text\{([^{}]*(?:[0-9]|dozen|hundred|thousand|illion|[十百千万亿])[^{}]*)\}")
+DISPLAY = r"\$\$[^$]*\$\$|\\\[(?:(?!\\\[)[\s\S])*?\\\]"        # a formula, perhaps on several lines
+DISPLAYED = re.compile(DISPLAY)
+ANSWER_LINE = re.compile(rf"(?:(?:{DISPLAY})(?:\s*(?:{DISPLAY}))*)?[^\n]*")      # or several
 COMMAND = re.compile(r"\\(?:text|textbf|mathrm|mathbf|mbox)\{[^{}]*\}|\\[A-Za-z]+")
 
 
@@ -290,6 +293,7 @@ def math_answer(prompts, completions, **columns):
 
     The answer stands after the last `</think>`, if there is one: in the last \boxed{}, else on the line after
     the last `Answer:`, else anywhere, as math-verify finds it. A `<think>` that does not end holds no answer.
+    A text without words is one formula, or `#### 18` below other lines, or a line below equations of numbers.
     What is equal is math-verify's to say, but brackets must be the same, as in r1_zero.
     """
     answers = list(map(_answer_in, completions))
@@ -308,17 +312,39 @@ def _answer_in(completion):
     if "\\boxed" in text:
         inside = last_boxed(text, FORMULA)
         return (_formula(inside), True) if inside else None
+    text = DISPLAYED.sub(_on_one_line, text)
     marks = list(ANSWER_IS.finditer(text))
     if marks:
-        text = text[marks[-1].end():].lstrip(" \t\r\n*").partition("\n")[0].rstrip(" *\r")
+        text = text[marks[-1].end():].lstrip(" \t\r\n*")
+        text = ANSWER_LINE.match(text)[0].rstrip(" *\r")
     text = text.replace("<answer>", " ").replace("</answer>", " ").strip()
     if len(text) > PROSE:
         text = text[-PROSE:].partition("\n")[2] or text[-PROSE:]
     if not text:
         return None
     has_words = re.search(r"[^\W\d_]{2,}", COMMAND.sub(" ", text))
+    if not has_words:
+        text = _conclusion(text)
     is_sentence = has_words and re.search("[0-9]", text) or len(text) > FORMULA
     return (text, False) if is_sentence else (_formula(text), True)
+
+
+def _on_one_line(match):
+    return " ".join(match[0].split())
+
+
+def _conclusion(text):
+    """The last line of a text without words, if it is the only one with #### or if those above are equations
+    of numbers; else all of the text."""
+    *above, last = text.splitlines()
+    if last.startswith("####") and text.count("####") == 1:
+        return last.lstrip("# ")
+    working = filter(str.strip, above)
+    return last if all(map(_is_equation, working)) else text
+
+
+def _is_equation(line):
+    return "=" in line and not re.search(r"[^\W\d_]", COMMAND.sub(" ", line))
 
 
 def _formula(text):

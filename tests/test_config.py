@@ -230,6 +230,11 @@ def test_bad_values(line, says):
         assert "(command line)" in error("", shlex.quote(line.replace(":", "=", 1).replace("= ", "=")))
 
 
+@pytest.mark.parametrize("letter", "nyotf")
+def test_no_choice_is_proposed_for_one_letter(letter):
+    assert "fix: give one (choices: true, yes, on, 1, false, no, off, 0)" in error(f"shuffle: {letter}")
+
+
 def test_eval_fraction_and_eval_data_exclude_each_other():
     assert "x.yml:5" in error("eval_data: e\neval_fraction: 0.1")
     assert load("eval_fraction: 0.1").common.eval_fraction == 0.1
@@ -276,6 +281,9 @@ def test_missing_file_and_directory(tmp_path):
         load_config(["examples/tiny-sft.yml"])
     with pytest.raises(UserError, match="is a directory"):
         load_config(["example"])
+    (tmp_path / "cwd" / "example" / "own dpo.yml").write_text("")
+    with pytest.raises(UserError, match=r"fix: python train.py 'example/own dpo.yml'"):
+        load_config(["own dpo.yaml"])
 
 
 @pytest.mark.parametrize("text, says", [

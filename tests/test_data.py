@@ -76,6 +76,19 @@ def test_unwrapping_is_noted_and_a_single_row_is_not_unwrapped(write, capsys):
     assert rows(write("d.jsonl", json.dumps(two) + "\n" + json.dumps(two))) == [("1", two), ("2", two)]
 
 
+@pytest.mark.parametrize("row", [
+    {"prompt": "q", "response": "a", "tools": [{"type": "function", "function": {"name": "f"}}]},
+    {"conversations": [{"human": "q", "assistant": "a"}]},
+    {"prompt": "q", "response": "a", "documents": [{"title": "t", "text": "x"}]},
+    {"question": "q", "answers": [{"text": "x", "pm_score": 1}]}])
+def test_a_single_row_with_a_list_of_objects_is_a_row(write, row, capsys):
+    assert rows(write("x.jsonl", json.dumps(row))) == [("1", row)]
+    assert rows(write("x.json", json.dumps(row, indent=1))) == [("1", row)]
+    wrapper = {"version": "1.0", "name": "mine", "data": [row]}
+    assert [found for _, found in rows(write("x.json", json.dumps(wrapper)))] == [row]
+    assert capsys.readouterr().err.count("the rows are the list under 'data'") == 1
+
+
 def test_unicode_line_separators_do_not_end_a_line(write):
     assert rows(write("x.jsonl", '{"a": "x\u2028y\x85z"}\n{"a": 2}')) == [("1", {"a": "x\u2028y\x85z"}), ("2", {"a": 2})]
 

@@ -479,3 +479,17 @@ def test_well_known_data_means_its_test_split(monkeypatch, tmp_path):
         with pytest.raises(Asked) as caught:
             evaluate.main([*words, "reward=r1_zero"])
         assert caught.value.args == asked
+
+
+@pytest.mark.parametrize("data, is_said", [
+    ("openai/gsm8k", True), ("hh/harmless-base", True), ("openai/gsm8k:train", False), ("gsm8k", False),
+    ("rows.jsonl", False)])
+def test_the_split_of_a_name_without_one_is_said(monkeypatch, capsys, data, is_said):
+    def complete(*arguments):
+        raise UserError("enough; fix: none")
+
+    monkeypatch.setattr(evaluate, "complete", complete)
+    with pytest.raises(UserError, match="enough"):
+        evaluate.main(["runs/m", f"data={data}", "reward=r1_zero"])
+    said = f"{data}: the split train is scored" in capsys.readouterr().err
+    assert said == is_said

@@ -1,6 +1,7 @@
 """Columns of numbers in the data reach `batch.extra`, each number at its own response or token."""
 import json
 import math
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -24,6 +25,7 @@ from helpers import (
 from data.dataset import build_dataset, combine, load_datasets, split_off
 from data.pack import collate
 from data.packing import order, pack
+from engine.cast import Columns, cast
 
 TOKENIZER = byte_tokenizer()
 
@@ -137,6 +139,35 @@ def test_lists_of_another_length_are_refused(tmp_path):
         row["score"] = value
     assert "3 numbers for 2 responses" in (message := refused(build, written(tmp_path, rows), "pairs"))
     assert "x.jsonl:3" in message
+
+
+def test_lists_that_fit_in_no_row_are_ignored_with_a_word(tmp_path):
+    """As in OpenR1-Math: verdicts on the generations, of which there may be one."""
+    rows = []
+    for verdicts in ([True, False], [True, True, False], [True]):
+        row = {"problem": "q", "solution": "an answer", "complete": verdicts, "verified": verdicts}
+        rows.append(row | {"count": 2})
+    path = written(tmp_path, rows)
+    dataset = build(path, "responses")
+    assert [set(example.extras) for example in dataset.examples] == [{"count"}] * 3
+    _, complete, verified = [notice for notice in dataset.notices if "warning" not in notice]
+    assert "'complete' is ignored, since its lists of numbers (2) fit in no row" in complete
+    assert f"{path}:1)" in complete and "'verified' is ignored" in verified
+
+
+@pytest.mark.parametrize("name", ["mask", "two words"])
+def test_the_proposed_name_is_free(tmp_path, name):
+    """What the message proposes for one column can be done for two."""
+    response = {"prompt": "q", "response": "ab"}
+    lists = [{name: [1, 2, 3], "other": [1, 2, 3]}, {name: [1, 2], "other": [1, 2]}]
+    path = written(tmp_path, [response | row for row in lists])
+    columns = {}
+    for column in (name, "other"):
+        message = refused(build, path, "responses", columns=columns)
+        mapping = re.search(r"rename it \(columns: (\{.*\})\)", message)[1]
+        columns |= cast(mapping, Columns)
+        assert column in columns.values()
+    assert build(path, "responses", columns=columns).examples[0].extras == {}
 
 
 def test_what_is_no_number_in_every_row_is_ignored_with_a_word(tmp_path):

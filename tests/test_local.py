@@ -63,6 +63,23 @@ def test_a_directory_is_read_whole(parts):
     assert found.examples[3].where == "parts/b.jsonl:2"
 
 
+def test_links_to_directories_are_followed(parts):
+    """One in the directory or outside it, as a glob follows them; none to a directory around it, and neither
+    of two that lead to one another."""
+    outside = parts.parent / "outside"
+    outside.mkdir()
+    write_jsonl(outside / "d.jsonl", pairs("d", 2))
+    (parts / "far").symlink_to(outside)
+    (parts / "more" / "up").symlink_to(parts)
+    (outside / "back").symlink_to(parts)
+    (parts / "root").symlink_to(parts.parent)
+    (parts / "gone").symlink_to(parts / "nowhere")
+    (parts / "itself").symlink_to(parts / "itself")
+    read, _ = prompts("parts")
+    assert read == named("a", 2) + named("b", 3) + named("d", 2) + named("c", 4)
+    assert prompts("parts/*/d.jsonl")[0] == named("d", 2)
+
+
 def test_a_glob_is_read_whole(parts):
     read, found = prompts("parts/[ab].*")
     assert read == named("a", 2) + named("b", 3)

@@ -317,6 +317,23 @@ def test_pairs_are_evaluated_by_a_classifier(tmp_path, classifier):
         evaluate.main([classifier, f"data={data}", f"reference={classifier}", f"output={tmp_path}/other"])
 
 
+def test_each_pair_of_a_question_is_scored_by_its_own_texts(tmp_path, classifier, monkeypatch):
+    """A question of se has several ranked pairs, and others that are left out."""
+    texts = ["Say three.", "Never", "Because.", "No."]
+    answers = [{"text": f"<p>{text}</p>", "pm_score": score} for text, score in zip(texts, (3, 1, 2, 1))]
+    rows = [{"question": "<p>Why?</p>", "answers": answers},
+            {"question": "<p>And then?</p>", "answers": answers[:2]}]
+    monkeypatch.setattr("datasets.load_dataset", lambda *names, **options: rows)
+    evaluate.main([classifier, "data=HuggingFaceH4/stack-exchange-preferences:train", f"output={tmp_path}"])
+    name = "stack-exchange-preferences_eval_results.jsonl"
+    found = [json.loads(line) for line in (tmp_path / name).open()]
+    ranked = [("Why?", 0, 1), ("Why?", 0, 2), ("Why?", 0, 3), ("Why?", 2, 1), ("Why?", 2, 3), ("And then?", 0, 1)]
+    for (question, good, bad), result in zip(ranked, found, strict=True):
+        scores = own_scores(classifier, [messages(question, texts[good]), messages(question, texts[bad])])
+        got = [result["metrics"]["chosen"], result["metrics"]["rejected"]]
+        torch.testing.assert_close(torch.tensor(got), scores, rtol=1e-5, atol=1e-5)
+
+
 def test_the_forecast_counts_reward_models(tmp_path, policy, classifier):
     """A classifier with all its weights in fp32, as a CPU has it."""
     count = AutoModelForSequenceClassification.from_pretrained(classifier).num_parameters()

@@ -561,7 +561,7 @@ def test_columns_that_are_no_text_are_refused(kind, row, name, value):
     said = refused(parse, row | {name: value}, "x.jsonl:2", kind)
     assert (
         f"the column {name!r}, but only text is read, in x.jsonl:2" in said
-        and f"columns: {{unused: {name}}}" in said
+        and f"columns: {{unused_{name}: {name}}}" in said
     )
 
 

@@ -5,6 +5,7 @@ import subprocess
 
 import pytest
 from helpers import (
+    CHATML,
     REWARDS,
     ROOT,
     byte_tokenizer,
@@ -54,7 +55,7 @@ def test_best_and_worst_of_hand_made_completions():
     rows += group(1, ("x", 2.0), ("y", 0.5), prompt="p ")
     best, pairs, counts = sample.select(rows, None)
     assert best == [
-        {"messages": messages("q", "b"), "reward": 1.0},
+        {"prompt": Q, "completion": messages("q", "b")[1:], "reward": 1.0},
         {"prompt": "p ", "response": "x", "reward": 2.0},
     ]
     chosen = messages("q", "b")[1:]
@@ -74,7 +75,7 @@ def test_what_is_left_out_is_counted():
     rows += group(3, (" ", 5.0), ("b", None), ("c", 0.5))
     rows += group(4, ("a", 0.0), ("b", 0.2))
     best, pairs, counts = sample.select(rows, None)
-    assert [row["messages"][-1]["content"] for row in best] == ["b", "same", "c", "b"] and len(pairs) == 2
+    assert [row["completion"][0]["content"] for row in best] == ["b", "same", "c", "b"] and len(pairs) == 2
     known = {
         "not finished": 3,
         "empty": 1,
@@ -120,6 +121,34 @@ def test_files_are_read_by_train(tmp_path, capsys):
         sample.main([*words, "temperature=0.7"])
 
 
+TOOL_TEMPLATE = "{% if tools %}<|im_start|>tools {{ tools | tojson }}<|im_end|>\n{% endif %}" + CHATML
+TOOL = {"name": "look", "description": "Look.", "parameters": {"type": "object", "properties": {}}}
+
+
+@pytest.mark.parametrize("row", [
+    {"prompt": messages("q"), "tools": [TOOL], "answer": "4"},
+    {"prompt": messages("q", "2+2 is "), "answer": "4"},
+    {"prompt": messages("q", "a", "and then?"), "tools": json.dumps([TOOL]), "answer": "4"},
+    {"question": "q", "system": "Be kind.", "answer": "4"}])
+def test_what_was_sampled_is_trained_token_by_token(tmp_path, row):
+    """With tools, with the beginning of the assistant's turn, and behind turns that were not sampled: the ids
+    of the prompt and those of the completion, which are the bytes of its text."""
+    model = tiny_model(tmp_path / "model", chat_template=TOOL_TEMPLATE)
+    data = write_jsonl(tmp_path / "prompts.jsonl", [row])
+    sample.main([model, f"data={data}", f"reward={REWARDS}:varied", f"output={tmp_path}/out", "n=16",
+                 "max_completion_length=200"])
+    tokenizer = byte_tokenizer(TOOL_TEMPLATE)
+    prompt, = prompts_of(build_dataset(data, "prompts", tokenizer, 512))
+    rows = read(tmp_path / "out" / "samples_results.jsonl")
+    finished = [row["generation"] for row in rows if row["finished"]]
+    for name, kind in [("sft", "responses"), ("preference", "pairs")]:
+        example, = build_dataset(str(tmp_path / "out" / f"{name}.jsonl"), kind, tokenizer, 512).examples
+        assert example.prompt.tobytes() == prompt
+        for response in example.responses:
+            assert response.trained.all() and response.tokens[-1] == 258
+            assert tokenizer.decode(response.tokens[:-1]) in finished
+
+
 @pytest.mark.parametrize("algorithm, file", [("sft", "sft.jsonl"), ("dpo", "preference.jsonl")])
 def test_training_on_what_was_kept(kept, monkeypatch, algorithm, file):
     """The loop on a small part of the embedded data: the loss of the rows that were kept decreases."""
@@ -141,7 +170,7 @@ def kept(tmp_path_factory):
                      "min_reward=1", "limit=24", "n=4", "max_completion_length=80", f"output={folder}"])
     best = read(folder / "sft.jsonl")
     assert 12 <= len(best) <= 24
-    assert all("</think> <answer>" in row["messages"][1]["content"] for row in best)
+    assert all("</think> <answer>" in row["completion"][0]["content"] for row in best)
     return folder
 
 

@@ -3,6 +3,7 @@ import errno
 import json
 import multiprocessing
 import os
+import shlex
 import shutil
 
 import pytest
@@ -616,3 +617,12 @@ def test_two_threads_save_the_same_model(tmp_path, monkeypatch):
     save_pretrained(lm, weights, tmp_path / "first")
     for name in ("first", "second"):
         assert_same_weights(load_file(tmp_path / name / "model.safetensors"), weights)
+
+
+def test_the_command_of_the_summary_is_one_for_a_shell(tmp_path, capsys):
+    """The directory of a run may have spaces in its name."""
+    run = Run(str(tmp_path / "my run"))
+    run.begin("", {}, {}, 0)
+    run.summary()
+    line, = [line for line in capsys.readouterr().out.splitlines() if line.startswith("chat ")]
+    assert shlex.split(line)[-1] == str(tmp_path / "my run")

@@ -150,7 +150,7 @@ def test_parts_are_kept_and_a_table_goes_on(tmp_path, monkeypatch, capsys):
     best = shared.read_jsonl(output / "samples-0" / "best.jsonl")
     other = shared.read_jsonl(output / "samples-0" / "random.jsonl")
     for good, drawn in zip(best, other, strict=True):
-        assert good["messages"][0] == drawn["messages"][0] and good["reward"] >= drawn["reward"]
+        assert good["prompt"] == drawn["prompt"] and good["reward"] >= drawn["reward"]
     done = run_table(*words, "base", "lr=1")
     assert "other settings; fix: give another --output" in done.stderr
 

@@ -275,3 +275,32 @@ def test_math_takes_no_false_equation():
     pytest.importorskip("math_verify")
     assert not maths("\\boxed{17 = 18}", "18")
     assert maths("\\boxed{x = 18}", "18") and maths("\\boxed{18 = 18}", "18")
+
+
+@pytest.mark.parametrize("completion, gold", [
+    ("Answer:\n\n$$\n18\n$$", "18"), ("Answer:\n\\[\n18\n\\]\n\nIt follows from 9 and 2.", "18"),
+    ("**Final Answer:**\n\\[\n\\frac{3}{4}\n\\]", "3/4"), ("Answer:\r\n\\[\r\n18\r\n\\]", "18"),
+    ("48/2=24\n48+24=72\n#### 72", "72"), ("48/2=24\n48+24=72\n\n72", "72"), ("#### 72", "72"),
+    ("\\frac{48}{2}=24\n\\[\n48+24=72\n\\]\n\\[\n72\n\\]", "72")])
+def test_math_finds_an_answer_on_lines_of_its_own(completion, gold):
+    pytest.importorskip("math_verify")
+    assert maths(completion, gold) and not maths(completion, "24")
+
+
+@pytest.mark.parametrize("completion", [
+    "Answer:\n$$\n17\n$$\n$$\n18\n$$", "Answer:\n$$\n17\n18\n$$", "Answer:\n\\[\n17\n\\] or \\[\n18\n\\]",
+    "Answer:\n\\[\n17, 18\n\\]", "17\n18", "17\n\n18", "9*2=18\n17\n18", "9*2=18\n17, 18", "#### 17 18",
+    "#### 17\n#### 18", "$$\n17\n$$\n\n$$\n18\n$$"])
+def test_math_pays_neither_of_two_candidates(completion):
+    pytest.importorskip("math_verify")
+    for gold in ("17", "18"):
+        assert not maths(completion, gold), gold
+
+
+@pytest.mark.parametrize("text", ["\\[", "$$", "$$\n", "\\[\n1", "\\]\n\\[", "\\[1\\]\n", "####\n", "1=1\n"])
+def test_math_finds_its_answer_in_linear_time(monkeypatch, text):
+    monkeypatch.setattr("rewards.math_process.rewards", lambda answers, golds: [0.0])
+    started = time.process_time()
+    for before in ("", "Answer: "):
+        maths(before + text * (1_000_000 // len(text)), "18")
+    assert time.process_time() - started < 4
