@@ -52,7 +52,7 @@ class Optimizer(torch.optim.AdamW):
         if not step.is_clipped:
             raise RunError(f"optimizer.step() came before engine.clip_gradients() in update {step.index}; "
                            "fix: add the line engine.clip_gradients() before optimizer.step()")
-        if step.examples:      # a rollout may have fewer prompts than mini-batches; momentum moves nothing then
+        if step.examples:      # where a rollout has fewer prompts than mini-batches, momentum moves nothing
             super().step()
         step.is_made = True
         reshard(self.engine.policy)      # what a forward after the backward has gathered is the old weights
