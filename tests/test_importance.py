@@ -5,12 +5,14 @@ import importlib.util
 import math
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from family_models import save_model
 from helpers import (
     ONLINE,
     REWARDED,
@@ -27,7 +29,9 @@ from helpers import (
     write_config,
     write_jsonl,
 )
+from safetensors.torch import load_file
 from test_engine_exact import PLAIN
+from transformers import AutoTokenizer
 
 import evaluate
 import sample as sample_program
@@ -39,7 +43,7 @@ from engine.options import Sampling
 from model.build import build_policy
 from model.keys import ModelKeys
 from model.sampler import sample
-from model.vllm import VllmSampler
+from model.vllm import VllmSampler, whole_weights
 
 OF_COMPLETIONS = "gspo", "rloo"        # whose loss has a ratio per completion
 WEIGHT = 1.5
@@ -242,6 +246,100 @@ def test_evaluate_and_sample_refuse_an_adapter(files, tmp_path, monkeypatch, mai
              f"output={tmp_path / 'out'}"]
     error = refused(main, words)
     assert "is an adapter; fix: give a merged model" in error
+
+
+# ---- what vLLM gets, and what it says ----
+
+@pytest.mark.parametrize("family, name", [
+    ("mixtral", "model.layers.1.block_sparse_moe.experts.3.w1.weight"),
+    ("qwen3_moe", "model.layers.1.mlp.experts.3.up_proj.weight"),
+    ("gemma3_full", "language_model.model.layers.1.mlp.up_proj.weight"),
+    ("llama", "model.layers.1.mlp.up_proj.weight"),
+])
+def test_weights_have_the_names_and_shapes_of_a_checkpoint(tmp_path, family, name):
+    """Those that transformers saves, which joins and renames weights when it loads them."""
+    save_model(family, tmp_path)
+    policy = build_policy(str(tmp_path), AutoTokenizer.from_pretrained(tmp_path), ModelKeys(max_length=64))
+    found = dict(whole_weights(policy))
+    saved = load_file(tmp_path / "model.safetensors")
+    assert name in saved and found.keys() == saved.keys()
+    for key, weight in saved.items():
+        assert torch.equal(found[key], weight)
+
+
+@pytest.fixture
+def fake(monkeypatch, files):
+    """fake(error=None, version="0.32.0") -> a VllmSampler and its policy. The arguments of vLLM's last call
+    are in `fake.given`; every call raises `error`, except while `fake.is_new`."""
+    def fake(error=None, version="0.32.0"):
+        def answer(*arguments, **keys):
+            fake.given = keys
+            if error and not fake.is_new:
+                raise error
+            return SimpleNamespace(generate=answer, collective_rpc=answer, reset_prefix_cache=answer)
+
+        parts = dict(LLM=answer, SamplingParams=dict, __version__=version)
+        monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(**parts))
+        tokenizer = byte_tokenizer()
+        policy = build_policy(files["model"], tokenizer, ModelKeys(max_length=64))
+        sampler = VllmSampler(policy, tokenizer, 64, 0.3, 0)
+        return sampler, policy
+    fake.is_new = False
+    return fake
+
+
+def test_vllm_builds_the_text_part_alone(fake):
+    """Else it asks for the image processor of a model that reads images, which is not handed over."""
+    fake()
+    assert fake.given["language_model_only"] is True and fake.given["gpu_memory_utilization"] == 0.3
+
+
+@pytest.mark.parametrize("version, is_taken", [
+    ("0.31.2", False), ("0.9.0", False), ("0.32.0", True), ("0.32.0+cpu", True), ("1.0", True), ("dev", True)])
+def test_versions(fake, version, is_taken):
+    if is_taken:
+        fake(version=version)
+    else:
+        says = f"rollout_engine is vllm, and vLLM {version} is too old; fix: pip install 'vllm>=0.32'"
+        assert refused(fake, version=version).startswith(says)
+
+
+class ValidationError(ValueError):
+    def errors(self):
+        return [{"msg": "Value error, no such layers"}]
+
+
+# the beginnings of what vLLM 0.32 says
+FREE = ("Free memory on device cuda:0 (20.1/79.2 GiB) on startup is less than desired GPU memory "
+        "utilization (0.3, 23.8 GiB). Decrease GPU memory utilization or reduce GPU memory used by other processes.")
+NO_BLOCKS = ("No available memory for the cache blocks. Try increasing `gpu_memory_utilization` when "
+             "initializing the engine or use `--cpu-offload-gb` to reduce weight GPU memory consumption.")
+
+
+@pytest.mark.parametrize("error, reason, fix", [
+    (ValueError(FREE), "Free memory on device", "lower vllm_memory"),
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to"), "CUDA out of memory", "lower vllm_memory"),
+    (RuntimeError("CUDA Error: out of memory at cumem.cpp:71"), "CUDA Error", "lower vllm_memory"),
+    (ValueError(NO_BLOCKS), "No available memory", "raise vllm_memory"),
+    (OSError("Can't load image processor\nfor it"), "Can't load image processor)", "remove rollout_engine"),
+    (ValidationError("1 validation error\n"), "Value error, no such layers)", "remove rollout_engine"),
+    (KeyError("lm_head"), "'lm_head')", "remove rollout_engine"),
+])
+def test_what_vllm_says_is_one_line_with_a_fix(fake, error, reason, fix):
+    """A wrong input where it begins, and an end of the run later."""
+    says = refused(fake, error)
+    assert says.startswith(f"vLLM cannot run this model ({reason}") and says.endswith(f"); fix: {fix}")
+    fake.is_new = True
+    sampler, policy = fake(error)
+    fake.is_new = False
+    settings = Sampling(reward="", max_completion_length=4)
+    calls = [(partial(sampler.hand_over, policy), "take the weights"),
+             (partial(sampler.draw, policy, None, *given(), 1, settings), "draw completions")]
+    for call, what in calls:
+        with pytest.raises(RunError) as caught:
+            call()
+        says = str(caught.value)
+        assert says.startswith(f"vLLM cannot {what} ({reason}") and says.endswith(f"); fix: {fix}")
 
 
 # ---- the real one ----
