@@ -207,7 +207,8 @@ def test_evaluate_and_sample_refuse_it_too(files, tmp_path, monkeypatch, main, w
 
 @pytest.mark.parametrize("main", PROGRAMS)
 def test_evaluate_and_sample_hand_the_weights_over_once(files, tmp_path, monkeypatch, main):
-    """The stand-in gets room for the longest prompt and its completion, and draws every part."""
+    """The stand-in gets room for the longest prompt and its completion, and draws every part, after a few
+    completions that are compared."""
     seen, lengths = [], []
 
     class StandIn:
@@ -233,8 +234,49 @@ def test_evaluate_and_sample_hand_the_weights_over_once(files, tmp_path, monkeyp
             main([*words, *more, f"output={output}"])
         path, = output.glob("*_results.jsonl")
         found.append(path.read_text())
-    assert seen == [(max(lengths) + 10, 0.5, 4), "weights", 3, 3, 2]
+    assert seen == [(max(lengths) + 10, 0.5, 4), "weights", 4, 3, 3, 2]
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("temperature", [0, 0.7])
+@pytest.mark.parametrize("shift", [0.09, 0.2, -1.1, math.nan])
+def test_evaluate_compares_a_few_completions_first(files, tmp_path, monkeypatch, capsys, shift, temperature):
+    """The stand-in's log-probs of completions at temperature 1 are wrong by `shift`: a little is told, much
+    is refused before a completion of the data is drawn."""
+    class StandIn:
+        def __init__(self, *arguments):
+            pass
+
+        def hand_over(self, policy):
+            pass
+
+        def draw(self, policy, tokenizer, prompts, keys, copies, sampling, report=None):
+            groups = sample(policy, tokenizer, prompts, keys, copies, sampling, report)
+            drawn.append((sampling.temperature, sampling.max_completion_length))
+            changed = []
+            for group in groups:
+                changed.append([])
+                for completion in group:
+                    changed[-1].append(completion._replace(logps=completion.logps + np.float32(shift)))
+            return changed
+
+    drawn = []
+    monkeypatch.setattr("engine.options.find_spec", lambda name: name)
+    monkeypatch.setattr("engine.importance.VllmSampler", StandIn)
+    words = [files["model"], f"data={files['data']}", f"reward={ONLINE['grpo']['reward']}",
+             "max_completion_length=20", f"temperature={temperature}", "rollout_engine=vllm",
+             f"output={tmp_path / 'out'}"]
+    if not abs(shift) < 1:
+        error = refused(evaluate.main, words)
+        size = "1.1" if shift < 0 else "nan"
+        assert error == (f"the training forward and vLLM differ by {size} in log-prob per token of 4 short "
+                         "completions: it computes another model; fix: remove rollout_engine")
+        assert drawn == [(1, 16)] and (tmp_path / "out" / "prompts_eval_results.jsonl").read_text() == ""
+        return
+    evaluate.main(words)
+    assert drawn == [(1, 16), (temperature, 20)]
+    told = "differ by 0.2 in log-prob per token of 4 short completions; fix: remove rollout_engine"
+    assert (told in capsys.readouterr().err) == (shift == 0.2)
 
 
 @pytest.mark.parametrize("main", PROGRAMS)
