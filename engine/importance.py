@@ -16,7 +16,7 @@ RATIO = "sampling/importance_ratio"
 HIGHEST = 2.0                  # importance weights are truncated here
 BAND = 0.5, 5.0                # or masked outside
 TOLD, STOPPED = 0.1, 1.0       # mean differences in log-prob per token
-FEW, SHORT = 4, 16             # prompts, and tokens of a completion, that are compared before others are drawn
+FEW, SHORT = 4, 16             # prompts, and tokens of their completions, compared before others are drawn
 
 
 def sampler_of(engine, config):

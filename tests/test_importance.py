@@ -18,6 +18,7 @@ from helpers import (
     REWARDED,
     ROOT,
     byte_tokenizer,
+    config_of,
     ending_model,
     metrics,
     prompt_rows,
@@ -37,11 +38,13 @@ import evaluate
 import sample as sample_program
 from data.errors import RunError, UserError
 from data.pack import Example, Response
-from engine.config import load_config
+from engine.config import Common, load_config
+from engine.forecast import forecast
 from engine.importance import importance_weights, other_engine
-from engine.options import Sampling
+from engine.options import Generation, Sampling
 from model.build import build_policy
 from model.keys import ModelKeys
+from model.load import empty_lm
 from model.sampler import sample
 from model.vllm import VllmSampler, whole_weights
 
@@ -382,6 +385,35 @@ def test_what_vllm_says_is_one_line_with_a_fix(fake, error, reason, fix):
             call()
         says = str(caught.value)
         assert says.startswith(f"vLLM cannot {what} ({reason}") and says.endswith(f"); fix: {fix}")
+
+
+@pytest.mark.parametrize("gpu, tokens", [(10e9, 100), (1e9, 20000)])
+@pytest.mark.parametrize("engine", [None, "vllm", "http://host:1"])
+def test_its_memory_is_in_the_forecast(tmp_path, monkeypatch, gpu, tokens, engine):
+    """On a GPU weights, moments and reference stay while vLLM draws with its share, or an update takes more:
+    the total is the larger of both. A server takes nothing here."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(total_memory=gpu))
+    monkeypatch.setattr("engine.forecast.this_device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    sizes = dict(hidden_size=1024, intermediate_size=4096, num_attention_heads=8, head_dim=128)
+    lm = empty_lm(config_of(**sizes), str(tmp_path))
+    count = sum(weight.numel() for weight in lm.parameters())
+    common = Common(algorithm="grpo", model=str(tmp_path), data="", precision="fp32")
+
+    class Config(Generation):
+        def uses_reference(self):
+            return True
+
+    config = Config(rollout_engine=engine, vllm_memory=0.4)
+    lines = forecast(common, config, lm, tokens, online=True)
+    found = {line[:66].strip(): float(line.split()[-2]) for line in lines}
+    share = found.pop("vLLM, while it draws", None)
+    *parts, total, _ = found.values()
+    drawing = 1e-9 * (16 * count + 0.4 * gpu) if engine == "vllm" else 0
+    assert share == (pytest.approx(0.4e-9 * gpu, abs=0.01) if engine == "vllm" else None)
+    assert total == pytest.approx(max(drawing, sum(parts)), abs=0.03)
+    assert (drawing > sum(parts)) == (engine == "vllm" and gpu == 10e9)
 
 
 # ---- the real one ----
