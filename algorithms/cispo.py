@@ -29,7 +29,7 @@ Metrics:  loss                       the weighted log-probs: not a progress meas
           sampling/sampling_logp_difference/mean    sampler against training forward: rounding
           sampling/importance_ratio/mean, /min, /max    with rollout_engine (vLLM), which draws from a policy
                                      that is rounded otherwise: the weights of the advantages,
-                                     pi_old / pi_vllm, at most 2 (engine/importance.py)
+                                     pi_old / pi_vllm (truncate: at most 2; engine/importance.py)
 Step 0:   before the first rollout the held-out prompts are sampled and scored
 Differences from the paper: it leaves its lower bound open, so there is none; the standard
           deviation is unbiased (n - 1), plus 1e-4

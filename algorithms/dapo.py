@@ -36,7 +36,7 @@ Metrics:  loss                       0 in the first update from a rollout only w
           sampling/sampling_logp_difference/mean    sampler against training forward: rounding
           sampling/importance_ratio/mean, /min, /max    with rollout_engine (vLLM), which draws from a policy
                                      that is rounded otherwise: the weights of the advantages,
-                                     pi_old / pi_vllm, at most 2 (engine/importance.py)
+                                     pi_old / pi_vllm (truncate: at most 2; engine/importance.py)
 Step 0:   before the first rollout the held-out prompts are sampled and scored
 Differences from the paper: dynamic sampling makes a fixed number of attempts instead of sampling until the
           batch is full. It compares the rewards of a group before the penalty, which is the paper's accuracy

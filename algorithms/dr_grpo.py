@@ -37,7 +37,7 @@ Metrics:  loss                       0 in the first update from a rollout only w
           sampling/sampling_logp_difference/mean    sampler against training forward: rounding
           sampling/importance_ratio/mean, /min, /max    with rollout_engine (vLLM), which draws from a policy
                                      that is rounded otherwise: the weights of the advantages,
-                                     pi_old / pi_vllm, at most 2 (engine/importance.py)
+                                     pi_old / pi_vllm (truncate: at most 2; engine/importance.py)
 Step 0:   before the first rollout the held-out prompts are sampled and scored
 Differences from the paper: none with beta 0. The gradient shrinks as max_completion_length grows: with
           max_grad_norm and AdamW that matters little

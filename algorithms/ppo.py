@@ -47,7 +47,7 @@ Metrics:  objective/scores, /rlhf_reward    mean score; mean of score and KL pen
                                             forward: rounding
           sampling/importance_ratio/mean, /min, /max    with rollout_engine (vLLM), which draws from a policy
                                             that is rounded otherwise: the weights of the advantages,
-                                            pi_old / pi_vllm, at most 2 (engine/importance.py)
+                                            pi_old / pi_vllm (truncate: at most 2; engine/importance.py)
 Step 0:   before the first rollout the held-out prompts are sampled and scored
 Differences from the paper: (compared with TRL's last PPO) the score stands on the last token, not one after
           it; sampling ends at the stop token; pi_old comes from the training forward; every mini-batch is an

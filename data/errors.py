@@ -38,7 +38,7 @@ def shown_as(character: str, keep: str) -> str:
     return character if ordinary or character in keep else repr(character)[1:-1]
 
 
-def said_first(error: Exception) -> str:
+def said_first(error: Exception | str) -> str:
     """The first line of what somebody else's code said, or the error's name where that is nothing."""
     lines = str(error).strip().splitlines()
     return lines[0][:200] if lines else type(error).__name__

@@ -16,6 +16,8 @@ from rewards.functions import is_model, parts_of
 
 BYTES_IN_4_BIT = 0.52      # per weight, with the scales
 CHECKPOINT = 12            # bytes per trained weight: itself and two moments, in fp32
+# how the names of those parts begin that are there in an update only
+OF_AN_UPDATE = "gradients", "whole for a moment", "bf16 copies", "one micro-batch", "a slice"
 
 
 class Counts(NamedTuple):
@@ -71,6 +73,11 @@ def forecast(common, config, lm, tokens: int, online: bool = False, world: int =
         head = 4 * settings.hidden_size * settings.vocab_size
         sizes["a slice of the logits and the head's gradient"] = logits + head
     total = sum(sizes.values())
+    if config.engine_memory() and torch.cuda.is_available():      # it draws while no update is computed
+        engine = config.engine_memory() * gpu_memory()
+        kept = [size for name, size in sizes.items() if not name.startswith(OF_AN_UPDATE)]
+        total = max(total, sum(kept) + engine)
+        sizes["vLLM, while it draws"] = engine
     sizes["total" + verdict(total)] = total      # more than while it is loaded
     sizes["a checkpoint, on the disk"] = CHECKPOINT * counts.trained
     return [f"{name:<66} {size / 1e9:7.2f} GB" for name, size in sizes.items()]
@@ -129,11 +136,15 @@ def gathered_bytes(counts: Counts) -> int:
     return max(in_a_layer, at_the_end)
 
 
+def gpu_memory() -> int:
+    return torch.cuda.get_device_properties(0).total_memory
+
+
 def verdict(total: float) -> str:
     """Whether so many bytes fit on this machine's GPU."""
     if not torch.cuda.is_available():
         return ""
-    available = torch.cuda.get_device_properties(0).total_memory
+    available = gpu_memory()
     return f" of {available / 1e9:.0f} GB: {'fits' if total < 0.95 * available else 'does not fit'}"
 
 

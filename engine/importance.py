@@ -1,8 +1,11 @@
 """Which sampler draws completions, and how far it is from the training forward. Another engine than the own
 sampler draws from a slightly different policy: importance weights take that out of the loss."""
+from dataclasses import replace
+
 import torch
 
 from data.errors import RunError, UserError
+from data.pack import Example, Response
 from engine.ranks import distributed
 from engine.vllm_server import VllmServer
 from model.sampler import sample
@@ -13,6 +16,7 @@ RATIO = "sampling/importance_ratio"
 HIGHEST = 2.0                  # importance weights are truncated here
 BAND = 0.5, 5.0                # or masked outside
 TOLD, STOPPED = 0.1, 1.0       # mean differences in log-prob per token
+FEW, SHORT = 4, 16             # prompts, and tokens of their completions, compared before others are drawn
 
 
 def sampler_of(engine, config):
@@ -98,15 +102,41 @@ def check_difference(engine, total: torch.Tensor, count: int) -> None:
     average: this rank's sum of differences and its count of tokens. Another engine rounds otherwise: a large
     difference is told, and one that cannot be rounding stops."""
     difference = engine.mean(total, count)
-    has_other_engine = bool(engine.online.config.rollout_engine)
-    name = "vLLM" if has_other_engine else "the sampler"
-    number = engine.online.rollout.number + 1
-    fault = (f"the training forward and {name} differ by {difference:.2g} in log-prob per token of rollout "
-             f"{number}")
-    if not has_other_engine:
-        if not difference <= engine.policy.tolerance:
-            raise RunError(f"{fault}; fix: use a model with ordinary attention layers, or precision: fp32")
-    elif not difference <= STOPPED:
-        raise RunError(f"{fault}: it computes another model; fix: remove rollout_engine")
-    elif difference > TOLD:
-        engine.notice(f"{fault}; fix: precision: fp32, or remove rollout_engine")
+    place = f"rollout {engine.online.rollout.number + 1}"
+    if engine.online.config.rollout_engine:
+        fix = "precision: fp32, or remove rollout_engine"
+        judge(difference, place, RunError, engine.notice, fix)
+    elif not difference <= engine.policy.tolerance:
+        raise RunError(f"the training forward and the sampler differ by {difference:.2g} in log-prob per "
+                       f"token of {place}; fix: use a model with ordinary attention layers, or precision: "
+                       "fp32")
+
+
+def judge(difference: float, place: str, kind: type[UserError], notice, fix: str) -> None:
+    """An error of this `kind` where another engine computes another model, and a notice with a `fix` where it
+    is far: by their mean difference in log-prob per token of the `place`."""
+    fault = f"the training forward and vLLM differ by {difference:.2g} in log-prob per token of {place}"
+    if not difference <= STOPPED:
+        raise kind(f"{fault}: it computes another model; fix: remove rollout_engine")
+    if difference > TOLD:
+        notice(f"{fault}; fix: {fix}")
+
+
+@torch.no_grad()
+def check_engine(engine, policy, tokenizer, prompts: list, seed: int, sampling, notice) -> None:
+    """The check above where nothing is trained, on a few short completions of `prompts` (token ids), which
+    are drawn for that at temperature 1. UserError where the `engine`, which has the policy's weights,
+    computes another model."""
+    prompts = sorted(prompts, key=len)[:FEW]
+    keys = [(seed, i) for i in range(len(prompts))]
+    longest = min(SHORT, sampling.max_completion_length)
+    sampling = replace(sampling, temperature=1.0, max_completion_length=longest)
+    drawn = engine.draw(policy, tokenizer, prompts, keys, 1, sampling)
+    total = count = 0
+    for prompt, (completion,) in zip(prompts, drawn):
+        response = Response.all_trained(completion.tokens)
+        logps = policy(policy.collate([Example(prompt, [response], "", {})]), 1.0)
+        differences = logps - torch.from_numpy(completion.logps).to(logps)
+        total += float(differences.abs().sum())
+        count += len(differences)
+    judge(total / count, f"{len(prompts)} short completions", UserError, notice, "remove rollout_engine")

@@ -74,6 +74,10 @@ class Options:
         policy's size, but its tokenizer."""
         return {}
 
+    def engine_memory(self) -> float:
+        """Online: the share of a GPU's memory that another engine takes while it draws completions there."""
+        return 0.0
+
     def sampled_share(self) -> float:
         """Online: the share of the prompts whose completions are sampled. Below 1 the others keep the
         responses that the data have."""
@@ -150,6 +154,9 @@ class Generation(Options):
         if self.top_p < 1 or self.top_k > 0:
             raise UserError("rollout_engine: the log-probs of vLLM are those after top_p and top_k, and ours "
                             "those before; fix: top_p=1 and top_k=0, or remove rollout_engine")
+
+    def engine_memory(self) -> float:
+        return self.vllm_memory if self.rollout_engine == "vllm" else 0.0
 
     def stop_strings(self) -> list[str]:
         return stop_strings(self.stop)

@@ -21,7 +21,7 @@ from engine.config import Common, check_output, hints_of, is_required, read_valu
 from engine.evaluation import load_frozen, response_scores
 from engine.fingerprint import fingerprints
 from engine.help import key_lines
-from engine.importance import other_engine
+from engine.importance import check_engine, other_engine
 from engine.logs import Run, write_whole
 from engine.options import (
     Count,
@@ -283,13 +283,15 @@ def complete(settings, path: str, name: str, notice) -> tuple[list[dict], dict]:
 
 def sampler_of(policy, tokenizer, examples: list, settings, notice):
     """The function that draws completions, with the signature of model.sampler.sample. Another engine gets
-    the weights once: they do not change."""
+    the weights once: they do not change. UserError where it computes another model with them."""
     if not settings.rollout_engine:
         check_sampling(policy, examples, notice)
         return sample
-    longest = max(len(example.prompt) for example in examples) + settings.max_completion_length
+    prompts = [example.prompt for example in examples]
+    longest = max(map(len, prompts)) + settings.max_completion_length
     engine = other_engine(policy, tokenizer, settings, longest, settings.seed, settings.output)
     engine.hand_over(policy)
+    check_engine(engine, policy, tokenizer, prompts, settings.seed, settings, notice)
     return engine.draw
 
 

@@ -21,7 +21,7 @@ from engine import sealed
 from engine.ranks import SHARED_WITHIN, distributed, from_all_ranks, from_main, outcome, raise_failure
 from engine.sealed import WEIGHTS
 from model import lora
-from model.compiled import decoder_layers
+from model.compiled import by_layer
 from model.state import each_once, num_bytes
 
 ALONE = 5 * 10 ** 9                    # bytes that rank 0 writes alone: a small model stays one file
@@ -32,18 +32,10 @@ INDEX = "model.safetensors.index.json"
 
 def deal(policy: nn.Module, world: int) -> dict[int, int]:
     """{id of a weight: the rank that writes it}; a weight without an entry is rank 0's. Decoder layers are
-    dealt as wholes, because transformers may join or split their weights when it saves them: the largest
-    first, each to the rank that has the fewest bytes."""
+    dealt as wholes, the largest first, each to the rank that has the fewest bytes."""
     if lora.settings(policy.lm):       # peft's format is one file
         return {}
-    layer_of = {}
-    for number, layer in enumerate(decoder_layers(policy)):      # an outer layer comes after those inside it
-        for weight in layer.state_dict(keep_vars=True).values():
-            layer_of[id(weight)] = number
-    units = defaultdict(dict)
-    for name, weight in saved_tensors(policy).items():
-        units[layer_of.get(id(weight))][name] = weight
-    return owners_of(list(units.values()), world)
+    return owners_of(by_layer(policy, saved_tensors(policy)), world)
 
 
 def deal_each(tensors: dict, world: int) -> dict[int, int]:

@@ -37,6 +37,8 @@ NEWER = "install vLLM 0.32 or newer there"
 AGAIN = "start it again, and then this run, which goes on from its last checkpoint"
 SIZES = "model_type", "vocab_size", "hidden_size", "num_hidden_layers"
 FOLDER = ".weights-for-vllm"            # in the run's directory, while weights are handed over
+# else those of the model's generation_config.json
+NEUTRAL = {"min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
 AT_ONCE = 256                          # requests of a process in flight; vLLM queues what it cannot compute
 ATTEMPTS = 5                           # at a request, 1, 2, 4 and 8 seconds apart
 CLOSED = 502, 503, 504                 # what a proxy says while the server behind it cannot be reached
@@ -91,11 +93,12 @@ class VllmServer(OtherEngine):
                                 "this run there")
 
     def checked_settings(self) -> dict:
-        """How the server was started. UserError where it takes no weights, or its log-probs are not those at
-        the sampling temperature."""
+        """How the server was started. UserError where it takes no weights, its log-probs are not those at the
+        sampling temperature, or it is several API processes."""
         try:
             settings = answer(self.url + INFO, timeout=START)["vllm_config"]
             mode = settings["model_config"]["logprobs_mode"]
+            processes = settings["parallel_config"].get("_api_process_count", 1)
         except (Cut, Refused) as error:
             raise UserError(f"rollout_engine: the vLLM at {self.url} takes no weights ({first_line(error)}); "
                             f"fix: start it with {COMMAND}") from error
@@ -106,6 +109,9 @@ class VllmServer(OtherEngine):
             raise UserError(f"rollout_engine: the log-probs of the vLLM at {self.url} are {mode}, not those "
                             "at the sampling temperature; fix: start it with --logprobs-mode "
                             "processed_logprobs")
+        if processes > 1:                      # each of them has another instance_id
+            raise UserError(f"rollout_engine: the vLLM at {self.url} answers from {processes} processes, of "
+                            "which a restart could not be told; fix: start it with --api-server-count 1")
         return settings
 
     # ---- the weights ---------------------------------------------------------------------------------
@@ -157,9 +163,7 @@ class VllmServer(OtherEngine):
         for prompt, key in zip(prompts, keys):
             request = self.request(key, copies, sampling)
             named = {"model": self.model, "prompt": prompt.tolist(), "return_token_ids": True}
-            # else those of the model's generation_config.json
-            neutral = {"min_p": 0.0, "repetition_penalty": 1.0}
-            requests.append(request | named | neutral)
+            requests.append(request | named | NEUTRAL)
         found = []
         with ThreadPoolExecutor(AT_ONCE) as pool:
             for group in pool.map(self.complete, requests):

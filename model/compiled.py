@@ -5,6 +5,7 @@ compile nothing. Their attention must be one call per layer (varlen.py): a call 
 graph for every batch. Sampling does not take them; it records its steps (recorded.py).
 """
 import time
+from collections import defaultdict
 
 import torch
 
@@ -29,6 +30,19 @@ def decoder_layers(module) -> list:
         if kinds & names:
             layers.append(part)
     return layers[::-1]
+
+
+def by_layer(module, weights: dict) -> list[dict]:
+    """A module's weights by name, in groups: those of each decoder layer, which transformers may join or
+    split when it saves them, and the others."""
+    layer_of = {}
+    for number, layer in enumerate(decoder_layers(module)):      # an outer layer comes after those inside it
+        for weight in layer.state_dict(keep_vars=True).values():
+            layer_of[id(weight)] = number
+    groups = defaultdict(dict)
+    for name, weight in weights.items():
+        groups[layer_of.get(id(weight))][name] = weight
+    return list(groups.values())
 
 
 def obstacle(policy, common) -> str | None:

