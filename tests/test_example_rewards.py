@@ -59,10 +59,14 @@ class Judge(BaseHTTPRequestHandler):
         """Nothing on the console."""
 
 
+class Server(ThreadingHTTPServer):
+    request_queue_size = 64      # a connection that finds no place is made again, and the request sent twice
+
+
 @pytest.fixture
 def judge(monkeypatch):
     """The module of the judge, which asks a server here and does not pause for long."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Judge)
+    server = Server(("127.0.0.1", 0), Judge)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     Judge.requests, Judge.failures = [], {}
     monkeypatch.setenv("JUDGE_URL", f"http://127.0.0.1:{server.server_port}/v1/")

@@ -88,7 +88,7 @@ def test_metrics(runs):
 def test_run_json(runs):
     run = json.loads((runs / "dpo" / "run.json").read_text())
     assert set(run) == {"command", "started", "versions", "machine", "world_size", "data", "digests",
-                        "resumed_from_step", "final"}
+                        "resumed_from_step", "final", "pace"}
     assert run["versions"]["torch"] == torch.__version__
     assert run["resumed_from_step"] == 0 and run["world_size"] == 1
     data = run["data"]["train"]
