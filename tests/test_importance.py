@@ -284,6 +284,7 @@ def test_evaluate_compares_a_few_completions_first(files, tmp_path, monkeypatch,
 
 @pytest.mark.parametrize("main", PROGRAMS)
 def test_evaluate_and_sample_refuse_an_adapter(files, tmp_path, monkeypatch, main):
+    pytest.importorskip("peft")
     keys = PLAIN | dict(algorithm="grpo", max_steps=1, eval_every=1000, lora_r=2) | ONLINE["grpo"] | files
     train_here(write_config(tmp_path / "lora.yml", output=tmp_path / "lora", **keys))
     monkeypatch.setattr("engine.options.find_spec", lambda name: name)
