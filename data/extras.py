@@ -101,22 +101,22 @@ def share_out(text, examples, lists):
     for name, value in text.numbers.items():
         if not isinstance(value, list):
             shares = [[value] * len(example.responses) for example in examples]
+        elif text.of_pair and len(value) == 2:
+            lists.fitting.add(name)
+            shares = _per_side(value, examples)
         elif unlike := _misfit(value, examples, text):
             lists.counts[name] += 1
             lists.firsts.setdefault(name, f"{len(value)} numbers for {unlike} in {text.where}")
             continue
         else:
             lists.fitting.add(name)
-            is_per_side = text.of_pair and len(value) == 2
-            shares = _per_side(value, examples) if is_per_side else _per_token(name, value, examples, text)
+            shares = _per_token(name, value, examples, text)
         for example, share in zip(examples, shares):
             example.extras[name] = torch.tensor(share)
 
 
 def _misfit(value, examples, text):
-    """What a list of numbers would have to fit, where it does not, else ""."""
-    if text.of_pair and len(value) == 2:
-        return ""
+    """What a list of numbers, one for each token, would have to fit, where it does not, else ""."""
     if len(text.responses) > 1:
         return f"{len(text.responses)} responses"
     count = sum(example.num_trained for example in examples)

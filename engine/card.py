@@ -15,12 +15,11 @@ from data.command import as_typed
 from data.errors import printable
 from engine.chart import number
 from engine.logs import redact
-from engine.report import PLACES, RunFiles
+from engine.report import NO_METRICS, PLACES, RunFiles
 from model.load import HUB_MODEL
 from model.modelscope import PREFIX, as_written
 
 VERSION = Path(__file__).resolve().parents[1] / "VERSION"
-HIDDEN = ("step", "split", "epoch", "lr", "grad_norm", "tokens_per_second")
 LICENSE = ("license", "license_name", "license_link")
 LOAD = {
     "transformers": """\
@@ -121,7 +120,7 @@ def metrics_table(run: RunFiles) -> str:
              f"| metric | step {first['step']} | step {last['step']} |", "|---|---:|---:|"]
     for name in last:
         before, after = first.get(name), last[name]
-        if name not in HIDDEN and before is not None and after is not None:
+        if name not in NO_METRICS and before is not None and after is not None:
             lines.append(f"| {plain(name)} | {number(before)} | {number(after)} |")
     return "\n".join(lines)
 

@@ -3,10 +3,15 @@ the line that is missing or too much."""
 import torch
 
 from data.errors import RunError
+from engine.report import NO_METRICS
 from model.build import reshard
 
-# what every row of metrics.jsonl holds beside the metrics of an algorithm
-OWN = {"step", "split", "epoch", "loss", "grad_norm", "lr", "tokens_per_second"}
+OWN = {*NO_METRICS, "loss"}      # what a row of metrics.jsonl holds beside the metrics of an algorithm
+
+
+def parts_of(values) -> tuple:
+    """What stands in step.log for the sum of several averages, or for one."""
+    return values if isinstance(values, tuple) else (values,)
 
 
 def check_new(step, last: int) -> None:
@@ -35,7 +40,7 @@ def check_metrics(metrics: dict) -> None:
         if name in OWN:
             raise RunError(f"step.log got a metric {name!r}, which every row has already; fix: choose "
                            "another name")
-        for part in values if isinstance(values, tuple) else (values,):
+        for part in parts_of(values):
             if torch.is_tensor(part) and part.ndim != 1:
                 raise RunError(f"step.log got {name!r} of shape {tuple(part.shape)}, whose mean over "
                                "micro-batches would be wrong; fix: pass one number per example, response or "

@@ -2,7 +2,6 @@
 
 A run has its directory alone (claim.py).
 """
-import json
 import os
 from typing import NamedTuple
 
@@ -12,6 +11,7 @@ from data.errors import UserError, notice
 from engine import checkpoint, sealed
 from engine.claim import LOCK, claim, release
 from engine.ranks import TOKEN
+from engine.report import read_started
 from engine.yaml_file import read_config
 
 # these keys change neither a number nor the final model ...
@@ -141,11 +141,7 @@ def shape_of_final(config_yaml: str) -> dict[str, str]:
 
 def made_final(directory: str) -> dict | None:
     """What run.json says that the final/ in a directory was made with; None if it does not say."""
-    try:
-        with open(os.path.join(directory, "run.json"), encoding="utf-8") as file:
-            return json.load(file)["final"]
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
-        return None                                    # the file is lost, or of an earlier version
+    return read_started(directory).get("final")      # the file may be lost, or of an earlier version
 
 
 def has_made_final(directory: str, config_yaml: str) -> bool:

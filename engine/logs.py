@@ -24,7 +24,7 @@ from engine.claim import release
 from engine.console import Console
 from engine.directory import made_final, shape_of_final
 from engine.fingerprint import check_unchanged
-from engine.report import REPORT, write_report
+from engine.report import NO_METRICS, REPORT, write_report
 from engine.trackers import Trackers
 
 ROWS = ("metrics.jsonl", "samples.jsonl")
@@ -267,11 +267,10 @@ class Run:
         self.erase()
         console = Console(sys.stdout)
         console.say(f"\n{title}: step {first['step']} -> step {last['step']}")
-        hidden = ("step", "split", "epoch", "lr", "grad_norm", "tokens_per_second")
         for name in first:
             # an update of kto may lack one class; what was not finite is null
             known = first[name] is not None and last.get(name) is not None
-            if known and name not in hidden:
+            if known and name not in NO_METRICS:
                 console.say(f"  {name:<20} {first[name]:9.4f} -> {last[name]:9.4f}")
         console.say(f"model    {self.path('final')}")
         if chat:

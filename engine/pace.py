@@ -1,12 +1,12 @@
 """How long a run will take, where one of the same kind has ended on this machine: `--dry-run` says it."""
 import glob
-import json
 import os
 from dataclasses import fields
 from typing import NamedTuple
 
 from engine.directory import SILENT, differing
 from engine.logs import environment
+from engine.report import read_started
 
 # keys that change how many updates are made or what they learn, not how long one takes
 UNTIMED = SILENT | {"max_steps", "epochs", "seed", "shuffle", "lr", "schedule", "warmup", "weight_decay",
@@ -32,9 +32,10 @@ def expected_seconds(common, config, stored: str, updates: int, tokens: float) -
         ignored = UNTIMED | {field.name for field in fields(config)} | {"batch_size"}
     beside = os.path.dirname(common.output or "runs/run") or "."
     files = glob.glob(os.path.join(glob.escape(beside), "*", "run.json"))
+    now = environment()
     for file in sorted(files, key=written, reverse=True):
         directory = os.path.dirname(file)
-        pace = pace_of(file)
+        pace = pace_of(read_started(directory), now)
         if pace and not differing(directory, stored, ignored):
             share = tokens / pace.tokens if tokens else updates / pace.updates
             return pace.seconds * share, directory
@@ -46,14 +47,12 @@ def written(file: str) -> float:
     return os.lstat(file).st_mtime
 
 
-def pace_of(file: str) -> Pace | None:
-    """The pace in a run.json, if the run ended on a machine like this one, with as many processes."""
-    now = environment()
+def pace_of(started: dict, now: dict) -> Pace | None:
+    """The pace that a run.json says, if the run ended on a machine like that of `now`, with as many
+    processes."""
     try:
-        with open(file, encoding="utf-8") as opened:
-            started = json.load(opened)
         pace = Pace(**started["pace"])
         is_like = all(started[key] == now[key] for key in ("machine", "world_size"))
         return pace if is_like and min(pace) > 0 else None
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+    except (LookupError, TypeError):
         return None                                # of an earlier version, or damaged

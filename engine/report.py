@@ -18,6 +18,7 @@ REPORT = "report.html"                         # in a run's directory
 PAGE = os.path.join(os.path.dirname(__file__), "report.css")
 COLORS = 8                                     # of the style's classes c0, c1, ...
 HIDDEN = ("step", "split", "epoch")
+NO_METRICS = (*HIDDEN, "lr", "grad_norm", "tokens_per_second")      # what a row says of its update alone
 PLACES = ("output", "resume")      # keys that say where a run lies, not what it is
 FIRST = ("loss", "reward", "rewards/", "accuracy", "kl", "entropy", "completions/", "grad_norm", "lr")
 RATES = ("accuracy", "accuracies")             # the last part of the name of a share of the held-out rows
@@ -63,11 +64,7 @@ def read_run(directory: str) -> RunFiles | None:
     config = read_config(directory)
     if config is None or "algorithm" not in config:
         return None
-    try:
-        with open(os.path.join(directory, "run.json"), encoding="utf-8") as file:
-            started = json.load(file)
-    except (OSError, ValueError):
-        started = {}
+    started = read_started(directory)
     rows = read_rows(os.path.join(directory, "metrics.jsonl"))
     for key, value in config.items():
         if not isinstance(value, str):               # such as a list of files
@@ -78,6 +75,16 @@ def read_run(directory: str) -> RunFiles | None:
     samples = read_rows(os.path.join(directory, "samples.jsonl"))
     events = read_lines(os.path.join(directory, "events.log"))
     return RunFiles(directory, config, started, splits["train"], splits["eval"], samples, events)
+
+
+def read_started(directory: str) -> dict:
+    """What the run.json in a directory says; {} where the file is lost or damaged."""
+    try:
+        with open(os.path.join(directory, "run.json"), encoding="utf-8") as file:
+            started = json.load(file)
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return started if isinstance(started, dict) else {}
 
 
 def read_lines(path: str) -> list[str]:

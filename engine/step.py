@@ -2,7 +2,7 @@
 import torch
 
 from data.errors import RunError
-from engine.contract import check_losses, check_metrics
+from engine.contract import check_losses, check_metrics, parts_of
 from engine.ranks import on_any_rank, sum_over_ranks
 
 
@@ -54,7 +54,7 @@ class Step:
         number. Each is averaged over all its entries in the update, or in the evaluation. A tuple of
         tensors stands for the sum of their averages. A second call for the same micro-batch adds its
         metrics, but no loss."""
-        parts = losses if isinstance(losses, tuple) else (losses,)
+        parts = parts_of(losses)
         check_losses(parts)
         check_metrics(metrics)
         if split != self.split:
@@ -71,8 +71,7 @@ class Step:
 
     def add(self, metrics: dict, split: str = "train") -> None:
         for name, values in metrics.items():
-            parts = values if isinstance(values, tuple) else (values,)
-            for i, part in enumerate(parts):
+            for i, part in enumerate(parts_of(values)):
                 part = torch.as_tensor(part, device=self.engine.policy.device).detach()
                 total = self.totals[split].setdefault((name, i), [0.0, 0])
                 total[0] = total[0] + part.sum(dtype=torch.float64)

@@ -330,7 +330,10 @@ def test_an_averaged_reference_resumes_on_two_ranks(edit, tmp_path):
 def test_two_ranks_take_extra_forwards_and_metrics_of_one_of_them(edit, tmp_path):
     """A forward without a backward gathers the weights again: they must be sharded before the clipping, and
     after the update. A metric may be known on one rank alone, or come in another order."""
-    forward = "        import torch\n        with torch.no_grad():\n            step.index and policy(batch)\n"
+    forward = (
+        "        import torch\n"
+        "        with torch.no_grad():\n"
+        "            step.index and policy(batch)\n")
     mixed = "{**(metrics if engine.rank else dict(reversed(metrics.items()))), **mine}"
     log = LOG.replace("metrics", mixed).replace("        engine", f"{forward}        engine")
     mine = "            mine = {'mine': 0 * losses + 5} if engine.rank else {}\n"

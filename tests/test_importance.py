@@ -341,7 +341,13 @@ def test_vllm_builds_the_text_part_alone(fake):
 
 
 @pytest.mark.parametrize("version, is_taken", [
-    ("0.31.2", False), ("0.9.0", False), ("0.32.0", True), ("0.32.0+cpu", True), ("1.0", True), ("dev", True)])
+    ("0.31.2", False),
+    ("0.9.0", False),
+    ("0.32.0", True),
+    ("0.32.0+cpu", True),
+    ("1.0", True),
+    ("dev", True),
+])
 def test_versions(fake, version, is_taken):
     if is_taken:
         fake(version=version)
@@ -357,7 +363,8 @@ class ValidationError(ValueError):
 
 # the beginnings of what vLLM 0.32 says
 FREE = ("Free memory on device cuda:0 (20.1/79.2 GiB) on startup is less than desired GPU memory "
-        "utilization (0.3, 23.8 GiB). Decrease GPU memory utilization or reduce GPU memory used by other processes.")
+        "utilization (0.3, 23.8 GiB). Decrease GPU memory utilization or reduce GPU memory used by other "
+        "processes.")
 NO_BLOCKS = ("No available memory for the cache blocks. Try increasing `gpu_memory_utilization` when "
              "initializing the engine or use `--cpu-offload-gb` to reduce weight GPU memory consumption.")
 

@@ -327,7 +327,8 @@ def test_each_pair_of_a_question_is_scored_by_its_own_texts(tmp_path, classifier
     evaluate.main([classifier, "data=HuggingFaceH4/stack-exchange-preferences:train", f"output={tmp_path}"])
     name = "stack-exchange-preferences_eval_results.jsonl"
     found = [json.loads(line) for line in (tmp_path / name).open()]
-    ranked = [("Why?", 0, 1), ("Why?", 0, 2), ("Why?", 0, 3), ("Why?", 2, 1), ("Why?", 2, 3), ("And then?", 0, 1)]
+    ranked = [("Why?", *pair) for pair in ((0, 1), (0, 2), (0, 3), (2, 1), (2, 3))]
+    ranked.append(("And then?", 0, 1))
     for (question, good, bad), result in zip(ranked, found, strict=True):
         scores = own_scores(classifier, [messages(question, texts[good]), messages(question, texts[bad])])
         got = [result["metrics"]["chosen"], result["metrics"]["rejected"]]

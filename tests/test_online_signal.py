@@ -300,7 +300,8 @@ def test_cut_completions_that_are_masked(run, monkeypatch):
 
 
 def test_a_rollout_with_fewer_prompts_than_mini_batches(run, tmp_path):
-    """The second one has two prompts for four updates; a mixture of experts divides by the examples of each."""
+    """The second one has two prompts for four updates; a mixture of experts divides by the examples of
+    each."""
     experts = config_of(MixtralConfig, num_local_experts=4, num_experts_per_tok=2, router_aux_loss_coef=0.5)
     random_lm(experts).save_pretrained(tmp_path / "model")
     byte_tokenizer().save_pretrained(tmp_path / "model")
@@ -310,8 +311,8 @@ def test_a_rollout_with_fewer_prompts_than_mini_batches(run, tmp_path):
     rows = metrics(result)
     trained = [True] * 6 + [False] * 2
     assert ["loss" in row for row in rows] == [row["grad_norm"] > 0 for row in rows] == trained
-    weights = [load_file(result / "checkpoints" / f"step-00000{step}" / "model.safetensors") for step in (6, 8)]
-    assert_same_weights(*weights)
+    folders = [result / "checkpoints" / f"step-00000{step}" for step in (6, 8)]
+    assert_same_weights(*(load_file(folder / "model.safetensors") for folder in folders))
 
 
 def test_two_processes_pass_over_as_one_does(run, files, tmp_path):

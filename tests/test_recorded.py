@@ -1,5 +1,5 @@
-"""When the steps of sampling are recorded on a GPU, which is not here: what PyTorch does with graphs and their
-pool stands in for it."""
+"""When the steps of sampling are recorded on a GPU, which is not here: what PyTorch does with graphs and
+their pool stands in for it."""
 import contextlib
 import gc
 import types

@@ -14,6 +14,7 @@ from helpers import (
     byte_tokenizer,
     config_of,
     pair_rows,
+    prompt_rows,
     run_train,
     tiny_model,
     train_here,
@@ -146,7 +147,7 @@ def test_dry_run_says_how_long_a_run_like_another_one_takes(tmp_path, capsys):
 def test_dry_run_says_how_long_an_online_run_like_another_one_takes(tmp_path, capsys):
     """By its updates, if these have as many completions."""
     model = tiny_model(tmp_path / "model")
-    data = write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": f"{i} + {i}", "answer": "1"} for i in range(4)])
+    data = write_jsonl(tmp_path / "prompts.jsonl", prompt_rows(4))
     config = write_config(tmp_path / "c.yml", algorithm="grpo", model=model, data=data, max_length=64,
                           batch_size=2, reward="gsm8k", num_generations=2, max_completion_length=4)
     directory = tmp_path / "runs" / "a"
