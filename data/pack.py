@@ -6,9 +6,10 @@ One example is laid out once, however many responses it has:
     positions  0 1 2 3 | 4 5 6 | 4 5 6 7        every response restarts after its prompt
     may see    causal, and (key in the prompt, or key in the same response), and same example
 
-A micro-batch is such examples one after the other in one row. The token before `r` is the last `c`, so
-shifting by one would be wrong: `source` and `target` say which hidden state predicts which token, for the
-trained tokens only.
+A micro-batch is such examples one after the other in one row, behind the prefix that all their prompts begin
+with (a system prompt), which is laid out and computed once. The token before `r` is the last `c`, so shifting
+by one would be wrong: `source` and `target` say which hidden state predicts which token, for the trained
+tokens only.
 
 Four counts of a micro-batch name the shapes everywhere:
 T  laid-out tokens        N  trained tokens        S  responses        B  examples
@@ -21,6 +22,7 @@ T  laid-out tokens        N  trained tokens        S  responses        B  exampl
     ([1, 2, 1], [7, 8, 9], [2, 1])
 """
 from dataclasses import dataclass, field, replace
+from os.path import commonprefix
 
 import numpy as np
 import torch
@@ -59,16 +61,14 @@ class Example:
 
     def groups(self, share_prompt: bool) -> list[list[Response]]:
         """The responses that follow each copy of the prompt."""
-        if share_prompt:
+        if share_prompt or not self.responses:
             return [self.responses]
         return [[response] for response in self.responses]
 
     def size(self, share_prompt: bool = True) -> int:
         """Laid-out tokens."""
-        size = len(self.prompt) * len(self.groups(share_prompt))
-        for response in self.responses:
-            size += len(response.tokens)
-        return size
+        responses = sum(len(response.tokens) for response in self.responses)
+        return len(self.prompt) * len(self.groups(share_prompt)) + responses
 
     def part(self, which: list[int]) -> "Example":
         """This example with only the responses `which`, and their numbers of the tensors in `extras`."""
@@ -108,7 +108,8 @@ class Batch:
     last: torch.Tensor                      # (S,) index of each response's last token
     lengths: list[int]                      # S trained-token counts, whose sum is N ...
     counts: torch.Tensor                    # (S,) ... and the same beside the other tensors
-    segments: list[tuple[int, list[int]]]   # per laid-out prompt: its length, and those of its responses
+    segments: list[tuple[int, list[int]]]   # per laid-out prompt: its length, and those of its responses ...
+    prefix: int                             # ... behind so many tokens, which all prompts begin with
     examples: list[Example]
     units: tuple | None = None              # what one call of attention per layer needs, see model/varlen.py
     form: tuple | None = None               # what a policy laid it out for, see model/form.py
@@ -166,37 +167,42 @@ def collate(examples: list[Example], share_prompt: bool = True) -> Batch:
     list gives the filler (one context token, N = 0) for a rank with fewer micro-batches than another."""
     tokens, positions, source, target = [], [], [], []             # arrays, one after the other in the row
     last, lengths, segments = [], [], []
-    start = 0                                                      # index in the row of the next token
+    prefix = 0
+
+    def lay_out(ids, first_position):
+        tokens.append(ids)
+        positions.append(first_position + np.arange(len(ids)))
+
+    if share_prompt and len(examples) > 1:
+        prompts = [example.prompt[:-1].tolist() for example in examples]      # each keeps one of its own
+        prefix = len(commonprefix(prompts))
+        lay_out(examples[0].prompt[:prefix], 0)
+    start = prefix                                                 # index in the row of the next token
     for example in examples:
-        prompt_length = len(example.prompt)
+        prompt = example.prompt[prefix:]
         for responses in example.groups(share_prompt):
-            tokens.append(example.prompt)
-            positions.append(np.arange(prompt_length))
-            start += prompt_length
+            lay_out(prompt, prefix)
+            start += len(prompt)
             end_of_prompt = start - 1
-            segments.append((prompt_length, []))
+            segments.append((len(prompt), []))
             for response in responses:
                 length = len(response.tokens)
-                tokens.append(response.tokens)
-                positions.append(np.arange(prompt_length, prompt_length + length))
-                predictors = np.arange(start - 1, start + length - 1)    # the token before predicts each ...
-                predictors[0] = end_of_prompt                            # ... and the prompt's end the first
+                lay_out(response.tokens, len(example.prompt))
+                predictors = start - 1 + np.arange(length)     # the token before predicts each ...
+                predictors[0] = end_of_prompt                  # ... and the prompt's end the first
                 source.append(predictors[response.trained])
                 target.append(response.tokens[response.trained])
-                last.append(start + length - 1)
                 lengths.append(response.num_trained)
                 segments[-1][1].append(length)
                 start += length
+                last.append(start - 1)
     if not examples:
-        tokens.append([0])
-        positions.append([0])
+        lay_out([0], 0)
         segments.append((1, []))
     return Batch(joined(tokens), joined(positions), joined(source), joined(target),
-                 torch.tensor(last, dtype=torch.long), lengths, torch.tensor(lengths, dtype=torch.long),
-                 segments, examples)
+                 torch.tensor(last).long(), lengths, torch.tensor(lengths).long(), segments, prefix, examples)
 
 
 def joined(arrays) -> torch.Tensor:
     """One int64 tensor of all arrays, also of none."""
-    nothing = np.zeros(0, np.int64)
-    return torch.from_numpy(np.concatenate([nothing, *arrays]))
+    return torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *arrays]))

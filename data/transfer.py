@@ -13,5 +13,6 @@ def together_to(tensors: list[torch.Tensor], device) -> list[torch.Tensor]:
     """Tensors of ids or places on a device, in one copy."""
     if device.type == "cpu":
         return tensors
-    sizes = [len(tensor) for tensor in tensors]
-    return list(to_device(torch.cat(tensors), device).split(sizes))
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    parts = to_device(flat, device).split([tensor.numel() for tensor in tensors])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors)]

@@ -2,7 +2,6 @@
 model."""
 import gc
 import itertools
-import os
 import time
 
 import numpy as np
@@ -17,8 +16,8 @@ from engine.reference import (
     Reference,
     Table,
     lacking,
-    model_key,
     read_table,
+    store_of,
     whole_parts,
     write_part,
 )
@@ -99,18 +98,7 @@ def used_examples(engine) -> Examples:
     plan = engine.plan
     if plan.total >= plan.draws_per_epoch:
         return engine.train_set
-    rows = itertools.chain(*plan.all_rows())
-    return engine.train_set.take(sorted(rows))
-
-
-def store_of(engine, path: str | None) -> str:
-    """The directory with the reference's log-probs, beside the runs, by model and arithmetic."""
-    policy = engine.policy
-    bits = " 4-bit" if engine.config.load_in_4bit else ""
-    arithmetic = f"{policy.precision} {policy.device.type} {policy.lm.dtype}{bits}"
-    key = from_main(model_key, path or engine.config.model, arithmetic)
-    runs = os.path.dirname(os.path.normpath(engine.run.directory))
-    return os.path.join(runs, ".reference", key)
+    return engine.train_set.take(sorted(itertools.chain(*plan.all_rows())))
 
 
 def stored_table(store: str, notice) -> Table:

@@ -18,6 +18,7 @@ from data.files import sha256
 from data.store import Examples, mapped, response_keys
 from engine import checkpoint, sealed
 from engine.claim import claim, release
+from engine.ranks import from_main
 from model.load import base_of, check_name, first_line, is_adapter
 
 ARRAYS = ("keys", "starts", "logps")      # of a part, see `Table`
@@ -95,6 +96,16 @@ def lacking(groups: list[Examples], table: Table) -> list[Examples]:
 
 
 # ---- how it is found -------------------------------------------------------------------------------------
+
+def store_of(engine, path: str | None) -> str:
+    """The directory with the reference's log-probs, beside the runs, by model and arithmetic."""
+    policy = engine.policy
+    bits = " 4-bit" if engine.config.load_in_4bit else ""
+    arithmetic = f"{policy.precision} {policy.device.type} {policy.lm.dtype}{bits}"
+    key = from_main(model_key, path or engine.config.model, arithmetic)
+    runs = os.path.dirname(os.path.normpath(engine.run.directory))
+    return os.path.join(runs, ".reference", key)
+
 
 def model_key(path: str, arithmetic: str) -> str:
     """A digest of a model and of how its log-probs are computed. A local directory counts by its files (and

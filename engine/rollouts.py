@@ -232,13 +232,13 @@ class Rollouts:
     def divided(self, examples: list[Example]) -> list[Example]:
         """The same responses in examples of at most `micro_batch_tokens`: advantages are known, so a group
         need not stay together."""
-        limit = self.engine.config.micro_batch_tokens
-        is_shared = self.engine.policy.share_prompt
+        engine = self.engine
+        limit = engine.config.micro_batch_tokens
         parts = []
         for example in examples:
             which, size = [], 0
             for i, response in enumerate(example.responses):
-                prompt = 0 if is_shared and which else len(example.prompt)
+                prompt = 0 if engine.policy.share_prompt and which else len(example.prompt)
                 if which and size + prompt + len(response.tokens) > limit:
                     parts.append(example.part(which))
                     which, size, prompt = [], 0, len(example.prompt)

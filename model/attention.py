@@ -7,38 +7,38 @@ from transformers import AttentionInterface
 from model.scores import special_attention, window_mask
 
 
-def segments_attention(module, query, key, value, attention_mask, scaling=None, segments=None,
+def segments_attention(module, query, key, value, attention_mask, scaling=None, segments=None, prefix=0,
                        sliding_window=None, softcap=None, s_aux=None, **_):
     """Attention over a flat row, one call of SDPA per prompt with its first response, and one per further
-    response: its queries over the keys of the prompt and its own. Memory is linear in the row's length.
+    response: its queries over the keys of the prompt and its own, all behind those of the prefix. Memory is
+    linear in the row's length.
 
-    query (1, heads, T, head_dim); key, value (1, kv_heads, T, head_dim); segments as in `Batch.segments`;
+    query (1, heads, T, head_dim); key, value (1, kv_heads, T, head_dim); segments and prefix as in `Batch`;
     softcap: a cap on the scores (Gemma 2); s_aux (heads,): sinks (gpt-oss), both as in scores.py. Returns
     (1, T, heads, head_dim), as transformers' attention functions do."""
     options = (scaling, sliding_window, softcap, s_aux)
     query = query.to(value.dtype)          # under autocast, rotary embeddings return fp32
     key = key.to(value.dtype)
-    units = []                             # lengths of the parts of the row with a call each
+    units = [prefix]                       # lengths of the parts of the row with a call each
     for prompt, responses in segments:
-        units.append(prompt + sum(responses[:1]))
-        units.extend(responses[1:])
+        units += [prompt + sum(responses[:1]), *responses[1:]]
     # one split, not a slice per unit: each slice's backward would fill a gradient of the whole row with zeros
     queries = query.split(units, dim=2)
     keys = key.split(units, dim=2)
     values = value.split(units, dim=2)
     attended = []
-    first = 0                              # the unit of a prompt with its first response
+    if prefix:
+        attended.append(attend(queries[0], keys[0], values[0], *options))
+    unit = 0
     for prompt, responses in segments:
-        output = attend(queries[first], keys[first], values[first], *options)
-        attended.append(output)
-        for unit in range(first + 1, first + len(responses)):
-            prompt_keys = keys[first][:, :, :prompt]
-            prompt_values = values[first][:, :, :prompt]
-            unit_keys = torch.cat([prompt_keys, keys[unit]], 2)
-            unit_values = torch.cat([prompt_values, values[unit]], 2)
-            output = attend(queries[unit], unit_keys, unit_values, *options)
-            attended.append(output)
-        first += max(1, len(responses))
+        context_keys, context_values = keys[0], values[0]
+        for _ in responses or ["none"]:
+            unit += 1
+            unit_keys = torch.cat([context_keys, keys[unit]], 2)
+            unit_values = torch.cat([context_values, values[unit]], 2)
+            attended.append(attend(queries[unit], unit_keys, unit_values, *options))
+            context_keys = unit_keys[:, :, :prefix + prompt]
+            context_values = unit_values[:, :, :prefix + prompt]
     return torch.cat(attended, 1), None
 
 

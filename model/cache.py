@@ -43,6 +43,7 @@ class Cache:
         self.width = 0                                             # how many columns there are
         self.layers = {}                                           # layer: [keys, values]
         self.prompts = []                                          # the groups that the next forward computes
+        self.prefix = 0                                            # how many tokens they all begin with
         self.mask = None                                           # (rows, 1, 1, width)
         self.hidden = 0                                            # columns that it hides from some row
 
@@ -87,18 +88,19 @@ class Cache:
         return made
 
     def store_prompts(self, layer: int, key, value) -> None:
-        """Copy the keys and values (1, heads, T, head_dim) of `prompts`, one after the other, to each
-        prompt's rows."""
+        """Copy the keys and values (1, heads, T, head_dim) of `prompts` to each prompt's rows: those of their
+        prefix, which come first, and those of the rest of each."""
         if layer not in self.layers:
             self.layers[layer] = [self.empty(key), self.empty(value)]
-        keys, values = self.layers[layer]
-        start = 0
-        for prompt, rows in self.prompts:
-            end = start + len(prompt)
-            columns = slice(self.column - len(prompt), self.column)
-            keys[rows, :, columns] = key[0, :, start:end]
-            values[rows, :, columns] = value[0, :, start:end]
-            start = end
+        for stored, new in zip(self.layers[layer], (key[0], value[0])):
+            end = self.prefix
+            for prompt, rows in self.prompts:
+                start = end
+                end += len(prompt) - self.prefix
+                first = self.column - len(prompt)
+                own = first + self.prefix
+                stored[rows, :, first:own] = new[:, :self.prefix]
+                stored[rows, :, own:self.column] = new[:, start:end]
 
     def empty(self, new):
         """Room for one layer's keys or values, of the shape and type of `new`."""
@@ -200,6 +202,7 @@ def rollout_attention(
     scaling=None,
     rollout_cache=None,
     segments=None,
+    prefix=0,
     units=None,
     sliding_window=None,
     softcap=None,
@@ -211,7 +214,7 @@ def rollout_attention(
     key = key.to(value.dtype)                                      # as in segments_attention
     within = None
     if segments is not None:
-        within = partial(segments_attention, segments=segments)
+        within = partial(segments_attention, segments=segments, prefix=prefix)
     elif units is not None:
         within = partial(varlen_attention, units=units)
     if within:

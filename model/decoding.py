@@ -6,12 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch.distributed.fsdp import FSDPModule
 
+from data.pack import Example
 from model.cache import Cache, CacheInPlace
 from model.draw import draw
-from model.form import VARLEN, trunk_of
+from model.form import trunk_of
 from model.head import HeadLogits
 from model.recorded import Recorded
-from model.varlen import units_of
+from model.varlen import layout_of
 
 PREFILL_TOKENS = 8192                  # prompt tokens in one forward
 
@@ -24,7 +25,7 @@ class Decoding:
         lm = policy.lm
         device = lm.device
         limit = sampling.max_completion_length
-        self.lm, self.sampling, self.form = lm, sampling, policy.form
+        self.policy, self.lm, self.sampling = policy, lm, sampling
         kind = CacheInPlace if device.type == "cuda" else Cache
         self.cache = kind(device)
         self.head_logits = HeadLogits(lm, rows)
@@ -47,7 +48,7 @@ class Decoding:
         device = self.lm.device
         limit = uniforms.shape[1]
         lengths = [len(prompt) for prompt in prompts]
-        hidden = prefill(self.lm, self.form, self.cache, prompts, room=limit)   # (m, D)
+        hidden = prefill(self.policy, self.cache, prompts, room=limit)      # (m, D)
         uniforms = torch.from_numpy(uniforms).to(device)
         tokens, logps = self.draw(hidden, uniforms[:, 0])
         positions = torch.tensor(lengths, device=device)[:, None]
@@ -113,10 +114,10 @@ class Decoding:
         return order
 
 
-def prefill(lm, form, cache: Cache, prompts: list[np.ndarray], room: int):
+def prefill(policy, cache: Cache, prompts: list[np.ndarray], room: int):
     """Add rows to the cache for the m `prompts`, with their keys and values and `room` columns behind them;
     the last hidden state (m, D) of every row's prompt. Each prompt is computed once, together with as many
-    others as PREFILL_TOKENS allow."""
+    others as PREFILL_TOKENS allow, and their common prefix once for all of these."""
     groups = copies_together(prompts, first=cache.rows)
     cache.add(groups, room)
     hidden = []
@@ -126,21 +127,13 @@ def prefill(lm, form, cache: Cache, prompts: list[np.ndarray], room: int):
         count = max(1, fitting)
         cache.prompts = groups[:count]
         groups = groups[count:]
-        ids, positions, segments = [], [], []
-        for prompt, _ in cache.prompts:
-            length = len(prompt)
-            ids.append(prompt)
-            positions.append(np.arange(length))
-            segments.append((length, []))                          # a prompt without responses
-        ids = torch.from_numpy(np.concatenate(ids)).long()
-        positions = torch.from_numpy(np.concatenate(positions))
-        layout = {"segments": segments}
-        if form.attention == VARLEN:                               # one launch for all prompts
-            layout = {"units": units_of(segments).to(lm.device)}
-        ids = ids[None].to(lm.device)
-        positions = positions[None].to(lm.device)
-        states = last_hidden(lm, cache, ids, positions, **layout)[0]
-        for end, (_, rows) in zip(ends, cache.prompts):
+        batch = policy.collate([Example(prompt, [], "a prompt") for prompt, _ in cache.prompts])
+        cache.prefix = batch.prefix
+        states = last_hidden(
+            policy.lm, cache, batch.tokens[None], batch.positions[None], **layout_of(batch))[0]
+        end = batch.prefix
+        for prompt, rows in cache.prompts:
+            end += len(prompt) - batch.prefix
             copies = rows.stop - rows.start
             hidden.append(states[end - 1].expand(copies, -1))
     return torch.cat(hidden)

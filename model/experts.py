@@ -83,10 +83,11 @@ def auxiliary_losses(router_logits, top_k: int, shares) -> torch.Tensor:
 def token_shares(batch) -> torch.Tensor:
     """(B, T): the share of each token of the flat row in its example; a prompt counts once per response."""
     shares = torch.zeros(len(batch.examples), len(batch.tokens))
-    start = 0
+    start = batch.prefix
     segments = iter(batch.segments)
     for number, example in enumerate(batch.examples):
         weights = shares[number]
+        weights[:batch.prefix] = len(example.responses)
         missing = len(example.responses)
         while missing > 0:
             prompt, lengths = next(segments)

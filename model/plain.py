@@ -20,9 +20,10 @@ from model.experts import router_options, with_router_loss
 def rows_of(batch: Batch) -> list[np.ndarray]:
     """Per row its tokens' places in the flat row: a prompt and one of its responses."""
     rows = []
-    start = 0
+    start = batch.prefix
     for prompt, responses in batch.segments:
-        context = np.arange(start, start + prompt)
+        own = np.arange(start, start + prompt)
+        context = np.concatenate([np.arange(batch.prefix), own])
         start += prompt
         for length in responses or [0]:
             response = np.arange(start, start + length)

@@ -1,8 +1,9 @@
 """Attention over flat rows with shared prompts in one call of a kernel per layer, on a GPU in bf16.
 
-A row is split into U units: a prompt with its first response, and each further response. The queries of a
-unit are its own tokens, its keys those of its prompt and its own. The keys of all units one after the other
-(K, kv_heads, head_dim) hold a prompt once per response: 1.6 keys per token for HH-RLHF's pairs.
+A row is split into U units: the prefix, each prompt with its first response, and each further response. The
+queries of a unit are its own tokens, its keys those of the prefix, of its prompt and its own. The keys of all
+units one after the other (K, kv_heads, head_dim) hold a prompt once per response: 1.6 keys per token for
+HH-RLHF's pairs.
 """
 import inspect
 from typing import NamedTuple
@@ -29,31 +30,39 @@ class Units(NamedTuple):
     key_ends: torch.Tensor            # (U + 1,) the same: where each unit's keys end, after a 0
     tokens: torch.Tensor              # (K,): the token whose key each one is
     own: torch.Tensor                 # (T,): where in K each token is in its own unit
+    prefixes: torch.Tensor            # (C, prefix): where in K each of C copies of the prefix is
     copies: list[torch.Tensor]        # two per further response, of all prompts that have so many: the tokens
     #                                   (P,) of these prompts, and where in K their copies are (P,)
 
     def to(self, device) -> "Units":
-        arrays = [self.query_ends, self.key_ends, self.tokens, self.own, *self.copies]
-        query_ends, key_ends, tokens, own, *copies = together_to(arrays, device)
+        arrays = [self.query_ends, self.key_ends, self.tokens, self.own, self.prefixes, *self.copies]
+        query_ends, key_ends, tokens, own, prefixes, *copies = together_to(arrays, device)
         return self._replace(
             query_ends=query_ends.int(),
             key_ends=key_ends.int(),
             tokens=tokens,
             own=own,
+            prefixes=prefixes,
             copies=copies,
         )
 
 
-def units_of(segments: list[tuple[int, list[int]]]) -> Units:
-    """The units of a row with these `Batch.segments`."""
-    queries, keys, tokens, own = [], [], [], []
+def units_of(segments: list[tuple[int, list[int]]], prefix: int = 0) -> Units:
+    """The units of a row with these `Batch.segments` and this `Batch.prefix`."""
+    shared = np.arange(prefix)
+    queries, keys = ([prefix], [prefix]) if prefix else ([], [])
+    tokens, own = [shared], [shared]
+    prefixes = []                     # per other unit: the places of its copy of the prefix
     copied = []                       # per further response of a prompt: tokens and places of the prompts
-    start = 0                         # the unit's first token
-    place = 0                         # the unit's first key
+    start = prefix                    # the unit's first token
+    place = prefix                    # the unit's first key
     for prompt, responses in segments:
         context = np.arange(start, start + prompt)
         lengths = [prompt + sum(responses[:1]), *responses[1:]]
         for number, length in enumerate(lengths):
+            tokens.append(shared)
+            prefixes.append(place + shared)
+            place += prefix
             if number:                # a further response: its prompt's keys come first
                 if number > len(copied):
                     copied.append(([], []))
@@ -64,7 +73,7 @@ def units_of(segments: list[tuple[int, list[int]]]) -> Units:
             tokens.append(np.arange(start, start + length))
             own.append(np.arange(place, place + length))
             queries.append(length)
-            keys.append(length + prompt if number else length)
+            keys.append(prefix + prompt + length if number else prefix + length)
             start += length
             place += length
     copies = []
@@ -72,14 +81,14 @@ def units_of(segments: list[tuple[int, list[int]]]) -> Units:
         copies += [together(of_prompts), together(places)]
     most = max(queries), max(keys)
     arrays = ends(queries), ends(keys), together(tokens), together(own)
-    return Units(queries, keys, *most, *arrays, copies)
+    return Units(queries, keys, *most, *arrays, torch.from_numpy(np.stack(prefixes)), copies)
 
 
 def with_units(batch, policy):
     """A batch with the policy's form, and what the attention of that form needs."""
     batch.form = policy.form
     if batch.form.attention == VARLEN:
-        batch.units = units_of(batch.segments)
+        batch.units = units_of(batch.segments, batch.prefix)
     return batch
 
 
@@ -90,9 +99,11 @@ def laid_out(batch, policy):
 
 
 def layout_of(batch) -> dict:
-    """What the attention of every layer is told: segments, or units without these lists, which would make a
-    compiled layer another one for each batch."""
-    return {"segments": batch.segments} if batch.units is None else {"units": batch.units}
+    """What the attention of every layer is told: segments and prefix, or units without these lists, which
+    would make a compiled layer another one for each batch."""
+    if batch.units is None:
+        return {"segments": batch.segments, "prefix": batch.prefix}
+    return {"units": batch.units}
 
 
 def together(arrays: list[np.ndarray]) -> torch.Tensor:
@@ -109,23 +120,24 @@ class UnitKeys(torch.autograd.Function):
     no token is there twice, so the sum has one order."""
 
     @staticmethod
-    def forward(ctx, keys, tokens, own, *copies):
-        ctx.save_for_backward(own, *copies)
+    def forward(ctx, keys, tokens, own, prefixes, *copies):
+        ctx.save_for_backward(own, prefixes, *copies)
         return keys.index_select(0, tokens)
 
     @staticmethod
     def backward(ctx, grad):
-        own, *copies = ctx.saved_tensors
+        own, prefixes, *copies = ctx.saved_tensors
         total = grad.index_select(0, own)
         for tokens, places in zip(copies[::2], copies[1::2]):
             total.index_add_(0, tokens, grad.index_select(0, places))
-        return total, None, None, *[None] * len(copies)
+        total[:prefixes.shape[1]] += grad[prefixes].sum(0)
+        return total, None, None, None, *[None] * len(copies)
 
 
 def unit_keys(keys, units: Units):
     if not torch.is_grad_enabled():      # the compiler cannot follow the class there
         return keys.index_select(0, units.tokens)
-    return UnitKeys.apply(keys, units.tokens, units.own, *units.copies)
+    return UnitKeys.apply(keys, units.tokens, units.own, units.prefixes, *units.copies)
 
 
 def varlen_attention(module, query, key, value, attention_mask, scaling=None, units=None,

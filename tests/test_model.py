@@ -43,16 +43,18 @@ ARCHITECTURES = {
 } | kinds()
 
 
-def examples(responses, count=3, seed=0):
-    """Examples of varying lengths, a quarter of whose response tokens are not trained."""
+def examples(responses, count=3, seed=0, prefix=0):
+    """Examples of varying lengths, a quarter of whose response tokens are not trained; their prompts begin
+    with the same `prefix` tokens."""
     draw = random.Random(seed)
 
     def tokens(least, most):
         return np.array([draw.randrange(256) for _ in range(draw.randint(least, most))], np.int32)
     made = []
+    shared = np.arange(100, 100 + prefix, dtype=np.int32)
     for i in range(count):
         parts = [tokens(1, 12) for _ in range(responses)]
-        prompt = tokens(1, 14)
+        prompt = np.concatenate([shared, tokens(1, 14)])
         item = Example(prompt, [], f"here:{i}")
         for part in parts:
             trained = np.array([draw.random() < 0.75 for _ in part])
@@ -87,22 +89,39 @@ def assert_same_gradients(ours, theirs):
     assert {name: error for name, error in errors.items() if not error < 1e-5} == {}
 
 
-@pytest.mark.parametrize("responses", [1, 2, 8])
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_flat_shared_rows_equal_separate_rows(name, responses):
-    """Values and gradients of all parameters: shared, unshared and dense rows against the plain forward."""
-    made, config = examples(responses), ARCHITECTURES[name]
+def check_rows(name, made, layouts):
+    """Values and gradients of all parameters in these forms of flat rows against the plain forward."""
+    config = ARCHITECTURES[name]
     plain = random_lm(config, attn_implementation="eager")
     expected = plain_logps(plain, made)
     expected_gradients = gradients(plain, expected)
-    for implementation, share_prompt in itertools.product(("segments", "varlen", "dense"), (True, False)):
-        if implementation == "varlen" and name in ("gemma2", "gpt_oss"):      # caps and sinks of scores
+    for form in layouts:
+        if form.attention == "varlen" and name in ("gemma2", "gpt_oss"):      # caps and sinks of scores
             continue
-        lm = random_lm(config, attn_implementation=implementation)
-        policy = Policy(lm, form=Form(implementation, share_prompt))
+        lm = random_lm(config, attn_implementation=form.attention)
+        policy = Policy(lm, form=form)
         values = policy(policy.collate(made))
         torch.testing.assert_close(values, expected, rtol=1e-5, atol=1e-5)
         assert_same_gradients(gradients(lm, values), expected_gradients)
+
+
+SHARED = [Form("segments"), Form("varlen"), Form("dense")]
+UNSHARED = [form._replace(share_prompt=False) for form in SHARED]
+
+
+@pytest.mark.parametrize("responses", [1, 2, 8])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_flat_shared_rows_equal_separate_rows(name, responses):
+    check_rows(name, examples(responses), SHARED + UNSHARED)
+
+
+@pytest.mark.parametrize("responses", [1, 3])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_shared_prefix_equals_separate_rows(name, responses):
+    """Of more tokens than the window has, too."""
+    made = examples(responses, prefix=7)
+    assert collate(made).prefix == 7
+    check_rows(name, made, [*SHARED, Form(PLAIN)])
 
 
 LAYOUTS = [Form("segments"), Form("segments", share_prompt=False), Form(VARLEN), Form(PLAIN, False)]
@@ -111,7 +130,7 @@ LAYOUTS = [Form("segments"), Form("segments", share_prompt=False), Form(VARLEN),
 @pytest.mark.parametrize("other, own", itertools.permutations(LAYOUTS, 2))
 def test_a_batch_of_a_model_with_another_form(other, own):
     """A reward model, a critic or a teacher may need another form than the policy whose batches it reads."""
-    made = examples(2)
+    made = examples(2, prefix=3)
     policy = Policy(random_lm(config_of(), attn_implementation="eager"), form=other)
     head = torch.linspace(-1, 1, config_of().hidden_size)[None]
 

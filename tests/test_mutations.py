@@ -61,6 +61,11 @@ def rows(*names):
     return [f"test_model.py::test_flat_shared_rows_equal_separate_rows[{name}-2]" for name in names]
 
 
+def prefixed(*names):
+    """Groups of three in flat rows behind a prefix, of these architectures, against separate ones."""
+    return [f"test_model.py::test_a_shared_prefix_equals_separate_rows[{name}-3]" for name in names]
+
+
 def left_out(*names):
     test = "test_online_signal.py::test_groups_without_a_gradient_can_be_left_out"
     return [f"{test}[{name}]" for name in names]
@@ -95,7 +100,7 @@ MUTATIONS = {    # name: (file, text, what it becomes, the tests that must fail)
     "source shifted by one, without the model's check": (
         *SHIFT[:2], SHIFT[2] + UNCHECKED, [*exact(*TOKENS), *held_out("sft", "dpo"), *online("grpo", "gspo")]),
     "the reward read one token early": (
-        "data/pack.py", "last.append(start + length - 1)", "last.append(start + length - 2)",
+        "data/pack.py", "last.append(start - 1)", "last.append(start - 2)",
         [*exact("rm"), *held_out("rm"), "test_rm.py::test_scores_equal_a_plain_forward[pad]"]),
     "chosen and rejected swapped": (
         "data/pack.py", "return y.view(-1, 2).unbind(1)", "return y.view(-1, 2).flip(1).unbind(1)",
@@ -175,6 +180,17 @@ MUTATIONS = {    # name: (file, text, what it becomes, the tests that must fail)
     "the copies of a prompt without a gradient": (
         "model/varlen.py", "total.index_add_(0, tokens, grad.index_select(0, places))", "pass",
         rows("qwen2")),
+    "the copies of a prefix without a gradient": (
+        "model/varlen.py", "total[:prefixes.shape[1]] += grad[prefixes].sum(0)", "pass", prefixed("qwen2")),
+    "responses that do not see the prefix": (
+        "model/attention.py", "unit_keys[:, :, :prefix + prompt]", "unit_keys[:, :, prefix:prefix + prompt]",
+        prefixed("qwen2", "gpt_oss")),
+    "prompts that begin where their prefix does": (
+        "data/pack.py", "lay_out(prompt, prefix)", "lay_out(prompt, 0)",
+        [*prefixed("qwen2"), "test_pack.py::test_what_prompts_begin_with_is_laid_out_once"]),
+    "the last prompt's prefix for all rows": (
+        "model/cache.py", "new[:, :self.prefix]", "new[:, start:start + self.prefix]",
+        ["test_rollout.py::test_a_common_prefix_is_computed_once[qwen2-segments-False]"]),
     "a window one key too wide": (
         "model/varlen.py", "            sliding_window)\n        attended",
         "            sliding_window and sliding_window + 1)\n        attended",

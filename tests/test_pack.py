@@ -23,13 +23,13 @@ def example(prompt, *responses, trained=None):
 
 def lists(batch):
     """A batch as plain lists by name."""
-    found = {"lengths": batch.lengths, "segments": batch.segments}
+    found = {"lengths": batch.lengths, "segments": batch.segments, "prefix": batch.prefix}
     for name in ("tokens", "positions", "source", "target", "last"):
         found[name] = getattr(batch, name).tolist()
     return found
 
 
-def random_examples(count, responses, seed=0):
+def random_examples(count, responses, seed=0, prefix=()):
     draw = random.Random(seed)
 
     def tokens(most):
@@ -37,7 +37,7 @@ def random_examples(count, responses, seed=0):
 
     made = []
     for _ in range(count):
-        prompt = tokens(5)
+        prompt = [*prefix, *tokens(5)]
         item = example(prompt, *[tokens(6) for _ in range(responses)])
         for response in item.responses:
             response.trained = np.array([draw.random() < 0.7 for _ in response.tokens])
@@ -60,6 +60,7 @@ def test_one_response(share_prompt):
         "last": [3, 7],
         "lengths": [2, 1],
         "segments": [(2, [2]), (3, [1])],
+        "prefix": 0,
     }
 
 
@@ -72,6 +73,7 @@ def test_pairs_share_their_prompt():
         "last": [3, 4, 6, 8],
         "lengths": [2, 1, 1, 2],
         "segments": [(2, [2, 1]), (1, [1, 2])],
+        "prefix": 0,
     }
 
 
@@ -84,7 +86,24 @@ def test_pairs_with_separate_prompts():
         "last": [3, 6, 8, 11],
         "lengths": [2, 1, 1, 2],
         "segments": [(2, [2]), (2, [1]), (1, [1]), (1, [2])],
+        "prefix": 0,
     }
+
+
+def test_what_prompts_begin_with_is_laid_out_once():
+    """The second prompt keeps its last token, so the 7 of all three is not shared."""
+    made = [example([5, 6, 7, 4], [1, 2], [3]), example([5, 6, 7], [8]), example([5, 6, 7, 7], [9])]
+    assert lists(collate(made)) == {
+        "tokens": [5, 6, 7, 4, 1, 2, 3, 7, 8, 7, 7, 9],
+        "positions": [0, 1, 2, 3, 4, 5, 4, 2, 3, 2, 3, 4],
+        "source": [3, 4, 3, 7, 10],
+        "target": [1, 2, 3, 8, 9],
+        "last": [5, 6, 8, 11],
+        "lengths": [2, 1, 1, 1],
+        "segments": [(2, [2, 1]), (1, [1]), (2, [1])],
+        "prefix": 2,
+    }
+    assert collate(made, share_prompt=False).prefix == collate(made[:1]).prefix == 0
 
 
 def test_three_responses_of_which_parts_are_trained():
@@ -99,14 +118,16 @@ def test_three_responses_of_which_parts_are_trained():
         "last": [4, 6, 8, 11, 12, 13],
         "lengths": [2, 2, 1, 1, 1, 1],
         "segments": [(1, [4, 2, 2]), (2, [1, 1, 1])],
+        "prefix": 0,
     }
 
 
+@pytest.mark.parametrize("prefix", [(), (7, 8, 9)], ids=["", "prefix"])
 @pytest.mark.parametrize("share_prompt", [True, False])
 @pytest.mark.parametrize("responses", [1, 2, 3, 8])
-def test_source_and_target_by_content(share_prompt, responses):
+def test_source_and_target_by_content(share_prompt, responses, prefix):
     """The token before a trained token in its own text, and that token's position, belong to the source."""
-    examples = random_examples(6, responses)
+    examples = random_examples(6, responses, prefix=prefix)
     batch = collate(examples, share_prompt)
     expected, lengths, ends = [], [], []
     for item in examples:
@@ -123,8 +144,9 @@ def test_source_and_target_by_content(share_prompt, responses):
     assert batch.lengths == lengths
     assert batch.tokens[batch.last].tolist() == ends
     size = sum(item.size(share_prompt) for item in examples)
-    laid_out = sum(prompt + sum(parts) for prompt, parts in batch.segments)
-    assert len(batch.tokens) == size == laid_out
+    laid_out = batch.prefix + sum(prompt + sum(parts) for prompt, parts in batch.segments)
+    assert batch.prefix == (len(prefix) if share_prompt else 0)
+    assert len(batch.tokens) == laid_out == size - 5 * batch.prefix
     trained_tokens = sum(item.num_trained for item in examples)
     assert sum(batch.lengths) == len(batch.source) == trained_tokens
 
@@ -132,7 +154,8 @@ def test_source_and_target_by_content(share_prompt, responses):
 def test_the_filler_trains_nothing():
     filler = collate([])
     nothing = dict.fromkeys(("source", "target", "last", "lengths"), [])
-    assert lists(filler) == nothing | {"tokens": [0], "positions": [0], "segments": [(1, [])]}
+    assert lists(filler) == nothing | {
+        "tokens": [0], "positions": [0], "segments": [(1, [])], "prefix": 0}
     assert filler.sum(torch.zeros(0)).shape == filler.extra("advantages").shape == (0,)
 
 

@@ -313,6 +313,33 @@ def test_prompts_are_computed_in_the_form_of_the_policy(tokenizer, monkeypatch, 
     check_all(model(ARCHITECTURES[name], "eager"), tokenizer, prompts(), completions, sampling)
 
 
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("name, attention", [
+    ("qwen2", "segments"), ("qwen2", VARLEN), ("mistral-window", "segments"), ("gpt_oss", "segments")])
+def test_a_common_prefix_is_computed_once(tokenizer, monkeypatch, name, attention, in_place):
+    """For the prompts of one forward."""
+    if in_place:
+        monkeypatch.setattr("model.decoding.Cache", CacheInPlace)
+    calls = []
+    forward = decoding.last_hidden
+
+    def counted(lm, cache, ids, positions, **layout):
+        if layout:
+            calls.append(ids.shape[1])
+        return forward(lm, cache, ids, positions, **layout)
+
+    monkeypatch.setattr("model.decoding.last_hidden", counted)
+    prefix = np.arange(50, 61, dtype=np.int32)
+    given = [np.concatenate([prefix, prompt]) for prompt in prompts()]
+    policy = Policy(model(ARCHITECTURES[name], attention), form=Form(attention))
+    completions = sample(policy, tokenizer, given, keys(5), COPIES, settings())
+    assert calls == [11 + sum(LENGTHS)]
+    check_all(model(ARCHITECTURES[name], "eager"), tokenizer, given, completions, settings())
+    policy.use(policy.form._replace(share_prompt=False))
+    assert_same_completions(sample(policy, tokenizer, given, keys(5), COPIES, settings()), completions)
+    assert calls[1:] == [5 * 11 + sum(LENGTHS)]
+
+
 def test_the_policy_is_as_before(tokenizer):
     """Attention, the layers' forwards and gradients."""
     lm = model(ARCHITECTURES["qwen2"])

@@ -80,7 +80,7 @@ def row_of_pairs() -> Row:
             parts.append(range(len(words), len(words) + len(new)))
             words += new
             roles += [role] * len(new)
-        prompt, chosen, rejected = map(list, parts)
+        prompt, chosen, rejected = map(np.array, parts)
         responses = [Response.all_trained(chosen), Response.all_trained(rejected)]
         examples.append(Example(prompt, responses, "picture"))
     return Row(words, roles, collate(examples))
@@ -100,7 +100,8 @@ def visible(batch: Batch) -> list[list[bool]]:
     length = len(batch.tokens)
     zeros = torch.zeros(1, 1, length, length)
     values = torch.eye(length)[None, None]
-    output, _ = segments_attention(None, zeros, zeros, values, None, segments=batch.segments)
+    output, _ = segments_attention(
+        None, zeros, zeros, values, None, segments=batch.segments, prefix=batch.prefix)
     return (output[0, :, 0] > 0).tolist()
 
 
