@@ -22,12 +22,12 @@ T  laid-out tokens        N  trained tokens        S  responses        B  exampl
     ([1, 2, 1], [7, 8, 9], [2, 1])
 """
 from dataclasses import dataclass, field, replace
-from os.path import commonprefix
 
 import numpy as np
 import torch
 
 from data.errors import RunError
+from data.packing import common_prefix
 from data.transfer import to_device, together_to
 
 
@@ -167,17 +167,15 @@ def collate(examples: list[Example], share_prompt: bool = True) -> Batch:
     list gives the filler (one context token, N = 0) for a rank with fewer micro-batches than another."""
     tokens, positions, source, target = [], [], [], []             # arrays, one after the other in the row
     last, lengths, segments = [], [], []
-    prefix = 0
+    prefix = start = 0                                             # index in the row of the next token
 
     def lay_out(ids, first_position):
         tokens.append(ids)
         positions.append(first_position + np.arange(len(ids)))
 
-    if share_prompt and len(examples) > 1:
-        prompts = [example.prompt[:-1].tolist() for example in examples]      # each keeps one of its own
-        prefix = len(commonprefix(prompts))
+    if share_prompt and examples:
+        prefix = start = common_prefix([example.prompt for example in examples])
         lay_out(examples[0].prompt[:prefix], 0)
-    start = prefix                                                 # index in the row of the next token
     for example in examples:
         prompt = example.prompt[prefix:]
         for responses in example.groups(share_prompt):

@@ -1,7 +1,10 @@
-"""Which examples an update takes, and how they are dealt to ranks and micro-batches."""
+"""Which examples an update takes, how they are dealt to ranks and micro-batches, and what these share."""
 import math
+import os
 
 import numpy as np
+
+MIN_PREFIX = 16     # tokens; what a shorter prefix saves, the copies of its keys and values cost
 
 
 def order(count: int, seed: int, epoch: int, shuffle: bool) -> np.ndarray:
@@ -43,3 +46,13 @@ def fill(sizes: list[int], count: int, capacity: int) -> list[list[int]] | None:
     for members in bins:
         members.sort()
     return bins
+
+
+def common_prefix(prompts: list[np.ndarray]) -> int:
+    """How many tokens several prompts begin with, which are then computed once; 0 for a few. Each prompt keeps
+    its last token, which predicts."""
+    if len(prompts) < 2:
+        return 0
+    beginnings = [prompt[:-1].tolist() for prompt in prompts]
+    length = len(os.path.commonprefix(beginnings))
+    return length if length >= MIN_PREFIX else 0

@@ -167,7 +167,7 @@ class Examples(Sequence):
     def sizes(self, share_prompt: bool = True) -> np.ndarray:
         """(E,) laid-out tokens, as `Example.size`."""
         lengths = self.lengths()
-        copies = 1 if share_prompt else self.num_responses
+        copies = 1 if share_prompt else max(1, self.num_responses)
         return copies * lengths[:, 0] + lengths[:, 1:].sum(axis=1)
 
     def all_keys(self) -> np.ndarray:

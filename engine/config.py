@@ -61,7 +61,8 @@ class Common:
     micro_batch_tokens: TwoOrMore = 8192   # tokens per forward on one device; affects memory and speed, not
     #                                        the result
     max_length: TwoOrMore = 1024           # limit in tokens for a prompt with one response
-    share_prompt: Literal["auto", "true", "false"] = "auto"    # compute a prompt once for all its responses
+    share_prompt: Literal["auto", "true", "false"] = "auto"    # compute a prompt once for all its responses,
+    #                                        and once what all prompts of a micro-batch begin with
     epochs: Count = 1                      # passes over data
     max_steps: Count | None = None         # number of updates; wins over epochs
     lr: Positive = 1e-6                    # peak learning rate

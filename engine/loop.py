@@ -26,7 +26,7 @@ from data.errors import RunError, UserError
 from data.pack import Batch, Example
 from data.packing import pack
 from data.store import Examples
-from engine import checkpoint, frozen, restore
+from engine import checkpoint, critic, frozen, restore
 from engine.contract import check_before_clipping, check_new
 from engine.importance import check_sampler
 from engine.logs import Run
@@ -177,7 +177,7 @@ class Engine:
         return self.online.logps(model, rollout)
 
     def logps_and_values(self, rollout: Rollout) -> tuple[list, list]:
-        return self.online.logps_and_values(rollout)
+        return critic.logps_and_values(self, rollout)
 
     def episodes(self, rollout: Rollout) -> dict:
         return self.online.record.episodes(rollout)

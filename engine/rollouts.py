@@ -256,22 +256,6 @@ class Rollouts:
             reshard(model)      # what this forward has gathered would hide a change of the model's weights
         return found
 
-    def logps_and_values(self, rollout: Rollout) -> tuple[PerPrompt, PerPrompt]:
-        """Per prompt the log-probs, and the values, of its completions' tokens under a policy with a critic,
-        in one forward."""
-        def pairs(batch):
-            both = self.engine.policy(batch, self.config.temperature, values=True)
-            return torch.stack(both, 1).flatten()
-
-        found = self.engine.collect(pairs, rollout.examples, lambda example: 2 * example.num_trained)
-        logps, values = [], []
-        for numbers in found:
-            # contiguous, as after a resume: a sum over every other number is rounded in another order
-            both = numbers.view(-1, 2).T.contiguous()
-            logps.append(both[0])
-            values.append(both[1])
-        return logps, values
-
     def old_logps(self, batch, logps: torch.Tensor) -> torch.Tensor:
         """(N,) log-probs of the batch's tokens under the policy that sampled them: the stored ones, else (in
         the only update made from the rollout) `logps` itself, without its gradient. In the first update of a

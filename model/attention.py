@@ -29,16 +29,21 @@ def segments_attention(module, query, key, value, attention_mask, scaling=None, 
     attended = []
     if prefix:
         attended.append(attend(queries[0], keys[0], values[0], *options))
-    unit = 0
+    first = 1                              # the unit of a prompt with its first response
     for prompt, responses in segments:
-        context_keys, context_values = keys[0], values[0]
-        for _ in responses or ["none"]:
-            unit += 1
-            unit_keys = torch.cat([context_keys, keys[unit]], 2)
-            unit_values = torch.cat([context_values, values[unit]], 2)
-            attended.append(attend(queries[unit], unit_keys, unit_values, *options))
-            context_keys = unit_keys[:, :, :prefix + prompt]
-            context_values = unit_values[:, :, :prefix + prompt]
+        unit = queries[first], keys[first], values[first]
+        if prefix:                         # its queries again: a causal square is faster than a mask
+            unit = [torch.cat([whole[0], whole[first]], 2) for whole in (queries, keys, values)]
+        output = attend(*unit, *options)
+        attended.append(output[:, prefix:])
+        _, prompt_keys, prompt_values = unit
+        end = prefix + prompt
+        for other in range(first + 1, first + len(responses)):
+            unit_keys = torch.cat([prompt_keys[:, :, :end], keys[other]], 2)
+            unit_values = torch.cat([prompt_values[:, :, :end], values[other]], 2)
+            output = attend(queries[other], unit_keys, unit_values, *options)
+            attended.append(output)
+        first += max(1, len(responses))
     return torch.cat(attended, 1), None
 
 

@@ -99,7 +99,8 @@ class Cache:
                 end += len(prompt) - self.prefix
                 first = self.column - len(prompt)
                 own = first + self.prefix
-                stored[rows, :, first:own] = new[:, :self.prefix]
+                if self.prefix:
+                    stored[rows, :, first:own] = new[:, :self.prefix]
                 stored[rows, :, own:self.column] = new[:, start:end]
 
     def empty(self, new):

@@ -7,6 +7,7 @@
 On a GPU in bf16, flat rows get the attention `varlen`, one call per layer, where its kernel agrees.
 """
 import contextlib
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -45,6 +46,8 @@ def check_policy(policy: Policy, examples, keys, notice) -> None:
 
     Raises UserError where no form agrees, or the log-probs are not finite."""
     checked = [example if example.responses else probe(example) for example in extremes(examples)]
+    if len(checked[0].responses) == 1:         # twice, so that sharing a prompt is checked
+        checked[0] = replace(checked[0], responses=checked[0].responses * 2)
     kind = policy.lm.config.model_type
     with in_fp32(policy):
         own = own_logps(policy, checked)

@@ -80,8 +80,10 @@ def units_of(segments: list[tuple[int, list[int]]], prefix: int = 0) -> Units:
     for of_prompts, places in copied:
         copies += [together(of_prompts), together(places)]
     most = max(queries), max(keys)
-    arrays = ends(queries), ends(keys), together(tokens), together(own)
-    return Units(queries, keys, *most, *arrays, torch.from_numpy(np.stack(prefixes)), copies)
+    if not prefix:
+        prefixes = [np.zeros(0, int)]
+    arrays = ends(queries), ends(keys), together(tokens), together(own), torch.from_numpy(np.stack(prefixes))
+    return Units(queries, keys, *most, *arrays, copies)
 
 
 def with_units(batch, policy):
@@ -130,7 +132,8 @@ class UnitKeys(torch.autograd.Function):
         total = grad.index_select(0, own)
         for tokens, places in zip(copies[::2], copies[1::2]):
             total.index_add_(0, tokens, grad.index_select(0, places))
-        total[:prefixes.shape[1]] += grad[prefixes].sum(0)
+        if prefixes.numel():
+            total[:prefixes.shape[1]] += grad[prefixes].sum(0)
         return total, None, None, None, *[None] * len(copies)
 
 

@@ -58,10 +58,14 @@ def num_graphs():
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
-def test_layers_are_compiled_once_and_compute_the_same(kernel):
+@pytest.mark.parametrize("prefix", [0, 20])
+def test_layers_are_compiled_once_and_compute_the_same(kernel, prefix):
     lm = random_lm(config_of(), attn_implementation=VARLEN)
     policy = Policy(lm, form=Form(VARLEN))
-    batches = [policy.collate(examples(2, count, seed)) for seed, count in enumerate((3, 5, 2, 7))]
+    batches = []
+    for seed, count in enumerate((3, 5, 2, 7)):
+        batches.append(policy.collate(examples(2, count, seed, prefix and prefix + seed)))
+        assert batches[-1].prefix == (prefix and prefix + seed)
     expected = []
     for batch in batches:
         logps = policy(batch)

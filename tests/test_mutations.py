@@ -183,8 +183,7 @@ MUTATIONS = {    # name: (file, text, what it becomes, the tests that must fail)
     "the copies of a prefix without a gradient": (
         "model/varlen.py", "total[:prefixes.shape[1]] += grad[prefixes].sum(0)", "pass", prefixed("qwen2")),
     "responses that do not see the prefix": (
-        "model/attention.py", "unit_keys[:, :, :prefix + prompt]", "unit_keys[:, :, prefix:prefix + prompt]",
-        prefixed("qwen2", "gpt_oss")),
+        "model/attention.py", "end = prefix + prompt\n", "end = prompt\n", prefixed("qwen2", "gpt_oss")),
     "prompts that begin where their prefix does": (
         "data/pack.py", "lay_out(prompt, prefix)", "lay_out(prompt, 0)",
         [*prefixed("qwen2"), "test_pack.py::test_what_prompts_begin_with_is_laid_out_once"]),

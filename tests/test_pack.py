@@ -90,8 +90,9 @@ def test_pairs_with_separate_prompts():
     }
 
 
-def test_what_prompts_begin_with_is_laid_out_once():
+def test_what_prompts_begin_with_is_laid_out_once(monkeypatch):
     """The second prompt keeps its last token, so the 7 of all three is not shared."""
+    monkeypatch.setattr("data.packing.MIN_PREFIX", 2)
     made = [example([5, 6, 7, 4], [1, 2], [3]), example([5, 6, 7], [8]), example([5, 6, 7, 7], [9])]
     assert lists(collate(made)) == {
         "tokens": [5, 6, 7, 4, 1, 2, 3, 7, 8, 7, 7, 9],
@@ -104,6 +105,8 @@ def test_what_prompts_begin_with_is_laid_out_once():
         "prefix": 2,
     }
     assert collate(made, share_prompt=False).prefix == collate(made[:1]).prefix == 0
+    monkeypatch.setattr("data.packing.MIN_PREFIX", 3)
+    assert collate(made).prefix == 0
 
 
 def test_three_responses_of_which_parts_are_trained():
@@ -122,7 +125,7 @@ def test_three_responses_of_which_parts_are_trained():
     }
 
 
-@pytest.mark.parametrize("prefix", [(), (7, 8, 9)], ids=["", "prefix"])
+@pytest.mark.parametrize("prefix", [(), range(16)], ids=["", "prefix"])
 @pytest.mark.parametrize("share_prompt", [True, False])
 @pytest.mark.parametrize("responses", [1, 2, 3, 8])
 def test_source_and_target_by_content(share_prompt, responses, prefix):

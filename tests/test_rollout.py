@@ -329,15 +329,15 @@ def test_a_common_prefix_is_computed_once(tokenizer, monkeypatch, name, attentio
         return forward(lm, cache, ids, positions, **layout)
 
     monkeypatch.setattr("model.decoding.last_hidden", counted)
-    prefix = np.arange(50, 61, dtype=np.int32)
+    prefix = np.arange(50, 70, dtype=np.int32)
     given = [np.concatenate([prefix, prompt]) for prompt in prompts()]
     policy = Policy(model(ARCHITECTURES[name], attention), form=Form(attention))
     completions = sample(policy, tokenizer, given, keys(5), COPIES, settings())
-    assert calls == [11 + sum(LENGTHS)]
+    assert calls == [20 + sum(LENGTHS)]
     check_all(model(ARCHITECTURES[name], "eager"), tokenizer, given, completions, settings())
     policy.use(policy.form._replace(share_prompt=False))
     assert_same_completions(sample(policy, tokenizer, given, keys(5), COPIES, settings()), completions)
-    assert calls[1:] == [5 * 11 + sum(LENGTHS)]
+    assert calls[1:] == [5 * 20 + sum(LENGTHS)]
 
 
 def test_the_policy_is_as_before(tokenizer):

@@ -16,6 +16,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 sys.path[:0] = [str(ROOT), str(HERE.parent)]
 
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from generated import write_or_check  # noqa: E402
 from transformers import AutoTokenizer  # noqa: E402
