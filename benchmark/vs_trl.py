@@ -20,10 +20,13 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmark import shared  # noqa: E402
 from benchmark.shared import SETTINGS, TOLERANCE  # noqa: E402
+from data.packing import common_prefix  # noqa: E402
 
 HEAD = "value_head.safetensors"      # what a reward model starts from, on both sides
 HEAD_WEIGHT = "v_head.summary.weight"
@@ -273,7 +276,8 @@ def scale_of(name: str, metrics: dict) -> float:
 def needed_gflop(job: dict, ids: list) -> float:
     """GFLOP of the matrix products that the result requires: forward and backward (3 x forward) of the policy
     and the forward of the reference, for kto also both forwards of the mismatched responses; every prompt
-    computed once for its responses, and the head at trained tokens only."""
+    computed once for its responses, what the prompts of an update begin with once, and the head at trained
+    tokens only."""
     passes = 4 if PEERS[job["algorithm"]].reference else 3
     needed = passes * forward_gflop(job, ids)
     if job["algorithm"] != "kto":
@@ -306,6 +310,9 @@ def forward_gflop(job: dict, rows: list) -> float:
         attended += prompt * (prompt + 1) / 2
         for response in responses:
             attended += prompt * response + response * (response + 1) / 2
+    for start in range(0, len(rows), job["batch"]):
+        prompts = [np.array(row[0]) for row in rows[start:start + job["batch"]]]
+        tokens -= common_prefix(prompts) * (len(prompts) - 1)
     products = 2 * layer * layers * tokens + 2 * head * trained
     return (products + 4 * heads * head_size * layers * attended) / 1e9
 
