@@ -24,7 +24,9 @@ PROSE = 1000                  # characters of a text in which math-verify looks 
 
 FULL_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}
 ASCII = FULL_WIDTH | {0x2212: "-", 0x3002: ".", 0x3000: " ", 0xFFE5: "¥"}
-BETWEEN_NUMBERS = re.compile(r"(?<=[0-9])([，。：])(?=[0-9])")      # in Chinese prose they end a number
+MARKS = "，。："                # between two numbers of a Chinese text they end the first one
+ALONE = re.compile(rf"(?<![0-9])[{MARKS}]|[{MARKS}](?![0-9])")      # they do not stand between two
+PROSE_ASCII = {code: character for code, character in ASCII.items() if chr(code) not in MARKS}
 UNSPACED = r"\u0e00-\u0eff\u3040-\u9fff\uac00-\ud7a3"     # letters right before which a number may stand
 GROUP = re.compile(r"(?<=[0-9])(?:\{,\}|,?\\!|\\,|[\u00a0\u2009\u202f])(?=[0-9]{3}(?![0-9]))")
 CURRENCY = "[$€£¥₹]"
@@ -213,8 +215,9 @@ def _last_number(text):
 
 
 def _prose(text):
-    """A text in ASCII, in which Chinese punctuation does not make one number of two."""
-    return BETWEEN_NUMBERS.sub(r"\1 ", text).translate(ASCII)
+    """A text in ASCII, but for the Chinese punctuation between two numbers: it would make them one."""
+    text = ALONE.sub(lambda mark: mark[0].translate(ASCII), text)
+    return text.translate(PROSE_ASCII)
 
 
 def _is_negative(before):
@@ -290,7 +293,8 @@ def _text(plain):
 
 ANSWER_IS = re.compile(r"(?:answer(?: is)?|答案(?:是|为)?)\**\s*:", re.IGNORECASE)
 COUNTS = re.compile(r"\\text\{([^{}]*(?:[0-9]|dozen|hundred|thousand|illion|[十百千万亿])[^{}]*)\}")
-BEFORE_NUMBER = re.compile(rf"(?<=[{UNSPACED}])(?=[-+$]?[0-9])")      # where math-verify needs a space
+# where math-verify needs a space to see a number; 18亿 is not 18
+BEFORE_NUMBER = re.compile(rf"(?<=[{UNSPACED}{MARKS}])(?=[-+$]?[0-9][0-9.,]*(?![0-9.,]| ?[十百千万亿]))")
 DISPLAY = r"\$\$[^$]*\$\$|\\\[(?:(?!\\\[)[\s\S])*?\\\]"        # a formula, perhaps on several lines
 DISPLAYED = re.compile(DISPLAY)
 ANSWER_LINE = re.compile(rf"(?:(?:{DISPLAY})(?:\s*(?:{DISPLAY}))*)?[^\n]*")      # or several

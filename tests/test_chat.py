@@ -101,7 +101,7 @@ def test_a_run_is_asked_as_it_was_trained(here, capsys):
     asked = speaker.tokenizer("Q: 2+2? A:").input_ids
     torch.manual_seed(0)
     output = speaker.lm.generate(torch.tensor([asked]), do_sample=True, top_k=0, max_new_tokens=60,
-                                 pad_token_id=258)
+                                 eos_token_id=258, pad_token_id=258)
     assert reply == speaker.tokenizer.decode(output[0, len(asked):], skip_special_tokens=True)
 
     end = re.search("[A-Za-z]", reply).end()

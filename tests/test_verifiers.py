@@ -206,7 +206,8 @@ def package():
     ("5 it is</think>\n\n<answer> 7 </answer>", "7", True), ("<think> Perhaps \\boxed{7}", "7", False),
     ("所以答案是18。", "18", True), ("答案是18", "18", True), ("因此，她一共有18个苹果。", "18", True),
     ("因此总共18元。", "18", True), ("因此总共18元。", "8", False), ("因此余额为-12元。", "-12", True),
-    ("6×3=18。18个苹果", "18", True), ("2×60=120，120元", "120", True), ("答えは18です。", "18", True),
+    ("6×3=18。18个苹果", "18", True), ("一共2×60=120，120元", "120", True), ("答えは18です。", "18", True),
+    ("一共18亿元。", "18", False), ("答案：1，250", "1250", True), ("答案：3：4", "3:4", True),
     ("\\boxed {18}", "18", True),
     ("<think> It is 7</think>", "7", False), ("", "7", False), ("word " * 400 + "\nIt is 7.", "7", True)])
 def test_math(package, completion, gold, is_right):
