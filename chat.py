@@ -3,9 +3,10 @@
 
 MODEL is a run (its final model, else its newest whole checkpoint), a model directory (an adapter too) or a
 hub name. One line is one turn; an empty line starts a new conversation. Without a chat template every line is
-completed as plain text. Several models each answer every line, under their names and in their own
-conversations: `python chat.py example/tiny/model runs/tiny-dpo`. Options may also be written as
-`temperature=0`.
+completed as plain text. A run that was trained with a prompt_template gets every line in it, as a question of
+its own, unless an option of the chat template is given; the run's stop strings end an answer. Several models
+each answer every line, under their names and in their own conversations:
+`python chat.py example/tiny/model runs/tiny-dpo`. Options may also be written as `temperature=0`.
 """
 import signal
 
@@ -19,7 +20,7 @@ import os
 import sys
 
 import torch
-from transformers import TextStreamer
+from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer
 from transformers.utils import logging
 
 from data.command import as_typed
@@ -27,9 +28,10 @@ from data.errors import UserError, notice, printable, run_program
 from data.tokenise import Tokeniser, stop_ids
 from engine.cast import nearest, read_mapping, show
 from engine.checkpoint import model_path
-from engine.greeting import questions, usual_temperature
+from engine.greeting import form_of_questions, questions, usual_temperature
 from engine.opening import short
 from model import lora
+from model.completions import Stops
 from model.load import base_of, first_line, is_adapter, load_lm, load_tokenizer_for
 from model.reward_model import is_reward_model
 
@@ -39,6 +41,17 @@ class Streamer(TextStreamer):
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         super().on_finalized_text(printable(text), stream_end)
+
+
+class Ending(StoppingCriteria):
+    """Ends a completion, the tokens from `start` on, where training's sampler would."""
+
+    def __init__(self, stops: Stops, start: int):
+        self.stops, self.start = stops, start
+
+    def __call__(self, ids, scores, **options):
+        completion = ids[0, self.start:]
+        return torch.tensor([self.stops(completion)], device=ids.device)
 
 
 class Speaker:
@@ -51,7 +64,9 @@ class Speaker:
         self.name = name
         self.tokenizer = load_tokenizer_for(settings, path, notice)
         self.tokeniser = Tokeniser(self.tokenizer)
-        self.stops = stop_ids(self.tokenizer)
+        self.ids = stop_ids(self.tokenizer)
+        self.template, strings = form_of_questions(name, settings)
+        self.stops = Stops(self.tokenizer, strings)
         self.messages = []
         self.lm = load_lm(base_of(path), "auto").eval()
         if is_adapter(path):
@@ -75,11 +90,15 @@ class Speaker:
         """Write the answer to one line, token by token."""
         self.messages.append({"role": "user", "content": text})
         prompt = self.messages if self.tokenizer.chat_template else text
+        if self.template:
+            prompt = self.template.replace("{question}", text)
         ids = torch.tensor([self.tokeniser.prompt_ids(prompt)], device=self.lm.device)
+        ending = Ending(self.stops, ids.shape[1])
         streamer = Streamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         try:
-            output = self.lm.generate(ids, attention_mask=torch.ones_like(ids), eos_token_id=self.stops,
-                                      pad_token_id=self.stops[0], streamer=streamer, **self.options)
+            output = self.lm.generate(ids, attention_mask=torch.ones_like(ids), eos_token_id=self.ids,
+                                      pad_token_id=self.ids[0], streamer=streamer,
+                                      stopping_criteria=StoppingCriteriaList([ending]), **self.options)
         except BrokenPipeError:
             raise
         except Exception as error:  # noqa: BLE001  somebody else's files, generation_config.json among them

@@ -42,7 +42,9 @@ from engine.results import (
     read_settings,
     training_config,
     used_by,
+    uses_reference,
     with_lengths,
+    with_system_prompt,
 )
 from model.load import check_path, load_tokenizer, load_tokenizer_for
 from model.off_the_shelf import Classifier, is_classifier
@@ -242,7 +244,8 @@ def preferences(settings: Config, path: str, name: str) -> tuple[list[dict], dic
         reference_path = model_path(settings.reference, notice)
         check_path(reference_path, "reference")
         check_reference(settings.model, path, reference_path, tokenizer)
-    settings = replace(with_lengths(settings, path), prompt_template=None, stop=None)
+    settings = with_lengths(with_system_prompt(settings), path)
+    settings = replace(settings, prompt_template=None, stop=None)
     examples, report = load_pairs(settings, path, tokenizer)
     used = used_by(settings, path, report) | {"reference": reference_path}
     results = Results(settings.output, name, used, len(examples), 1, PAIRS_AT_ONCE, notice)
@@ -284,7 +287,7 @@ def pair_scorer(settings: Config, path: str, reference_path: str | None, tokeniz
 def trained_reference(model: str) -> str | None:
     """The reference that the run `model` was trained against; None where it had none, or is not a run."""
     trained = training_config(model)
-    if "reference" not in trained:
+    if "reference" not in trained or not uses_reference(trained):
         return None
     reference = cast(trained["reference"], str | None)
     if reference in (None, "cache"):      # both mean the start model

@@ -1,14 +1,15 @@
-"""What chat.py knows of a run before the first line: questions of the kind it was trained on, and how it is
-decoded."""
+"""What chat.py knows of a run before the first line: questions of the kind it was trained on, how they were
+put, and how it is decoded."""
 import itertools
 from collections import Counter
 from collections.abc import Iterator
 
-from data.errors import UserError
-from data.formats import parse
+from data.errors import UserError, notice
+from data.formats import parse, read_template
 from data.local import local_data
 from data.sources import rename, source_name
-from engine.results import training_config
+from engine.options import stop_strings
+from engine.results import trained_template, training_config, usual_or_trained_stop
 from rewards.functions import is_model, parts_of
 
 ROWS = 50           # of the data, among which questions are looked for
@@ -21,6 +22,25 @@ def usual_temperature(model: str) -> float:
     reward = training_config(model).get("reward", "null")
     parts = [] if reward == "null" else parts_of(reward)
     return 0.0 if any(not is_model(part) for part in parts) else SAMPLED
+
+
+def form_of_questions(model: str, settings) -> tuple[str | None, list[str]]:
+    """(the text in which a run got its questions, at {question}, None where a line is a turn of a
+    conversation; the strings that end its completions). With a key of the chat template in `settings` every
+    line is a turn. UserError where the text is in a file that is gone."""
+    trained = training_config(model)
+    name = trained_template(trained)
+    if settings.chat_template or settings.system_prompt or settings.chat_template_kwargs:
+        name = None
+    strings = stop_strings(usual_or_trained_stop(name, trained))
+    if name is None:
+        return None, strings
+    notice(f"{model}: every line is a question of its own, in prompt_template {name}")
+    try:
+        return read_template(name), strings
+    except UserError as error:
+        raise UserError(f"model: {name}, the prompt_template of {model}, cannot be read; "
+                        "fix: put the file back, or pass --chat-template") from error
 
 
 def questions(model: str, count: int = 2) -> list[str]:

@@ -25,7 +25,8 @@ class Record:
         self.since = self.started = time.perf_counter()
         self.tokens_seen = 0
         self.tokens_planned = 0                      # the same as --dry-run counts them
-        self.evaluating = 0.0                        # seconds
+        self.evaluating = 0.0                        # seconds of evaluations since the first update began
+        self.evaluated_before = 0.0                  # the same when the open update began
         self.weights_before: list | None = None      # what the first update must move
         self.rollout_metrics: dict = {}              # they join the rows of the rollout's updates
 
@@ -40,6 +41,7 @@ class Record:
     def open_step(self, step: Step, rollout_metrics: dict) -> None:
         """An update begins."""
         self.started = time.perf_counter()
+        self.evaluated_before = self.evaluating
         self.rollout_metrics = rollout_metrics
         self.weights_before = self.some_weights() if step.index == 1 else None
         router = self.engine.policy.router_loss
@@ -59,7 +61,8 @@ class Record:
         self.tokens_planned += sum(example.size(is_shared) for example in step.examples)
         is_logged = step.index % config.log_every == 0 or step.index in (1, total) or is_left
         shown = self.log_update(step, tokens) if is_logged else {}
-        rate = f"{per_second(self.tokens_seen, self.since):.0f} tokens/s"
+        speed = per_second(self.tokens_seen, self.since + self.evaluating)
+        rate = f"{speed:.0f} tokens/s"
         engine.run.console.progress(step.index, total, rate, shown, self.since, engine.first, line=is_logged)
         self.log_evaluation(step)
         every = engine.sample_every
@@ -84,14 +87,20 @@ class Record:
         started = time.perf_counter()
         with torch.no_grad():
             yield
-        self.evaluating += time.perf_counter() - started
+        elapsed = time.perf_counter() - started
+        step = self.engine.step
+        if step is None or step.index == 0:      # no update has begun
+            self.since += elapsed
+        else:
+            self.evaluating += elapsed
 
     def log_update(self, step: Step, tokens: int) -> dict:
         """Write the row of an update into metrics.jsonl; the part of it that the console shows."""
         plan = self.engine.plan
         averages = step.averages("train") | self.rollout_metrics
         position = {"step": step.index, "split": "train", "epoch": plan.epochs_after(step.index)}
-        speed = round(per_second(tokens, self.started), 1)
+        evaluating = self.evaluating - self.evaluated_before      # in this update
+        speed = round(per_second(tokens, self.started + evaluating), 1)
         rate = self.engine.optimizer.param_groups[0]["lr"]
         rest = {"grad_norm": self.engine.grad_norm, "lr": rate, "tokens_per_second": speed}
         self.engine.run.log(position | averages | rest)

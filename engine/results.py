@@ -17,7 +17,8 @@ from engine.advice import advice
 from engine.cast import Columns, Lines, cast, show
 from engine.claim import LOCK, claim
 from engine.command_line import parse_argv
-from engine.config import Common, check_output, hints_of, is_required, read_values
+from engine.config import Common, check_output, config_of, hints_of, is_required, read_values
+from engine.definition import modules_in
 from engine.evaluation import load_frozen, response_scores
 from engine.fingerprint import fingerprints
 from engine.help import key_lines
@@ -73,8 +74,9 @@ class Settings(Generation, Scoring):
     #                                        at its commas, and \n in it is a newline; a list, such as
     #                                        ["\n\n", "Question:"], is taken literally. auto = those that a
     #                                        run was trained with, else </answer> with the template r1_zero
-    max_completion_length: Count | None = None    # tokens; longer completions are truncated; null = 512, or
-    #                                             half of max_length if that is less
+    max_completion_length: Count | None = None    # tokens; longer completions are truncated; null = the one
+    #                                             that a run was trained with, else 512, or half of
+    #                                             max_length if that is less
     chat_template: str | None = None       # a file, or chatml, llama3, mistral, gemma; null = the model's own
     system_prompt: Lines | None = None     # for conversations without a system turn; null = the one that a
     #                                        run was trained with, else the chat template's
@@ -149,20 +151,26 @@ def default_output(folder: str, settings) -> str:
 # ---- prompts ---------------------------------------------------------------------------------------------
 
 def with_lengths(settings, path: str):
-    """The settings with numbers for max_length and max_completion_length, from the model's limit."""
+    """The settings with numbers for max_length and max_completion_length, from the model's limit; for a run
+    the second one is that of its training."""
     config = load_config(base_of(path)).get_text_config()
     known = getattr(config, "max_position_embeddings", None) or 2 ** 30
     max_length = settings.max_length or known
     if max_length > known:
         raise UserError(f"max_length is {max_length}, but the model {path} knows only {known} positions; "
                         "fix: lower max_length")
-    longest = settings.max_completion_length or min(512, max_length // 2)
+    longest = settings.max_completion_length
+    if longest is None:
+        trained = training_config(settings.model)
+        longest = cast(trained.get("max_completion_length", "null"), int | None)
+    longest = longest or min(512, max_length // 2)
     return replace(settings, max_length=max_length, max_completion_length=longest)
 
 
 def load_examples(settings, kind: str, path: str, tokenizer, notice):
     """The first `limit` examples of the data, and its report."""
-    common = Common(algorithm="", model=path, data=settings.data, columns=settings.columns,
+    hh = training_config(settings.model).get("hh", Common.hh)      # a run's rows are read as it read them
+    common = Common(algorithm="", model=path, data=settings.data, columns=settings.columns, hh=hh,
                     seed=settings.seed, max_length=settings.max_length, system_prompt=settings.system_prompt)
     examples, _, reports = load_datasets(
         common, kind, tokenizer, notice,
@@ -180,9 +188,7 @@ def load_prompts(settings, path: str, tokenizer, verifies_r1_zero: bool, notice)
     is_auto = settings.prompt_template == "auto"
     if is_auto:
         settings = replace(settings, prompt_template=trained_template(trained))
-    if settings.system_prompt is None:       # as in training, where strings were turns of a conversation
-        system_prompt = cast(trained.get("system_prompt", "null"), Lines | None)
-        settings = replace(settings, system_prompt=system_prompt)
+    settings = with_system_prompt(settings)
     notices = []
     examples, report = load_examples(settings, "prompts", path, tokenizer, notices.append)
 
@@ -199,6 +205,15 @@ def load_prompts(settings, path: str, tokenizer, verifies_r1_zero: bool, notice)
     return examples, report, settings
 
 
+def with_system_prompt(settings):
+    """The settings with the system prompt of the run, where they have none: as in training, strings are turns
+    of a conversation then. The chat template in its final/ holds the text already."""
+    if settings.system_prompt is not None:
+        return settings
+    text = training_config(settings.model).get("system_prompt", "null")
+    return replace(settings, system_prompt=cast(text, Lines | None))
+
+
 def training_config(model: str) -> dict:
     """The configuration of a run, named as the run, its final/ or one of its checkpoints; {} where it is not
     a run."""
@@ -211,6 +226,21 @@ def training_config(model: str) -> dict:
         if config:
             return config
     return {}
+
+
+def uses_reference(trained: dict) -> bool:
+    """Whether a run of this configuration was trained with the reference that it names; True where its
+    algorithm is not here any more."""
+    name = trained["algorithm"]
+    if name not in modules_in("algorithms"):
+        return True
+    config_class = config_of(name)
+    hints = hints_of(config_class)
+    given = {}
+    for key in hints.keys() & trained.keys():
+        given[key] = trained[key], "config.yaml"
+    values = read_values(given, hints, None)
+    return config_class(**values).uses_reference()
 
 
 def trained_template(trained: dict) -> str | None:
@@ -231,7 +261,7 @@ def is_plain_question(example) -> bool:
 
 
 def describe_prompts(settings, examples: list) -> str:
-    """The form of the prompts and the stop strings, in one line."""
+    """The form of the prompts, the stop strings and the limit of completions, in one line."""
     form = "chat template"
     if settings.prompt_template:
         form = f"prompt_template {settings.prompt_template}"
@@ -239,7 +269,7 @@ def describe_prompts(settings, examples: list) -> str:
         form = "plain text"
     strings = [repr(string)[1:-1] for string in stop_strings(settings.stop)]
     stop = f", stop {', '.join(strings)}" if strings else ""
-    return f"prompts: {form}{stop}"
+    return f"prompts: {form}{stop}; completions of up to {settings.max_completion_length} tokens"
 
 
 # ---- completions -----------------------------------------------------------------------------------------

@@ -155,7 +155,8 @@ class RolloutRecord:
     def held_out(self, step) -> list[Example]:
         """The held-out prompts, each with a completion of the policy as it is; the evaluation of `step` gets
         their metrics."""
-        rollout = self.rollouts.sample_held_out(step.index)
+        with self.engine.record.evaluation():
+            rollout = self.rollouts.sample_held_out(step.index)
         step.add(self.completion_metrics(rollout), "eval")
         return rollout.examples
 

@@ -4,8 +4,8 @@
 # a round are the model of the round before.
 #
 #   bash example/iterative-dpo.sh                                # the embedded model, minutes on two CPU cores
-#   MODEL=Qwen/Qwen2.5-0.5B-Instruct CONFIG=example/qwen2.5-dpo.yml PROMPTS=gsm8k REWARD=gsm8k \
-#       bash example/iterative-dpo.sh max_length=1024            # words go to every training
+#   MODEL=Qwen/Qwen2.5-0.5B-Instruct CONFIG=example/qwen2.5-dpo.yml PROMPTS=gsm8k HELD_OUT=gsm8k:test \
+#       REWARD=gsm8k bash example/iterative-dpo.sh max_length=1024      # words go to every training
 #
 # Interrupted, the same command goes on where it was. OUTPUT/sampled-2 are the answers of round 2, OUTPUT/dpo-2
 # is its run, OUTPUT/held-out-2 how it answers new prompts (0: the start). python report.py OUTPUT/dpo-* compares

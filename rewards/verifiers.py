@@ -24,6 +24,10 @@ PROSE = 1000                  # characters of a text in which math-verify looks 
 
 FULL_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}
 ASCII = FULL_WIDTH | {0x2212: "-", 0x3002: ".", 0x3000: " ", 0xFFE5: "¥"}
+MARKS = "，。："                # between two numbers of a Chinese text they end the first one
+ALONE = re.compile(rf"(?<![0-9])[{MARKS}]|[{MARKS}](?![0-9])")      # they do not stand between two
+PROSE_ASCII = {code: character for code, character in ASCII.items() if chr(code) not in MARKS}
+UNSPACED = r"\u0e00-\u0eff\u3040-\u9fff\uac00-\ud7a3"     # letters right before which a number may stand
 GROUP = re.compile(r"(?<=[0-9])(?:\{,\}|,?\\!|\\,|[\u00a0\u2009\u202f])(?=[0-9]{3}(?![0-9]))")
 CURRENCY = "[$€£¥₹]"
 GROUPED = r"[0-9]{1,3}(?:(?:,[0-9]{3})+|(?: [0-9]{3})+)(?![0-9])"
@@ -132,6 +136,7 @@ def last_boxed(text, longest):
     inside = text.rpartition("\\boxed")[2][:longest + 2]
     if match := re.match(r"\s+([+-]?[0-9][0-9.,/]*)", inside):
         return match[1]
+    inside = inside.lstrip()
     depth = 0
     for i, character in enumerate(inside):
         depth += (character == "{") - (character == "}")
@@ -151,7 +156,7 @@ NUMBER = re.compile(                                                   # a numbe
     r"(?P<power>[eE][+-]?[0-9]{1,2}(?![\w.]))?")
 MINUS = re.compile(rf"-( *){CURRENCY}?\Z")
 AFTER_VALUE = re.compile(r"[0-9)\]}%]\$\Z|[0-9A-Za-z_)\]}%]\Z")      # there - subtracts, or is a hyphen
-BEFORE_SIGN = re.compile(r"(?:\A|[=:(\[{,#*$<>]|[\u0e00-\u0eff\u3040-\u9fff\uac00-\ud7a3]"
+BEFORE_SIGN = re.compile(rf"(?:\A|[=:(\[{{,#*$<>]|[{UNSPACED}]"
                          r"|\b(?:is|are|was|be|equals|to|of)) *\Z")   # there - 5 is a number
 LOOK_BACK = 20                # characters before a number in which its sign is looked for
 
@@ -160,8 +165,8 @@ def gsm8k(prompts, completions, **columns):
     """1.0 where the last number of the completion is the gold answer's, else 0.0.
 
     Numbers: 18, 1,234.50, .5, 2.5e3, and as one number each 3/4 and 2 1/2. A time (3:30) and a power (10^6)
-    are none, so 0.0 if they come last; 1 234 with an ordinary space is two. A gold answer must be exactly one
-    plain number, perhaps with currency or unit; any other equals nothing.
+    are none, so 0.0 if they come last; 1 234 with an ordinary space is two, and so are 1，234 and 1。5. A
+    gold answer must be exactly one plain number, perhaps with currency or unit; any other equals nothing.
 
     A minus is the number's sign unless a digit, a Latin letter or a closing bracket stands right before it:
     10-5, 3-5, x-5 end in 5. With a space behind it a minus subtracts (10 - 5) or is a dash (Tom - 5, a list's
@@ -190,7 +195,7 @@ def _gold_number(gold):
 
 def _last_number(text):
     r"""The Fraction of the last number in a text, or None if there is none or it is no plain number."""
-    text = text.translate(ASCII)
+    text = _prose(text)
     text = GROUP.sub(",", text)
     text = re.sub(r"\\[dt]?frac\{([0-9]+)\}\{([0-9]+)\}", r" \1/\2", text)
     found = None
@@ -207,6 +212,12 @@ def _last_number(text):
         value = Fraction(int(found["top"]), int(found["bottom"]))
         value += int(found["whole"] or 0) if value < 1 else 0        # in "15 36/2" they are two numbers
     return -value if _is_negative(text[:found.start()]) else value
+
+
+def _prose(text):
+    """A text in ASCII, but for the Chinese punctuation between two numbers: it would make them one."""
+    text = ALONE.sub(lambda mark: mark[0].translate(ASCII), text)
+    return text.translate(PROSE_ASCII)
 
 
 def _is_negative(before):
@@ -282,6 +293,8 @@ def _text(plain):
 
 ANSWER_IS = re.compile(r"(?:answer(?: is)?|答案(?:是|为)?)\**\s*:", re.IGNORECASE)
 COUNTS = re.compile(r"\\text\{([^{}]*(?:[0-9]|dozen|hundred|thousand|illion|[十百千万亿])[^{}]*)\}")
+# where math-verify needs a space to see a number; 18亿 is not 18
+BEFORE_NUMBER = re.compile(rf"(?<=[{UNSPACED}{MARKS}])(?=[-+$]?[0-9][0-9.,]*(?![0-9.,]| ?[十百千万亿]))")
 DISPLAY = r"\$\$[^$]*\$\$|\\\[(?:(?!\\\[)[\s\S])*?\\\]"        # a formula, perhaps on several lines
 DISPLAYED = re.compile(DISPLAY)
 ANSWER_LINE = re.compile(rf"(?:(?:{DISPLAY})(?:\s*(?:{DISPLAY}))*)?[^\n]*")      # or several
@@ -308,11 +321,10 @@ def _answer_in(completion):
     text = completion.rpartition("</think>")[2]
     if "<think>" in text:
         return None
-    text = text.translate(ASCII)
     if "\\boxed" in text:
-        inside = last_boxed(text, FORMULA)
+        inside = last_boxed(text.translate(ASCII), FORMULA)
         return (_formula(inside), True) if inside else None
-    text = DISPLAYED.sub(_on_one_line, text)
+    text = DISPLAYED.sub(_on_one_line, _prose(text))
     marks = list(ANSWER_IS.finditer(text))
     if marks:
         text = text[marks[-1].end():].lstrip(" \t\r\n*")
@@ -326,7 +338,9 @@ def _answer_in(completion):
     if not has_words:
         text = _conclusion(text)
     is_sentence = has_words and re.search("[0-9]", text) or len(text) > FORMULA
-    return (text, False) if is_sentence else (_formula(text), True)
+    if is_sentence:
+        return BEFORE_NUMBER.sub(" ", text), False
+    return _formula(text), True
 
 
 def _on_one_line(match):

@@ -2,17 +2,20 @@
 import json
 import os
 import pty
+import re
 import select
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import robust_helpers as child
+import torch
 from helpers import ROOT, messages, refused, tiny_model, write_jsonl
 
-from chat import KEYS, parser, with_dashes
-from engine.greeting import questions, usual_temperature
+from chat import KEYS, Speaker, parser, with_dashes
+from engine.greeting import form_of_questions, questions, usual_temperature
 from model.load import check_name
 
 
@@ -72,6 +75,42 @@ def test_verified_answers_are_greedy(reward, temperature, here):
 
 def test_other_models_are_sampled(here):
     assert usual_temperature(run_with(here / "run")) == usual_temperature("gpt2") == 0.7
+
+
+# ---- how a question is put
+
+NO_KEYS = SimpleNamespace(chat_template=None, system_prompt=None, chat_template_kwargs=None, temperature=1.0,
+                          max_new_tokens=60)
+
+
+def test_a_run_is_asked_as_it_was_trained(here, capsys):
+    """In its prompt template, unless a key of the chat template is given; each line by itself."""
+    (here / "own.prompt").write_text("Q: {question} A:")
+    tiny_model(here / "run" / "final")
+    run = run_with(here / "run", prompt_template="own.prompt", stop="null")
+    assert form_of_questions(run, NO_KEYS) == ("Q: {question} A:", [])
+    assert "every line is a question of its own, in prompt_template own.prompt" in capsys.readouterr().err
+    with_system = SimpleNamespace(**vars(NO_KEYS) | {"system_prompt": "Be brief."})
+    assert form_of_questions(run, with_system) == (None, [])
+    assert form_of_questions("gpt2", NO_KEYS) == (None, [])
+    speaker = Speaker(run, NO_KEYS)
+    speaker.answer("1+1?")
+    torch.manual_seed(0)
+    speaker.answer("2+2?")
+    reply = speaker.messages[-1]["content"]
+    asked = speaker.tokenizer("Q: 2+2? A:").input_ids
+    torch.manual_seed(0)
+    output = speaker.lm.generate(torch.tensor([asked]), do_sample=True, top_k=0, max_new_tokens=60,
+                                 eos_token_id=258, pad_token_id=258)
+    assert reply == speaker.tokenizer.decode(output[0, len(asked):], skip_special_tokens=True)
+
+    end = re.search("[A-Za-z]", reply).end()
+    speaker = Speaker(run_with(here / "run", prompt_template="own.prompt", stop=reply[end - 1]), NO_KEYS)
+    torch.manual_seed(0)
+    speaker.answer("2+2?")
+    assert speaker.messages[-1]["content"] == reply[:end]
+    (here / "own.prompt").unlink()
+    assert "own.prompt, the prompt_template of" in refused(form_of_questions, run, NO_KEYS)
 
 
 # ---- the command line

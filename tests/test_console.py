@@ -161,6 +161,23 @@ def broken_clock():
     time.perf_counter = lambda: 5.0
 
 
+def slow_evaluations(algorithm):
+    """An update takes 2 seconds of the clock, an evaluation 1000, and nothing else takes time."""
+    from engine.loop import Engine
+    from engine.rollouts import Rollouts
+    now = [5.0]
+    time.perf_counter = lambda: now[0]
+
+    def later(seconds):
+        now[0] += seconds
+
+    child.before(Engine, "clip_gradients", lambda: later(2), lambda engine: engine.step.index > 0)
+    if algorithm == "dpo":
+        child.before(Engine, "batches", lambda: later(1000), lambda *arguments: arguments[2:])
+    else:
+        child.before(Rollouts, "sample_held_out", lambda: later(1000))
+
+
 PRINTING = """
 def reward(prompts, completions, **columns):
     print("the reward says hello", file=__import__("sys").stderr)
@@ -448,6 +465,18 @@ def test_a_broken_clock_stops_no_run(algorithm, model, tmp_path):
     lines = [line for line in result.err.splitlines() if line.startswith("step ")]
     assert len(lines) == 4 and all("  0:00 left  0 tokens/s  loss " in line for line in lines)
     assert all(row["tokens_per_second"] == 0 for row in trained_rows(tmp_path))
+
+
+@pytest.mark.parametrize("algorithm", ["dpo", "grpo", "distill"])
+def test_evaluations_are_no_training(algorithm, model, tmp_path):
+    """Each update takes 2 seconds, so that the mean of their tokens per second is that of the run."""
+    child.project(tmp_path, algorithm, model, max_steps=4, eval_every=4)
+    result = child.train(tmp_path, patch=slow_evaluations, arguments=(algorithm,))
+    assert result.code == 0, result.err
+    lines = re.findall(r"^step ./4  (\S+) left  (\d+) tokens/s", result.err, re.MULTILINE)
+    assert [left for left, _ in lines] == ["0:06", "0:04", "0:02", "0:00"]
+    speeds = [row["tokens_per_second"] for row in trained_rows(tmp_path)]
+    assert int(lines[-1][1]) == pytest.approx(sum(speeds) / 4, abs=1) and min(speeds) > 10
 
 
 def test_rows_of_an_evaluation(model, stream, tmp_path, monkeypatch):

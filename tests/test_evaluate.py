@@ -230,15 +230,20 @@ def test_which_prompt_is_used(run, folder):
 
 
 def test_a_run_is_asked_as_it_was_trained(run, folder):
-    """`prompt_template` and `stop` of its configuration hold where the command line says nothing."""
+    """`prompt_template`, `stop` and `max_completion_length` of its configuration hold where the command line
+    says nothing."""
     (folder / "some.prompt").write_text("Q: {question} A:")
     trained = folder / "trained"
     shutil.copytree(folder / "chat", trained)
-    (trained / "config.yaml").write_text(f"prompt_template: {folder / 'some.prompt'}\nstop: END\n")
+    keys = {"prompt_template": folder / "some.prompt", "stop": "END", "max_completion_length": 7}
+    write_config(trained / "config.yaml", **keys)
     shutil.copytree(folder / "chat", trained / "final")
     for model in ("trained", "trained/final"):
-        rows, summary, _ = run(model, "gsm8k-test.jsonl", model.replace("/", "-"), reward="r1_zero", limit=1)
+        rows, summary, shown = run(model, "gsm8k-test.jsonl", model.replace("/", "-"), reward="r1_zero",
+                                   limit=1, max_completion_length="null")
         assert rows[0]["prompt"] == "Q: What is 0 plus 0? A:" and summary["settings"]["stop"] == "END"
+        assert summary["settings"]["max_completion_length"] == 7 and rows[0]["tokens"] <= 7
+        assert "some.prompt, stop END; completions of up to 7 tokens\n" in shown
 
 
 def test_what_is_too_long_with_the_chat_template_is_told(run):
@@ -353,6 +358,21 @@ def run_with(folder, name, **keys):
     (folder / "config.yml").rename(folder / name / "config.yaml")
 
 
+def test_pairs_are_read_as_the_run_read_them(run, folder):
+    """Strings as turns where the run had a system prompt, transcripts as text where it had `hh: text`."""
+    start = "\n\nHuman: Hi\n\nAssistant:"
+    write_jsonl(folder / "strings.jsonl", [{"prompt": "Hi", "chosen": "yes", "rejected": "no"}])
+    write_jsonl(folder / "hh.jsonl", [{"chosen": f"{start} yes", "rejected": f"{start} no"}])
+    run_with(folder, "system", algorithm="orpo", model=folder / "chat", system_prompt="Be brief.")
+    run_with(folder, "raw", algorithm="orpo", model=folder / "chat", hh="text")
+    turn = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    prompts = {("system", "strings.jsonl"): turn, ("raw", "strings.jsonl"): "Hi",
+               ("system", "hh.jsonl"): turn, ("raw", "hh.jsonl"): start}
+    for (model, data), prompt in prompts.items():
+        (row,), _, _ = run(model, data, f"{model}-{data}")
+        assert row["prompt"] == prompt and row["chosen"].strip() == "yes<|im_end|>"
+
+
 def test_the_reference_of_a_run_is_found_and_the_accuracy_named(run, folder):
     """A run's own reference, or its start model; none for an algorithm without, and none where asked so."""
     start = folder / "other"
@@ -360,16 +380,19 @@ def test_the_reference_of_a_run_is_found_and_the_accuracy_named(run, folder):
     run_with(folder, "dpo", algorithm="dpo", model=start, reference="null")
     run_with(folder, "named", algorithm="dpo", model=folder / "third", reference=start)
     run_with(folder, "orpo", algorithm="orpo", model=start)
+    run_with(folder, "free", algorithm="dpo", model=start, reference="null", reference_free="true")
+    run_with(folder, "grpo", algorithm="grpo", model=start, reference="null", beta=0, reward="gsm8k")
+    run_with(folder, "own", algorithm="of-a-copy", model=start, reference="null")
     _, wanted, _ = run("chat", "pairs.jsonl", "wanted", reference=start)
     _, plain, _ = run("chat", "pairs.jsonl", "plain")
     assert wanted["avg_margin"] != plain["avg_margin"]
     assert plain["preferred_by"] == "log-prob (no reference)"
-    for model in ("dpo", "dpo/final", "dpo/checkpoints/step-000001", "named"):
+    for model in ("dpo", "dpo/final", "dpo/checkpoints/step-000001", "named", "own"):
         _, summary, shown = run(model, "pairs.jsonl", model.replace("/", "-"))
         assert summary["avg_margin"] == wanted["avg_margin"]
         assert summary["preferred_by"] == f"implicit reward (log-prob minus that of {start})"
         assert f"reference: {start}, the run's own" in shown
-    for model, keys in (("orpo", {}), ("dpo", {"reference": "null"})):
+    for model, keys in (("orpo", {}), ("free", {}), ("grpo", {}), ("dpo", {"reference": "null"})):
         _, summary, shown = run(model, "pairs.jsonl", f"plain-{model}", **keys)
         assert summary["avg_margin"] == plain["avg_margin"]
         assert "preferred_by     log-prob (no reference)" in shown

@@ -141,6 +141,20 @@ def test_the_share_of_tests_that_pass():
     assert graded("unit_tests", completions, tests=[TESTS] * 5 + [None]) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("completion", [
+    f"Install:\n```bash\npip install x\n```\nThen:\n```python\n{ADD}\n```",
+    f"```Python\n{ADD}\n```",
+    f"```python3\n{ADD}\n```",
+    f"```\n{ADD}\n```\nIt prints:\n```text\n3\n```",
+    f"```python\r\n{ADD}\r\n```\r\n",
+    f"The code: ```py \n{ADD}```",
+    f"Use ```add``` here.\n```python\n{ADD}\n```",
+    "1. The code:\n   ```python\n   def add(a, b):\n       return a + b\n   ```",
+])
+def test_the_code_of_a_completion(completion):
+    assert graded("unit_tests", [completion], tests=[TESTS]) == pytest.approx([2 / 3])
+
+
 @pytest.mark.parametrize("code", [
     "while True: pass",
     "x = bytearray(2 ** 31)",

@@ -1,6 +1,7 @@
 """sample.py: the completions it keeps, files that train.py reads, the loops sample -> sft, sample -> dpo."""
 import json
 import os
+import re
 import subprocess
 
 import pytest
@@ -189,15 +190,34 @@ def test_a_missing_reward_is_refused(tmp_path):
         sample.main([str(tmp_path), "data=x.jsonl"])
 
 
-def test_the_chain_of_iterative_dpo(tmp_path):
-    """Each round begins with what the one before learned; the programs know all keys. They are not run."""
+@pytest.fixture
+def calls_of(tmp_path):
+    """calls_of(a command that runs example/iterative-dpo.sh) -> the words of each program that it starts. The
+    programs are not run."""
     stub = tmp_path / "python"
     stub.write_text('#!/bin/sh\nprintf "%s\\n" "$*" >> "$(dirname "$0")/calls"\n')
     stub.chmod(0o755)
     variables = dict(PATH=f"{tmp_path}:{os.environ['PATH']}", OUTPUT="out", ROUNDS="2")
-    command = ["bash", ROOT / "example" / "iterative-dpo.sh", "lr=1e-5"]
-    subprocess.run(command, env=variables, cwd=ROOT, check=True)
-    calls = [line.split() for line in (tmp_path / "calls").read_text().splitlines()]
+
+    def calls_of(command):
+        subprocess.run(["bash", "-c", command], env=variables, cwd=ROOT, check=True)
+        return [line.split() for line in (tmp_path / "calls").read_text().splitlines()]
+
+    return calls_of
+
+
+def test_the_command_for_another_model(calls_of):
+    """The rounds are compared on the data that the model is trained for."""
+    text = (ROOT / "example" / "iterative-dpo.sh").read_text().replace("\\\n#", "")
+    command, = re.findall(r"^# +(MODEL=.*)", text, re.MULTILINE)
+    data = {"evaluate.py": "data=gsm8k:test", "sample.py": "data=gsm8k"}
+    for program, *words in calls_of(command):
+        assert program == "train.py" or {data[program], "reward=gsm8k"} < set(words)
+
+
+def test_the_chain_of_iterative_dpo(calls_of):
+    """Each round begins with what the one before learned; the programs know all keys."""
+    calls = calls_of("bash example/iterative-dpo.sh lr=1e-5")
     programs = [call[0] for call in calls]
     assert programs == ["evaluate.py", *["sample.py", "train.py", "evaluate.py"] * 2]
     start = "example/tiny/model"

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from data.files import digest_of
 from data.tokenise import stop_ids
 from engine.checkpoint import model_path
+from engine.config import load_config
 from engine.sealed import broken
 from tests.helpers import (
     CHATML,
@@ -305,6 +306,14 @@ def test_every_algorithm_has_a_configuration(folder, tmp_path, capsys, algorithm
                f"eval_data={folder}/eval-{FILES[kind]}.jsonl", "max_length=256", "--dry-run", *others)
     shown = capsys.readouterr().out
     assert "nothing was trained" in shown and "dropped" not in shown
+
+
+def test_few_pairs_of_a_large_data_set_are_held_out():
+    """They pass through the model four times: reference, step 0, 30 and 60. The data set has 160,800."""
+    text = (ROOT / "example" / "smollm2-hh-dpo.yml").read_text()
+    words, = re.findall(r"train.py (.* data=Anthropic/hh-rlhf[^#\n]*)", text)
+    common = load_config(words.split()).common
+    assert 4 * 160_800 * common.eval_fraction < common.max_steps * common.batch_size
 
 
 def test_real_pairs(tmp_path, capsys):

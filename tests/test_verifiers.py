@@ -109,6 +109,11 @@ def test_r1_zero_takes_nothing_away(answer, gold):
     assert not r1(answer, gold) and not r1(gold, answer)
 
 
+def test_a_space_before_the_braces():
+    assert r1("so \\boxed {18}", "18") and not r1("\\boxed {18", "18")
+    assert golds_of({"answer": "\\boxed\n{\\frac{1}{2}}"}) == ["\\frac{1}{2}"]
+
+
 # ---- gsm8k ----
 
 @pytest.mark.parametrize("text, number", [
@@ -118,6 +123,7 @@ def test_r1_zero_takes_nothing_away(answer, gold):
     ("20 - 12", 12), ("20-12", 12), ("20−12", 12), ("pages 8-12", 12), ("n-12", 12), ("(8)-12", 12),
     ("x^{2}-12", 12), ("$8$-$12$", 12), ("30%-12", 12), ("They have:\n- 12", 12), ("Ann - 12", 12),
     ("Аня - 12", 12), ("1{,}250", 1250), ("1\\,250", 1250), ("1,\\!250", 1250), ("1\u00a0250", 1250),
+    ("2×125=250，250元", 250), ("6×2=12。12个苹果", 12), ("步骤2：12", 12), ("１，２５０", 1250),
     ("１２。", 12), ("12 1", 1), ("1 250", 250), ("12 cm^2", 12), ("y = 12x^2", 12), ("9/12", .75),
     ("\\frac{9}{12}", .75), ("2 9/12", 2.75), ("costs 1.2e1", 12)])
 def test_the_last_number(text, number):
@@ -198,6 +204,11 @@ def package():
     ("The answer is $\\frac{3}{4}$.", "0.75", True), ("<think>\\boxed{5}</think> It is 7.", "7", True),
     ("<think>\\boxed{5}</think> It is 7.", "5", False),
     ("5 it is</think>\n\n<answer> 7 </answer>", "7", True), ("<think> Perhaps \\boxed{7}", "7", False),
+    ("所以答案是18。", "18", True), ("答案是18", "18", True), ("因此，她一共有18个苹果。", "18", True),
+    ("因此总共18元。", "18", True), ("因此总共18元。", "8", False), ("因此余额为-12元。", "-12", True),
+    ("6×3=18。18个苹果", "18", True), ("一共2×60=120，120元", "120", True), ("答えは18です。", "18", True),
+    ("一共18亿元。", "18", False), ("答案：1，250", "1250", True), ("答案：3：4", "3:4", True),
+    ("\\boxed {18}", "18", True),
     ("<think> It is 7</think>", "7", False), ("", "7", False), ("word " * 400 + "\nIt is 7.", "7", True)])
 def test_math(package, completion, gold, is_right):
     assert maths(completion, gold) == is_right

@@ -4,7 +4,7 @@
         reward=example/rewards/unit_tests.py:unit_tests reward_timeout=600
 
 A row has a column `tests`: a list of Python statements, such as "assert add(1, 2) == 3". The code is the last
-block between ``` and ```, else the whole completion.
+block between ``` and ``` that is marked as Python or not at all, else the whole completion.
 
 This runs what the model writes. Each completion runs in a process of its own, in an empty directory, without
 the environment's variables, with limits of time, memory and the size of files. That stops
@@ -18,12 +18,14 @@ import signal
 import subprocess
 import sys
 import tempfile
+import textwrap
 from concurrent.futures import ThreadPoolExecutor
 
 SECONDS = 10                   # for all tests of a completion
 MEMORY = 2 ** 30               # bytes
 FILE_SIZE = 2 ** 20            # bytes of any file that it writes, and of what it prints
-CODE = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)```", re.DOTALL)
+BLOCK = re.compile(r"^[^\n`]*```([^\n`]*)\n(.*?)```", re.DOTALL | re.MULTILINE)
+PYTHON = ("", "python", "python3", "py")     # what may stand behind the first ```
 # Each test runs by itself, so that one that fails does not hide the others. The count stands behind a mark,
 # so that it is not mistaken for something that the code prints.
 PROGRAM = """
@@ -58,8 +60,11 @@ def share_passed(completion: str, tests: list[str] | None) -> float | None:
 
 
 def code_in(completion: str) -> str:
-    blocks = CODE.findall(completion)
-    return blocks[-1] if blocks else completion
+    code = completion
+    for language, block in BLOCK.findall(completion):
+        if language.strip().lower() in PYTHON:
+            code = textwrap.dedent(block)      # a block in a list is indented
+    return code
 
 
 def run(code: str, tests: list[str]) -> int:
