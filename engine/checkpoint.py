@@ -6,6 +6,7 @@ never unpickles.
 import functools
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from data.files import digest_of
 from engine.ranks import distributed
 from engine.sealed import MANIFEST, WEIGHTS, broken, write_sealed
 from engine.shares import deal, deal_each, saved_tensors, share_of, write_by_all
-from model import gguf, lora, modelscope
+from model import gguf, lora, modelscope, processor
 from model.actor_critic import CRITIC
 from model.load import RUNS, is_gguf
 from model.reward_model import HEAD_BIAS, HEAD_WEIGHT, VALUE_HEAD
@@ -141,23 +142,28 @@ def outline(policy) -> dict:
     return each_once(empty, saved_tensors(policy))
 
 
-def in_dtype(state: dict, dtype: torch.dtype) -> dict:
-    """Weights rounded to `dtype`. A reward model's head, a few kilobytes, stays as it is."""
+def in_dtype(lm, state: dict, dtype: torch.dtype) -> dict:
+    """An LM's weights rounded to `dtype`. Those that transformers loads in fp32 whatever dtype is asked for,
+    such as biases of a router, and a reward model's head stay as they are: a few kilobytes."""
     def rounded(tensor):
         return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
-    head = {name: tensor for name, tensor in state.items() if name == "value_head.weight"}
-    return each_once(rounded, state) | head
+    patterns = ["^value_head.weight$", *lm._keep_in_fp32_modules_strict]
+    kept = re.compile("|".join(patterns))
+    exact = {name: tensor for name, tensor in state.items() if kept.search(name)}
+    return each_once(rounded, state) | exact
 
 
 def save_model(lm, tokenizer, state: dict, directory: str) -> None:
-    """The LM as transformers saves it, or its adapter as peft does, a reward model's head beside it, and the
-    tokenizer. `state` may be this rank's share of the weights."""
+    """The LM as transformers saves it, with its processor, or its adapter as peft does, a reward model's head
+    beside it, and the tokenizer. `state` may be this rank's share of the weights."""
     weights = inside_lm(state)
+    tokenizer.save_pretrained(directory)
     if weights and lora.settings(lm):
         lora.save(lm, weights, directory)
     elif weights:
         save_pretrained(lm, weights, directory)
+        processor.save(lm, directory)
         if precision(weights) != lm.dtype:               # transformers has written that of the LM in memory
             lm.config.dtype = precision(weights)
             lm.config.save_pretrained(directory)
@@ -165,7 +171,6 @@ def save_model(lm, tokenizer, state: dict, directory: str) -> None:
         # other projects' heads have a bias, and they read it; ours has none
         head = {HEAD_WEIGHT: state["value_head.weight"], HEAD_BIAS: torch.zeros(1)}
         save_file(written(head), os.path.join(directory, VALUE_HEAD))
-    tokenizer.save_pretrained(directory)
 
 
 def writer_of(directory: str, policy, tokenizer, optimizer, trainer: dict, stored: dict,

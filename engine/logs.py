@@ -23,7 +23,7 @@ from engine import checkpoint, sealed
 from engine.claim import release
 from engine.console import Console
 from engine.directory import made_final, shape_of_final
-from engine.fingerprint import check_unchanged
+from engine.fingerprint import check_unchanged, together
 from engine.report import NO_METRICS, REPORT, write_report
 from engine.trackers import Trackers
 
@@ -139,9 +139,8 @@ class Run:
                 os.remove(kept)
 
     def check_started(self, digests: dict) -> None:
-        """UserError where a file, a model or a hub commit that the configuration names has changed since the
-        run started. A notice where libraries, threads or processes have changed: numbers are then equal to
-        rounding only."""
+        """UserError where a file or a model that the configuration names has changed since the run started. A
+        notice where libraries, threads or processes have changed: numbers are then equal to rounding only."""
         started = self.started_with()
         self.check_digests(digests)
         before = arithmetic(started)
@@ -157,7 +156,7 @@ class Run:
         """UserError where one of the digests has changed since the run started; all that are known, else."""
         started = self.started_with().get("digests", {})
         check_unchanged(started, digests, self.directory)
-        return started | digests
+        return together(started, digests)
 
     def check_data(self, reports: dict) -> None:
         """UserError where a data file has changed since the start. The order of the data is a function of the

@@ -20,7 +20,7 @@ from engine.command_line import parse_argv
 from engine.config import Common, check_output, config_of, hints_of, is_required, read_values
 from engine.definition import modules_in
 from engine.evaluation import load_frozen, response_scores
-from engine.fingerprint import fingerprints
+from engine.fingerprint import changed, fingerprints
 from engine.help import key_lines
 from engine.importance import check_engine, other_engine
 from engine.logs import Run, write_whole
@@ -45,6 +45,7 @@ from model.sampler import sample
 from rewards.functions import check_rewards, load_reward, score_all
 from rewards.verifiers import golds_of, r1_zero, r1_zero_details
 
+DIGESTS = "digests of "                  # how the settings of a file call what a key names
 # keys that change no completion and no score
 NOT_COMPARED = (
     "output",
@@ -396,9 +397,16 @@ def used_by(settings, path: str, report: dict) -> dict:
         used.pop(key, None)
     used["model"] = path
     for key, files in fingerprints(used).items():
-        used[f"digests of {key}"] = files
+        used[DIGESTS + key] = files
     used["data_sha256"] = report["sha256"]
     return used
+
+
+def differ(key: str, before, after) -> bool:
+    """Whether a setting, or the digests of what it names, are others than before."""
+    if key.startswith(DIGESTS) and before and after:
+        return bool(changed(before, after))
+    return before != after
 
 
 def number(value: float) -> str:
@@ -460,7 +468,7 @@ class Results:
         if os.path.exists(path):
             old = json.loads(Path(path).read_text(encoding="utf-8"))
         keys = sorted(old.keys() | used.keys())
-        differing = [key for key in keys if old.get(key) != used.get(key)]
+        differing = [key for key in keys if differ(key, old.get(key), used.get(key))]
         if differing and os.path.exists(self.path):
             named = ", ".join(differing)
             raise UserError(f"output: {self.output} holds results with other settings ({named} differ); "

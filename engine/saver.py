@@ -17,7 +17,7 @@ from engine.shares import deal, local_part, saved_tensors, share_of, trained, wr
 from model import lora
 from model.build import reshard
 from model.classifier import save_classifier, why_no_classifier
-from model.load import base_of, generation_settings, is_finite
+from model.load import base_of, generation_settings, is_finite, lacks_processor
 from model.reward_model import RewardModel
 from model.sampler import sample
 from model.state import num_bytes
@@ -45,6 +45,9 @@ class Saver:
         _, changed = generation_settings(base_of(engine.start or engine.config.model))
         if changed:
             engine.notice(changed)
+        if lacks_processor(lm) and (merge or not lora.settings(lm)):
+            engine.notice(f"{lm.name_or_path} has no processor files beside it, so none are saved: servers "
+                          "can load final/ as a model of text only")
         reason = why_no_classifier(lm, merge)
         if isinstance(engine.policy, RewardModel) and reason:
             engine.notice(f"classifier/ will not be written: {reason}")
@@ -202,7 +205,7 @@ class Saver:
         these weights, this rank's share."""
         engine = self.engine
         if engine.config.save_dtype == "bf16":
-            weights = checkpoint.in_dtype(weights, torch.bfloat16)
+            weights = checkpoint.in_dtype(lm, weights, torch.bfloat16)
 
         def filling(save):
             return lambda temporary: save(lm, engine.tokenizer, weights, temporary)

@@ -123,7 +123,7 @@ class VllmServer(OtherEngine):
         reshard(policy)
         weights = inside_lm(share_of(saved_tensors(policy), deal(policy, world)))
         if policy.precision == "bf16":
-            weights = in_dtype(weights, torch.bfloat16)
+            weights = in_dtype(policy.lm, weights, torch.bfloat16)
         # a new name: the cache of a network's disk has nothing under it
         directory = os.path.join(self.folder, from_main(secrets.token_hex, 4))
 

@@ -18,7 +18,7 @@ from data.errors import UserError
 from data.files import SUFFIXES, kind_of
 from data.hub import NAME, why_unreachable
 from data.templates import set_template
-from model import modelscope
+from model import modelscope, processor
 
 CLASSIFIER = "ForSequenceClassification"      # how the names of such classes end
 RUNS = "runs"                        # where runs are by default; no owner of models is meant by it
@@ -121,6 +121,7 @@ def load_lm(path: str, dtype=torch.float32, needs_head: bool = True, **options):
         options["generation_config"] = GenerationConfig(**settings)
     try:
         lm, info = loader.from_pretrained(path, dtype=dtype, output_loading_info=True, **options)
+        lm.processor_files = processor.read_files(path, config)
     except Exception as error:  # noqa: BLE001  somebody else's files: anything may be raised
         raise unloadable(path, error) from error
     missing = info["missing_keys"]
@@ -206,6 +207,11 @@ def text_part(lm):
     if lm.config.get_text_config() is lm.config:
         return lm
     return lm.get_decoder()
+
+
+def lacks_processor(lm) -> bool:
+    """Whether an LM reads more than text, and the files that say how were not there."""
+    return text_part(lm) is not lm and not processor.files_of(lm)
 
 
 def check_rotary(path: str, max_length: int) -> None:

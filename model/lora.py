@@ -18,6 +18,7 @@ from transformers import BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
 from data.errors import RunError, UserError
+from model import processor
 from model.keys import ModelKeys
 from model.load import (
     ADAPTER,
@@ -287,6 +288,7 @@ def merged(lm, state: dict):
         raise RunError(f"the adapter cannot be merged into {lm.name_or_path} ({first_line(error)}); "
                        "fix: run the same command again with merge=false, or with more memory") from error
     plain.generation_config = lm.generation_config
+    plain.processor_files = processor.files_of(lm)
     weights = each_once(torch.Tensor.detach, plain.state_dict(keep_vars=True))
     others = {name: tensor for name, tensor in state.items() if not name.startswith("lm.")}
     return plain, {f"lm.{name}": tensor for name, tensor in weights.items()} | others

@@ -45,11 +45,9 @@ def files_of(directory: str, name: str) -> list[str]:
 
 
 def precision(state: dict) -> torch.dtype:
-    """The dtype of the weights, which all have the same."""
-    for tensor in state.values():
-        if tensor.is_floating_point():
-            return tensor.dtype
-    raise ValueError("a state without weights")
+    """The dtype of the weights: that of the largest, since small ones may be kept in fp32."""
+    floating = [tensor for tensor in state.values() if tensor.is_floating_point()]
+    return max(floating, key=torch.numel).dtype
 
 
 def inside_lm(state: dict) -> dict:

@@ -1,6 +1,7 @@
 """A run's directory is its own: one process at a time, nothing of the user's lost, nothing changed unnoticed
 between two parts."""
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import robust_helpers as child
@@ -19,7 +21,7 @@ from data.errors import UserError
 from engine import checkpoint, sealed
 from engine.claim import claim, release
 from engine.directory import Place, choose_directory
-from engine.fingerprint import fingerprints
+from engine.fingerprint import check_unchanged, fingerprints, together
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
@@ -390,6 +392,96 @@ def test_another_reward_or_prompt_template_under_the_same_name(model, tmp_path):
         assert result.code == 2 and errors(result)[0].startswith(line)
         (tmp_path / name).write_text(old)
     assert child.train(tmp_path).code == 0
+
+
+# ---- a model of the hub
+
+def commit(cache, name, files):
+    """Let a commit of owner/tiny, of which the hub's cache has `files` {name: content}, be the newest."""
+    folder = cache / "models--owner--tiny"
+    snapshot = folder / "snapshots" / name
+    for path in (folder / "refs", folder / "blobs", snapshot):
+        path.mkdir(parents=True, exist_ok=True)
+    for file, content in files.items():
+        digest = hashlib.sha256(content).hexdigest()
+        (folder / "blobs" / digest).write_bytes(content)
+        (snapshot / file).symlink_to(f"../../blobs/{digest}")
+    (folder / "refs" / "main").write_text(name)
+
+
+def use_cache(path, step=None):
+    from huggingface_hub import constants
+    constants.HF_HUB_CACHE = path
+    if step:
+        child.kill_after_save(step)
+
+
+def files_in(model):
+    return {path.name: path.read_bytes() for path in Path(model).iterdir()}
+
+
+def test_a_run_goes_on_after_a_commit_that_changes_the_readme(model, tmp_path):
+    """It takes the weights from its checkpoint, so the cache has none of the new commit. A commit that changes
+    the tokenizer ends it."""
+    files = files_in(model)
+    cache = tmp_path / "hub"
+    commit(cache, "a" * 40, files)
+    child.project(tmp_path, "sft", "owner/tiny")
+    killed = child.train(tmp_path, patch=use_cache, arguments=(str(cache), 2))
+    assert killed.code == -signal.SIGKILL, killed.err
+    weights = files.pop("model.safetensors")
+    other = files["tokenizer_config.json"].replace(b"{", b"{ ", 1)
+    commit(cache, "b" * 40, files | {"tokenizer_config.json": other})
+    result = child.train(tmp_path, patch=use_cache, arguments=(str(cache),))
+    line = "error: model: owner/tiny has changed since the run in run started; fix: choose another output"
+    assert result.code == 2 and errors(result) == [line]
+    commit(cache, "c" * 40, files | {"README.md": b"new"})
+    result = child.train(tmp_path, patch=use_cache, arguments=(str(cache),))
+    assert result.code == 0, result.err
+    digests = json.loads((tmp_path / "run" / "run.json").read_text())["digests"]["model"]["owner/tiny"]
+    assert digests["commit"] == "c" * 40 and "README.md" not in digests["files"]
+    assert digests["files"]["model.safetensors"] == hashlib.sha256(weights).hexdigest()
+
+
+@pytest.mark.parametrize("before, after, is_same", [
+    ("aa", {"commit": "aa", "files": {}}, True),                    # what earlier versions wrote
+    ("aa", {"commit": "bb", "files": {}}, False),
+    ({"files": {"x": "1", "y": "2"}}, {"files": {"x": "1"}}, True),
+    ({"files": {"x": "1"}}, {"files": {"x": "1", "y": "2"}}, True),
+    ({"files": {"x": "1", "y": "2"}}, {"files": {"x": "1", "y": "3"}}, False),
+    ({"files": {"x": "1"}}, None, True),                            # the base of an adapter, not in the cache
+    (None, {"files": {"x": "1"}}, True),
+    ("aa", "aa", True),
+    ("aa", None, False),
+    (None, "aa", False),
+])
+def test_when_a_model_is_the_same(before, after, is_same):
+    started, now = ({"model": {"m": digest} if digest else {}} for digest in (before, after))
+    if is_same:
+        check_unchanged(started, now, "run")
+    else:
+        with pytest.raises(UserError, match="model: m has changed since the run in run started; fix: "):
+            check_unchanged(started, now, "run")
+
+
+def test_what_the_cache_lacks_now_is_still_known():
+    started = {"model": {"m": {"commit": "a", "files": {"x": "1", "y": "2"}}}, "reward": {"f": "3"}}
+    now = {"model": {"m": {"commit": "b", "files": {"x": "1", "z": "4"}}}, "reference": {"g": "5"}}
+    found = together(started, now)
+    model = {"commit": "b", "files": {"x": "1", "y": "2", "z": "4"}}
+    assert found == {"model": {"m": model}, "reward": {"f": "3"}, "reference": {"g": "5"}}
+    assert together(started, {"model": {}}) == started
+
+
+def test_a_cache_without_links(model, tmp_path, monkeypatch):
+    """There the files themselves are read."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    commit(tmp_path, "a" * 40, {})
+    snapshot = tmp_path / "models--owner--tiny" / "snapshots" / ("a" * 40)
+    shutil.copytree(model, snapshot, dirs_exist_ok=True)
+    found = fingerprints({"model": "owner/tiny"})["model"]["owner/tiny"]
+    content = (snapshot / "tokenizer.json").read_bytes()
+    assert found["files"]["tokenizer.json"] == hashlib.sha256(content).hexdigest()
 
 
 def test_what_a_configuration_names(model, tmp_path, monkeypatch):

@@ -288,6 +288,17 @@ def test_continued_results_are_those_of_one_go(run, tmp_path, monkeypatch):
     assert run("chat", "prompts.jsonl", "limited", **keys)[0] == whole
 
 
+@pytest.mark.parametrize("key, before, after, told", [
+    ("digests of model", {"m": {"files": {"x": "1"}}}, {"m": {"files": {"x": "1", "y": "2"}}}, False),
+    ("digests of model", {"m": {"files": {"x": "1"}}}, {"m": {"files": {"x": "2"}}}, True),
+    ("digests of reward", {"f": "1"}, {"f": "2"}, True),
+    ("digests of reward", {"f": "1"}, None, True),
+    ("temperature", 0.5, 0.5, False)])
+def test_which_settings_differ(key, before, after, told):
+    """The cache may have got more files of the same hub model."""
+    assert results.differ(key, before, after) == told
+
+
 def test_other_settings_in_the_same_output(run, folder):
     keys = dict(reward="r1_zero", limit=2)
     run("chat", "gsm8k-test.jsonl", **keys)

@@ -3,12 +3,14 @@ import errno
 import json
 import multiprocessing
 import os
+import re
 import shlex
 import shutil
 
 import pytest
 import robust_helpers as child
 import torch
+from family_models import save_model
 from helpers import (
     assert_same_weights,
     byte_tokenizer,
@@ -44,7 +46,7 @@ from model import load
 from model.build import build_policy
 from model.classifier import save_classifier
 from model.reward_model import build_reward_model
-from model.state import save_pretrained
+from model.state import precision, save_pretrained
 
 MERGED = {"lora_r": 2, "merge": "true"}
 VICUNA = {"temperature": 0.9, "top_p": 0.6}           # as published: sampling settings without do_sample
@@ -71,7 +73,7 @@ def train(folder, model, algorithm="sft", **values):
     rows = pair_rows(8) if algorithm in ("rm", "dpo") else sft_rows(8)
     data = write_jsonl(folder / "data.jsonl", rows)
     values = dict(batch_size=4, lr=1e-3, max_length=256, save_every="null") | values
-    values |= dict(algorithm=algorithm, model=model, data=data, output=folder / "run")
+    values = dict(data=data) | values | dict(algorithm=algorithm, model=model, output=folder / "run")
     train_here(write_config(folder / "config.yml", **values))
     return folder / "run"
 
@@ -278,6 +280,61 @@ def test_a_trial_writes_every_file_but_no_weight(algorithm, values, forms, model
     assert not list(run.glob("*.tmp-*"))
 
 
+def model_that_reads_images(directory, **files):
+    """A tiny Gemma 3 and, as files {name: content}, its processor; their names have no ending here."""
+    save_model("gemma3_full", directory)
+    byte_tokenizer().save_pretrained(directory)
+    for name, content in files.items():
+        (directory / f"{name}.json").write_text(content)
+    return directory
+
+
+PROCESSOR = {
+    "processor_config": '{"a": 1}', "preprocessor_config": "{}", "video_preprocessor_config": '{"b": 2}'}
+
+
+def processor_in(directory):
+    found = {}
+    for path in directory.iterdir():
+        if path.stem in (*PROCESSOR, "chat_template") and path.suffix == ".json":
+            found[path.stem] = path.read_text()
+    return found
+
+
+def test_the_processor_of_a_model_that_reads_images_is_kept(tmp_path):
+    """Also in a run that goes on from a checkpoint. An old template, which would win over the tokenizer's, is
+    left out."""
+    path = model_that_reads_images(tmp_path / "model", **PROCESSOR, chat_template='{"chat_template": "old"}')
+    run = train(tmp_path, path, save_every=1, max_steps=1)
+    for name in PROCESSOR:
+        os.remove(path / f"{name}.json")
+    train(tmp_path, path, save_every=1, max_steps=2)
+    for saved in ("checkpoints/step-000001", "checkpoints/step-000002", "final"):
+        assert processor_in(run / saved) == PROCESSOR and sealed.broken(run / saved) is None
+    assert "no processor files" not in (run / "events.log").read_text()
+
+
+def test_the_processor_of_a_merged_model(tmp_path):
+    """An adapter needs none, the model that it is merged into does. A template that only the processor has is
+    kept, too."""
+    pytest.importorskip("peft")
+    files = PROCESSOR | {"chat_template": '{"chat_template": "old"}'}
+    path = model_that_reads_images(tmp_path / "model", **files)
+    os.remove(path / "chat_template.jinja")
+    for merge in ("false", "true"):
+        (tmp_path / merge).mkdir()
+        data = write_jsonl(tmp_path / merge / "plain.jsonl", [{"prompt": "a", "response": "b"}] * 4)
+        run = train(tmp_path / merge, path, data=data, lora_r=2, merge=merge, max_steps=1)
+        assert processor_in(run / "final") == (files if merge == "true" else {})
+
+
+def test_a_processor_that_is_not_there_is_told(tmp_path):
+    path = model_that_reads_images(tmp_path / "model")
+    run = train(tmp_path, path, max_steps=1)
+    said = (run / "events.log").read_text()
+    assert f"{path} has no processor files beside it" in said and processor_in(run / "final") == {}
+
+
 def test_a_classifier_of_an_architecture_without_sdpa(tmp_path):
     random_lm(config_of(BloomConfig, n_layer=2, n_head=4)).save_pretrained(tmp_path / "model")
     lm = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
@@ -361,6 +418,28 @@ def test_save_dtype(tied, tmp_path):
     saved = checkpoint.checkpoints(runs["bf16"])[-1]
     assert json.loads(open(f"{saved}/config.json").read())["dtype"] == "float32"
     assert_same_weights(load_file(f"{saved}/model.safetensors"), whole)
+
+
+@pytest.mark.parametrize("family, exact", [
+    ("deepseek_v3", r"\.e_score_correction_bias$"),
+    ("ernie4_5_moe", r"\.gate\.weight$|\.e_score_correction_bias$")])
+def test_save_dtype_leaves_what_transformers_keeps_in_fp32(family, exact, tmp_path):
+    """Rounded, such a bias would send tokens to other experts."""
+    save_model(family, tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    run = train(tmp_path, tmp_path / "model", save_every=1, save_dtype="bf16")
+    whole = load_file(run / "checkpoints" / "step-000002" / "model.safetensors")
+    half = final_weights(run)
+    kept = {name for name in whole if re.search(exact, name)}
+    assert kept and whole.keys() == half.keys()
+    for name, tensor in whole.items():
+        assert torch.equal(half[name], tensor if name in kept else tensor.bfloat16())
+    assert {half[name].dtype for name in kept} == {torch.float32}
+    assert json.loads((run / "final" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_the_precision_of_weights_is_that_of_the_largest():
+    assert precision({"bias": torch.ones(3), "weight": torch.ones(5).bfloat16()}) == torch.bfloat16
 
 
 def test_save_dtype_of_a_reward_model_and_of_adapters(model, tmp_path):
