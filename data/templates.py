@@ -23,7 +23,8 @@ DEFAULT = "{{%- if {name} is not defined %}}{{%- set {name} = {value} %}}{{%- en
 JSON = "{%- set null = none %}"      # with it jinja reads all of JSON
 NOTHING = "{{ '' }}"      # jinja removes a line's end behind a tag of the other kind
 CAPTURE = "{%- set whole_conversation %}" + NOTHING
-CAPTURED = NOTHING + "{{%- endset %}}{{{{ whole_conversation.removesuffix({tail}) }}}}"
+CAPTURED = NOTHING + "{%- endset %}"
+WITHOUT = "{{{{ whole_conversation.removesuffix({tail}) }}}}"
 EOS = "{%- if not add_generation_prompt %}{{ eos_token }}{%- endif %}"
 LAST_LINE_END = re.compile(r"(\r\n|\r|\n)\Z")
 
@@ -100,7 +101,7 @@ def end_with_last_turn(tokenizer):
     else:
         eos = EOS
     if tail or eos:
-        surround(CAPTURE, CAPTURED.format(tail=as_json(tail)) + eos, tokenizer)
+        surround(CAPTURE, CAPTURED + WITHOUT.format(tail=as_json(tail)) + eos, tokenizer)
 
 
 def prepend(text, tokenizer):

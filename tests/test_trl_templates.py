@@ -346,7 +346,7 @@ def test_a_conversation_that_ends_with_its_last_turn(name):
     """A sequence classifier reads the score at the last token: the template of rm's ends where the response
     does in training, and changes nothing else."""
     tokenizer, turns = tokenizer_for(name), CONVERSATIONS["one"]
-    if name in APART or EXPECTED[name]["one"] == "unthinking":
+    if EXPECTED[name]["one"] == "unthinking":
         turns = [user("Which fruit?"), assistant("Plum.", reasoning_content="ruddy")]
     example, = Tokeniser(tokenizer).encode([row_of(turns)], 10_000)[0]
     if name in IN_PARTS:
