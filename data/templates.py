@@ -23,9 +23,10 @@ DEFAULT = "{{%- if {name} is not defined %}}{{%- set {name} = {value} %}}{{%- en
 JSON = "{%- set null = none %}"      # with it jinja reads all of JSON
 NOTHING = "{{ '' }}"      # jinja removes a line's end behind a tag of the other kind
 CAPTURE = "{%- set whole_conversation %}" + NOTHING
-CAPTURED = NOTHING + "{%- endset %}"
-WITHOUT = "{{{{ whole_conversation.removesuffix({tail}) }}}}"
-EOS = "{%- if not add_generation_prompt %}{{ eos_token }}{%- endif %}"
+CAPTURED = """{{%- endset %}}
+{{%- if add_generation_prompt %}}{{{{ whole_conversation }}}}
+{{%- else %}}{{{{ whole_conversation.removesuffix({tail}) + {eos} }}}}
+{{%- endif %}}"""
 LAST_LINE_END = re.compile(r"(\r\n|\r|\n)\Z")
 
 
@@ -95,13 +96,12 @@ def end_with_last_turn(tokenizer):
     if not tokenizer.chat_template:
         return
     chat = Chat(tokenizer)
-    tail, eos = chat.tail, ""
+    tail, eos = chat.tail, "eos_token"
     if chat.end_of_turn:
         _, _, tail = tail.partition(chat.end_of_turn)
-    else:
-        eos = EOS
-    if tail or eos:
-        surround(CAPTURE, CAPTURED + WITHOUT.format(tail=as_json(tail)) + eos, tokenizer)
+        eos = "''"
+    if not chat.end_of_turn or tail:
+        surround(CAPTURE, NOTHING + CAPTURED.format(tail=as_json(tail), eos=eos), tokenizer)
 
 
 def prepend(text, tokenizer):
