@@ -173,7 +173,7 @@ class Examples(Sequence):
     def largest_id(self) -> int:
         """The largest id in the arrays, which may hold other examples, too."""
         tokens = self.arrays["tokens"]
-        return max(int(tokens.max()), ~int(tokens.min()))
+        return max(int(tokens.max(initial=0)), ~int(tokens.min(initial=0)))
 
     def all_keys(self) -> np.ndarray:
         """(E, K) digests of the responses, of 16 bytes each; see `response_keys`."""

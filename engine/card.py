@@ -31,7 +31,7 @@ from peft import AutoPeftModelForCausalLM
 from transformers import AutoTokenizer, GenerationConfig
 
 model, tokenizer = AutoPeftModelForCausalLM.from_pretrained(PATH), AutoTokenizer.from_pretrained(PATH)
-model.generation_config = GenerationConfig.from_pretrained(PATH)      # its stop tokens, not the base model's""",
+model.generation_config = GenerationConfig.from_pretrained(PATH)      # its stop tokens, not the base's""",
 }
 
 

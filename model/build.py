@@ -221,8 +221,9 @@ def check_ids(examples, rows: int, tokenizer) -> None:
             parts.append(response.tokens)
         largest = int(np.concatenate(parts).max())
         if largest in beyond:
-            raise UserError(f"model: {example.where} spells out {tokenizer.decode(largest)}, a token for which "
-                            "the model has no embedding; fix: remove it from the row")
+            token = tokenizer.decode(largest)
+            raise UserError(f"model: {example.where} spells out {token}, a token for which the model has no "
+                            "embedding; fix: remove it from the row")
 
 
 def checkpoint_layers(lm, path: str) -> None:
