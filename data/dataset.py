@@ -358,12 +358,12 @@ def _duplicates(examples):
 
 
 def _stop_inside(examples, stops):
-    """`where` of every response in which a trained token follows a stop token: the model learns to write on
-    after it."""
+    """`where` of every response in which a trained token follows a trained stop token: the model learns to
+    write on after it. One that is not trained is the template's, such as <|assistant|> in Phi-3's."""
     found = []
     for example in examples:
         for response in example.responses:
-            before_trained = response.tokens[:-1][response.trained[1:]]
+            before_trained = response.tokens[:-1][response.trained[:-1] & response.trained[1:]]
             if not set(stops).isdisjoint(before_trained.tolist()):
                 found.append(example.where)
     return found

@@ -170,6 +170,11 @@ class Examples(Sequence):
         copies = 1 if share_prompt else max(1, self.num_responses)
         return copies * lengths[:, 0] + lengths[:, 1:].sum(axis=1)
 
+    def largest_id(self) -> int:
+        """The largest id in the arrays, which may hold other examples, too."""
+        tokens = self.arrays["tokens"]
+        return max(int(tokens.max(initial=0)), ~int(tokens.min(initial=0)))
+
     def all_keys(self) -> np.ndarray:
         """(E, K) digests of the responses, of 16 bytes each; see `response_keys`."""
         if "keys" in self.arrays:

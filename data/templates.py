@@ -22,6 +22,12 @@ SYSTEM = """{{%- if messages and messages[0]['role'] not in ['system', 'develope
 DEFAULT = "{{%- if {name} is not defined %}}{{%- set {name} = {value} %}}{{%- endif %}}"
 JSON = "{%- set null = none %}"      # with it jinja reads all of JSON
 NOTHING = "{{ '' }}"      # jinja removes a line's end behind a tag of the other kind
+CAPTURE = "{%- set whole_conversation %}" + NOTHING
+CAPTURED = """{{%- endset %}}
+{{%- if add_generation_prompt %}}{{{{ whole_conversation }}}}
+{{%- else %}}{{{{ whole_conversation.removesuffix({tail}) + {eos} }}}}
+{{%- endif %}}"""
+LAST_LINE_END = re.compile(r"(\r\n|\r|\n)\Z")
 
 
 def set_template(tokenizer, settings, notice):
@@ -83,13 +89,37 @@ def check_system(tokenizer, system_prompt):
                         "fix: remove system_prompt, or give another chat_template")
 
 
+def end_with_last_turn(tokenizer):
+    """Change the chat template, if there is one, so that a conversation ends where the last response does in
+    training: without what a template writes behind the end of a turn, and with eos where it has no such
+    end."""
+    if not tokenizer.chat_template:
+        return
+    chat = Chat(tokenizer)
+    tail, eos = chat.tail, "eos_token"
+    if chat.end_of_turn:
+        _, _, tail = tail.partition(chat.end_of_turn)
+        eos = "''"
+    if not chat.end_of_turn or tail:
+        surround(CAPTURE, NOTHING + CAPTURED.format(tail=as_json(tail), eos=eos), tokenizer)
+
+
 def prepend(text, tokenizer):
-    """Put `text` in front of the template, of all where the tokenizer has several."""
+    surround(text, "", tokenizer)
+
+
+def surround(before, behind, tokenizer):
+    """Put texts before and behind the template, all of them where the tokenizer has several."""
+    def changed(body):
+        if behind:
+            body = LAST_LINE_END.sub("", body)      # as jinja does at the end of a template
+        return before + body + behind
+
     template = tokenizer.chat_template
     if isinstance(template, dict):
-        tokenizer.chat_template = {name: text + body for name, body in template.items()}
+        tokenizer.chat_template = {name: changed(body) for name, body in template.items()}
     else:
-        tokenizer.chat_template = text + template
+        tokenizer.chat_template = changed(template)
 
 
 def as_json(value):

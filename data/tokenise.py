@@ -276,7 +276,13 @@ class Tokeniser:
 
 
 def stop_ids(tokenizer):
-    """The ids, sorted, at which generation must stop: eos, and the chat template's end of a turn and a tool
+    """The ids, sorted, at which generation must stop: those that end a response, and those at which the start
+    model stops by its own settings (`model.load.load_tokenizer` notes them)."""
+    return sorted({*end_ids(tokenizer), *getattr(tokenizer, "model_stops", [])})
+
+
+def end_ids(tokenizer):
+    """The ids, sorted, that end a response in the data: eos, and the chat template's end of a turn and a tool
     call."""
     chat = Chat(tokenizer)
     ids = {tokenizer.eos_token_id}

@@ -28,9 +28,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 model, tokenizer = AutoModelForCausalLM.from_pretrained(PATH), AutoTokenizer.from_pretrained(PATH)""",
     "peft": """\
 from peft import AutoPeftModelForCausalLM
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GenerationConfig
 
-model, tokenizer = AutoPeftModelForCausalLM.from_pretrained(PATH), AutoTokenizer.from_pretrained(PATH)""",
+model, tokenizer = AutoPeftModelForCausalLM.from_pretrained(PATH), AutoTokenizer.from_pretrained(PATH)
+model.generation_config = GenerationConfig.from_pretrained(PATH)      # its stop tokens, not the base's""",
 }
 
 

@@ -11,7 +11,7 @@ from data.pack import Example
 from data.packing import pack
 from data.sources import rename
 from engine.config import Common
-from model.build import build_policy
+from model.build import build_policy, check_ids
 from model.check import check_policy
 from model.keys import ModelKeys
 from model.load import is_adapter
@@ -24,6 +24,7 @@ def load_frozen(path: str, tokenizer, examples: list[Example], notice):
     `examples`."""
     policy = build_policy(
         path, tokenizer, frozen=True, trains_adapter=is_adapter(path), is_trained=False).requires_grad_(False)
+    check_ids(examples, policy.lm.get_input_embeddings().num_embeddings, tokenizer)
     check_policy(policy, examples, ModelKeys(), notice)
     if not is_reward_model(path):
         return policy

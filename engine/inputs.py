@@ -7,6 +7,7 @@ from engine.checkpoint import model_path
 from engine.prepared import Data, read_data
 from engine.ranks import from_main
 from engine.reward_models import check_reward_models
+from model.build import check_ids
 from model.load import base_of, check_path, check_rotary, load_config, load_tokenizer, load_tokenizer_for
 from rewards.functions import check_rewards
 
@@ -20,6 +21,8 @@ def read_inputs(common, config, kind: str, notice, runs: str | None = None) -> t
     for key, path in config.frozen_models().items():
         check_frozen(key, path, common.model, tokenizer, notice)
     data = read_data(common, config, kind, tokenizer, notice, runs)
+    for examples in (data.train_set, data.eval_set):
+        check_ids(examples, num_rows(common.model), tokenizer)
     if kind == "prompts":
         check_rotary(base_of(common.model), common.max_length)
         if config.uses_reward():

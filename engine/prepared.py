@@ -23,6 +23,7 @@ from data.formats import read_template
 from data.local import local_data
 from data.sources import source_name
 from data.store import Examples
+from data.tokenise import stop_ids
 from engine import sealed
 from engine.ranks import from_all_ranks, from_main
 from engine.reference import write_into
@@ -137,6 +138,7 @@ def digest_of_data(common, config, kind: str, tokenizer) -> str | None:
         "room": config.max_completion_length,
         "sources": of_sources,
         "tokenizer": digest_of_tokenizer(tokenizer),
+        "stops": stop_ids(tokenizer),
         "code": digest_of_code(),
         "date": str(datetime.date.today()) if "strftime_now" in str(tokenizer.chat_template) else None,
         "versions": [module.__version__ for module in (jinja2, tokenizers, transformers)],

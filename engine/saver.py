@@ -35,7 +35,7 @@ class Saver:
 
     def try_saving(self) -> None:
         """Before the first update: write everything but the weights once, so that no run can end with
-        nothing. All that is saved gets the template's stop tokens."""
+        nothing. All that is saved gets the stop tokens of the run."""
         engine = self.engine
         engine.policy.lm.generation_config.eos_token_id = stop_ids(engine.tokenizer)
         from_main(self.write_trial)

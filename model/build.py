@@ -3,6 +3,7 @@ import os
 import types
 from collections import Counter
 
+import numpy as np
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -10,6 +11,8 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.utils.checkpoint import checkpoint
 
 from data.errors import UserError
+from data.store import Examples
+from data.tokenise import end_ids
 from model import lora
 from model.check import check_policy
 from model.compiled import compile_layers, decoder_layers
@@ -182,15 +185,45 @@ def product_precision(wanted: str, device: torch.device) -> str:
 
 def check_sizes(lm, path: str, tokenizer, max_length: int | None) -> None:
     """UserError where the tokenizer has more tokens than the embedding, or an example may be longer than the
-    model's context."""
+    model's context. Special tokens that no text holds unless it spells them out may have no row, such as
+    <image_soft_token> in Gemma 3 1B; `check_ids` looks for them in the data."""
     rows = lm.get_input_embeddings().num_embeddings
-    if len(tokenizer) > rows:
+    if len(tokenizer) - len(unused_beyond(rows, tokenizer)) > rows:
         raise UserError(f"model: the tokenizer has {len(tokenizer)} tokens but the embedding only {rows} "
                         "rows; fix: use the tokenizer this model was saved with")
     context = getattr(lm.config.get_text_config(), "max_position_embeddings", None)
     if context and max_length is not None and max_length > context:
         raise UserError(f"max_length is {max_length}, but the model {path} knows only {context} positions; "
                         "fix: lower max_length")
+
+
+def unused_beyond(rows: int, tokenizer) -> list[int]:
+    """The ids from `rows` on of the tokenizer's special tokens that neither begin nor end nor pad a text."""
+    if len(tokenizer) <= rows:
+        return []
+    used = {tokenizer.bos_token_id, tokenizer.pad_token_id, *end_ids(tokenizer)}
+    found = []
+    for token, entry in tokenizer.added_tokens_decoder.items():
+        if token >= rows and entry.special and token not in used:
+            found.append(token)
+    return found
+
+
+def check_ids(examples, rows: int, tokenizer) -> None:
+    """UserError where one of `examples` holds a special token for which an embedding of so many `rows` has
+    none."""
+    beyond = unused_beyond(rows, tokenizer)
+    if not beyond or isinstance(examples, Examples) and examples.largest_id() < rows:
+        return
+    for example in examples:
+        parts = [example.prompt]
+        for response in example.responses:
+            parts.append(response.tokens)
+        largest = int(np.concatenate(parts).max())
+        if largest in beyond:
+            token = tokenizer.decode(largest)
+            raise UserError(f"model: {example.where} spells out {token}, a token for which the model has no "
+                            "embedding; fix: remove it from the row")
 
 
 def checkpoint_layers(lm, path: str) -> None:

@@ -5,7 +5,8 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForSequenceClassification
 
-from data.tokenise import stop_ids
+from data.templates import end_with_last_turn
+from data.tokenise import end_ids
 from model import lora
 from model.load import weight_files
 from model.state import precision, save_pretrained
@@ -24,15 +25,16 @@ def why_no_classifier(lm, merge: bool = False) -> str | None:
 
 def save_classifier(lm, tokenizer, state: dict, directory: str) -> None:
     """Write the reward model with the weights `state`, or this rank's share of them, as a sequence
-    classifier, which gives the same scores."""
+    classifier, which gives the same scores, also of what its tokenizer's chat template renders."""
     if not state:
         return
     tokenizer = with_padding(tokenizer)
+    end_with_last_turn(tokenizer)
     config = copy.deepcopy(lm.config)
     config.num_labels = 1
-    config.pad_token_id = tokenizer.pad_token_id
     config._attn_implementation = "eager"      # every architecture has it; it is not saved
-    text = config.get_text_config()
+    text = config.get_text_config()            # in models that read images a part, from which the class reads
+    config.pad_token_id = text.pad_token_id = tokenizer.pad_token_id
     text.vocab_size = max(text.vocab_size, tokenizer.pad_token_id + 1)
     dtype = precision(state)
     with torch.device("meta"):
@@ -66,13 +68,13 @@ def saved_score(path: str) -> torch.Tensor | None:
 
 
 def with_padding(tokenizer):
-    """The tokenizer with a pad token that is not a stop token: the class reads the score at the last token
-    that is not padding."""
+    """The tokenizer with a pad token that ends no response: the class reads the score at the last token that
+    is not padding."""
     tokenizer = copy.deepcopy(tokenizer)
-    stops = set(stop_ids(tokenizer))
-    if tokenizer.pad_token_id is None or tokenizer.pad_token_id in stops:
+    ends = set(end_ids(tokenizer))
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id in ends:
         added = set(tokenizer.get_added_vocab().values())
-        spare = sorted(added - stops - {tokenizer.bos_token_id})
+        spare = sorted(added - ends - {tokenizer.bos_token_id})
         pad = tokenizer.convert_ids_to_tokens(spare[0]) if spare else "<|pad|>"
         tokenizer.add_special_tokens({"pad_token": pad})
     return tokenizer

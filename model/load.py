@@ -390,10 +390,27 @@ def load_tokenizer(path: str):
     if empty:
         raise UserError(f"model: the tokenizer of {path} has no vocabulary; "
                         "fix: save tokenizer.json beside the model")
+    tokenizer.model_stops = model_stops(path, tokenizer)
     if hasattr(tokenizer, "legacy"):
         # Llama's; transformers does not save it, and without it texts are cut otherwise
         tokenizer.init_kwargs["legacy"] = tokenizer.legacy
     return tokenizer
+
+
+def model_stops(path: str, tokenizer) -> list[int]:
+    """The ids at which the model at `path` stops by its generation settings: GLM ends a turn with the token
+    that begins the user's. Others than added tokens do not count: where config.json names no eos, its class
+    gives the id of one that is text in this tokenizer."""
+    if is_adapter(path) and not os.path.exists(os.path.join(path, "generation_config.json")):
+        path = base_of(path)
+    try:
+        settings, _ = generation_settings(path)
+    except OSError:                        # a tokenizer without a model
+        return []
+    found = settings.get("eos_token_id")
+    found = found if isinstance(found, list) else [found]
+    known = tokenizer.added_tokens_decoder
+    return [token for token in found if isinstance(token, int) and token in known]
 
 
 def load_tokenizer_for(settings, path: str, notice):

@@ -260,9 +260,10 @@ def dropouts(lm) -> list[nn.Module]:
 
 
 def save(lm, state: dict, directory: str) -> None:
-    """The adapter with the weights of `state`, by their names inside the LM, in peft's format. PeftModel
-    would also write a README.md, a base path that holds in this directory only, and target_modules in another
-    order each time."""
+    """The adapter with the weights of `state`, by their names inside the LM, in peft's format, and beside it
+    the generation settings: its stop tokens may be others than the base model's. PeftModel would also write
+    a README.md, a base path that holds in this directory only, and target_modules in another order each
+    time."""
     weights = library().get_peft_model_state_dict(lm, state, save_embedding_layers=False)
     tensors = {PREFIX + name: tensor.contiguous() for name, tensor in written(weights).items()}
     save_file(tensors, os.path.join(directory, "adapter_model.safetensors"), {"format": "pt"})
@@ -273,6 +274,7 @@ def save(lm, state: dict, directory: str) -> None:
     if not isinstance(saved.target_modules, str):
         saved.target_modules = sorted(saved.target_modules)
     saved.save_pretrained(directory)
+    lm.generation_config.save_pretrained(directory)
 
 
 def merged(lm, state: dict):

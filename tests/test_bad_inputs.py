@@ -49,6 +49,10 @@ def models(tmp_path_factory):
     new("rewrites", chat_template=CHATML.replace("message['content']", forgets))
     new("refuses", chat_template="{{ raise_exception('no roles here') }}")
     new("small-embedding", vocab_size=100, pad_token_id=None, eos_token_id=None)
+    with_image = byte_tokenizer()
+    with_image.add_tokens(["<image>"], special_tokens=True)
+    new("no-row-for-images")
+    with_image.save_pretrained(directory / "no-row-for-images")
     rewrite("quantized", "config.json", lambda config: config.update(quantization_config={"quant_method": "gptq", "bits": 4}))
     rewrite("unknown-type", "config.json", lambda config: config.update(model_type="nothing", architectures=["Nothing"]))
     rewrite("wrong-shape", "config.json", lambda config: config.update(intermediate_size=48))
@@ -159,6 +163,17 @@ def test_yaml(content, says, refused, tmp_path):
 def test_models(model, says, refused, models):
     message = refused("model=" + model.format(models))
     assert re.search(says, message), message
+
+
+@pytest.mark.parametrize("words", ["data=image.jsonl", "data=sft.jsonl eval_data=image.jsonl"])
+@pytest.mark.parametrize("place", ["prompt", "response"])
+def test_a_row_with_a_token_that_the_embedding_has_not(words, place, refused, models, tmp_path):
+    rows = [{"prompt": "a", "response": "b"}, {"prompt": "a", "response": "b"} | {place: "an <image> here"}]
+    write_jsonl(tmp_path / "image.jsonl", rows)
+    message = refused(f"model={models}/no-row-for-images", *words.split())
+    assert message == ("model: image.jsonl:2 spells out <image>, a token for which the model has no embedding; "
+                       "fix: remove it from the row")
+    train_here("x.yml", f"model={models}/no-row-for-images", "max_steps=1")
 
 
 SFT = json.dumps(sft_rows(1)[0]).encode() + b"\n"

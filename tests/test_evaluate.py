@@ -527,3 +527,15 @@ def test_the_split_of_a_name_without_one_is_said(monkeypatch, capsys, data, is_s
         evaluate.main(["runs/m", f"data={data}", "reward=r1_zero"])
     said = f"{data}: the split train is scored" in capsys.readouterr().err
     assert said == is_said
+
+
+def test_a_prompt_with_a_token_that_the_embedding_has_not(tmp_path):
+    model = tiny_model(tmp_path / "model")
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["<image_soft_token>"], special_tokens=True)
+    tokenizer.save_pretrained(model)
+    rows = [{"prompt": "a", "answer": "1"}, {"prompt": "an <image_soft_token>", "answer": "1"}]
+    data = write_jsonl(tmp_path / "prompts.jsonl", rows)
+    words = [model, f"data={data}", "reward=r1_zero", f"output={tmp_path}/out", "max_completion_length=4"]
+    message = refused(evaluate.main, words)
+    assert message.startswith(f"model: {data}:2 spells out <image_soft_token>, a token for which ")

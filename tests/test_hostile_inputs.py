@@ -558,6 +558,18 @@ def test_control_tokens_in_a_turn_that_is_not_trained(tmp_path):
     assert warning in dry_run.audit(report)
 
 
+def test_a_stop_token_of_the_template_is_no_doubt(tmp_path):
+    """Phi-3 stops at <|assistant|>, too, with which its generation prompt ends."""
+    template = ("{% for m in messages %}{{ ('<|im_start|>' if m.role == 'assistant' else '') + m.content }}"
+                "<|im_end|>{% endfor %}{{ '<|im_start|>' if add_generation_prompt }}")
+    tokenizer = byte_tokenizer(template)
+    tokenizer.model_stops = [257]
+    rows = [{"messages": messages("a", "b", "c", "d")}, {"messages": messages("a", "b<|im_start|>c")}]
+    path = write_jsonl(tmp_path / "d.jsonl", rows)
+    report = build_dataset(path, "responses", tokenizer, 500).report
+    assert (report["stop_inside"], report["first_stop_inside"]) == (1, f"{path}:2")
+
+
 def test_control_tokens_in_prompts(tmp_path, good):
     prompts = [{"prompt": messages("a"), "answer": "1"}, {"prompt": messages(FORGED), "answer": "1"}]
     path = write_jsonl(tmp_path / "d.jsonl", prompts)

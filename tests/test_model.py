@@ -399,6 +399,22 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path):
         build_policy(path, byte_tokenizer())
 
 
+@pytest.mark.parametrize("is_special, role, fits", [
+    (True, None, True), (False, None, False), (True, "pad_token", False), (True, "eos_token", False)])
+def test_a_token_without_a_row(is_special, role, fits, tmp_path):
+    """Gemma 3 1B has one for images, behind the last row; no text needs it. Other tokens are needed."""
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["<image>"], special_tokens=is_special)
+    if role:
+        setattr(tokenizer, role, "<image>")
+    path = tiny_model(tmp_path)
+    if fits:
+        assert build_policy(path, tokenizer).lm.get_input_embeddings().num_embeddings == 259
+        return
+    with pytest.raises(UserError, match="260 tokens but the embedding only 259 rows"):
+        build_policy(path, tokenizer)
+
+
 # ---- linear layers whose weights are cast again in the backward
 
 @pytest.mark.parametrize("bias", [True, False])

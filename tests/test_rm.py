@@ -3,6 +3,7 @@ import json
 import math
 from types import SimpleNamespace
 
+import family_models
 import numpy as np
 import pytest
 import torch
@@ -22,6 +23,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from data.pack import Example, Response
+from model.off_the_shelf import Classifier
 from model.policy import Policy
 from model.reward_model import build_reward_model
 
@@ -120,6 +122,37 @@ def test_the_classifier_gives_equal_scores(trained):
             tokenizer.padding_side = side
             batch = tokenizer.pad({"input_ids": rows}, return_tensors="pt")
             assert torch.allclose(classifier(**batch).logits[:, 0], expected, rtol=1e-5, atol=1e-5), side
+
+
+def test_the_classifier_reads_what_its_template_renders(trained):
+    """A conversation as transformers renders it ends where the response did in training."""
+    folder = str(trained.run / "classifier")
+    expected = plain_scores(trained.run, sequences(AutoTokenizer.from_pretrained(trained.run / "final")))
+    conversations = []
+    for row in pair_rows(10):
+        conversations += [row["prompt"] + row["chosen"], row["prompt"] + row["rejected"]]
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    classifier = AutoModelForSequenceClassification.from_pretrained(folder)
+    batch = tokenizer.apply_chat_template(conversations, padding=True, return_dict=True, return_tensors="pt")
+    with torch.no_grad():
+        theirs = classifier(**batch).logits[:, 0]
+    assert torch.allclose(theirs, expected, rtol=1e-5, atol=1e-5)
+    assert torch.allclose(Classifier(folder).scores(conversations), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_classifier_of_a_model_that_reads_images(tmp_path):
+    """Its class takes the pad token from the part that reads text."""
+    family_models.save_model("qwen3_5_full", tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    data = write_jsonl(tmp_path / "data.jsonl", pair_rows(4))
+    run = train(tmp_path, "run", model=tmp_path / "model", data=data, max_steps=1)
+    classifier = AutoModelForSequenceClassification.from_pretrained(run / "classifier")
+    rows = [[65, 66, 67, 258], [65, 258]]
+    with torch.no_grad():
+        one_by_one = torch.cat([classifier(torch.tensor([row])).logits for row in rows])
+        tokenizer = AutoTokenizer.from_pretrained(run / "classifier")
+        batch = tokenizer.pad({"input_ids": rows}, padding_side="right", return_tensors="pt")
+        assert torch.allclose(classifier(**batch).logits, one_by_one, rtol=1e-5, atol=1e-5)
 
 
 def test_a_run_continues_a_reward_model(trained):

@@ -38,13 +38,16 @@ from transformers import (
 )
 
 from data.errors import RunError, UserError
+from data.tokenise import stop_ids
 from engine import checkpoint, restore, saver, sealed, shares
+from engine.card import LOAD
 from engine.logs import Run
 from engine.loop import Engine
 from engine.saver import Saver
 from model import load
 from model.build import build_policy
 from model.classifier import save_classifier
+from model.completions import Stops
 from model.reward_model import build_reward_model
 from model.state import precision, save_pretrained
 
@@ -76,6 +79,44 @@ def train(folder, model, algorithm="sft", **values):
     values = dict(data=data) | values | dict(algorithm=algorithm, model=model, output=folder / "run")
     train_here(write_config(folder / "config.yml", **values))
     return folder / "run"
+
+
+# ---- stop tokens
+
+@pytest.mark.parametrize("own, stops", [
+    ([258, 257, 256], [256, 257, 258]), (257, [257, 258]), (258, [258]), (None, [258]),
+    ([65, 300, -1], [258])])                              # text, and no tokens at all
+def test_the_start_model_stops_at_more_tokens(own, stops, tmp_path):
+    """Such as GLM, whose template has no end of turn: at these a run's completions end, and its model, and
+    what a further run makes of it."""
+    path = with_settings(tmp_path / "model", eos_token_id=own)
+    assert Stops(load.load_tokenizer(path), []).ids == set(stops)
+    for folder in (tmp_path / "first", tmp_path / "second"):
+        folder.mkdir()
+        run = train(folder, path, max_steps=1)
+        settings = json.loads((run / "final" / "generation_config.json").read_text())
+        assert settings["eos_token_id"] == stops
+        path = run / "final"
+
+
+def test_an_adapter_keeps_its_stop_tokens(tmp_path):
+    """They may be others than its base model's; peft's own way to load it would read those."""
+    pytest.importorskip("peft")
+    base = with_settings(tmp_path / "base", eos_token_id=256)
+    final = train(tmp_path, base, lora_r=2, max_steps=1) / "final"
+    names = {"PATH": str(final)}
+    exec(LOAD["peft"], names)
+    assert names["model"].generation_config.eos_token_id == [256, 258]
+    head = names["model"].get_output_embeddings()
+    head.register_forward_hook(lambda module, inputs, logits: torch.eye(259)[torch.full(logits.shape[:2], 258)])
+    written = names["model"].generate(input_ids=torch.tensor([[65]]), max_new_tokens=5, do_sample=False)
+    assert written.tolist() == [[65, 258]]
+    assert stop_ids(load.load_tokenizer(str(final))) == [256, 258]
+    os.remove(final / "generation_config.json")           # an adapter that another program made
+    assert stop_ids(load.load_tokenizer(str(final))) == [256, 258]
+    byte_tokenizer(chat_template=False).save_pretrained(final)
+    with_settings(tmp_path / "base", eos_token_id=257)
+    assert stop_ids(load.load_tokenizer(str(final))) == [257, 258]
 
 
 # ---- generation settings that transformers would not write

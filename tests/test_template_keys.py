@@ -23,7 +23,7 @@ import chat
 import evaluate
 import sample
 from data.errors import RunError, UserError
-from data.templates import set_template
+from data.templates import end_with_last_turn, set_template
 from data.tokenise import Tokeniser, stop_ids
 from engine.cast import cast
 from engine.config import load_config
@@ -86,6 +86,30 @@ def test_named_templates_are_all_changed():
     for name, start in {"default": "", "tool_use": "TOOLS "}.items():
         said = tokenizer.apply_chat_template(messages("q"), chat_template=name, tokenize=False)
         assert said.startswith(f"{start}<|im_start|>system\nBe brief.<|im_end|>\n")
+
+
+TURNS = "{% for m in messages %}{{ m.role }}: {{ m.content }}"
+
+
+@pytest.mark.parametrize("template, ends", [
+    (TURNS + "<|im_end|>\n{% endfor %}\n", "user: q<|im_end|>\nassistant: a<|im_end|>"),
+    ("\n" + TURNS + "<|im_end|>{% endfor %}end\n\n", "\nuser: q<|im_end|>assistant: a<|im_end|>"),
+    (TURNS + "<|im_end|>\n{% endfor %}{{ 'end' if not add_generation_prompt }}",
+     "user: q<|im_end|>\nassistant: a<|im_end|>"),
+    (TURNS + "\n{% endfor %}", "user: q\nassistant: a<|im_end|>"),      # no end of turn: eos, as in training
+])
+def test_what_a_template_writes_behind_the_last_turn_is_left_out(template, ends):
+    tokenizer = byte_tokenizer({"default": template, "again": template})
+    end_with_last_turn(tokenizer)
+    for name in ("default", "again"):
+        said = tokenizer.apply_chat_template(messages("q", "a"), chat_template=name, tokenize=False)
+        assert said == ends
+
+
+def test_without_a_template_nothing_is_left_out():
+    tokenizer = byte_tokenizer(chat_template=False)
+    end_with_last_turn(tokenizer)
+    assert tokenizer.chat_template is None
 
 
 # as the models' own cards show them

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from data.errors import UserError
 from data.formats import Text
+from data.templates import end_with_last_turn
 from data.tokenise import Tokeniser, stop_ids
 
 TRL = importlib.util.find_spec("trl")
@@ -338,3 +339,26 @@ def test_stop_tokens():
     for name, tokens in stops.items():
         tokenizer = tokenizer_for(name)
         assert stop_ids(tokenizer) == sorted(tokenizer.convert_tokens_to_ids(tokens)), name
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_a_conversation_that_ends_with_its_last_turn(name):
+    """A sequence classifier reads the score at the last token: the template of rm's ends where the response
+    does in training, and changes nothing else."""
+    tokenizer, turns = tokenizer_for(name), CONVERSATIONS["one"]
+    if EXPECTED[name]["one"] == "unthinking":
+        turns = [user("Which fruit?"), assistant("Plum.", reasoning_content="ruddy")]
+    example, = Tokeniser(tokenizer).encode([row_of(turns)], 10_000)[0]
+    if name in IN_PARTS:
+        turns = [turn | {"content": [{"type": "text", "text": turn["content"]}]} for turn in turns]
+
+    def rendered(turns, **options):
+        return tokenizer.apply_chat_template(turns, tokenize=False, **options)
+
+    before, begun = rendered(turns), rendered(turns[:1], add_generation_prompt=True)
+    end_with_last_turn(tokenizer)
+    assert rendered(turns[:1], add_generation_prompt=True) == begun
+    whole = rendered(turns)
+    last = example.responses[0].tokens[-1]
+    assert tokenizer(whole).input_ids[-1] == last
+    assert before.startswith(whole) or before + tokenizer.decode(last) == whole
