@@ -49,8 +49,8 @@ def fill(sizes: list[int], count: int, capacity: int) -> list[list[int]] | None:
 
 
 def common_prefix(prompts: list[np.ndarray]) -> int:
-    """How many tokens several prompts begin with, which are then computed once; 0 for a few. Each prompt keeps
-    its last token, which predicts."""
+    """How many tokens several prompts begin with, which are then computed once; 0 for a few. Each prompt
+    keeps its last token, which predicts."""
     if len(prompts) < 2:
         return 0
     beginnings = [prompt[:-1].tolist() for prompt in prompts]
