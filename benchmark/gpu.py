@@ -490,7 +490,7 @@ def needed_flop(shape: dict, algorithm: str, examples: list[Example]) -> float:
     for example in examples:
         responses = [response.tokens for response in example.responses]
         rows.append([example.prompt, *responses])
-    job = {"shape": shape, "algorithm": algorithm}
+    job = {"shape": shape, "algorithm": algorithm, "batch": len(rows)}
     return 3e9 * forward_gflop(job, rows)
 
 

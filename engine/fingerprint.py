@@ -120,7 +120,7 @@ def is_same(before, after) -> bool:
 
 def check_unchanged(started: dict, now: dict, directory: str) -> None:
     """UserError that names the first file or model that has changed since the run in `directory` started."""
-    for key in started.keys() & now.keys():
+    for key in sorted(started.keys() & now.keys()):
         for name in changed(started[key], now[key]):
             is_hub_model = isinstance(now[key].get(name), dict)
             remedy = "choose another output" if is_hub_model else "restore it, or choose another output"
@@ -131,7 +131,7 @@ def together(started: dict, now: dict) -> dict:
     """All digests that are known, where none has changed: those of now, and of hub models also those of files
     that the cache does not have now."""
     found = started | now
-    for key in started.keys() & now.keys():
+    for key in sorted(started.keys() & now.keys()):
         for name, before in started[key].items():
             if isinstance(before, dict):
                 after = now[key].get(name, before)
