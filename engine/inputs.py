@@ -21,8 +21,9 @@ def read_inputs(common, config, kind: str, notice, runs: str | None = None) -> t
     for key, path in config.frozen_models().items():
         check_frozen(key, path, common.model, tokenizer, notice)
     data = read_data(common, config, kind, tokenizer, notice, runs)
+    rows = num_rows(common.model)
     for examples in (data.train_set, data.eval_set):
-        check_ids(examples, num_rows(common.model), tokenizer)
+        check_ids(examples, rows, tokenizer)
     if kind == "prompts":
         check_rotary(base_of(common.model), common.max_length)
         if config.uses_reward():

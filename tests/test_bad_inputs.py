@@ -171,8 +171,8 @@ def test_a_row_with_a_token_that_the_embedding_has_not(words, place, refused, mo
     rows = [{"prompt": "a", "response": "b"}, {"prompt": "a", "response": "b"} | {place: "an <image> here"}]
     write_jsonl(tmp_path / "image.jsonl", rows)
     message = refused(f"model={models}/no-row-for-images", *words.split())
-    assert message == ("model: image.jsonl:2 spells out <image>, a token for which the model has no embedding; "
-                       "fix: remove it from the row")
+    fault = "model: image.jsonl:2 spells out <image>, a token for which the model has no embedding"
+    assert message == f"{fault}; fix: remove it from the row"
     train_here("x.yml", f"model={models}/no-row-for-images", "max_steps=1")
 
 

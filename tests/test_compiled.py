@@ -63,7 +63,8 @@ def test_layers_are_compiled_once_and_compute_the_same(kernel, prefix):
     lm = random_lm(config_of(), attn_implementation=VARLEN)
     policy = Policy(lm, form=Form(VARLEN))
     batches = []
-    for seed, count in enumerate((6, 5, 2, 7)):      # of a first one with 8 of anything 8 would be a head's size
+    sizes = (6, 5, 2, 7)      # with 8 of anything in the first batch, 8 would be taken for a head's size
+    for seed, count in enumerate(sizes):
         batches.append(policy.collate(examples(2, count, seed, prefix and prefix + seed)))
         assert batches[-1].prefix == (prefix and prefix + seed)
     expected = []

@@ -421,8 +421,8 @@ def files_in(model):
 
 
 def test_a_run_goes_on_after_a_commit_that_changes_the_readme(model, tmp_path):
-    """It takes the weights from its checkpoint, so the cache has none of the new commit. A commit that changes
-    the tokenizer ends it."""
+    """It takes the weights from its checkpoint, so the cache has none of the new commit. A commit that
+    changes the tokenizer ends it."""
     files = files_in(model)
     cache = tmp_path / "hub"
     commit(cache, "a" * 40, files)

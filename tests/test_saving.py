@@ -108,7 +108,12 @@ def test_an_adapter_keeps_its_stop_tokens(tmp_path):
     exec(LOAD["peft"], names)
     assert names["model"].generation_config.eos_token_id == [256, 258]
     head = names["model"].get_output_embeddings()
-    head.register_forward_hook(lambda module, inputs, logits: torch.eye(259)[torch.full(logits.shape[:2], 258)])
+
+    def always_258(module, inputs, logits):
+        tokens = torch.full(logits.shape[:2], 258)
+        return torch.eye(259)[tokens]
+
+    head.register_forward_hook(always_258)
     written = names["model"].generate(input_ids=torch.tensor([[65]]), max_new_tokens=5, do_sample=False)
     assert written.tolist() == [[65, 258]]
     assert stop_ids(load.load_tokenizer(str(final))) == [256, 258]
