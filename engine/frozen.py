@@ -5,9 +5,7 @@ import itertools
 import time
 
 import numpy as np
-import torch
 
-from data.errors import RunError
 from data.pack import Example
 from data.store import Examples, response_keys
 from engine import checkpoint
@@ -15,6 +13,7 @@ from engine.ranks import from_main
 from engine.reference import (
     Reference,
     Table,
+    check_reference,
     lacking,
     read_table,
     store_of,
@@ -135,19 +134,6 @@ def blocks_of(groups: list[Examples], size: int):
     for group in groups:
         for start in range(0, len(group), size):
             yield group[start:start + size]
-
-
-@torch.no_grad()
-def check_reference(engine, reference: Reference) -> None:
-    """Step-0 invariant: where the reference is the start model, policy and reference agree, per token and on
-    average."""
-    first_rows = [engine.train_set[row] for row in engine.plan.rows(1)]
-    batch = engine.policy.collate([min(first_rows, key=Example.size)])
-    difference = (engine.policy(batch) - reference(batch)).abs().max()
-    if not difference <= engine.policy.tolerance:                                    # a NaN stops too
-        raise RunError(f"policy and reference differ by {difference:.2g} per token before the first update, "
-                       f"though both are {engine.config.model}; "
-                       "fix: use a model whose forward is deterministic")
 
 
 class WithoutAdapter:

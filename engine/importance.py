@@ -106,7 +106,7 @@ def check_difference(engine, total: torch.Tensor, count: int) -> None:
     if engine.online.config.rollout_engine:
         fix = "precision: fp32, or remove rollout_engine"
         judge(difference, place, RunError, engine.notice, fix)
-    elif not difference <= engine.policy.tolerance:
+    elif not difference <= engine.policy.rounding:
         raise RunError(f"the training forward and the sampler differ by {difference:.2g} in log-prob per "
                        f"token of {place}; fix: use a model with ordinary attention layers, or precision: "
                        "fp32")

@@ -15,6 +15,7 @@ from transformers.utils import cached_file
 
 from data.errors import RunError, UserError
 from data.files import sha256
+from data.pack import Example
 from data.store import Examples, mapped, response_keys
 from engine import checkpoint, sealed
 from engine.claim import claim, release
@@ -93,6 +94,20 @@ def lacking(groups: list[Examples], table: Table) -> list[Examples]:
         missing.append(group.take(of_group.any(axis=1).nonzero()[0]))
         start += part.size
     return missing
+
+
+@torch.no_grad()
+def check_reference(engine, reference: Reference) -> None:
+    """Step-0 invariant: where the reference is the start model, policy and reference agree, per token in fp32
+    and on average in bf16."""
+    first_rows = [engine.train_set[row] for row in engine.plan.rows(1)]
+    batch = engine.policy.collate([max(first_rows, key=Example.size)])
+    differences = (engine.policy(batch) - reference(batch)).abs()
+    difference = differences.max() if engine.policy.precision == "fp32" else differences.mean()
+    if not difference <= engine.policy.rounding:                                     # a NaN stops too
+        raise RunError(f"policy and reference differ by {difference:.2g} per token before the first update, "
+                       f"though both are {engine.config.model}; "
+                       "fix: use a model whose forward is deterministic")
 
 
 # ---- how it is found -------------------------------------------------------------------------------------

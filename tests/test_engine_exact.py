@@ -516,6 +516,28 @@ def test_a_wrong_reference_stops_the_run(run, tmp_path, monkeypatch, error):
     assert metrics(tmp_path / "wrong") == []
 
 
+@pytest.mark.parametrize("shift", [0.0, 0.2])
+def test_rounding_in_bf16_stops_no_run_but_a_wrong_reference_does(run, tmp_path, monkeypatch, shift):
+    """Single log-probs of SmolLM2-135M in bf16 are off by 0.25, all of them by 0.03 on average."""
+    original, generator = Engine.collect, torch.Generator().manual_seed(0)
+
+    def rounded(*arguments):
+        noisy = []
+        for logps in original(*arguments):
+            noise = 0.04 * torch.randn(logps.shape, generator=generator)
+            noise[0] = 0.25
+            noisy.append(logps + noise + shift)
+        return noisy
+
+    monkeypatch.setattr(Engine, "collect", rounded)
+    if shift:
+        with pytest.raises(RunError, match="policy and reference differ by 0.2"):
+            run("bf16", "dpo", max_steps=1, precision="bf16")
+    else:
+        run("bf16", "dpo", max_steps=1, precision="bf16")
+        assert len(metrics(tmp_path / "bf16")) == 1
+
+
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_weights_that_do_not_move_stop_the_run(run, algorithm):
     with pytest.raises(RunError, match="no weight moved in the first update"):
