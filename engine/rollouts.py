@@ -16,6 +16,7 @@ from data.pack import Example
 from engine import rollout_state
 from engine.importance import SAMPLER, sampler_of
 from engine.mixture import mixed_rollout
+from engine.old_logps import of_first_pass, parts_of
 from engine.plan import Plan
 from engine.reward_models import load_reward_model, scores_of
 from engine.rollout import PerPrompt, Rollout, with_completions
@@ -203,21 +204,21 @@ class Rollouts:
         elif engine.eval_set and updates.start == 1:
             yield engine.open_step(0, [])
         if self.uses_old_logps:
-            rollout.once("old_logps", self.logps, engine.policy, rollout)
-        examples = [example.part(which) for example, which in zip(rollout.examples, kept) if which]
+            rollout.once("old_logps", of_first_pass, self, rollout, kept)
+        examples = parts_of(rollout, kept)
         for update in updates:
-            rows = self.mini_batch(rollout.number, update - first, len(examples))
-            mine = [examples[row] for row in rows]
-            yield engine.open_step(update, self.divided(mine), rollout.metrics)
+            mine = self.mini_batch(rollout.number, update - first, examples)
+            yield engine.open_step(update, mine, rollout.metrics)
         engine.close_step()
 
-    def mini_batch(self, number: int, update: int, count: int) -> np.ndarray:
-        """Which of the `count` prompts of rollout `number` its `update`-th update (from 0) trains."""
+    def mini_batch(self, number: int, update: int, examples: list[Example]) -> list[Example]:
+        """Those of the `examples` of rollout `number` that its `update`-th update (from 0) trains."""
         if self.mini_batches == 1:
-            return np.arange(count)
+            return self.divided(examples)
         epoch, part = divmod(update, self.mini_batches)
-        order = np.random.default_rng((self.engine.config.seed, number, epoch)).permutation(count)
-        return np.array_split(order, self.mini_batches)[part]
+        order = np.random.default_rng((self.engine.config.seed, number, epoch)).permutation(len(examples))
+        rows = np.array_split(order, self.mini_batches)[part]
+        return self.divided([examples[row] for row in rows])
 
     def kept(self, rollout: Rollout, skip: PerPrompt | None) -> list[list[int]]:
         """Per prompt, which of its responses have a reward and are not skipped."""
@@ -249,8 +250,12 @@ class Rollouts:
 
     def logps(self, model, rollout: Rollout) -> PerPrompt:
         """Per prompt: the log-probs of its completions' tokens under `model`, at the sampling temperature."""
+        return self.logps_of(model, rollout.examples)
+
+    def logps_of(self, model, examples: list[Example]) -> list[torch.Tensor]:
+        """The same for the responses of any examples."""
         found = self.engine.collect(
-            lambda batch: model(batch, self.config.temperature), rollout.examples,
+            lambda batch: model(batch, self.config.temperature), examples,
             lambda example: example.num_trained)
         if isinstance(model, Policy):
             reshard(model)      # what this forward has gathered would hide a change of the model's weights

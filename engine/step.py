@@ -6,6 +6,11 @@ from engine.contract import check_losses, check_metrics, parts_of
 from engine.ranks import on_any_rank, sum_over_ranks
 
 
+def with_gradient(examples: list) -> list:
+    """The examples that an update computes: those that have a gradient, or one without, for the metrics."""
+    return [example for example in examples if example.has_gradient] or examples[:1]
+
+
 class Step:
     """One optimizer update: an iterable of this rank's micro-batches.
 
@@ -19,8 +24,7 @@ class Step:
         # at least 1: some mini-batches of a small last rollout may be empty
         self.num_responses = max(1, sum(len(example.responses) for example in examples))
         self.num_tokens = max(1, sum(example.num_trained for example in examples))
-        # one at least, for the metrics
-        self.computed = [example for example in examples if example.has_gradient] or examples[:1]
+        self.computed = with_gradient(examples)
         self.micro_batches = engine.deal(self.computed) if index else []
         self.totals = {"train": {}, "eval": {}}      # split -> (metric, which part) -> [sum, count]
         self.losses = []                             # per micro-batch: its summed loss and its examples

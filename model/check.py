@@ -7,6 +7,7 @@
 On a GPU in bf16, flat rows get the attention `varlen`, one call per layer, where its kernel agrees.
 """
 import contextlib
+import math
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -26,7 +27,7 @@ from model.policy import Policy
 from model.sampler import decode
 
 TOLERANCE = 1e-3                   # of a log-prob, in fp32
-IN_4_BIT = 0.25                    # weights in 4 bits are multiplied in bf16, which rounds to this
+IN_BF16 = 0.25                     # of a few log-probs in bf16, on average
 ROUNDING = 1.5                     # how many times the rounding of another form in bf16 a kernel may have
 
 
@@ -54,11 +55,13 @@ def check_policy(policy: Policy, examples, keys, notice) -> None:
         if not own.isfinite().all():           # `load_lm` has checked that the weights are finite
             raise UserError(f"model: its log-probs of {checked[0].where} are NaN or infinite, so its "
                             "activations overflow; fix: precision=fp32, or another model")
-        tolerance = TOLERANCE if policy.precision == "fp32" else IN_4_BIT
+        reduce, tolerance = torch.max, TOLERANCE
+        if policy.precision != "fp32":         # weights in 4 bits are multiplied in bf16
+            reduce, tolerance = torch.mean, policy.rounding
         difference = torch.inf
         for form in forms_of(keys, policy.lm):
             policy.use(form)
-            difference = difference_to(own, policy, checked)
+            difference = difference_to(own, policy, checked, reduce)
             if difference <= tolerance:
                 break
     if not difference <= tolerance:
@@ -116,12 +119,13 @@ def use_kernel(policy: Policy, own, examples, asked: str, notice) -> None:
         policy.use(form._replace(attention=VARLEN))
         return
     kind = policy.lm.config.model_type
+    fault = "gives other log-probs for" if math.isfinite(of_kernel) else "does not take the attention of"
     if asked == VARLEN:
-        raise UserError(f"attn_implementation: the kernel of varlen gives other log-probs for a {kind}; "
+        raise UserError(f"attn_implementation: the kernel of varlen {fault} a {kind}; "
                         "fix: attn_implementation=auto")
     policy.use(form)
-    notice(f"attention: one call per response and layer, not one per layer: its kernel gives other log-probs "
-           f"for a {kind}; this is exact, but slower")
+    notice(f"attention: one call per response and layer, not one per layer: its kernel {fault} a {kind}; "
+           "this is exact, but slower")
 
 
 def difference_to(own, policy: Policy, examples, reduce=torch.max) -> float:
@@ -163,13 +167,13 @@ def takes_our_cache(policy: Policy, example: Example) -> bool:
             drawn = decode(policy, prompts, [(0,), (1,)], sampling, never, lambda count: None)
     except Exception:  # noqa: BLE001  somebody else's layers
         return False
-    tolerance = TOLERANCE if policy.precision == "fp32" else IN_4_BIT
+    tolerance = TOLERANCE if policy.precision == "fp32" else IN_BF16
     return bool(differences_to_training(policy, example, drawn).mean() <= tolerance)
 
 
 def has_exact_cache(policy: Policy, example: Example) -> bool:
     """Whether the log-probs of two completions that the LM generates together with its cache are those of its
-    forward, to 1e-4 where the run has fp32, else to 1e-3."""
+    forward, to 1e-4 where the run has fp32, else to 1e-3; with weights in 4 bits on average only."""
     length = 16
     tolerance = policy.tolerance if policy.precision == "fp32" else TOLERANCE
     sampling = SimpleNamespace(temperature=1.0, top_p=1.0, top_k=0, max_completion_length=length)
@@ -180,7 +184,10 @@ def has_exact_cache(policy: Policy, example: Example) -> bool:
                 drawn = decode_plain(lm, [example.prompt] * 2, uniforms, sampling, never)
         except Exception:  # noqa: BLE001  somebody else's cache
             return False
-        return bool(differences_to_training(policy, example, drawn).max() <= tolerance)
+        differences = differences_to_training(policy, example, drawn)
+        if policy.precision != "fp32":         # weights in 4 bits
+            return bool(differences.mean() <= IN_BF16)
+        return bool(differences.max() <= tolerance)
 
 
 def never(tokens) -> bool:

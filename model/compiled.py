@@ -100,7 +100,7 @@ def trial(policy, examples: list[Example]) -> str | None:
         for parameter in policy.parameters():
             parameter.grad = None
     difference = float((after.detach() - before).abs().mean())
-    return None if difference <= policy.tolerance else f"their log-probs differ by {difference:.2g}"
+    return None if difference <= policy.rounding else f"their log-probs differ by {difference:.2g}"
 
 
 def compile_layers(policy) -> None:

@@ -80,13 +80,17 @@ class HeadLogits:
     def __init__(self, lm, rows: int):
         self.head = head_of(lm)
         self.buffer = torch.empty(rows * len(self.head.weight)) if on_plain_cpu(lm) else None
+        if lm.device.type == "cuda" and torch.is_autocast_enabled("cuda"):
+            self.head = self.head._replace(weight=self.head.weight.to(torch.bfloat16))
 
     def __call__(self, hidden):
         weight, bias, scale, cap = self.head
-        if self.buffer is None:
-            logits = torch.nn.functional.linear(hidden, weight).float()
-        else:
+        if self.buffer is not None:
             logits = few_rows_product(hidden, weight, self.buffer)
+        elif weight.is_cuda and weight.dtype == torch.bfloat16:      # not rounded, as in training
+            logits = torch.mm(hidden.to(weight.dtype), weight.T, out_dtype=torch.float32)
+        else:
+            logits = torch.nn.functional.linear(hidden, weight).float()
         if bias is not None:
             logits += bias
         if scale != 1:

@@ -9,12 +9,13 @@ from model.head import head_of
 
 def inputs_and_head(policy, tokens):
     """(the tokens (T,) of a flat row as input_ids or inputs_embeds, the head of the policy's LM). Where the
-    head is the embedding, its gradients are added in place."""
+    head is the embedding and is trained, its gradients are added in place."""
     embedding = policy.lm.get_input_embeddings()
     head = head_of(policy.lm)
     is_tied = embedding.weight is head.weight
     # Gemma 3 has a subclass of nn.Embedding, which scales its output; plain rows embed more than once
-    if not is_tied or type(embedding) is not nn.Embedding or policy.form.attention == PLAIN:
+    is_plain = policy.form.attention == PLAIN
+    if not is_tied or not head.weight.requires_grad or type(embedding) is not nn.Embedding or is_plain:
         return {"input_ids": tokens[None]}, head
     embedded, weight = TiedEmbedding.apply(head.weight, tokens, embedding.padding_idx)
     return {"inputs_embeds": embedded}, head._replace(weight=weight)

@@ -31,18 +31,21 @@ class Units(NamedTuple):
     tokens: torch.Tensor              # (K,): the token whose key each one is
     own: torch.Tensor                 # (T,): where in K each token is in its own unit
     prefixes: torch.Tensor            # (C, prefix): where in K each of C copies of the prefix is
-    copies: list[torch.Tensor]        # two per further response, of all prompts that have so many: the tokens
-    #                                   (P,) of these prompts, and where in K their copies are (P,)
+    copied: torch.Tensor              # (P,): the tokens of prompts with further responses
+    copies: torch.Tensor              # (R, P): where in K the copy of each is, for the r-th further response;
+    #                                   K itself where its prompt has fewer
 
     def to(self, device) -> "Units":
-        arrays = [self.query_ends, self.key_ends, self.tokens, self.own, self.prefixes, *self.copies]
-        query_ends, key_ends, tokens, own, prefixes, *copies = together_to(arrays, device)
+        places = [self.own, self.prefixes, self.copied, self.copies]
+        arrays = [self.query_ends, self.key_ends, self.tokens, *places]
+        query_ends, key_ends, tokens, own, prefixes, copied, copies = together_to(arrays, device)
         return self._replace(
             query_ends=query_ends.int(),
             key_ends=key_ends.int(),
             tokens=tokens,
             own=own,
             prefixes=prefixes,
+            copied=copied,
             copies=copies,
         )
 
@@ -53,21 +56,20 @@ def units_of(segments: list[tuple[int, list[int]]], prefix: int = 0) -> Units:
     queries, keys = ([prefix], [prefix]) if prefix else ([], [])
     tokens, own = [shared], [shared]
     prefixes = []                     # per other unit: the places of its copy of the prefix
-    copied = []                       # per further response of a prompt: tokens and places of the prompts
+    copied = [np.zeros(0, int)]       # per prompt with further responses: its tokens
+    copies = [np.zeros((0, 0), int)]  # ... and (further responses, tokens) where in K their copies are
     start = prefix                    # the unit's first token
     place = prefix                    # the unit's first key
     for prompt, responses in segments:
         context = np.arange(start, start + prompt)
         lengths = [prompt + sum(responses[:1]), *responses[1:]]
+        places = []                   # per further response: the places of its copy of the prompt
         for number, length in enumerate(lengths):
             tokens.append(shared)
             prefixes.append(place + shared)
             place += prefix
             if number:                # a further response: its prompt's keys come first
-                if number > len(copied):
-                    copied.append(([], []))
-                copied[number - 1][0].append(context)
-                copied[number - 1][1].append(np.arange(place, place + prompt))
+                places.append(np.arange(place, place + prompt))
                 tokens.append(context)
                 place += prompt
             tokens.append(np.arange(start, start + length))
@@ -76,14 +78,14 @@ def units_of(segments: list[tuple[int, list[int]]], prefix: int = 0) -> Units:
             keys.append(prefix + prompt + length if number else prefix + length)
             start += length
             place += length
-    copies = []
-    for of_prompts, places in copied:
-        copies += [together(of_prompts), together(places)]
+        if places:
+            copied.append(context)
+            copies.append(np.stack(places))
     most = max(queries), max(keys)
     if not prefix:
         prefixes = [np.zeros(0, int)]
     arrays = ends(queries), ends(keys), together(tokens), together(own), torch.from_numpy(np.stack(prefixes))
-    return Units(queries, keys, *most, *arrays, copies)
+    return Units(queries, keys, *most, *arrays, together(copied), side_by_side(copies, place))
 
 
 def with_units(batch, policy):
@@ -112,35 +114,47 @@ def together(arrays: list[np.ndarray]) -> torch.Tensor:
     return torch.from_numpy(np.concatenate(arrays))
 
 
+def side_by_side(tables: list[np.ndarray], filler: int) -> torch.Tensor:
+    """Tables (r, p) -> (R, P): the largest r, and the sum of all p; `filler` below those that have fewer
+    rows."""
+    filled = []
+    most = max(map(len, tables))
+    for table in tables:
+        below = ((0, most - len(table)), (0, 0))
+        filled.append(np.pad(table, below, constant_values=filler))
+    return torch.from_numpy(np.concatenate(filled, axis=1))
+
+
 def ends(lengths: list[int]) -> torch.Tensor:
     return torch.tensor([0, *lengths]).cumsum(0)
 
 
 class UnitKeys(torch.autograd.Function):
     """(T, kv_heads, head_dim) and arrays of Units -> (K, kv_heads, head_dim): keys or values of tokens as
-    those of units. The backward adds the copies of a prompt one response after the other: within one of them
-    no token is there twice, so the sum has one order."""
+    those of units. The backward sums the copies of a prompt before it adds them: no token is there twice
+    then, so the sum has one order."""
 
     @staticmethod
-    def forward(ctx, keys, tokens, own, prefixes, *copies):
-        ctx.save_for_backward(own, prefixes, *copies)
+    def forward(ctx, keys, tokens, own, prefixes, copied, copies):
+        ctx.save_for_backward(own, prefixes, copied, copies)
         return keys.index_select(0, tokens)
 
     @staticmethod
     def backward(ctx, grad):
-        own, prefixes, *copies = ctx.saved_tensors
+        own, prefixes, copied, copies = ctx.saved_tensors
         total = grad.index_select(0, own)
-        for tokens, places in zip(copies[::2], copies[1::2]):
-            total.index_add_(0, tokens, grad.index_select(0, places))
+        if copies.numel():
+            filled = torch.cat([grad, torch.zeros_like(grad[:1])])      # a 0 for copies that are not there
+            total.index_add_(0, copied, filled[copies].sum(0))
         if prefixes.numel():
             total[:prefixes.shape[1]] += grad[prefixes].sum(0)
-        return total, None, None, None, *[None] * len(copies)
+        return total, None, None, None, None, None
 
 
 def unit_keys(keys, units: Units):
     if not torch.is_grad_enabled():      # the compiler cannot follow the class there
         return keys.index_select(0, units.tokens)
-    return UnitKeys.apply(keys, units.tokens, units.own, units.prefixes, *units.copies)
+    return UnitKeys.apply(keys, units.tokens, units.own, units.prefixes, units.copied, units.copies)
 
 
 def varlen_attention(module, query, key, value, attention_mask, scaling=None, units=None,

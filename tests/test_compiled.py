@@ -58,14 +58,16 @@ def num_graphs():
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
-@pytest.mark.parametrize("prefix", [0, 20])
-def test_layers_are_compiled_once_and_compute_the_same(kernel, prefix):
+@pytest.mark.parametrize("prefix", [0, 30])
+@pytest.mark.parametrize("responses", [(2, 2, 2, 2), (3, 5, 4, 9)])
+def test_layers_are_compiled_once_and_compute_the_same(kernel, responses, prefix):
     lm = random_lm(config_of(), attn_implementation=VARLEN)
     policy = Policy(lm, form=Form(VARLEN))
     batches = []
-    sizes = (6, 5, 2, 7)      # with 8 of anything in the first batch, 8 would be taken for a head's size
+    sizes = (6, 5, 2, 7)      # with 8 of anything in the first batch, 8 would be taken for a head's size; two
+    #                           sizes that are equal there would have to be equal in all
     for seed, count in enumerate(sizes):
-        batches.append(policy.collate(examples(2, count, seed, prefix and prefix + seed)))
+        batches.append(policy.collate(examples(responses[seed], count, seed, prefix and prefix + seed)))
         assert batches[-1].prefix == (prefix and prefix + seed)
     expected = []
     for batch in batches:

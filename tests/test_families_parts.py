@@ -11,7 +11,7 @@ from test_model import assert_same_gradients, examples, gradients, plain_logps
 from transformers import MixtralConfig, Qwen2Config, Qwen2MoeConfig
 
 from data.pack import collate
-from model.check import check_policy
+from model.check import check_policy, has_exact_cache
 from model.entropy import ChunkedEntropy
 from model.experts import auxiliary_losses, router_loss, token_shares
 from model.form import PLAIN, Form
@@ -123,6 +123,41 @@ def test_the_check_is_in_fp32(dtype, precision):
         for key, tensor in after.items():
             assert tensor.dtype == dtype
             assert torch.equal(tensor, before[key])
+
+
+def test_a_frozen_tied_model_in_bf16_has_flat_rows():
+    """The base of an adapter on a GPU: its embedding is cast for the check, too."""
+    lm = random_lm(config_of(Qwen2Config, tie_word_embeddings=True))
+    lm.get_input_embeddings().weight.data *= 20        # so that rounding it is seen
+    policy = Policy(lm.to(torch.bfloat16).requires_grad_(False), "bf16")
+    check_policy(policy, examples(2), ModelKeys(share_prompt="true", attn_implementation="segments"), None)
+    assert policy.form == Form("segments", True)
+
+
+def four_bit_policy(error):
+    """A stand-in for weights in 4 bits, which are multiplied in bf16 and cannot be cast; `error(logps)` is
+    added to its log-probs."""
+    lm = random_lm(config_of(Qwen2Config))
+    packed = torch.zeros(1, dtype=torch.uint8)
+    lm.register_parameter("packed", torch.nn.Parameter(packed, requires_grad=False))
+    policy = Policy(lm, "bf16")
+    policy.register_forward_hook(lambda module, inputs, logps: logps + error(logps))
+    return policy
+
+
+def test_weights_in_4_bits_are_checked_on_average():
+    """The rounding of single log-probs in bf16 refuses no form, and a shift of all of them does."""
+    def one_token(logps):
+        return torch.zeros_like(logps).index_fill_(0, torch.tensor([0]), 0.4)
+
+    policy = four_bit_policy(one_token)
+    check_policy(policy, examples(2), ModelKeys(), None)
+    assert policy.form == Form("segments", True)
+    policy.use(Form(PLAIN, False))
+    assert has_exact_cache(policy, examples(1)[0])
+    shifted = four_bit_policy(lambda logps: torch.full_like(logps, 0.2))
+    with pytest.raises(Exception, match="differ by 0.2"):
+        check_policy(shifted, examples(2), ModelKeys(), None)
 
 
 # ---- mixtures of experts -----------------------------------------------------------------------------------

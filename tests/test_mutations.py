@@ -178,7 +178,7 @@ MUTATIONS = {    # name: (file, text, what it becomes, the tests that must fail)
         "enumerate(set(blocks_of(groups, size)), 1)",
         ["test_ranks.py::test_no_collective_in_a_loop_over_a_set"]),
     "the copies of a prompt without a gradient": (
-        "model/varlen.py", "total.index_add_(0, tokens, grad.index_select(0, places))", "pass",
+        "model/varlen.py", "total.index_add_(0, copied, filled[copies].sum(0))", "pass",
         rows("qwen2")),
     "the copies of a prefix without a gradient": (
         "model/varlen.py", "total[:prefixes.shape[1]] += grad[prefixes].sum(0)", "pass", prefixed("qwen2")),
