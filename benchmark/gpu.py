@@ -207,10 +207,6 @@ CPU = Scale(
 
 # ---- sections and their rows -------------------------------------------------------------------------
 
-class LeftOut(Exception):
-    """Why a case cannot be measured here."""
-
-
 class Section:
     """One section of the report: its rows, the cases that it left out and why, and its errors. `keep()`
     stores the report after each row."""
@@ -246,8 +242,6 @@ class Section:
             numbers = function(*arguments)
         except torch.OutOfMemoryError:
             self.leave_out(title, "out of memory")
-        except LeftOut as reason:
-            self.leave_out(title, str(reason))
         except Exception as error:  # noqa: BLE001  the other cases go on
             self.fail(title, error)
         free_memory()      # here, since what was raised has kept tensors until now
@@ -963,6 +957,9 @@ def run_trl(section: Section, scale: Scale, lengths: list) -> list[dict]:
     if not (importlib.util.find_spec("trl") and importlib.util.find_spec("datasets")):
         section.leave_out("TRL", "it is not installed")
         return []
+    if section.seconds_left <= 0:
+        section.leave_out("TRL", "no time left")
+        return []
     with tempfile.TemporaryDirectory() as work:
         results = (section.output or Path(work, "gpu")).with_suffix(".trl.json")
         results.unlink(missing_ok=True)      # of an earlier report
@@ -981,7 +978,7 @@ def run_trl(section: Section, scale: Scale, lengths: list) -> list[dict]:
 
 def call_trl(section: Section, scale: Scale, lengths: list, results: Path) -> str:
     """Run the process of TRL until the section's time is over; what it has written to stderr."""
-    seconds = max(0.0, section.seconds_left)
+    seconds = section.seconds_left
     job = {
         "cpu": not scale.is_gpu,
         "until": time.time() + seconds,
