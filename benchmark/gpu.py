@@ -96,7 +96,7 @@ COLUMNS = (
     "section", "model", "case", "form", "ms", "host ms", *PER_SECOND, LIMIT, "peak GB", "forecast GB",
     "reserved GB")
 # how the budget is divided
-SECONDS = {"env": 10, "check": 60, "train": 320, "peer": 150, "decode": 80, "profile": 30}
+SECONDS = {"env": 10, "check": 60, "train": 320, "peer": 150, "decode": 80, "profile": 20}
 KEPT_BACK = 30                         # seconds of the budget for a case that begins when its time ends
 COMPILE_SECONDS = 60                   # that the first compiled update of a model may take
 FORMS = ("dense", "segments", VARLEN)
