@@ -2,9 +2,11 @@
 
 The models are random ones of real shapes (Qwen2.5 with 0.5B, 1.5B and 7B parameters), the tokens are random,
 and the lengths are drawn like those of HH-RLHF: prompts have a median of 117 tokens and a 90 % quantile of
-289, responses 31 and 96. `--budget` is in seconds; each section has a share of it, and names the cases that
-it left out when its share was used up. `--cpu` runs everything with narrow models of two layers: its numbers
-mean nothing, but it shows that the script works.
+289, responses 31 and 96. `--budget` is in seconds, from the start of the process; give at most what the
+machine allows a command. Each section has a share of it, and names the cases that it left out when its share
+was used up. `--output gpu.json` stores the report after every row, and TRL's rows in gpu.trl.json, too: a
+kill loses only the case that runs. `--cpu` runs everything with narrow models of two layers: its numbers mean
+nothing, but it shows that the script works.
 
 env       prints versions, the signature of `varlen_attn`, the rates of bf16 matrix products, and how fast
           memory is copied (bytes read and bytes written).
@@ -33,9 +35,15 @@ share of limit env: of 989 TFLOP/s, the bf16 rate in NVIDIA's table for the H100
                each other, and peak 989 TFLOP/s for an H100 or H200, else the rate that env measures.
                decode: 2 bytes x parameters / bandwidth / ms. profile: time in kernels / ms.
 peak GB        largest memory that tensors had, and reserved GB what the allocator had taken for it
+forecast GB    what `train.py --dry-run` would say that the same update needs (train)
 
 The end is one markdown table and one line of JSON with everything. Exit code 1: a section failed.
 """
+# ruff: noqa: E402
+import time
+
+STARTED = time.perf_counter()          # before torch is imported, which takes seconds
+
 import dataclasses
 import functools
 import gc
@@ -47,7 +55,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 import traceback
 from collections import Counter
 from pathlib import Path
@@ -63,41 +70,48 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from algorithms.dpo import dpo_loss  # noqa: E402
-from algorithms.grpo import grpo_loss  # noqa: E402
-from algorithms.sft import sft_loss  # noqa: E402
-from benchmark import shared  # noqa: E402
-from benchmark.vs_trl import forward_gflop  # noqa: E402
-from data.pack import Example, Response  # noqa: E402
-from data.packing import pack  # noqa: E402
-from engine.optimizer import adamw_arguments  # noqa: E402
-from model.build import patch_gated_mlps  # noqa: E402
-from model.compiled import compile_layers, plain_layers  # noqa: E402
-from model.form import Form  # noqa: E402
-from model.policy import Policy  # noqa: E402
-from model.sampler import sample  # noqa: E402
+from algorithms.dpo import dpo_loss
+from algorithms.grpo import grpo_loss
+from algorithms.sft import sft_loss
+from benchmark import shared
+from benchmark.vs_trl import forward_gflop
+from data.pack import Example, Response
+from data.packing import pack
+from engine.config import Common
+from engine.forecast import forecast
+from engine.optimizer import adamw_arguments
+from engine.options import Options
+from model.build import patch_gated_mlps
+from model.compiled import compile_layers, plain_layers
+from model.form import VARLEN, Form
+from model.load import empty_lm
+from model.policy import Policy
+from model.sampler import sample
 
 H100_FLOPS = 989e12                    # bf16, dense
 BANDWIDTHS = {"H100": 3.35e12, "H200": 4.8e12}      # bytes per second, in NVIDIA's tables
 LIMIT = "share of limit"
 PER_SECOND = ("examples/s", "tokens/s")
 COLUMNS = (
-    "section", "model", "case", "form", "ms", "host ms", *PER_SECOND, LIMIT, "peak GB", "reserved GB")
-SECONDS = {"env": 10, "check": 60, "train": 240, "peer": 120, "decode": 120, "profile": 40}
-KEPT_BACK = 0.08                       # share of the budget for the cases that run when their time ends
-FORMS = ("dense", "segments", "varlen")
+    "section", "model", "case", "form", "ms", "host ms", *PER_SECOND, LIMIT, "peak GB", "forecast GB",
+    "reserved GB")
+# how the budget is divided
+SECONDS = {"env": 10, "check": 60, "train": 320, "peer": 150, "decode": 80, "profile": 20}
+KEPT_BACK = 30                         # seconds of the budget for a case that begins when its time ends
+COMPILE_SECONDS = 60                   # that the first compiled update of a model may take
+FORMS = ("dense", "segments", VARLEN)
 COMPILED = "compiled"                  # varlen, with its layers through torch.compile
-FAST_FORMS = (COMPILED, "varlen")
+FAST_FORMS = (COMPILED, VARLEN)
 # largest and mean difference of log-probs; bf16 rounds this random model's by 5e-3 on average, in every form
 TOLERANCES = {"fp32": (1e-4, 1e-4), "bf16": (5e-2, 1e-2)}
 GRADIENT_TOLERANCE = 1e-4              # in fp32; in bf16 it is only printed
 TOKENIZER = shared.ROOT / "example" / "tiny" / "model"      # bytes are its tokens
-RESULT = "result: "                    # what a line of the TRL process begins with
 SYNCHRONISING = ("cudaStreamSynchronize", "cudaEventSynchronize", "cudaMemcpy")
 LAUNCHES = ("cudaLaunch", "cuLaunch")
 WARM_TOKENS = 16                       # tokens of a completion before those that are timed
 LONGEST = 12                           # kernels shown by name
 MOST_SECONDS = 10                      # of a case with slow updates, beyond those that warm up
+PREFIX = 40                            # tokens with which all prompts of one layout begin
 
 
 # ---- shapes and scales -------------------------------------------------------------------------------
@@ -188,20 +202,18 @@ CPU = Scale(
     rows=(4, 8),
     new_tokens=4,
     prompt=16,
-    forms=("varlen",))      # on a CPU a loop stands for the kernel, and each batch would be compiled
+    forms=(VARLEN,))        # on a CPU a loop stands for the kernel, and each batch would be compiled
 
 
 # ---- sections and their rows -------------------------------------------------------------------------
 
-class LeftOut(Exception):
-    """Why a case cannot be measured here."""
-
-
 class Section:
-    """One section of the report: its rows, the cases that it left out and why, and its errors."""
+    """One section of the report: its rows, the cases that it left out and why, and its errors. `keep()`
+    stores the report after each row."""
+    compiled = set()      # the models whose layers this process has compiled
 
-    def __init__(self, name: str, seconds: float):
-        self.name = name
+    def __init__(self, name: str, seconds: float, output: Path | None = None, keep=lambda: None):
+        self.name, self.output, self.keep = name, output, keep
         self.deadline = time.perf_counter() + seconds
         self.rows = []
         self.left_out = []
@@ -211,20 +223,25 @@ class Section:
     def seconds_left(self) -> float:
         return self.deadline - time.perf_counter()
 
+    def has_time(self, label: dict) -> bool:
+        """Whether the case may begin: an update that compiles would take the time of the next sections."""
+        is_new = label.get("form") == COMPILED and label["model"] not in self.compiled
+        return self.seconds_left > (COMPILE_SECONDS if is_new else 0)
+
     def measure(self, label: dict, function, *arguments) -> dict | None:
         """Add the row `label` with the numbers that function(*arguments) returns, and print it; None where
         there is no time left, or it failed."""
         title = ", ".join(label.values())
-        if self.seconds_left < 0:
+        if not self.has_time(label):
             self.leave_out(title, "no time left")
             return None
+        if label.get("form") == COMPILED:
+            self.compiled.add(label["model"])
         numbers = None
         try:
             numbers = function(*arguments)
         except torch.OutOfMemoryError:
             self.leave_out(title, "out of memory")
-        except LeftOut as reason:
-            self.leave_out(title, str(reason))
         except Exception as error:  # noqa: BLE001  the other cases go on
             self.fail(title, error)
         free_memory()      # here, since what was raised has kept tensors until now
@@ -241,6 +258,7 @@ class Section:
             if not isinstance(value, list):
                 words.append(f"{key} {shown(value)}")
         print("  " + ", ".join(words))
+        self.keep()
 
     def leave_out(self, title: str, reason: str) -> None:
         self.left_out.append(f"{title}: {reason}")
@@ -394,7 +412,7 @@ def use_form(policy: Policy, form: str) -> None:
     plain_layers(policy)
     if form == COMPILED:
         compile_layers(policy)
-        form = "varlen"
+        form = VARLEN
     policy.use(Form(form, True))
 
 
@@ -546,6 +564,12 @@ def layouts(scale: Scale, vocabulary: int) -> dict:
     found = {}
     for name, rows in lengths.items():
         found[name] = [example_of(rng, row, vocabulary) for row in rows]
+    prefix = rng.integers(0, vocabulary, PREFIX).astype(np.int32)
+    behind = []
+    for example in found["pairs"]:
+        prompt = np.concatenate([prefix, example.prompt])
+        behind.append(dataclasses.replace(example, prompt=prompt))
+    found["pairs behind a prefix"] = behind
     return found
 
 
@@ -650,12 +674,19 @@ def check(section: Section, scale: Scale) -> None:
 # each line: the model, and what it is trained with; the most telling come first
 SMALL, MIDDLE, LARGE = range(3)      # places in Scale.micro_batches
 TRAINED = (
-    ("0.5B", (("dpo", SMALL, FAST_FORMS), ("dpo", LARGE, FAST_FORMS))),
-    ("1.5B", (("dpo", MIDDLE, FAST_FORMS), ("dpo", SMALL, FAST_FORMS))),
+    ("1.5B", (
+        ("dpo", MIDDLE, FAST_FORMS),
+        ("dpo", SMALL, FAST_FORMS),
+        ("sft", SMALL, FAST_FORMS),
+        ("grpo", SMALL, FAST_FORMS))),
+    ("0.5B", (
+        ("dpo", SMALL, FAST_FORMS),
+        ("dpo", LARGE, FAST_FORMS),
+        ("sft", SMALL, (VARLEN,)),
+        ("grpo", SMALL, (VARLEN,)),
+        ("dpo", SMALL, ("segments",)))),
     ("7B", (("dpo", MIDDLE, (COMPILED,)), ("dpo", SMALL, FAST_FORMS))),
-    ("1.5B", (("sft", SMALL, FAST_FORMS), ("grpo", SMALL, FAST_FORMS))),
-    ("0.5B", (("sft", SMALL, FAST_FORMS), ("grpo", SMALL, FAST_FORMS), ("dpo", SMALL, ("segments",)))),
-    ("7B", (("sft", SMALL, FAST_FORMS), ("grpo", SMALL, FAST_FORMS))),
+    ("7B", (("sft", SMALL, (COMPILED,)), ("grpo", SMALL, (COMPILED,)))),      # both depths of dpo come first
 )
 
 
@@ -681,13 +712,12 @@ def new_trainee(scale: Scale, shape: dict) -> Trainee:
 
 
 def timed_updates(trainee: Trainee, algorithm: str, tokens: int, scale: Scale) -> list[Update]:
-    """Updates of one micro-batch each, which all differ, after those that warm up."""
+    """Updates of one micro-batch each, which all differ, after those that warm up: the first may compile."""
     policy, optimizer, shape = trainee
     rng = np.random.default_rng(1)
     found = []
-    started = time.perf_counter()
     while len(found) < scale.warm + scale.timed:
-        if len(found) > scale.warm and time.perf_counter() - started > MOST_SECONDS:
+        if sum(done.seconds for done in found[scale.warm:]) > MOST_SECONDS:
             break
         examples = drawn_micro_batch(rng, algorithm, tokens, scale, shape["vocab_size"])
         size = sum(example.size() for example in examples)
@@ -703,6 +733,15 @@ def check_finite(policy: Policy) -> None:
     weight = policy.lm.get_input_embeddings().weight
     if not bool(weight.isfinite().all()):
         raise RuntimeError("a weight is no longer finite after the updates")
+
+
+def forecast_memory(scale: Scale, shape: dict, algorithm: str, tokens: int) -> float:
+    """GB of an update with micro-batches of `tokens`, as `train.py --dry-run` adds them up."""
+    common = Common(algorithm=algorithm, model="/nonexistent", data="", precision=scale.precision)
+    lm = empty_lm(Qwen2Config(**shape), common.model)
+    lines = forecast(common, Options(), lm, tokens)
+    total, = [line for line in lines if line.startswith("total")]
+    return float(total.split()[-2])
 
 
 def train_numbers(trainee: Trainee, form: str, algorithm: str, tokens: int, scale: Scale) -> dict:
@@ -721,6 +760,7 @@ def train_numbers(trainee: Trainee, form: str, algorithm: str, tokens: int, scal
         "tokens/s": median(laid_out / seconds),
         LIMIT: median(flop / seconds) / peak_flops(scale),
         **memory(scale),
+        "forecast GB": forecast_memory(scale, trainee.shape, algorithm, tokens),
         "examples": float(examples.mean()),
         "tokens": float(laid_out.mean()),
         "needed TFLOP": float(flop.mean()) / 1e12,
@@ -812,15 +852,13 @@ def peer_numbers(seconds: list[float], scale: Scale) -> dict:
 
 
 def trl_variants(scale: Scale) -> list[dict]:
-    """TRL's settings that could be its fastest."""
+    """TRL's settings that could be its fastest. TRL 1.16 has no padding-free batches for DPO."""
     variants = []
     for size in scale.per_device:
         variants.append({"per_device": size})
     if scale.is_gpu and importlib.util.find_spec("liger_kernel"):
         for size in scale.per_device:
             variants.append({"per_device": size, "use_liger_kernel": True})
-    if scale.is_gpu:
-        variants.append({"per_device": scale.per_device[0], "padding_free": True})
     return variants
 
 
@@ -852,33 +890,23 @@ def trl_config(scale: Scale, variant: dict, work: str):
         "max_length": 2 * shared.MAX_LENGTH,
         "train_sampling_strategy": "sequential",
         "use_liger_kernel": variant.get("use_liger_kernel", False),
-        "padding_free": variant.get("padding_free", False),
     }
     known = {field.name for field in dataclasses.fields(DPOConfig)}
     return DPOConfig(**{key: value for key, value in settings.items() if key in known})
 
 
 def trl_trainer(scale: Scale, variant: dict, lengths: list, work: str):
-    """TRL's trainer with a random model; LeftOut where it has no padding-free batches for this attention."""
+    """TRL's trainer with a random model."""
     from datasets import Dataset
     from transformers import AutoTokenizer
     from trl import DPOTrainer
 
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
-    is_padding_free = variant.get("padding_free", False)
-    try:
-        trainer = DPOTrainer(
-            model=random_lm(scale, scale.shape("0.5B")),
-            args=trl_config(scale, variant, work),
-            train_dataset=Dataset.from_list(text_rows(lengths)),
-            processing_class=tokenizer)
-    except ValueError as error:
-        if is_padding_free:
-            raise LeftOut(str(error)) from error
-        raise
-    if is_padding_free and not getattr(trainer, "padding_free", False):
-        raise LeftOut("this TRL has no padding-free batches without flash-attn")
-    return trainer
+    return DPOTrainer(
+        model=random_lm(scale, scale.shape("0.5B")),
+        args=trl_config(scale, variant, work),
+        train_dataset=Dataset.from_list(text_rows(lengths)),
+        processing_class=tokenizer)
 
 
 def trl_updates(scale: Scale, variant: dict, lengths: list) -> dict:
@@ -903,9 +931,9 @@ def trl_updates(scale: Scale, variant: dict, lengths: list) -> dict:
 
 
 def trl_child(job: dict) -> None:
-    """Every variant of TRL, in a process of its own; a line with all results so far after each."""
-    sys.stdout.reconfigure(line_buffering=True)
+    """Every variant of TRL, in a process of its own; all results so far are in the file job["results"]."""
     scale = CPU if job["cpu"] else GPU
+    results = Path(job["results"])
     section = Section("peer", job["until"] - time.time())
     variants = trl_variants(scale)
     try:
@@ -913,35 +941,32 @@ def trl_child(job: dict) -> None:
     except Exception as error:  # noqa: BLE001  its libraries may be of other versions
         section.leave_out("TRL", f"it cannot be imported: {error}")
         variants = []
-    print(RESULT + json.dumps(section.result()))
+    shared.store(results, section.result())
     for variant in variants:
-        names = [key for key in variant if key != "per_device"]
-        case = " ".join([f"TRL, {variant['per_device']} per forward", *names])
+        case = f"TRL, {variant['per_device']} per forward"
+        if "use_liger_kernel" in variant:
+            case += ", Liger kernels"
         label = {"model": scale.label("0.5B"), "case": case}
         section.measure(label, trl_updates, scale, variant, job["lengths"])
-        print(RESULT + json.dumps(section.result()))
+        shared.store(results, section.result())
 
 
 def run_trl(section: Section, scale: Scale, lengths: list) -> list[dict]:
-    """The rows of TRL's trainer, which has the time that is left."""
+    """The rows of TRL's trainer, which has the time that is left. What its process has stored beside the
+    report outlives a kill, also of this process."""
     if not (importlib.util.find_spec("trl") and importlib.util.find_spec("datasets")):
         section.leave_out("TRL", "it is not installed")
         return []
-    seconds = section.seconds_left
-    job = {"cpu": not scale.is_gpu, "until": time.time() + seconds, "lengths": lengths}
-    command = [sys.executable, __file__, "--child", "trl", json.dumps(job)]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    try:
-        done = subprocess.run(
-            command, env=environment, capture_output=True, text=True, timeout=seconds + 30)
-        output, log = done.stdout, done.stderr
-    except subprocess.TimeoutExpired as late:
-        section.leave_out("TRL", "its process was ended after its time")
-        output, log = (late.stdout or b"").decode(), (late.stderr or b"").decode()
-    results = [line for line in output.splitlines() if line.startswith(RESULT)]
-    if not results:
-        raise RuntimeError(f"TRL gave no result:\n{log[-3000:]}")
-    result = json.loads(results[-1].removeprefix(RESULT))
+    if section.seconds_left <= 0:
+        section.leave_out("TRL", "no time left")
+        return []
+    with tempfile.TemporaryDirectory() as work:
+        results = (section.output or Path(work, "gpu")).with_suffix(".trl.json")
+        results.unlink(missing_ok=True)      # of an earlier report
+        log = call_trl(section, scale, lengths, results)
+        if not results.exists():
+            raise RuntimeError(f"TRL gave no result:\n{log[-3000:]}")
+        result = json.loads(results.read_text())
     for row in result["rows"]:
         section.add(row)
     section.left_out += result["left_out"]
@@ -949,6 +974,26 @@ def run_trl(section: Section, scale: Scale, lengths: list) -> list[dict]:
     for text in result["left_out"] + result["errors"]:
         print(f"  {text}")
     return result["rows"]
+
+
+def call_trl(section: Section, scale: Scale, lengths: list, results: Path) -> str:
+    """Run the process of TRL until the section's time is over; what it has written to stderr."""
+    seconds = section.seconds_left
+    job = {
+        "cpu": not scale.is_gpu,
+        "until": time.time() + seconds,
+        "lengths": lengths,
+        "results": str(results),
+    }
+    command = [sys.executable, __file__, "--child", "trl", json.dumps(job)]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    try:
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=seconds + KEPT_BACK / 2)
+        return done.stderr
+    except subprocess.TimeoutExpired as late:
+        section.leave_out("TRL's other cases", "its process was ended after its time")
+        return (late.stderr or b"").decode()
 
 
 def peer(section: Section, scale: Scale) -> None:
@@ -1044,6 +1089,7 @@ def decode(section: Section, scale: Scale) -> None:
         policy = None
         if section.seconds_left > 0:
             policy = new_policy(scale, scale.shape(name))
+            use_form(policy, VARLEN)
         for rows in scale.rows:
             label = {"model": model, "case": f"ours, {rows} rows"}
             section.measure(label, our_decoding, policy, tokenizer, prompts[:rows], scale)
@@ -1096,10 +1142,12 @@ def profile_numbers(trainee: Trainee, form: str, examples: list[Example], scale:
     policy, optimizer, shape = trainee
     use_form(policy, form)
     arguments = (policy, optimizer, [examples], "dpo")
-    times = [timed(update, *arguments)]
-    while len(times) < scale.warm + 3 and sum(done for done, _ in times) < MOST_SECONDS:
+    for _ in range(scale.warm):      # the first may compile
+        timed(update, *arguments)
+    times = []
+    while len(times) < scale.timed and sum(done for done, _ in times) < MOST_SECONDS:
         times.append(timed(update, *arguments))
-    seconds, host = np.median(times[-3:], axis=0).tolist()
+    seconds, host = np.median(times, axis=0).tolist()
     collate = median_seconds(policy.collate, examples, repeats=5)
     activities = [ProfilerActivity.CPU]
     if scale.is_gpu:
@@ -1153,28 +1201,38 @@ SECTIONS = {
 }
 
 
-def run_section(name: str, seconds: float, scale: Scale) -> dict:
-    """One section, whatever happens in it."""
+def run_section(name: str, seconds: float, scale: Scale, report: dict, output: Path | None) -> None:
+    """One section, whatever happens in it. `report` gets its results, and is stored after each row."""
     print(f"\n{name}, {seconds:.0f} s at most")
-    section = Section(name, seconds)
+
+    def keep():
+        if output:
+            shared.store(output, report)
+
+    section = Section(name, seconds, output, keep)
+    report[name] = section.result()
     started = time.perf_counter()
     try:
         SECTIONS[name](section, scale)
     except Exception as error:  # noqa: BLE001  the other sections go on
         section.fail(name, error)
     free_memory()
-    return section.result() | {"seconds": time.perf_counter() - started}
+    report[name]["seconds"] = time.perf_counter() - started
+    keep()
 
 
 def main() -> None:
-    started = time.perf_counter()
     gc.freeze()      # what was imported is no garbage, and `free_memory` need not read it after every case
     sys.stdout.reconfigure(line_buffering=True)
     parser = shared.new_parser(__doc__)
-    parser.add_argument("--budget", type=float, default=600, help="seconds for everything")
+    parser.add_argument(
+        "--budget",
+        type=float,
+        default=540,
+        help="seconds for everything, at most what the machine allows a command")
     parser.add_argument("--only", default=",".join(SECTIONS), help="sections, with commas between them")
     parser.add_argument("--cpu", action="store_true", help="a trial of every section with narrow models")
-    parser.add_argument("--output", type=Path, help="a JSON file, written after every section")
+    parser.add_argument("--output", type=Path, help="a JSON file, written after every row")
     args = parser.parse_args()
     wanted = args.only.split(",")
     if not set(wanted) <= set(SECTIONS):
@@ -1186,11 +1244,14 @@ def main() -> None:
     names = [name for name in SECTIONS if name in wanted]
     report = {}
     for place, name in enumerate(names):
-        left = (1 - KEPT_BACK) * args.budget - (time.perf_counter() - started)
+        left = args.budget - KEPT_BACK - (time.perf_counter() - STARTED)
         weight = sum(SECONDS[other] for other in names[place:])
-        report[name] = run_section(name, max(0.0, left) * SECONDS[name] / weight, scale)
-        if args.output:
-            shared.store(args.output, report)
+        run_section(name, max(0.0, left) * SECONDS[name] / weight, scale, report, args.output)
+    sys.exit(1 if show(report) else 0)
+
+
+def show(report: dict) -> bool:
+    """Print the table, what was left out, the errors and the line of JSON; whether there are errors."""
     print_table(report)
     failed = False
     for name, section in report.items():
@@ -1200,7 +1261,7 @@ def main() -> None:
             print(f"ERROR in {name}: {text}")
             failed = True
     print(json.dumps(report))
-    sys.exit(1 if failed else 0)
+    return failed
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 """On a GPU the numbers are those of a CPU: every algorithm, resumed runs, every form of attention. Skipped
-where there is no GPU. `pytest -n 8 tests/test_cuda.py` takes two minutes with 16 cores beside it."""
+where there is no GPU. `pytest -n 8 --dist load tests/test_cuda.py` takes minutes."""
 import math
 import shutil
 
@@ -31,6 +31,7 @@ def train(output, algorithm, *words, device=""):
         timeout=300,
         CUDA_VISIBLE_DEVICES=device)
     assert done.returncode == 0, done.stderr
+    assert "transformers' loop samples" not in done.stdout + done.stderr
     return metrics(output)
 
 
@@ -170,8 +171,10 @@ def test_compiled_layers_compute_the_same_with_one_graph(prefix):
     assert len(set(graphs)) == 1
 
 
+@pytest.mark.parametrize("prefix", [0, 20])
 @pytest.mark.parametrize("rows, least", [(64, 1), (6, 2)])       # all at once; as others end
-def test_steps_of_sampling_are_recorded(monkeypatch, rows, least):
+def test_steps_of_sampling_are_recorded(monkeypatch, rows, least, prefix):
+    """The log-probs of what they draw are those of the training forward, but for bf16's rounding."""
     graphs = []
     record = Recorded.record
 
@@ -181,11 +184,21 @@ def test_steps_of_sampling_are_recorded(monkeypatch, rows, least):
 
     monkeypatch.setattr(Recorded, "record", noted)
     lm = random_lm(config_of(**KINDS["grouped heads"]), attn_implementation=VARLEN).cuda()
-    prompts = [example.prompt for example in examples_of(LAYOUTS["pairs"])]
+    policy = Policy(lm, "bf16", Form(VARLEN))
+    prompts = [example.prompt for example in examples_of(LAYOUTS["pairs"], prefix)]
     keys = [(0, number) for number in range(len(prompts))]
     sampling = Sampling(reward="", max_completion_length=40, rollout_batch_size=rows)
-    sample(Policy(lm, "bf16", Form(VARLEN)), byte_tokenizer(), prompts, keys, 8, sampling)
+    found = sample(policy, byte_tokenizer(), prompts, keys, 8, sampling)
     assert len(graphs) >= least and all(graphs)
+    drawn = []
+    for prompt, completions in zip(prompts, found):
+        responses = [Response.all_trained(completion.tokens) for completion in completions]
+        drawn.append(Example(prompt, responses, "here:1"))
+    batch = policy.collate(drawn)
+    assert batch.prefix == prefix
+    own = [completion.logps for completions in found for completion in completions]
+    logps = policy(batch).detach().cpu().numpy()
+    assert np.abs(logps - np.concatenate(own)).mean() < 0.03
 
 
 def test_a_step_that_waits_is_never_recorded():
