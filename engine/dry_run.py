@@ -70,7 +70,9 @@ def dry_run(run_config, kind: str) -> None:
     base = base_of(common.model)
     lm = empty_lm(load_config(base), base)
     check_kind(lm, base, common, notice)
-    lines = forecast(common, config, lm, max(sizes), online, world)
+    updates = Plan(common, len(train_set)).total      # as those are counted that decide about compiling
+    in_one = len(sizes) == plan.draws_per_epoch
+    lines = forecast(common, config, lm, max(sizes), online, world, updates, in_one)
     section(f"memory forecast for each of {world} devices" if world > 1 else "memory forecast", lines)
     print("\nnothing was trained (--dry-run)")
 

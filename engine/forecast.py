@@ -7,7 +7,8 @@ from engine.checkpoint import model_path
 from engine.ranks import check_copies
 from model import lora
 from model.build import embeddings, product_precision, rounded_weights, this_device
-from model.compiled import decoder_layers
+from model.compiled import FEWEST_UPDATES, decoder_layers
+from model.form import VARLEN
 from model.load import base_of, empty_lm, is_adapter, load_config
 from model.off_the_shelf import empty_classifier
 from model.reward_model import is_reward_model
@@ -16,8 +17,9 @@ from rewards.functions import is_model, parts_of
 
 BYTES_IN_4_BIT = 0.52      # per weight, with the scales
 CHECKPOINT = 12            # bytes per trained weight: itself and two moments, in fp32
-# how the names of those parts begin that are there in an update only
-OF_AN_UPDATE = "gradients", "whole for a moment", "bf16 copies", "one micro-batch", "a slice"
+# how the names of those parts begin that are there in a micro-batch only, and in an update only
+OF_A_MICRO_BATCH = "bf16 copies", "one micro-batch", "a slice"
+OF_AN_UPDATE = "gradients", "whole for a moment", *OF_A_MICRO_BATCH
 
 
 class Counts(NamedTuple):
@@ -25,7 +27,8 @@ class Counts(NamedTuple):
     trained: int
     frozen: int        # all others, among them ...
     quantized: int     # ... those that are kept in 4 bits
-    linear: int        # of the linear layers, which a frozen model keeps in bf16
+    linear: int        # of the linear layers, which a frozen model keeps in bf16,
+    copied: int        # ... and without the head, whose slices are rounded one at a time
     layer: int         # of the largest decoder layer
     embedding: int     # of embeddings that are not the head
     rest: int          # outside of both
@@ -35,21 +38,25 @@ class Counts(NamedTuple):
         return self.trained + self.frozen
 
 
-def forecast(common, config, lm, tokens: int, online: bool = False, world: int = 1) -> list[str]:
+def forecast(common, config, lm, tokens: int, online: bool = False, world: int = 1, updates: int = 0,
+             in_one: bool = False) -> list[str]:
     """A line for each part of the memory of each of `world` devices, in GB, their total, whether it fits, and
     what a checkpoint takes. `lm`: the model without its numbers, which gets the run's adapter here; `tokens`:
-    of the largest micro-batch."""
+    of the largest micro-batch; `updates`: of the run; `in_one`: whether each of them is one micro-batch."""
     check_copies(common.replicate, world)
     shards = world // common.replicate
     counts = count_parameters(common, lm)
     device = this_device()
     is_bf16 = product_precision(common.precision, device) == "bf16"
     width = 2 if is_bf16 and device.type == "cuda" else 4      # bytes of a frozen weight beside an adapter
+    is_compiled = will_compile(common, is_bf16 and device.type == "cuda", updates)
+    trunks = 2 if config.uses_critic() else 1
     sizes = kept_bytes(counts, shards, width)
     if world > 1:
         sizes["whole for a moment: a layer, head and embedding"] = gathered_bytes(counts)
-    if is_bf16 and not counts.frozen and (world == 1 or common.compile != "false"):
-        sizes["bf16 copies of the linear layers, from forward to backward"] = 2 * counts.linear
+    # of weights in fp32; sharded layers keep none, but for those that are compiled (recast.py)
+    if is_bf16 and (world == 1 or is_compiled) and not (counts.frozen and width == 2):
+        sizes["bf16 copies of the linear layers, from forward to backward"] = trunks * 2 * counts.copied
     if online and needs_reference_model(common, config):
         reference = 4 * counts.every - (2 * counts.linear if is_bf16 else 0)
         if is_adapter(common.model):
@@ -64,7 +71,9 @@ def forecast(common, config, lm, tokens: int, online: bool = False, world: int =
         critic = 16 * counts.trained + width * counts.frozen
         sizes["critic (weights, gradients, optimizer)"] = critic / shards
     settings = lm.config.get_text_config()
-    sizes[f"one micro-batch of {tokens} tokens"] = activation_bytes(common, settings, tokens)
+    safe = " (compiled layers keep less)" if is_compiled else ""
+    activations = activation_bytes(common, settings, tokens, is_bf16, bool(counts.frozen))
+    sizes[f"one micro-batch of {tokens} tokens{safe}"] = trunks * activations
     at_once = LOGITS_AT_ONCE["cuda" if torch.cuda.is_available() else "cpu"]
     logits = 2 * 4 * min(at_once, tokens * settings.vocab_size)      # a slice, twice
     if counts.frozen:
@@ -72,15 +81,32 @@ def forecast(common, config, lm, tokens: int, online: bool = False, world: int =
     else:
         head = 4 * settings.hidden_size * settings.vocab_size
         sizes["a slice of the logits and the head's gradient"] = logits + head
-    total = sum(sizes.values())
+    total, label = sum(sizes.values()), "total"
+    if in_one:      # the backward gives the micro-batch up while it makes the first gradients
+        total -= min(bytes_of("gradients", sizes), bytes_of(OF_A_MICRO_BATCH, sizes))
+        label = "total (gradients come as the micro-batch goes)"
     if config.engine_memory() and torch.cuda.is_available():      # it draws while no update is computed
         engine = config.engine_memory() * gpu_memory()
-        kept = [size for name, size in sizes.items() if not name.startswith(OF_AN_UPDATE)]
-        total = max(total, sum(kept) + engine)
+        kept = sum(sizes.values()) - bytes_of(OF_AN_UPDATE, sizes)
+        total = max(total, kept + engine)
         sizes["vLLM, while it draws"] = engine
-    sizes["total" + verdict(total)] = total      # more than while it is loaded
+    sizes[label + verdict(total)] = total      # more than while it is loaded
     sizes["a checkpoint, on the disk"] = CHECKPOINT * counts.trained
     return [f"{name:<66} {size / 1e9:7.2f} GB" for name, size in sizes.items()]
+
+
+def bytes_of(begins: str | tuple[str, ...], sizes: dict[str, float]) -> float:
+    """The sum of those parts whose names begin like this."""
+    return sum(size for name, size in sizes.items() if name.startswith(begins))
+
+
+def will_compile(common, is_bf16_gpu: bool, updates: int) -> bool:
+    """Whether a run of so many updates compiles its decoder layers, as far as that is known before the model
+    is checked (compiled.py)."""
+    if common.compile != "auto":
+        return common.compile == "true"
+    is_varlen = is_bf16_gpu and common.attn_implementation in ("auto", VARLEN)
+    return is_varlen and not common.deterministic and updates >= FEWEST_UPDATES
 
 
 def frozen_bytes(common, path: str, width: int, rounded: bool, world: int) -> float:
@@ -149,7 +175,10 @@ def verdict(total: float) -> str:
 
 
 def count_parameters(common, lm) -> Counts:
-    linear = sum(weight.numel() for weight in rounded_weights(lm))
+    rounded = rounded_weights(lm)
+    linear = sum(weight.numel() for weight in rounded)
+    head = lm.get_output_embeddings().weight
+    copied = sum(weight.numel() for weight in rounded if weight is not head)
     quantized = quantized_weights(common, lm)
     layers = list(map(size_of, decoder_layers(lm)))
     embedding = sum(map(size_of, embeddings(lm)))
@@ -159,7 +188,8 @@ def count_parameters(common, lm) -> Counts:
     elif common.lora_r:
         lora.attach(lm, lora.new_settings(common, lm))
     trained = sum(parameter.numel() for parameter in lm.parameters() if parameter.requires_grad)
-    return Counts(trained, size_of(lm) - trained, quantized, linear, max(layers, default=0), embedding, rest)
+    frozen = size_of(lm) - trained
+    return Counts(trained, frozen, quantized, linear, copied, max(layers, default=0), embedding, rest)
 
 
 def quantized_weights(common, lm) -> int:
@@ -180,15 +210,45 @@ def needs_reference_model(common, config) -> bool:
     return config.uses_reference()
 
 
-def activation_bytes(common, settings, tokens: int) -> int:
-    """What a micro-batch keeps for the backward, in fp32. Per token and layer: two norms (input and output),
-    q k v and rotated q k, attention output, and the MLP's gate and up."""
+def activation_bytes(common, settings, tokens: int, is_bf16: bool, has_adapter: bool) -> int:
+    """What a micro-batch keeps for the backward: of each token what its decoder layers keep, and for the
+    final norm and the head four times its hidden state in fp32."""
     hidden = settings.hidden_size
-    inner = getattr(settings, "intermediate_size", None) or 4 * hidden
-    if isinstance(inner, list):                    # Gemma 3n has one per layer
-        inner = max(inner)
-    per_layer = 4 * hidden if common.gradient_checkpointing else 4 * (10 * hidden + 2 * inner)
-    return tokens * (settings.num_hidden_layers * per_layer + 4 * 4 * hidden)
+    layers = settings.num_hidden_layers
+    per_layer = layer_bytes(settings, is_bf16, has_adapter)
+    per_token = layers * per_layer
+    if common.gradient_checkpointing:
+        # each layer's input, whose dtype is that of the weights, and all of the one that is recomputed
+        is_bf16_base = is_bf16 and has_adapter and this_device().type == "cuda"
+        per_token = layers * (2 if is_bf16_base else 4) * hidden + per_layer
+    return tokens * (per_token + 4 * 4 * hidden)
+
+
+def layer_bytes(settings, is_bf16: bool, has_adapter: bool) -> int:
+    """What a decoder layer keeps of a token, in bytes, if it is one like Qwen2's and not compiled: a compiled
+    layer keeps less."""
+    hidden = settings.hidden_size
+    inner = setting(settings, "intermediate_size", 4 * hidden)
+    heads = setting(settings, "num_attention_heads", 1)
+    head_dim = setting(settings, "head_dim", hidden // heads)
+    queries = heads * head_dim
+    keys = setting(settings, "num_key_value_heads", heads) * head_dim      # or values
+    width = 2 if is_bf16 else 4      # of what a matrix product reads and returns
+    norms = 2 * 4 * hidden           # what both read, in fp32
+    if not has_adapter:
+        norms += 2 * 4 * hidden      # and the same divided by its size, for the gradient of their weights
+    # what they return: in bf16 q, k, v, gate and up each round it for themselves
+    returned = 5 * 2 * hidden if is_bf16 else 2 * 4 * hidden
+    attention = width * (queries + 2 * keys + queries)      # q, k and v, and the output
+    attention += width * queries     # joined from segments, or rounded for an adapter; varlen does neither
+    mlp = width * 2 * inner          # gate and up (build.gated_mlp)
+    return norms + returned + attention + mlp
+
+
+def setting(settings, key: str, otherwise: int) -> int:
+    """A number of a model's configuration: the largest where it has one per layer, as in Gemma 3n."""
+    value = getattr(settings, key, None) or otherwise
+    return max(value) if isinstance(value, list) else value
 
 
 def millions(count: int) -> str:

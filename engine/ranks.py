@@ -30,10 +30,20 @@ def start_processes(deterministic: bool) -> None:
         torch.use_deterministic_algorithms(True)
     if "LOCAL_RANK" in os.environ:
         if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            choose_gpu(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
         objects = dist.new_group(backend="gloo", timeout=FOR_MAIN)
         aside = dist.new_group(backend="gloo", timeout=FOR_MAIN)
+
+
+def choose_gpu(rank: int) -> None:
+    """Use the GPU with the number of this process among those of its machine; UserError where there is
+    none."""
+    count = torch.cuda.device_count()
+    if rank >= count:
+        raise UserError(f"torchrun: it starts more processes on this machine than it has GPUs, {count}; "
+                        f"fix: --nproc-per-node {count}")
+    torch.cuda.set_device(rank)
 
 
 def stop_processes() -> None:

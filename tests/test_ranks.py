@@ -266,6 +266,24 @@ def test_the_command_to_go_on(environment, program, says, monkeypatch):
     assert ranks.command(["c.yml", "name=a b"]) == says
 
 
+def test_more_processes_than_gpus(monkeypatch):
+    """The third of three processes has no GPU: a line says so, where CUDA would have a traceback."""
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *args, **options: None)
+    monkeypatch.setattr(torch.distributed, "new_group", lambda **options: None)
+    for rank in "01":
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        ranks.start_processes(deterministic=False)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(errors.UserError, match="more processes on this machine than it has GPUs, 2; "
+                       "fix: --nproc-per-node 2$"):
+        ranks.start_processes(deterministic=False)
+    assert chosen == [0, 1]
+
+
 def test_one_line_of_all_processes(tmp_path, monkeypatch, capsys):
     """The same error is one line, another one has its own; a traceback shows only where no process has told
     its reason."""

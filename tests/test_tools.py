@@ -6,26 +6,38 @@ import re
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import robust_helpers as child
+import torch
 from helpers import (
     ROOT,
     byte_tokenizer,
     config_of,
     pair_rows,
     prompt_rows,
+    random_lm,
     run_train,
     tiny_model,
     train_here,
     write_config,
     write_jsonl,
 )
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
 
 from chat import main
 from data.errors import UserError
+from data.pack import Example, Response
+from engine.config import Common
 from engine.console import clock
+from engine.forecast import activation_bytes, forecast
+from engine.options import Options
+from model import lora
+from model.build import checkpoint_layers, patch_gated_mlps
+from model.load import empty_lm
+from model.policy import Policy
 
 
 def test_dry_run_shows_everything_and_writes_nothing(tmp_path, capsys):
@@ -58,10 +70,6 @@ def test_dry_run_shows_everything_and_writes_nothing(tmp_path, capsys):
 def test_dry_run_counts_memory_by_parameters(tmp_path):
     """Against Qwen2's parameters counted by hand: embedding, untied head, and per layer q k v (with biases)
     o, the MLP and two norms."""
-    from engine.config import Common
-    from engine.dry_run import forecast
-    from engine.options import Options
-    from model.load import empty_lm
     config = config_of(hidden_size=1024, intermediate_size=4096, num_attention_heads=8, head_dim=128)
     config.save_pretrained(tmp_path)
     attention = 1024 * 1024 + 1024 + 2 * (1024 * 256 + 256) + 1024 * 1024
@@ -78,10 +86,6 @@ def test_dry_run_counts_memory_by_parameters(tmp_path):
 def test_dry_run_counts_memory_for_several_devices(tmp_path):
     """A share of weights, gradients and moments; head and embedding whole; each of two copies on half of the
     devices."""
-    from engine.config import Common
-    from engine.forecast import forecast
-    from engine.options import Options
-    from model.load import empty_lm
     config = config_of(hidden_size=1024, intermediate_size=4096, num_attention_heads=8, head_dim=128,
                        vocab_size=50000)
     config.save_pretrained(tmp_path)
@@ -99,6 +103,143 @@ def test_dry_run_counts_memory_for_several_devices(tmp_path):
         assert abs(whole - 8e-9 * (head + embedding)) < 0.006
     with pytest.raises(UserError, match="replicate is 2, which does not divide the number of processes, 3"):
         forecast(common, Options(), empty_lm(config, str(tmp_path)), tokens=100, world=3)
+
+
+def on_a_gpu(monkeypatch):
+    """Let the forecast be that for an H100."""
+    properties = SimpleNamespace(total_memory=85e9)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    monkeypatch.setattr("engine.forecast.this_device", lambda: torch.device("cuda"))
+
+
+def sizes_in(lines):
+    """{the first word of a line of the forecast: its GB}"""
+    sizes = {}
+    for line in lines:
+        first, *_, size, _ = line.split()
+        sizes[first] = float(size)
+    return sizes
+
+
+def saved_bytes(policy, length):
+    """The bytes that autograd saves in a forward over one row of so many tokens."""
+    storages = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage
+        return tensor
+    prompt, response = np.arange(length) % 256, np.arange(9)
+    example = Example(prompt, [Response.all_trained(response)], "here:1")
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        policy(policy.collate([example]))
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+@pytest.mark.parametrize("precision, lora_r, base", [
+    ("fp32", 0, torch.float32), ("bf16", 0, torch.float32), ("bf16", 4, torch.float32),
+    ("bf16", 4, torch.bfloat16)])
+def test_the_forecast_is_what_layers_keep(precision, lora_r, base, recomputed, monkeypatch):
+    """To 5 %, per token and layer: two layers more, and 200 tokens more. Adapters have a base in bf16 on a
+    GPU only."""
+    common = Common("sft", "", "", precision=precision, lora_r=lora_r, gradient_checkpointing=recomputed)
+    if base == torch.bfloat16:
+        on_a_gpu(monkeypatch)
+    wide = dict(hidden_size=128, intermediate_size=512, num_attention_heads=8, head_dim=16)
+    kept, counted = [], []
+    for layers in (2, 4):
+        settings = config_of(**wide, num_hidden_layers=layers)
+        counted.append(activation_bytes(common, settings, 200, precision == "bf16", lora_r > 0))
+        lm = random_lm(settings).to(base)
+        if lora_r:
+            lora.attach(lm, lora.new_settings(common, lm))
+        patch_gated_mlps(lm)
+        if recomputed:
+            checkpoint_layers(lm, "")
+        policy = Policy(lm, precision)
+        kept.append(saved_bytes(policy, 300) - saved_bytes(policy, 100))
+    assert counted[1] - counted[0] == pytest.approx(kept[1] - kept[0], rel=0.05)
+
+
+def test_the_forecast_of_layers_that_are_recomputed():
+    """A token of two of them in bf16: both inputs in fp32, all of one layer, and what is behind the last."""
+    settings = config_of(hidden_size=128, intermediate_size=512, num_attention_heads=8, head_dim=16)
+    common = Common("sft", "", "", precision="bf16", gradient_checkpointing=True)
+    layer = 32 * 128 + 4 * 32 + 4 * 512
+    assert activation_bytes(common, settings, 1, True, False) == 2 * 4 * 128 + layer + 16 * 128
+
+
+HALF = dict(hidden_size=896, num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2,
+            intermediate_size=4864, vocab_size=151936, tie_word_embeddings=True)
+LARGER = HALF | dict(hidden_size=1536, num_hidden_layers=28, num_attention_heads=12, intermediate_size=8960)
+SEVEN = dict(hidden_size=3584, num_hidden_layers=2, num_attention_heads=28, num_key_value_heads=4,
+             intermediate_size=18944, vocab_size=152064, tie_word_embeddings=False)
+
+
+@pytest.mark.parametrize("shape, tokens, peak", [
+    (HALF, 8192, 17.6), (HALF, 32768, 45.7), (LARGER, 8192, 42.0), (LARGER, 16384, 61.2), (SEVEN, 8192, 26.4)])
+def test_the_forecast_is_what_an_h100_measured(shape, tokens, peak, monkeypatch):
+    """To 5 %: peak GB of dpo with varlen, one micro-batch per update, at commit b614694 (benchmark/README.md).
+    With several micro-batches the gradients of the first are there while the next one is computed."""
+    on_a_gpu(monkeypatch)
+    common = Common("dpo", "/nonexistent", "", precision="bf16")
+    totals = []
+    for in_one in (True, False):
+        lm = empty_lm(Qwen2Config(**shape), "")
+        sizes = sizes_in(forecast(common, Options(), lm, tokens, in_one=in_one))
+        totals.append(sizes["total"])
+    assert totals[0] == pytest.approx(peak, rel=0.05)
+    assert totals[1] - totals[0] == pytest.approx(sizes["gradients,"], abs=0.02)
+
+
+@pytest.mark.parametrize("micro_batch_tokens, in_one", [(8192, True), (128, False)])
+def test_the_forecast_is_told_of_updates_and_micro_batches(micro_batch_tokens, in_one, tmp_path, monkeypatch):
+    told = []
+
+    def stand_in(common, config, lm, tokens, online, world, updates, in_one):
+        told.append((updates, in_one))
+        return []
+    monkeypatch.setattr("engine.dry_run.forecast", stand_in)
+    data = write_jsonl(tmp_path / "pairs.jsonl", pair_rows(9))
+    keys = dict(model=tiny_model(tmp_path / "model"), data=data, max_length=128, batch_size=4, epochs=2)
+    config = write_config(tmp_path / "c.yml", algorithm="dpo", micro_batch_tokens=micro_batch_tokens, **keys)
+    train_here(config, "--dry-run")
+    assert told == [(6, in_one)]
+
+
+def test_the_forecast_of_a_critic(monkeypatch):
+    """Its trunk keeps as much of a micro-batch as the policy's."""
+    class WithCritic(Options):
+        def uses_critic(self):
+            return True
+
+    found = []
+    for config in (Options(), WithCritic()):
+        lm = empty_lm(Qwen2Config(**HALF), "")
+        found.append(sizes_in(forecast(Common("ppo", "", "", precision="bf16"), config, lm, 8192)))
+    for part in ("bf16", "one"):
+        assert found[1][part] == pytest.approx(2 * found[0][part], abs=0.02)
+
+
+@pytest.mark.parametrize("values, updates, is_compiled", [
+    ({}, 200, True), ({}, 199, False), ({"deterministic": True}, 200, False),
+    ({"attn_implementation": "segments"}, 200, False), ({"compile": "false"}, 200, False),
+    ({"compile": "true"}, 1, True)])
+def test_the_forecast_of_compiled_layers(values, updates, is_compiled, monkeypatch):
+    """Of two processes' layers only those that will be compiled keep bf16 copies of their weights, without
+    the head; those of one process always do."""
+    on_a_gpu(monkeypatch)
+    common = Common("sft", "", "", **values)
+    copies = 2e-9 * 2 * (2 * 3584 * (3584 + 512) + 3 * 3584 * 18944)      # two layers, biases left out
+    for world in (1, 2):
+        lm = empty_lm(Qwen2Config(**SEVEN), "")
+        lines = forecast(common, Options(), lm, 100, world=world, updates=updates)
+        has_copies = world == 1 or is_compiled
+        assert sizes_in(lines).get("bf16") == (pytest.approx(copies, abs=0.01) if has_copies else None)
+        assert any("compiled layers keep less" in line for line in lines) == is_compiled
 
 
 def test_help_names_every_key():
