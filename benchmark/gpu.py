@@ -739,7 +739,7 @@ def forecast_memory(scale: Scale, shape: dict, algorithm: str, tokens: int) -> f
     """GB of an update with micro-batches of `tokens`, as `train.py --dry-run` adds them up."""
     common = Common(algorithm=algorithm, model="/nonexistent", data="", precision=scale.precision)
     lm = empty_lm(Qwen2Config(**shape), common.model)
-    lines = forecast(common, Options(), lm, tokens)
+    lines = forecast(common, Options(), lm, tokens, in_one=True)
     total, = [line for line in lines if line.startswith("total")]
     return float(total.split()[-2])
 

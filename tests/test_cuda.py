@@ -13,6 +13,7 @@ from data.pack import Example, Response
 from engine.options import Sampling
 from model.compiled import compile_layers
 from model.form import VARLEN, Form
+from model.head import HeadLogits
 from model.policy import Policy
 from model.recorded import Recorded
 from model.sampler import sample
@@ -215,3 +216,15 @@ def test_a_step_that_waits_is_never_recorded():
     for _ in range(4):
         recorded(lambda: numbers.add_(1))
     assert recorded.graph is not None and numbers.tolist() == [8, 8]
+
+
+def test_the_logits_of_sampling_are_not_rounded():
+    """The sums of bf16 products, as in training: rounded to bf16 they would tie, and choose other tokens."""
+    lm = random_lm(config_of()).cuda()
+    hidden = 10 * torch.randn(5, 32, device="cuda")
+    with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
+        logits = HeadLogits(lm, 5)(hidden)
+    weight = lm.get_output_embeddings().weight
+    exact = hidden.bfloat16().double() @ weight.bfloat16().double().T
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits.double(), exact, rtol=1e-5, atol=1e-5)

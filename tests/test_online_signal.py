@@ -35,6 +35,7 @@ from engine.rollout import Rollout, alike
 from engine.rollouts import Rollouts
 from engine.score import score_rollout
 from engine.step import Step
+from model.policy import Policy
 
 NAN = math.nan
 VALUES = 0.1, 0.3, 0.6, 0.7, 0.9, -0.1, 1 / 3
@@ -338,6 +339,24 @@ def test_what_top_p_and_top_k_mean_is_said(run):
             "are those of the full distribution")
     assert lines.count(line) == 1
     assert "full distribution" not in told(run("grpo", reward=f"{REWARDS}:varied", max_steps=1, name="plain"))
+
+
+@pytest.mark.parametrize("skipped, sizes", [("false", [8, 8]), ("true", [8, 4])])
+def test_old_log_probs_are_computed_in_the_micro_batches_that_train(run, monkeypatch, skipped, sizes):
+    """In bf16 others would round otherwise, by more than gspo's clip range."""
+    computed = []
+    collate = Policy.collate
+
+    def watch(policy, examples):
+        computed.append([response.tokens.tolist() for example in examples for response in example.responses])
+        return collate(policy, examples)
+
+    monkeypatch.setattr(Policy, "collate", watch)
+    keys = dict(batch_size=4, num_mini_batches=2, max_steps=2, skip_zero_std=skipped)
+    run("gspo", "equal_for_half_of_the_rows", **keys)
+    *_, old_first, old_second, first, second, _ = computed      # the last is the check of the saved model
+    assert [old_first, old_second] == [first, second]
+    assert [len(first), len(second)] == sizes
 
 
 # ---- groups that are not computed ----
