@@ -26,6 +26,7 @@ from benchmark import shared  # noqa: E402
 
 WORDS = {"prompt": 65, "chosen": 23, "rejected": 23}      # about 160 tokens with the template
 UPDATES = 20
+PART = 1_000_000                # responses in a part of the reference's table
 
 
 def write_pairs(path: Path, rows: int) -> None:
@@ -63,10 +64,13 @@ def first_start(job: dict) -> dict:
     numbers["disk"] = sum(path.stat().st_size for path in files)
 
     import torch
-    lengths = train_set.lengths()[:, 1:].ravel().tolist()
-    logps = torch.zeros(sum(lengths)).split(lengths)
-    keys = [key.ljust(16, b"\0") for key in train_set.all_keys().ravel().tolist()]
-    write_part(job["table"], keys, list(logps))
+    all_lengths, all_keys = train_set.lengths()[:, 1:].ravel(), train_set.all_keys().ravel()
+    for start in range(0, len(all_keys), PART):      # a reference pass writes parts, too
+        part = slice(start, start + PART)
+        lengths = all_lengths[part].tolist()
+        logps = torch.zeros(sum(lengths)).split(lengths)
+        keys = [key.ljust(16, b"\0") for key in all_keys[part].tolist()]
+        write_part(job["table"], keys, list(logps))
     return numbers
 
 

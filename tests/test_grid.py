@@ -145,7 +145,7 @@ def test_all_combinations_and_the_comparison(model, tmp_path):
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_stopped_grid_goes_on(processes, model, tmp_path):
     """SIGTERM to the grid alone: its run saves. The same command makes the rest of it, and the other one."""
-    child.project(tmp_path, "sft", model, output="runs/x", max_steps=80, save_every="null", eval_every=80)
+    child.project(tmp_path, "sft", model, output="runs/x", max_steps=30, save_every="null", eval_every=30)
     first, second = tmp_path / "runs" / "x-seed-0", tmp_path / "runs" / "x-seed-1"
     process = start(tmp_path, "seed=0,1", processes=processes)
     rows = first / "metrics.jsonl"
@@ -165,4 +165,4 @@ def test_a_stopped_grid_goes_on(processes, model, tmp_path):
     if processes == 1:
         assert child.train(tmp_path, "seed=0", "output=alone").code == 0
         assert_same_weights(final_weights(first), final_weights(tmp_path / "alone"))
-    assert len(metrics(first)) == len(metrics(second)) == 80
+    assert len(metrics(first)) == len(metrics(second)) == 30
