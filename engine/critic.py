@@ -1,6 +1,7 @@
 """What a policy with a critic says of a rollout, for ppo."""
 import torch
 
+from engine.first_pass import in_first_pass
 from engine.rollout import PerPrompt, Rollout
 
 
@@ -12,9 +13,8 @@ def logps_and_values(engine, rollout: Rollout) -> tuple[PerPrompt, PerPrompt]:
         both = engine.policy(batch, temperature, values=True)
         return torch.stack(both, 1).flatten()
 
-    found = engine.collect(pairs, rollout.examples, lambda example: 2 * example.num_trained)
     logps, values = [], []
-    for numbers in found:
+    for numbers in in_first_pass(engine.online, rollout, pairs, width=2):
         # contiguous, as after a resume: a sum over every other number is rounded in another order
         both = numbers.view(-1, 2).T.contiguous()
         logps.append(both[0])

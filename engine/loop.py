@@ -139,9 +139,10 @@ class Engine:
         self.remembered[name] = tensors
         return tensors
 
-    def batches(self, examples: list[Example], label: str | None = None) -> Iterator[Batch]:
-        """Micro-batches of any examples, which the ranks share; `label` names their bar on a terminal."""
-        since, size = time.perf_counter(), self.config.batch_size
+    def batches(self, examples: list[Example], label: str | None = None, block: int = 0) -> Iterator[Batch]:
+        """Micro-batches of any examples, which the ranks share; `label` names their bar on a terminal. Each
+        `block` of examples, as many as an update has unless it is given, is dealt by itself."""
+        since, size = time.perf_counter(), block or self.config.batch_size
         for start in range(0, len(examples), size):
             block = examples[start:start + size]
             for members in self.deal(block):
@@ -245,14 +246,15 @@ class Engine:
         return micro_batches
 
     @torch.no_grad()
-    def collect(self, function, examples: list[Example], size) -> list[torch.Tensor]:
+    def collect(self, function, examples: list[Example], size, block: int = 0) -> list[torch.Tensor]:
         """`function(batch)`, a number for each of the batch's responses or tokens, for all `examples`: per
-        example a tensor of `size(example)` numbers on the CPU. Each rank computes its share."""
+        example a tensor of `size(example)` numbers on the CPU. Each rank computes its share. `block`: see
+        `batches`."""
         sizes = [size(example) for example in examples]
         numbers = torch.zeros(sum(sizes), device=self.policy.device)
         parts = numbers.split(sizes) if sizes else ()
         part_of = {id(example): part for example, part in zip(examples, parts)}
-        for batch in self.batches(examples):
+        for batch in self.batches(examples, block=block):
             values = function(batch).split([size(example) for example in batch.examples])
             for example, part in zip(batch.examples, values):
                 part_of[id(example)].copy_(part)

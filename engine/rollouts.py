@@ -14,9 +14,9 @@ import torch
 from data.errors import RunError
 from data.pack import Example
 from engine import rollout_state
+from engine.first_pass import in_first_pass, parts_of
 from engine.importance import SAMPLER, sampler_of
 from engine.mixture import mixed_rollout
-from engine.old_logps import of_first_pass, parts_of
 from engine.plan import Plan
 from engine.reward_models import load_reward_model, scores_of
 from engine.rollout import PerPrompt, Rollout, with_completions
@@ -204,7 +204,7 @@ class Rollouts:
         elif engine.eval_set and updates.start == 1:
             yield engine.open_step(0, [])
         if self.uses_old_logps:
-            rollout.once("old_logps", of_first_pass, self, rollout, kept)
+            rollout.once("old_logps", self.logps, engine.policy, rollout, kept)
         examples = parts_of(rollout, kept)
         for update in updates:
             mine = self.mini_batch(rollout.number, update - first, examples)
@@ -248,15 +248,10 @@ class Rollouts:
             parts.append(example.part(which))
         return parts
 
-    def logps(self, model, rollout: Rollout) -> PerPrompt:
-        """Per prompt: the log-probs of its completions' tokens under `model`, at the sampling temperature."""
-        return self.logps_of(model, rollout.examples)
-
-    def logps_of(self, model, examples: list[Example]) -> list[torch.Tensor]:
-        """The same for the responses of any examples."""
-        found = self.engine.collect(
-            lambda batch: model(batch, self.config.temperature), examples,
-            lambda example: example.num_trained)
+    def logps(self, model, rollout: Rollout, kept: list[list[int]] | None = None) -> PerPrompt:
+        """Per prompt: the log-probs of its completions' tokens under `model`, at the sampling temperature, in
+        the micro-batches that train."""
+        found = in_first_pass(self, rollout, lambda batch: model(batch, self.config.temperature), kept)
         if isinstance(model, Policy):
             reshard(model)      # what this forward has gathered would hide a change of the model's weights
         return found

@@ -341,22 +341,40 @@ def test_what_top_p_and_top_k_mean_is_said(run):
     assert "full distribution" not in told(run("grpo", reward=f"{REWARDS}:varied", max_steps=1, name="plain"))
 
 
-@pytest.mark.parametrize("skipped, sizes", [("false", [8, 8]), ("true", [8, 4])])
-def test_old_log_probs_are_computed_in_the_micro_batches_that_train(run, monkeypatch, skipped, sizes):
+@pytest.mark.parametrize("algorithm, keys, forwards", [
+    ("gspo", {}, 1),
+    ("gspo", {"skip_zero_std": "true"}, 1),
+    ("gspo", {"micro_batch_tokens": 24}, 1),
+    ("rloo", {}, 2),                                # the policy's, and the reference's
+    ("ppo", {"num_ppo_epochs": 1}, 2)])
+def test_log_probs_before_the_first_update_are_computed_in_the_micro_batches_that_train(
+        run, monkeypatch, algorithm, keys, forwards):
     """In bf16 others would round otherwise, by more than gspo's clip range."""
-    computed = []
-    collate = Policy.collate
+    computed, trained = [], []
+    collate, made = Policy.collate, Step.__init__
 
-    def watch(policy, examples):
-        computed.append([response.tokens.tolist() for example in examples for response in example.responses])
+    def tokens_of(examples):
+        return [response.tokens.tolist() for example in examples for response in example.responses]
+
+    def watch_forwards(policy, examples):
+        computed.append(tokens_of(examples))
         return collate(policy, examples)
 
-    monkeypatch.setattr(Policy, "collate", watch)
-    keys = dict(batch_size=4, num_mini_batches=2, max_steps=2, skip_zero_std=skipped)
-    run("gspo", "equal_for_half_of_the_rows", **keys)
-    *_, old_first, old_second, first, second, _ = computed      # the last is the check of the saved model
-    assert [old_first, old_second] == [first, second]
-    assert [len(first), len(second)] == sizes
+    def watch_updates(step, *arguments):
+        made(step, *arguments)
+        trained.extend(map(tokens_of, step.micro_batches))
+
+    monkeypatch.setattr(Policy, "collate", watch_forwards)
+    monkeypatch.setattr(Step, "__init__", watch_updates)
+    run(algorithm, "equal_for_half_of_the_rows", **dict(batch_size=4, num_mini_batches=2, max_steps=2) | keys)
+    count = len(trained)
+    end = len(computed) - 1                         # the last is the check of the saved model
+    assert computed[end - count:end] == trained
+    for number in range(forwards):
+        start = end - (number + 2) * count
+        assert computed[start:start + count] == trained
+    if "micro_batch_tokens" in keys:
+        assert count > 8                            # several for a prompt, and more than a batch has
 
 
 # ---- groups that are not computed ----
