@@ -71,7 +71,7 @@ def dry_run(run_config, kind: str) -> None:
     lm = empty_lm(load_config(base), base)
     check_kind(lm, base, common, notice)
     updates = Plan(common, len(train_set)).total      # as those are counted that decide about compiling
-    in_one = len(sizes) == plan.draws_per_epoch
+    in_one = len(sizes) == plan.draws_per_epoch and (epochs <= 1 or largest_fits(common, train_set))
     lines = forecast(common, config, lm, max(sizes), online, world, updates, in_one)
     section(f"memory forecast for each of {world} devices" if world > 1 else "memory forecast", lines)
     print("\nnothing was trained (--dry-run)")
@@ -111,6 +111,13 @@ def with_longest_completions(prompts: list, config) -> list[Example]:
 
 def tokens_of(examples: Sequence[Example], share: bool) -> int:
     return int(sizes_of(examples, share).sum())
+
+
+def largest_fits(common, train_set: list) -> bool:
+    """Whether an update of the largest rows is one micro-batch: later epochs draw them in another order."""
+    sizes = sizes_of(train_set, common.share_prompt != "false")
+    largest = np.sort(sizes)[-common.batch_size:]
+    return int(largest.sum()) <= common.micro_batch_tokens
 
 
 def micro_batch_sizes(common, train_set: list, plan: Plan, world: int) -> list[int]:

@@ -7,7 +7,6 @@
 On a GPU in bf16, flat rows get the attention `varlen`, one call per layer, where its kernel agrees.
 """
 import contextlib
-import math
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -27,7 +26,7 @@ from model.policy import Policy
 from model.sampler import decode
 
 TOLERANCE = 1e-3                   # of a log-prob, in fp32
-IN_BF16 = 0.25                     # of a few log-probs in bf16, on average
+IN_BF16 = 0.25                     # of eight log-probs in bf16, on average
 ROUNDING = 1.5                     # how many times the rounding of another form in bf16 a kernel may have
 
 
@@ -119,7 +118,7 @@ def use_kernel(policy: Policy, own, examples, asked: str, notice) -> None:
         policy.use(form._replace(attention=VARLEN))
         return
     kind = policy.lm.config.model_type
-    fault = "gives other log-probs for" if math.isfinite(of_kernel) else "does not take the attention of"
+    fault = "does not take the attention of" if of_kernel == torch.inf else "gives other log-probs for"
     if asked == VARLEN:
         raise UserError(f"attn_implementation: the kernel of varlen {fault} a {kind}; "
                         "fix: attn_implementation=auto")
@@ -133,6 +132,8 @@ def difference_to(own, policy: Policy, examples, reduce=torch.max) -> float:
     makes of them; infinite where this form cannot be computed."""
     try:
         logps = logps_by(policy, policy.collate(examples))
+    except torch.OutOfMemoryError:
+        raise
     except Exception:  # noqa: BLE001  somebody else's layers: they need not know our attention
         if policy.form.attention == PLAIN:
             raise
@@ -186,7 +187,7 @@ def has_exact_cache(policy: Policy, example: Example) -> bool:
             return False
         differences = differences_to_training(policy, example, drawn)
         if policy.precision != "fp32":         # weights in 4 bits
-            return bool(differences.mean() <= IN_BF16)
+            return bool(differences.mean() <= policy.rounding)
         return bool(differences.max() <= tolerance)
 
 

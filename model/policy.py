@@ -69,7 +69,7 @@ class Policy(nn.Module):
 
     @property
     def tolerance(self) -> float:
-        """How far apart two computations of the same log-prob may be."""
+        """Log-probs of responses that differ by less count as equal: such a pair is a tie."""
         return 1e-4 if self.precision == "fp32" else 5e-2
 
     @property

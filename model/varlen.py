@@ -132,7 +132,7 @@ def ends(lengths: list[int]) -> torch.Tensor:
 class UnitKeys(torch.autograd.Function):
     """(T, kv_heads, head_dim) and arrays of Units -> (K, kv_heads, head_dim): keys or values of tokens as
     those of units. The backward sums the copies of a prompt before it adds them: no token is there twice
-    then, so the sum has one order."""
+    then, so the sum has one order. For that it takes R * P rows, a few K where groups are very uneven."""
 
     @staticmethod
     def forward(ctx, keys, tokens, own, prefixes, copied, copies):

@@ -6,6 +6,7 @@ is what this one is tested against.
 """
 import contextlib
 import copy
+import gc
 import os
 import re
 import tempfile
@@ -118,12 +119,17 @@ class VllmSampler(OtherEngine):
         this."""
         weights = whole_weights(policy)
         with told_in_a_line(RunError, "take the weights"):
-            if self.is_on_gpu:
-                self.llm.wake_up(tags=["weights"])
+            self.wake("weights")
             self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
-            if self.is_on_gpu:
-                self.llm.wake_up(tags=["kv_cache"])
+            self.wake("kv_cache")
             self.llm.reset_prefix_cache()
+
+    def wake(self, part: str) -> None:
+        """Let vLLM take the memory of a part, which PyTorch may keep for tensors that it has freed."""
+        if self.is_on_gpu:
+            gc.collect()
+            torch.cuda.empty_cache()
+            self.llm.wake_up(tags=[part])
 
     def draw(self, policy, tokenizer, prompts, keys, copies, sampling, report=None) -> list:
         """Ranks that share an engine ask for the same: the prompts of all of them, one rank's after the

@@ -195,8 +195,11 @@ def test_the_forecast_is_what_an_h100_measured(shape, tokens, peak, monkeypatch)
     assert totals[1] - totals[0] == pytest.approx(sizes["gradients,"], abs=0.02)
 
 
-@pytest.mark.parametrize("micro_batch_tokens, in_one", [(8192, True), (128, False)])
-def test_the_forecast_is_told_of_updates_and_micro_batches(micro_batch_tokens, in_one, tmp_path, monkeypatch):
+@pytest.mark.parametrize("micro_batch_tokens, epochs, in_one", [
+    (8192, 2, True), (128, 2, False), (340, 1, True), (340, 2, False)])
+def test_the_forecast_is_told_of_updates_and_micro_batches(
+        micro_batch_tokens, epochs, in_one, tmp_path, monkeypatch):
+    """The updates of the first epoch have at most 323 tokens, the four largest pairs 357."""
     told = []
 
     def stand_in(common, config, lm, tokens, online, world, updates, in_one):
@@ -204,10 +207,10 @@ def test_the_forecast_is_told_of_updates_and_micro_batches(micro_batch_tokens, i
         return []
     monkeypatch.setattr("engine.dry_run.forecast", stand_in)
     data = write_jsonl(tmp_path / "pairs.jsonl", pair_rows(9))
-    keys = dict(model=tiny_model(tmp_path / "model"), data=data, max_length=128, batch_size=4, epochs=2)
+    keys = dict(model=tiny_model(tmp_path / "model"), data=data, max_length=128, batch_size=4, epochs=epochs)
     config = write_config(tmp_path / "c.yml", algorithm="dpo", micro_batch_tokens=micro_batch_tokens, **keys)
     train_here(config, "--dry-run")
-    assert told == [(6, in_one)]
+    assert told == [(3 * epochs, in_one)]
 
 
 def test_the_forecast_of_a_critic(monkeypatch):
