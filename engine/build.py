@@ -11,8 +11,7 @@ from engine.fingerprint import fingerprints
 from engine.inputs import marked, read_inputs
 from engine.logs import Run
 from engine.loop import Engine
-from engine.opening import opening
-from engine.plan import Plan
+from engine.opening import opening, planned_updates
 from engine.ranks import check_copies, check_shared, distributed, from_main
 from engine.reward_models import critic_path
 from model import lora
@@ -51,7 +50,7 @@ def build(run_config, run: Run, start: str | None = None,
         trains_adapter = is_adapter(common.model)
         policy = build_policy(start or common.model, tokenizer, common, trains_adapter=trains_adapter)
     if world == 1:
-        check_and_compile(policy, common, train_set, run.notice)
+        check_and_compile(policy, common, config, train_set, run.notice)
     policy = with_heads(policy, algorithm.MODEL, common, config, tokenizer, start, train_set, run.notice)
     if algorithm.MODEL != "reward":
         add_router_loss(policy, common.router_aux_loss_coef, run.notice)
@@ -60,7 +59,7 @@ def build(run_config, run: Run, start: str | None = None,
         run.notice(left_out)
     if world > 1:      # no device holds the whole model, so that it is checked as it is trained
         shard(policy, common.replicate)
-        check_and_compile(policy, common, train_set, run.notice)
+        check_and_compile(policy, common, config, train_set, run.notice)
         keep_no_copies(policy)
         reshard(policy)
     step = checkpoint.load_trainer(start)["step"]
@@ -76,11 +75,10 @@ def build(run_config, run: Run, start: str | None = None,
     return algorithm, config, engine
 
 
-def check_and_compile(policy: Policy, common, examples, notice) -> None:
+def check_and_compile(policy: Policy, common, config, examples, notice) -> None:
     check_policy(policy, examples, common, notice)
     check_sampling(policy, examples, notice)
-    updates = Plan(common, len(examples)).total
-    compile_policy(policy, common, updates, examples, notice)
+    compile_policy(policy, common, planned_updates(common, config, len(examples)), examples, notice)
 
 
 def with_heads(policy: Policy, kind: str, common, config, tokenizer, start: str | None, examples,

@@ -70,9 +70,8 @@ def dry_run(run_config, kind: str) -> None:
     base = base_of(common.model)
     lm = empty_lm(load_config(base), base)
     check_kind(lm, base, common, notice)
-    updates = Plan(common, len(train_set)).total      # as those are counted that decide about compiling
     in_one = len(sizes) == plan.draws_per_epoch and (epochs <= 1 or largest_fits(common, train_set))
-    lines = forecast(common, config, lm, max(sizes), online, world, updates, in_one)
+    lines = forecast(common, config, lm, max(sizes), online, world, plan.total, in_one)
     section(f"memory forecast for each of {world} devices" if world > 1 else "memory forecast", lines)
     print("\nnothing was trained (--dry-run)")
 

@@ -9,16 +9,20 @@ from model.modelscope import as_written
 def opening(common, config, policy, train_set, eval_set, kind: str, made: int, world: int) -> str:
     """`dpo trains all 803K parameters of example/tiny/model on 2,000 examples (200 held out): 63 updates, in
     fp32 on the CPU with 2 threads`. `kind`: the algorithm's DATA; `made`: updates of before a resume."""
-    _, passes, updates_per_pass = config.rollout_shape()
     model = as_written(common.model)
     is_online = kind == "prompts"
-    per_draw = passes * updates_per_pass if is_online else 1
-    total = Plan(common, len(train_set), per_draw).total
+    total = planned_updates(common, config, len(train_set))
     rows = f"{len(train_set):,} {'prompts' if is_online else 'examples'}"
     held_out = f" ({len(eval_set):,} held out)" if len(eval_set) else ""
     updates = f"{total:,} update{'s' if total > 1 else ''}" + (f", {made:,} of them made" if made else "")
     return (f"{common.algorithm} trains {parameters_of(policy)} of {model} on {rows}{held_out}: "
             f"{updates}, in {policy.precision} on {place(policy.device, world)}")
+
+
+def planned_updates(common, config, count: int) -> int:
+    """The updates of a run on `count` rows, of which an online run may make several from each rollout."""
+    _, passes, updates_per_pass = config.rollout_shape()
+    return Plan(common, count, passes * updates_per_pass).total
 
 
 def parameters_of(policy) -> str:
