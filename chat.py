@@ -79,6 +79,12 @@ class Speaker:
         if self.temperature > 0:
             self.options |= {"do_sample": True, "temperature": self.temperature, "top_p": 1.0, "top_k": 0}
 
+    def autocast(self):
+        """An adapter's weights are in fp32, its base model's as stored: products are computed in the base's
+        dtype, as on a GPU in training. Other models have one dtype."""
+        is_mixed = lora.settings(self.lm) is not None and self.lm.dtype != torch.float32
+        return torch.autocast(self.lm.device.type, self.lm.dtype, enabled=is_mixed)
+
     def introduction(self) -> str:
         """`runs/tiny-dpo: 822K parameters, answers sampled at temperature 0.7`."""
         way = "greedy answers"
@@ -96,9 +102,10 @@ class Speaker:
         ending = Ending(self.stops, ids.shape[1])
         streamer = Streamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         try:
-            output = self.lm.generate(ids, attention_mask=torch.ones_like(ids), eos_token_id=self.ids,
-                                      pad_token_id=self.ids[0], streamer=streamer,
-                                      stopping_criteria=StoppingCriteriaList([ending]), **self.options)
+            with self.autocast():
+                output = self.lm.generate(ids, attention_mask=torch.ones_like(ids), eos_token_id=self.ids,
+                                          pad_token_id=self.ids[0], streamer=streamer,
+                                          stopping_criteria=StoppingCriteriaList([ending]), **self.options)
         except BrokenPipeError:
             raise
         except Exception as error:  # noqa: BLE001  somebody else's files, generation_config.json among them

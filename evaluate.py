@@ -273,8 +273,8 @@ def pair_scorer(settings: Config, path: str, reference_path: str | None, tokeniz
             return conversation_scores(classifier, conversations[first:last])
 
         return classified, classifier.tolerance
-    model = load_frozen(path, tokenizer, examples, notice)
-    reference = reference_path and load_frozen(reference_path, tokenizer, examples, notice)
+    model = load_frozen(path, tokenizer, examples, notice, reference_path)
+    reference = reference_path and load_frozen(reference_path, tokenizer, examples, notice, path)
 
     def computed(first, last):
         part = examples[first:last]

@@ -19,11 +19,13 @@ from model.off_the_shelf import Classifier, conversation
 from model.reward_model import RewardModel, build_reward_model, is_reward_model
 
 
-def load_frozen(path: str, tokenizer, examples: list[Example], notice):
+def load_frozen(path: str, tokenizer, examples: list[Example], notice, compared_with: str | None = None):
     """The model at `path`, frozen, as a Policy, or as a RewardModel if it is one; checked on some of
-    `examples`."""
-    policy = build_policy(
-        path, tokenizer, frozen=True, trains_adapter=is_adapter(path), is_trained=False).requires_grad_(False)
+    `examples`. Where it or the model that it is `compared_with` is an adapter, it has the dtypes of a run
+    that trains one: on a GPU a difference of two arithmetics would be taken for one of the models."""
+    has_adapter = is_adapter(path) or bool(compared_with and is_adapter(compared_with))
+    policy = build_policy(path, tokenizer, frozen=True, trains_adapter=has_adapter, is_trained=False)
+    policy.requires_grad_(False)
     check_ids(examples, policy.lm.get_input_embeddings().num_embeddings, tokenizer)
     check_policy(policy, examples, ModelKeys(), notice)
     if not is_reward_model(path):

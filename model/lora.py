@@ -34,6 +34,8 @@ from model.load import (
 from model.state import each_once, inside_lm, written
 
 PREFIX = "base_model.model."         # peft's names in files begin so: it names weights inside its PeftModel
+# each of peft's wrappers around a module has one of these: of an adapter, a copy, an adapter of some tokens
+WRAPPERS = "base_layer", "modules_to_save", "token_adapter"
 
 
 def library():
@@ -180,7 +182,7 @@ def attach(lm, adapter, seed: int = 0):
         if parameter.requires_grad:              # peft leaves modules_to_save in the base's precision
             parameter.data = parameter.data.float()
     for module in (lm.get_input_embeddings(), lm.get_output_embeddings()):
-        if hasattr(module, "base_layer") or hasattr(module, "modules_to_save"):
+        if any(hasattr(module, name) for name in WRAPPERS):
             raise UserError("model: this adapter changes the embedding or the head; "
                             "fix: pass an adapter of the layers between them")
     lm.eval()
@@ -282,8 +284,12 @@ def merged(lm, state: dict):
     to its own, and the new state. A state without numbers (a trial's) gives an LM without them. RunError
     where that fails."""
     try:
-        base = base_in_fp32(lm, empty=any(tensor.is_meta for tensor in state.values()))
-        model = attach(base, copy.deepcopy(settings(lm)))
+        adapter = copy.deepcopy(settings(lm))
+        is_empty = any(tensor.is_meta for tensor in state.values())
+        base = base_in_fp32(lm, is_empty)
+        if is_empty:
+            adapter.init_lora_weights = True      # others, such as PiSSA's, read the base's numbers
+        model = attach(base, adapter)
         base.load_state_dict(inside_lm(state), strict=False)
         plain = model.merge_and_unload()
     except (OSError, ValueError, RuntimeError, MemoryError) as error:

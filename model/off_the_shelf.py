@@ -7,7 +7,15 @@ from data.errors import RunError, UserError
 from data.messages import unflagged
 from data.pack import Example
 from model.build import num_ranks, product_precision, shard_over_ranks, this_device
-from model.load import CLASSIFIER, check_finite, first_line, load_config, load_tokenizer, unloadable
+from model.load import (
+    CLASSIFIER,
+    check_finite,
+    first_line,
+    is_adapter,
+    load_config,
+    load_tokenizer,
+    unloadable,
+)
 
 PADDED = 1.25      # rows are computed together as long as padding makes no more of them than this,
 TOGETHER = 8192    # ... and no more tokens
@@ -114,8 +122,8 @@ def conversation(prompt, completion) -> list[dict]:
 
 
 def is_classifier(path: str) -> bool:
-    """Whether the model at `path` is a sequence classifier."""
-    return architecture(load_config(path)).endswith(CLASSIFIER)
+    """Whether the model at `path` is a sequence classifier; an adapter, which has no config.json, is none."""
+    return not is_adapter(path) and architecture(load_config(path)).endswith(CLASSIFIER)
 
 
 def empty_classifier(path: str):

@@ -12,7 +12,8 @@ from types import SimpleNamespace
 import pytest
 import robust_helpers as child
 import torch
-from helpers import ROOT, messages, refused, tiny_model, write_jsonl
+from helpers import ROOT, byte_tokenizer, messages, refused, tiny_model, write_jsonl
+from transformers import AutoModelForCausalLM
 
 from chat import KEYS, Speaker, parser, with_dashes
 from engine.greeting import form_of_questions, questions, usual_temperature
@@ -111,6 +112,26 @@ def test_a_run_is_asked_as_it_was_trained(here, capsys):
     assert speaker.messages[-1]["content"] == reply[:end]
     (here / "own.prompt").unlink()
     assert "own.prompt, the prompt_template of" in refused(form_of_questions, run, NO_KEYS)
+
+
+@pytest.mark.parametrize("norm", ["input_layernorm", "norm"])
+def test_an_adapter_with_norms_over_a_base_in_bf16(norm, here):
+    """Its norms are in fp32, the layers that read their output in bf16."""
+    peft = pytest.importorskip("peft")
+    tiny_model(here / "base")
+    lm = AutoModelForCausalLM.from_pretrained(here / "base", dtype=torch.bfloat16)
+    lm.save_pretrained(here / "base")
+    settings = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=[norm], task_type="CAUSAL_LM")
+    model = peft.get_peft_model(lm, settings)
+    model.save_pretrained(here / "adapter")
+    byte_tokenizer().save_pretrained(here / "adapter")
+    replies = []
+    for path in ("base", "adapter"):                   # which changes nothing
+        speaker = Speaker(str(here / path), SimpleNamespace(**vars(NO_KEYS) | {"temperature": 0}))
+        speaker.answer("1+1?")
+        assert speaker.lm.dtype == torch.bfloat16
+        replies.append(speaker.messages[-1]["content"][:8])
+    assert replies[0] == replies[1] != ""
 
 
 # ---- the command line

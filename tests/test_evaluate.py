@@ -30,8 +30,11 @@ from transformers import AutoModelForCausalLM
 
 import evaluate
 from data.errors import UserError
-from engine import results
+from engine import evaluation, results
 from engine.results import name_of
+from model import lora
+from model.build import build_policy
+from model.keys import ModelKeys
 from model.sampler import Completion
 
 QUESTIONS = []
@@ -437,6 +440,52 @@ def test_a_reward_model_scores_pairs_and_completions_and_writes_none(run, folder
     assert summary["avg_reward_95"][0] < summary["avg_reward"]
     with pytest.raises(UserError, match="is a reward model, which writes no text; fix: "):
         run("rm", "prompts.jsonl", reward="gsm8k")
+
+
+@pytest.mark.parametrize("algorithm, name, scale", [("dpo", "rewards/margins", 0.1), ("rm", "margin", 1)])
+def test_a_lora_run_is_scored_as_it_scores_itself(run, folder, algorithm, name, scale):
+    """An adapter's directory has no config.json. `scale` is dpo's beta."""
+    pytest.importorskip("peft")
+    pairs, path = folder / "pairs.jsonl", folder / f"lora-{algorithm}"
+    train_here(write_config(
+        folder / "lora.yml", algorithm=algorithm, model=folder / "chat", data=pairs, eval_data=pairs,
+        output=path, batch_size=3, lr=1e-2, max_length=256, lora_r=2))
+    assert not (path / "final" / "config.json").exists()
+    last = metrics(path, "eval")[-1]
+    for model in (path, path / "final"):
+        rows, summary, _ = run(model, "pairs.jsonl", f"{algorithm}-{model.name}")
+        assert scale * summary["avg_margin"] == pytest.approx(last[name], rel=1e-4, abs=1e-4)
+        assert len({row["metrics"]["margin"] for row in rows}) > 3
+
+
+def untrained_adapter(folder, base):
+    """An adapter that changes nothing."""
+    pytest.importorskip("peft")
+    lm = build_policy(str(base), byte_tokenizer(), ModelKeys(lora_r=2)).lm
+    trained = {name: weight for name, weight in lm.named_parameters() if weight.requires_grad}
+    folder.mkdir()
+    lora.save(lm, trained, str(folder))
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_an_adapter_and_its_reference_have_one_arithmetic(run, folder, tmp_path, monkeypatch):
+    """The GPU's, stood in for: the base of an adapter in bf16, other models in fp32."""
+    def rounding(*arguments, trains_adapter, **options):
+        policy = build_policy(*arguments, trains_adapter=trains_adapter, **options)
+        for weight in policy.lm.parameters():
+            if trains_adapter:
+                weight.data = weight.data.bfloat16().float()
+        return policy
+
+    monkeypatch.setattr(evaluation, "build_policy", rounding)
+    pair = untrained_adapter(tmp_path / "adapter", folder / "chat"), folder / "chat"
+    for i, (model, reference) in enumerate((pair, pair[::-1], pair[:1] * 2)):
+        rows, summary, _ = run(model, "pairs.jsonl", f"adapter-{i}", reference=reference)
+        assert {row["metrics"]["margin"] for row in rows} == {0.0} and summary["ties"] == 9
+    plain, _, _ = run("chat", "pairs.jsonl", "fp32")
+    rounded, _, _ = run(pair[0], "pairs.jsonl", "bf16")
+    assert plain[0]["metrics"]["margin"] != rounded[0]["metrics"]["margin"]
 
 
 # ---- bad input ----

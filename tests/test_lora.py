@@ -19,6 +19,7 @@ from helpers import (
     final_weights,
     metrics,
     pair_rows,
+    refused,
     saved_gradients,
     sft_rows,
     tiny_model,
@@ -35,6 +36,7 @@ from data.dataset import build_dataset
 from data.errors import UserError
 from engine import checkpoint
 from engine.config import load_config
+from engine.shares import saved_tensors
 from model import lora
 from model.build import build_policy
 from model.keys import ModelKeys
@@ -385,6 +387,42 @@ def test_adapters_that_are_refused(name, says, adapter, tmp_path):
     with pytest.raises(UserError, match=says) as error:
         build(path)
     assert "\n" not in str(error.value) and "; fix: " in str(error.value)
+
+
+def adapter_of(folder, base, **settings):
+    """An adapter that another program made with these settings."""
+    made = peft.LoraConfig(r=2, task_type="CAUSAL_LM", **settings)
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), made)
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")      # peft's, that some layers are tied
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("settings", [
+    dict(target_modules=["q_proj"], trainable_token_indices=[65, 66]),
+    dict(target_modules=["q_proj"], modules_to_save=["embed_tokens"]),
+    dict(target_modules=["q_proj", "embed_tokens"])])
+def test_an_adapter_of_the_embedding_is_refused(settings, tied, tmp_path):
+    base = tiny_model(tmp_path / "base", tie_word_embeddings=tied)
+    said = refused(build, adapter_of(tmp_path / "adapter", base, **settings))
+    assert said.startswith("model: this adapter changes the embedding or the head; fix: ")
+
+
+@pytest.mark.parametrize("settings", [dict(init_lora_weights="pissa"), dict(init_lora_weights="olora")])
+def test_an_adapter_that_was_made_of_its_base_can_be_merged(settings, base, tmp_path):
+    """PiSSA's matrices begin as a part of the base's, which lacks it then. A trial of the merge has none."""
+    path = adapter_of(tmp_path / "adapter", base, target_modules=["q_proj"], **settings)
+    policy = build(path)
+    outline = checkpoint.outline(policy)
+    assert all(tensor.is_meta for tensor in outline.values())
+    plain, weights = lora.merged(policy.lm, outline)
+    assert weights.keys() == {f"lm.{name}" for name in plain.state_dict()}
+    _, weights = lora.merged(policy.lm, saved_tensors(policy))
+    start = load_file(Path(base) / "model.safetensors")
+    for name, tensor in start.items():
+        torch.testing.assert_close(weights[f"lm.{name}"], tensor, atol=1e-5, rtol=1e-5)
 
 
 def test_keys_and_adapter_must_agree(adapter, base, monkeypatch):
