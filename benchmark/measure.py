@@ -33,10 +33,10 @@ def measure(job: dict) -> dict:
     """The numbers of one model; the columns are explained in `table.py`."""
     tokenizer = load_tokenizer(job["model"])
     texts = text_examples(tokenizer)
-    policy = load_frozen(job["model"], tokenizer, texts, shared.say)
+    policy = load_frozen(job["model"], tokenizer, texts, shared.say, job["start"])
     start = None
     if job["model"] != job["start"]:
-        start = load_frozen(job["start"], tokenizer, texts, shared.say)
+        start = load_frozen(job["start"], tokenizer, texts, shared.say, job["model"])
     numbers = {"text loss": text_loss(policy, texts)}
     answers = None
     if job["sampling"]:
