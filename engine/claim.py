@@ -27,11 +27,15 @@ def claim(directory: str, name: str = LOCK, wait: bool = False) -> str | None:
     made = missing(os.path.dirname(path))
     operation = fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB
     while path not in held:
-        os.makedirs(directory, exist_ok=True)
         try:
+            os.makedirs(directory, exist_ok=True)
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         except FileNotFoundError:
             continue                  # its holder removed the directory between our two calls
+        except FileExistsError:
+            if os.path.lexists(directory) and not os.path.isdir(directory):
+                raise
+            continue                  # its holder removed it between the two calls of makedirs
         try:
             fcntl.lockf(descriptor, operation)
         except OSError as error:

@@ -136,6 +136,19 @@ def test_only_one_of_many_gets_a_directory(tmp_path):
     assert [process.communicate(timeout=60)[1] for process in processes] == [""] * 6
 
 
+def test_a_directory_that_goes_while_it_is_made(tmp_path, monkeypatch):
+    """os.makedirs finds it there, and then not there."""
+    def gone(*arguments, **options):
+        monkeypatch.undo()
+        raise FileExistsError(errno.EEXIST, "File exists", str(tmp_path / "run"))
+    monkeypatch.setattr("engine.claim.os.makedirs", gone)
+    assert claim(str(tmp_path / "run")) is None
+    release(str(tmp_path / "run"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FileExistsError):
+        claim(str(tmp_path / "file"))
+
+
 def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch, capsys):
     def refuse(*arguments):
         raise OSError(errno.ENOLCK, "No locks available")
