@@ -39,11 +39,12 @@ class Table:
         self.parts = parts
 
     def lacks(self, keys: np.ndarray) -> np.ndarray:
-        """(n,) bool: which of the (n,) keys are in no part."""
-        found = np.zeros(len(keys), bool)
+        """(n,) bool: which of the (n,) keys are in no part. Sorted keys are found several times as fast."""
+        lacks = np.ones(len(keys), bool)
         for part in self.parts:
-            found |= places_in(part, keys) >= 0
-        return ~found
+            left = lacks.nonzero()[0]
+            lacks[left] = places_in(part, keys[left]) < 0
+        return lacks
 
     def logps(self, keys: list[bytes]) -> list[torch.Tensor]:
         """The (L,) log-probs of each of these responses. Where two parts hold the same one the older counts,
@@ -83,10 +84,9 @@ def lacking(groups: list[Examples], table: Table) -> list[Examples]:
     """Of each group the examples with a response that is neither in the table nor in an example before."""
     keys = [group.all_keys() for group in groups]
     every = np.concatenate([part.ravel() for part in keys])
-    _, first = np.unique(every, return_index=True)
+    distinct, first = np.unique(every, return_index=True)      # sorted
     is_new = np.zeros(len(every), bool)
-    is_new[first] = True
-    is_new &= table.lacks(every)
+    is_new[first[table.lacks(distinct)]] = True
     missing = []
     start = 0
     for group, part in zip(groups, keys):
