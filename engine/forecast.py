@@ -48,14 +48,16 @@ def forecast(common, config, lm, tokens: int, online: bool = False, world: int =
     counts = count_parameters(common, lm)
     device = this_device()
     is_bf16 = product_precision(common.precision, device) == "bf16"
-    width = 2 if is_bf16 and device.type == "cuda" else 4      # bytes of a frozen weight beside an adapter
-    is_compiled = will_compile(common, is_bf16 and device.type == "cuda", updates)
+    is_bf16_gpu = is_bf16 and device.type == "cuda"
+    width = 2 if is_bf16_gpu else 4      # bytes of a frozen weight beside an adapter
+    is_rounded = is_bf16 and not (counts.frozen and is_bf16_gpu)      # weights are in fp32, products in bf16
+    is_compiled = will_compile(common, is_bf16_gpu, updates)
     trunks = 2 if config.uses_critic() else 1
     sizes = kept_bytes(counts, shards, width)
     if world > 1:
         sizes["whole for a moment: a layer, head and embedding"] = gathered_bytes(counts)
-    # of weights in fp32; sharded layers keep none, but for those that are compiled (recast.py)
-    if is_bf16 and (world == 1 or is_compiled) and not (counts.frozen and width == 2):
+    # sharded layers keep none, but for those that are compiled (recast.py)
+    if is_rounded and (world == 1 or is_compiled):
         sizes["bf16 copies of the linear layers, from forward to backward"] = trunks * 2 * counts.copied
     if online and needs_reference_model(common, config):
         reference = 4 * counts.every - (2 * counts.linear if is_bf16 else 0)
@@ -63,8 +65,7 @@ def forecast(common, config, lm, tokens: int, online: bool = False, world: int =
             reference = width * counts.every
         sizes["reference (a frozen model)"] = reference / shards
     for key, path in config.frozen_models().items():
-        rounded = is_bf16 and not (counts.frozen and width == 2)
-        sizes[f"{key} (a frozen model)"] = frozen_bytes(common, path, width, rounded, world)
+        sizes[f"{key} (a frozen model)"] = frozen_bytes(common, path, width, is_rounded, world)
     if config.uses_reward():
         sizes |= reward_model_bytes(common, config.reward, width, is_bf16, world)
     if config.uses_critic():

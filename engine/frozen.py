@@ -4,8 +4,6 @@ import gc
 import itertools
 import time
 
-import numpy as np
-
 from data.pack import Example
 from data.store import Examples, response_keys
 from engine import checkpoint
@@ -42,11 +40,9 @@ def reference_table(engine, path: str | None, also: list[Example]) -> Reference:
     is_start_model = path in (None, engine.config.model)
     store = store_of(engine, path)
     table = stored_table(store, engine.notice)
-    wanted = np.unique(np.concatenate([group.all_keys().ravel() for group in groups]))
-    there = len(wanted) - int(table.lacks(wanted).sum())
+    missing, there, wanted = lacking(groups, table)
     if there:
-        engine.notice(f"reference log-probs: {there} of {len(wanted)} responses from {store}")
-    missing = lacking(groups, table)
+        engine.notice(f"reference log-probs: {there} of {wanted} responses from {store}")
     if any(missing):
         model = engine.policy
         if not is_start_model or engine.first > 0:

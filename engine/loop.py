@@ -144,11 +144,11 @@ class Engine:
         `block` of examples, as many as an update has unless it is given, is dealt by itself."""
         since, size = time.perf_counter(), block or self.config.batch_size
         for start in range(0, len(examples), size):
-            block = examples[start:start + size]
-            for members in self.deal(block):
+            part = examples[start:start + size]
+            for members in self.deal(part):
                 yield self.policy.collate(members)
             if label:
-                self.run.console.count(label, start + len(block), len(examples), " rows/s", since)
+                self.run.console.count(label, start + len(part), len(examples), " rows/s", since)
 
     def mean(self, total: float, count: float) -> float:
         """total / count, each summed over all ranks first."""

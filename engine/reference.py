@@ -80,20 +80,22 @@ class Reference:
         return torch.cat([torch.zeros(0), *self.table.logps(keys)]).to(batch.source.device)
 
 
-def lacking(groups: list[Examples], table: Table) -> list[Examples]:
-    """Of each group the examples with a response that is neither in the table nor in an example before."""
+def lacking(groups: list[Examples], table: Table) -> tuple[list[Examples], int, int]:
+    """Of each group the examples with a response that is neither in the table nor in an example before; and
+    how many responses are in the table, of how many. The same response counts once."""
     keys = [group.all_keys() for group in groups]
     every = np.concatenate([part.ravel() for part in keys])
     distinct, first = np.unique(every, return_index=True)      # sorted
+    is_absent = table.lacks(distinct)
     is_new = np.zeros(len(every), bool)
-    is_new[first[table.lacks(distinct)]] = True
+    is_new[first[is_absent]] = True
     missing = []
     start = 0
     for group, part in zip(groups, keys):
         of_group = is_new[start:start + part.size].reshape(part.shape)
         missing.append(group.take(of_group.any(axis=1).nonzero()[0]))
         start += part.size
-    return missing
+    return missing, len(distinct) - int(is_absent.sum()), len(distinct)
 
 
 @torch.no_grad()

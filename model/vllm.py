@@ -6,7 +6,6 @@ is what this one is tested against.
 """
 import contextlib
 import copy
-import gc
 import os
 import re
 import tempfile
@@ -127,7 +126,6 @@ class VllmSampler(OtherEngine):
     def wake(self, part: str) -> None:
         """Let vLLM take the memory of a part, which PyTorch may keep for tensors that it has freed."""
         if self.is_on_gpu:
-            gc.collect()
             torch.cuda.empty_cache()
             self.llm.wake_up(tags=[part])
 

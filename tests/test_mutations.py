@@ -179,8 +179,7 @@ MUTATIONS = {    # name: (file, text, what it becomes, the tests that must fail)
         ["test_ranks.py::test_no_collective_in_a_loop_over_a_set"]),
     "old log-probs in blocks of batch_size": (
         "engine/first_pass.py", "width * example.num_trained, len(trained))", "width * example.num_trained)",
-        ["test_online_signal.py::test_log_probs_before_the_first_update_are_computed_in_the_micro_batches_that_"
-         "train[gspo-keys2-1]"]),
+        ["test_online_signal.py::test_old_logps_are_computed_in_the_micro_batches_that_train[gspo-keys2-1]"]),
     "the copies of a prompt without a gradient": (
         "model/varlen.py", "total.index_add_(0, copied, filled[copies].sum(0))", "pass",
         rows("qwen2")),

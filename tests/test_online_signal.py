@@ -347,7 +347,7 @@ def test_what_top_p_and_top_k_mean_is_said(run):
     ("gspo", {"micro_batch_tokens": 24}, 1),
     ("rloo", {}, 2),                                # the policy's, and the reference's
     ("ppo", {"num_ppo_epochs": 1}, 2)])
-def test_log_probs_before_the_first_update_are_computed_in_the_micro_batches_that_train(
+def test_old_logps_are_computed_in_the_micro_batches_that_train(
         run, monkeypatch, algorithm, keys, forwards):
     """In bf16 others would round otherwise, by more than gspo's clip range."""
     computed, trained = [], []

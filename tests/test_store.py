@@ -172,8 +172,10 @@ def test_what_the_table_lacks():
             if not seen.issuperset(response_keys(example)):
                 expected[-1].append(example)
                 seen.update(response_keys(example))
-    for ours, theirs in zip(lacking(groups, table), expected, strict=True):
+    missing, there, wanted = lacking(groups, table)
+    for ours, theirs in zip(missing, expected, strict=True):
         assert len(ours) == len(theirs) and all(map(same, ours, theirs))
+    assert (there, wanted) == (len(known), len(seen))
 
 
 # ---- the rows of a file by several processes
