@@ -24,8 +24,9 @@ profile   prints where the time of one DPO update goes: launches per layer (all 
 
 Columns:
 examples/s     an example is a pair (dpo, peer), a row (sft), or a prompt with its eight responses (grpo)
-ms             median time of an update (train, peer, profile), or of a token of every row (decode)
-host ms        time until the last launch has returned; where it is close to ms, the launches are the limit
+ms             median time of an update (train, peer, profile), or of a token of every row (decode). In
+               `train` updates follow each other as in a run, where only the gradient's norm is waited for
+host ms        time until the host waits for the norm; where it is close to ms, the launches are the limit
 share of limit env: of 989 TFLOP/s, the bf16 rate in NVIDIA's table for the H100. train: the model FLOP
                utilisation (MFU), which is needed FLOP / time / peak, where
 
@@ -81,6 +82,7 @@ from engine.config import Common
 from engine.forecast import forecast
 from engine.optimizer import adamw_arguments
 from engine.options import Options
+from engine.ranks import start_processes
 from model.build import patch_gated_mlps
 from model.compiled import compile_layers, plain_layers
 from model.form import VARLEN, Form
@@ -153,7 +155,7 @@ class Scale(NamedTuple):
     precision: str = "bf16"
     is_narrow: bool = False
     shorter: int = 1                       # what lengths in tokens are divided by
-    micro_batches: tuple = (8192, 16384, 32768)      # tokens
+    micro_batches: tuple = (8192, 16384, 24576, 32768)      # tokens
     depths: tuple = (2, 6)                 # layers from which the whole 7B model is extrapolated
     warm: int = 3                          # updates before those that are timed
     timed: int = 10
@@ -161,7 +163,7 @@ class Scale(NamedTuple):
     copied: int = 2 ** 30                  # bytes
     pairs: int = 64                        # an update of `peer`
     updates: int = 6
-    per_device: tuple = (16, 4)            # pairs in a forward of TRL's
+    per_device: tuple = (16, 8)            # pairs in a forward of TRL's
     rows: tuple = (64, 256)                # completions that are decoded together
     new_tokens: int = 128
     prompt: int = 128                      # tokens of a prompt in `decode`
@@ -190,7 +192,7 @@ CPU = Scale(
     precision="fp32",
     is_narrow=True,
     shorter=8,
-    micro_batches=(512, 768, 1024),
+    micro_batches=(512, 640, 768, 1024),
     depths=(1, 2),
     warm=1,
     timed=2,
@@ -485,8 +487,10 @@ def num_losses(examples: list[Example], algorithm: str) -> int:
     return sum(len(example.responses) for example in examples)
 
 
-def update(policy: Policy, optimizer, micro_batches: list, algorithm: str) -> list[dict]:
-    """One update, as engine/loop.py makes it; the metrics of every micro-batch."""
+def update(policy: Policy, optimizer, micro_batches: list, algorithm: str) -> tuple[list[dict], float]:
+    """One update, as engine/loop.py makes it; the metrics of every micro-batch, and how many seconds pass
+    until the host waits for the gradient's norm."""
+    started = time.perf_counter()
     count = 0
     for examples in micro_batches:
         count += num_losses(examples, algorithm)
@@ -496,10 +500,12 @@ def update(policy: Policy, optimizer, micro_batches: list, algorithm: str) -> li
         losses, metrics = losses_of(policy, batch, algorithm)
         (losses.sum() / count).backward()
         found.append(metrics)
-    torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+    norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+    host = time.perf_counter() - started
+    float(norm)
     optimizer.step()
     optimizer.zero_grad()
-    return found
+    return found, host
 
 
 def needed_flop(shape: dict, algorithm: str, examples: list[Example]) -> float:
@@ -672,16 +678,17 @@ def check(section: Section, scale: Scale) -> None:
 # ---- train -------------------------------------------------------------------------------------------
 
 # each line: the model, and what it is trained with; the most telling come first
-SMALL, MIDDLE, LARGE = range(3)      # places in Scale.micro_batches
+SMALL, MIDDLE, LARGE, LARGEST = range(4)      # places in Scale.micro_batches
 TRAINED = (
     ("1.5B", (
+        ("dpo", LARGE, (COMPILED,)),
         ("dpo", MIDDLE, FAST_FORMS),
         ("dpo", SMALL, FAST_FORMS),
         ("sft", SMALL, FAST_FORMS),
         ("grpo", SMALL, FAST_FORMS))),
     ("0.5B", (
         ("dpo", SMALL, FAST_FORMS),
-        ("dpo", LARGE, FAST_FORMS),
+        ("dpo", LARGEST, FAST_FORMS),
         ("sft", SMALL, (VARLEN,)),
         ("grpo", SMALL, (VARLEN,)),
         ("dpo", SMALL, ("segments",)))),
@@ -693,7 +700,7 @@ TRAINED = (
 class Update(NamedTuple):
     """One timed update."""
     seconds: float
-    host: float          # seconds until its last launch has returned
+    host: float          # seconds until the host waits
     examples: int
     tokens: int          # laid out
     flop: float          # needed
@@ -715,17 +722,25 @@ def timed_updates(trainee: Trainee, algorithm: str, tokens: int, scale: Scale) -
     """Updates of one micro-batch each, which all differ, after those that warm up: the first may compile."""
     policy, optimizer, shape = trainee
     rng = np.random.default_rng(1)
-    found = []
-    while len(found) < scale.warm + scale.timed:
-        if sum(done.seconds for done in found[scale.warm:]) > MOST_SECONDS:
+    drawn = []
+    for _ in range(scale.warm + scale.timed):
+        drawn.append(drawn_micro_batch(rng, algorithm, tokens, scale, shape["vocab_size"]))
+    ends, hosts = [], []
+    for examples in drawn:
+        if len(ends) > scale.warm and ends[-1] - ends[scale.warm] > MOST_SECONDS:
             break
-        examples = drawn_micro_batch(rng, algorithm, tokens, scale, shape["vocab_size"])
+        _, host = update(policy, optimizer, [examples], algorithm)
+        ends.append(time.perf_counter())
+        hosts.append(host)
+    synchronize()
+    check_finite(policy)
+    found = []
+    for number in range(scale.warm, len(ends)):
+        examples = drawn[number]
         size = sum(example.size() for example in examples)
         flop = needed_flop(shape, algorithm, examples)
-        seconds, host = timed(update, policy, optimizer, [examples], algorithm)
-        found.append(Update(seconds, host, len(examples), size, flop))
-    check_finite(policy)
-    return found[scale.warm:]
+        found.append(Update(ends[number] - ends[number - 1], hosts[number], len(examples), size, flop))
+    return found
 
 
 def check_finite(policy: Policy) -> None:
@@ -735,9 +750,14 @@ def check_finite(policy: Policy) -> None:
         raise RuntimeError("a weight is no longer finite after the updates")
 
 
-def forecast_memory(scale: Scale, shape: dict, algorithm: str, tokens: int) -> float:
+def forecast_memory(scale: Scale, shape: dict, form: str, algorithm: str, tokens: int) -> float:
     """GB of an update with micro-batches of `tokens`, as `train.py --dry-run` adds them up."""
-    common = Common(algorithm=algorithm, model="/nonexistent", data="", precision=scale.precision)
+    common = Common(
+        algorithm=algorithm,
+        model="/nonexistent",
+        data="",
+        precision=scale.precision,
+        compile="true" if form == COMPILED else "false")
     lm = empty_lm(Qwen2Config(**shape), common.model)
     lines = forecast(common, Options(), lm, tokens, in_one=True)
     total, = [line for line in lines if line.startswith("total")]
@@ -760,7 +780,7 @@ def train_numbers(trainee: Trainee, form: str, algorithm: str, tokens: int, scal
         "tokens/s": median(laid_out / seconds),
         LIMIT: median(flop / seconds) / peak_flops(scale),
         **memory(scale),
-        "forecast GB": forecast_memory(scale, trainee.shape, algorithm, tokens),
+        "forecast GB": forecast_memory(scale, trainee.shape, form, algorithm, tokens),
         "examples": float(examples.mean()),
         "tokens": float(laid_out.mean()),
         "needed TFLOP": float(flop.mean()) / 1e12,
@@ -829,7 +849,8 @@ def our_updates(policy, form: str, examples: list[Example], tokens: int, scale: 
     reset_peak()
 
     def one_update(micro_batches):
-        for metrics in update(policy, optimizer, micro_batches, "dpo"):
+        found, _ = update(policy, optimizer, micro_batches, "dpo")
+        for metrics in found:
             for values in metrics.values():
                 float(values.detach().sum(dtype=torch.float64))
 
@@ -853,11 +874,11 @@ def peer_numbers(seconds: list[float], scale: Scale) -> dict:
 
 def trl_variants(scale: Scale) -> list[dict]:
     """TRL's settings that could be its fastest. TRL 1.16 has no padding-free batches for DPO."""
+    has_liger = scale.is_gpu and importlib.util.find_spec("liger_kernel")
     variants = []
     for size in scale.per_device:
         variants.append({"per_device": size})
-    if scale.is_gpu and importlib.util.find_spec("liger_kernel"):
-        for size in scale.per_device:
+        if has_liger:
             variants.append({"per_device": size, "use_liger_kernel": True})
     return variants
 
@@ -1007,7 +1028,7 @@ def peer(section: Section, scale: Scale) -> None:
     examples = [example_of(rng, row, shape["vocab_size"]) for row in lengths]
     policy = new_policy(scale, shape)
     ours = []
-    for tokens in scale.micro_batches[::2]:
+    for tokens in (scale.micro_batches[SMALL], scale.micro_batches[LARGEST]):
         for form in scale.forms:
             label = {"model": scale.label("0.5B"), "case": f"ours, {tokens} tokens", "form": form}
             ours.append(section.measure(label, our_updates, policy, form, examples, tokens, scale))
@@ -1146,7 +1167,11 @@ def profile_numbers(trainee: Trainee, form: str, examples: list[Example], scale:
         timed(update, *arguments)
     times = []
     while len(times) < scale.timed and sum(done for done, _ in times) < MOST_SECONDS:
-        times.append(timed(update, *arguments))
+        synchronize()
+        started = time.perf_counter()
+        _, host = update(*arguments)
+        synchronize()
+        times.append((time.perf_counter() - started, host))
     seconds, host = np.median(times, axis=0).tolist()
     collate = median_seconds(policy.collate, examples, repeats=5)
     activities = [ProfilerActivity.CPU]
@@ -1239,6 +1264,7 @@ def main() -> None:
         parser.error(f"--only takes {', '.join(SECTIONS)}")
     if not (args.cpu or torch.cuda.is_available()):
         parser.error("there is no GPU; fix: --cpu tries the script with narrow models")
+    start_processes(deterministic=False)                             # what a run sets
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")      # `check` compares bits
     scale = CPU if args.cpu else GPU
     names = [name for name in SECTIONS if name in wanted]

@@ -28,7 +28,7 @@ import torch
 
 from data.errors import RunError
 from data.packing import common_prefix
-from data.transfer import to_device, together_to
+from data.transfer import together_to
 
 
 @dataclass
@@ -153,7 +153,8 @@ class Batch:
         values = torch.cat(parts or [torch.zeros(0)])
         if values.dtype == torch.float64:      # fp32, like the log-probs beside them
             values = values.float()
-        return to_device(values, self.tokens.device)
+        values, = together_to([values], self.tokens.device)
+        return values
 
     def to(self, device) -> "Batch":
         names = ("tokens", "positions", "source", "target", "last", "counts")

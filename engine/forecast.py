@@ -72,8 +72,9 @@ def forecast(common, config, lm, tokens: int, online: bool = False, world: int =
         critic = 16 * counts.trained + width * counts.frozen
         sizes["critic (weights, gradients, optimizer)"] = critic / shards
     settings = lm.config.get_text_config()
-    safe = " (compiled layers keep less)" if is_compiled else ""
-    activations = activation_bytes(common, settings, tokens, is_bf16, bool(counts.frozen))
+    is_less = is_compiled and (counts.frozen or not is_bf16)      # compiled layers that were not measured
+    safe = " (compiled layers keep less)" if is_less else ""
+    activations = activation_bytes(common, settings, tokens, is_bf16, bool(counts.frozen), is_compiled)
     sizes[f"one micro-batch of {tokens} tokens{safe}"] = trunks * activations
     at_once = LOGITS_AT_ONCE["cuda" if torch.cuda.is_available() else "cpu"]
     logits = 2 * 4 * min(at_once, tokens * settings.vocab_size)      # a slice, twice
@@ -211,12 +212,19 @@ def needs_reference_model(common, config) -> bool:
     return config.uses_reference()
 
 
-def activation_bytes(common, settings, tokens: int, is_bf16: bool, has_adapter: bool) -> int:
+def activation_bytes(
+    common,
+    settings,
+    tokens: int,
+    is_bf16: bool,
+    has_adapter: bool,
+    is_compiled: bool = False,
+) -> int:
     """What a micro-batch keeps for the backward: of each token what its decoder layers keep, and for the
     final norm and the head four times its hidden state in fp32."""
     hidden = settings.hidden_size
     layers = settings.num_hidden_layers
-    per_layer = layer_bytes(settings, is_bf16, has_adapter)
+    per_layer = layer_bytes(settings, is_bf16, has_adapter, is_compiled)
     per_token = layers * per_layer
     if common.gradient_checkpointing:
         # each layer's input, whose dtype is that of the weights, and all of the one that is recomputed
@@ -225,9 +233,9 @@ def activation_bytes(common, settings, tokens: int, is_bf16: bool, has_adapter: 
     return tokens * (per_token + 4 * 4 * hidden)
 
 
-def layer_bytes(settings, is_bf16: bool, has_adapter: bool) -> int:
-    """What a decoder layer keeps of a token, in bytes, if it is one like Qwen2's and not compiled: a compiled
-    layer keeps less."""
+def layer_bytes(settings, is_bf16: bool, has_adapter: bool, is_compiled: bool) -> int:
+    """What a decoder layer keeps of a token, in bytes, if it is one like Qwen2's. Those of a compiled layer
+    fit peaks that were measured without an adapter in bf16; else it keeps less than this says."""
     hidden = settings.hidden_size
     inner = setting(settings, "intermediate_size", 4 * hidden)
     heads = setting(settings, "num_attention_heads", 1)
@@ -241,8 +249,11 @@ def layer_bytes(settings, is_bf16: bool, has_adapter: bool) -> int:
     # what they return: in bf16 q, k, v, gate and up each round it for themselves
     returned = 5 * 2 * hidden if is_bf16 else 2 * 4 * hidden
     attention = width * (queries + 2 * keys + queries)      # q, k and v, and the output
-    attention += width * queries     # joined from segments, or rounded for an adapter; varlen does neither
     mlp = width * 2 * inner          # gate and up (build.gated_mlp)
+    if is_compiled and is_bf16 and not has_adapter:
+        # its input in fp32; what each norm returns and what attention adds, rounded
+        return 4 * hidden + 3 * 2 * hidden + attention + mlp
+    attention += width * queries     # joined from segments, or rounded for an adapter; varlen does neither
     return norms + returned + attention + mlp
 
 

@@ -7,6 +7,7 @@ LOGITS_AT_ONCE = {
     "cpu": 2 ** 22,         # 16 MiB fits a CPU's cache
     "cuda": 2 ** 27,        # 512 MiB keeps a GPU busy
 }
+ALIGNED = 128               # numbers; a GPU's fast products need rows that begin at multiples of 16 bytes
 
 
 def logit_slices(hidden, weight, target, bias=None, cap=None, parts=1):
@@ -18,8 +19,7 @@ def logit_slices(hidden, weight, target, bias=None, cap=None, parts=1):
     hit      (N, 1): whether the target is in this slice
     rows     the slice's rows of the head, as a Python slice
     head     these rows (slice, D), in the precision of `hidden`"""
-    at_once = LOGITS_AT_ONCE[hidden.device.type] // parts
-    width = max(1, at_once // max(1, len(target)))
+    width = slice_width(len(target), hidden.device.type, parts)
     # a GPU adds bf16 products in fp32: logits that are not rounded cost nothing there
     is_unrounded = hidden.is_cuda and hidden.dtype == torch.bfloat16
     dtype = torch.float32 if is_unrounded else hidden.dtype
@@ -37,6 +37,14 @@ def logit_slices(hidden, weight, target, bias=None, cap=None, parts=1):
         if cap is not None:
             cap.apply_(logits)
         yield logits, column, column == offset, rows, head
+
+
+def slice_width(rows: int, device: str, parts: int = 1) -> int:
+    """How many tokens of the vocabulary a slice has."""
+    width = LOGITS_AT_ONCE[device] // parts // max(1, rows)
+    if device == "cuda":
+        width -= width % ALIGNED
+    return max(1, width)
 
 
 def target_logits(slices, target, compiled: bool = False):

@@ -6,6 +6,7 @@ units one after the other (K, kv_heads, head_dim) hold a prompt once per respons
 HH-RLHF's pairs.
 """
 import inspect
+import itertools
 from typing import NamedTuple
 
 import numpy as np
@@ -52,40 +53,39 @@ class Units(NamedTuple):
 
 def units_of(segments: list[tuple[int, list[int]]], prefix: int = 0) -> Units:
     """The units of a row with these `Batch.segments` and this `Batch.prefix`."""
-    shared = np.arange(prefix)
     queries, keys = ([prefix], [prefix]) if prefix else ([], [])
-    tokens, own = [shared], [shared]
-    prefixes = []                     # per other unit: the places of its copy of the prefix
-    copied = [np.zeros(0, int)]       # per prompt with further responses: its tokens
-    copies = [np.zeros((0, 0), int)]  # ... and (further responses, tokens) where in K their copies are
+    tokens, own = [(0, prefix)], [(0, prefix)]      # ranges (first, length) of tokens, and of places in K
+    prefixes = []                     # per other unit: the first place of its copy of the prefix
+    prompts = []                      # the ranges of prompts with further responses
+    copies = []                       # ... and the first places of their copies, one per further response
     start = prefix                    # the unit's first token
     place = prefix                    # the unit's first key
     for prompt, responses in segments:
-        context = np.arange(start, start + prompt)
+        context = (start, prompt)
         lengths = [prompt + sum(responses[:1]), *responses[1:]]
-        places = []                   # per further response: the places of its copy of the prompt
+        firsts = []
         for number, length in enumerate(lengths):
-            tokens.append(shared)
-            prefixes.append(place + shared)
+            tokens.append((0, prefix))
+            prefixes.append(place)
             place += prefix
             if number:                # a further response: its prompt's keys come first
-                places.append(np.arange(place, place + prompt))
+                firsts.append(place)
                 tokens.append(context)
                 place += prompt
-            tokens.append(np.arange(start, start + length))
-            own.append(np.arange(place, place + length))
+            tokens.append((start, length))
+            own.append((place, length))
             queries.append(length)
             keys.append(prefix + prompt + length if number else prefix + length)
             start += length
             place += length
-        if places:
-            copied.append(context)
-            copies.append(np.stack(places))
+        if firsts:
+            prompts.append(context)
+            copies.append(firsts)
     most = max(queries), max(keys)
     if not prefix:
-        prefixes = [np.zeros(0, int)]
-    arrays = ends(queries), ends(keys), together(tokens), together(own), torch.from_numpy(np.stack(prefixes))
-    return Units(queries, keys, *most, *arrays, together(copied), side_by_side(copies, place))
+        prefixes = [0]
+    arrays = ends(queries), ends(keys), numbers_in(tokens), numbers_in(own), rows_of(prefixes, prefix)
+    return Units(queries, keys, *most, *arrays, numbers_in(prompts), copies_of(prompts, copies, place))
 
 
 def with_units(batch, policy):
@@ -110,19 +110,28 @@ def layout_of(batch) -> dict:
     return {"units": batch.units}
 
 
-def together(arrays: list[np.ndarray]) -> torch.Tensor:
-    return torch.from_numpy(np.concatenate(arrays))
+def numbers_in(ranges: list[tuple[int, int]]) -> torch.Tensor:
+    """All numbers of the ranges (first, length), one after the other."""
+    firsts, lengths = np.array(ranges, dtype=int).reshape(-1, 2).T
+    before = lengths.cumsum() - lengths
+    return torch.from_numpy(np.repeat(firsts - before, lengths) + np.arange(lengths.sum()))
 
 
-def side_by_side(tables: list[np.ndarray], filler: int) -> torch.Tensor:
-    """Tables (r, p) -> (R, P): the largest r, and the sum of all p; `filler` below those that have fewer
-    rows."""
-    filled = []
-    most = max(map(len, tables))
-    for table in tables:
-        below = ((0, most - len(table)), (0, 0))
-        filled.append(np.pad(table, below, constant_values=filler))
-    return torch.from_numpy(np.concatenate(filled, axis=1))
+def rows_of(firsts: list[int], length: int) -> torch.Tensor:
+    """(C, length): a row per range."""
+    return torch.tensor(firsts)[:, None] + torch.arange(length)
+
+
+def copies_of(prompts: list[tuple[int, int]], firsts: list[list[int]], filler: int) -> torch.Tensor:
+    """(R, P): the places of every copy of these prompts, whose first ones are given per prompt; `filler` where
+    a prompt has fewer copies than another."""
+    lengths = [length for _, length in prompts]
+    inside = numbers_in([(0, length) for length in lengths])
+    rows = []
+    for row in itertools.zip_longest(*firsts, fillvalue=-1):
+        first = torch.tensor(row).repeat_interleave(torch.tensor(lengths))
+        rows.append(torch.where(first < 0, filler, first + inside))
+    return torch.stack(rows) if rows else torch.zeros((0, 0), dtype=torch.long)
 
 
 def ends(lengths: list[int]) -> torch.Tensor:
@@ -145,7 +154,8 @@ class UnitKeys(torch.autograd.Function):
         total = grad.index_select(0, own)
         if copies.numel():
             filled = torch.cat([grad, torch.zeros_like(grad[:1])])      # a 0 for copies that are not there
-            total.index_add_(0, copied, filled[copies].sum(0))
+            # a compiled backward runs under autocast, which makes sums fp32 unless a dtype is asked for
+            total.index_add_(0, copied, filled[copies].sum(0, dtype=grad.dtype))
         if prefixes.numel():
             total[:prefixes.shape[1]] += grad[prefixes].sum(0)
         return total, None, None, None, None, None

@@ -181,7 +181,7 @@ MUTATIONS = {    # name: (file, text, what it becomes, the tests that must fail)
         "engine/first_pass.py", "width * example.num_trained, len(trained))", "width * example.num_trained)",
         ["test_online_signal.py::test_old_logps_are_computed_in_the_micro_batches_that_train[gspo-keys2-1]"]),
     "the copies of a prompt without a gradient": (
-        "model/varlen.py", "total.index_add_(0, copied, filled[copies].sum(0))", "pass",
+        "model/varlen.py", "total.index_add_(0, copied, filled[copies].sum(0, dtype=grad.dtype))", "pass",
         rows("qwen2")),
     "the copies of a prefix without a gradient": (
         "model/varlen.py", "total[:prefixes.shape[1]] += grad[prefixes].sum(0)", "pass", prefixed("qwen2")),
