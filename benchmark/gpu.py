@@ -100,7 +100,7 @@ COLUMNS = (
 # how the budget is divided
 SECONDS = {"env": 10, "check": 60, "train": 320, "peer": 150, "decode": 80, "profile": 20}
 KEPT_BACK = 30                         # seconds of the budget for a case that begins when its time ends
-COMPILE_SECONDS = 60                   # that the first compiled update of a model may take
+COMPILE_SECONDS = 30                   # that the first compiled update of a model may take
 FORMS = ("dense", "segments", VARLEN)
 COMPILED = "compiled"                  # varlen, with its layers through torch.compile
 FAST_FORMS = (COMPILED, VARLEN)
@@ -1204,13 +1204,13 @@ def profile_numbers(trainee: Trainee, form: str, examples: list[Example], scale:
 
 
 def profile(section: Section, scale: Scale) -> None:
-    shape = scale.shape("0.5B")
+    shape = scale.shape("1.5B")
     trainee = new_trainee(scale, shape)
     rng = np.random.default_rng(5)
-    tokens = scale.micro_batches[0]
+    tokens = scale.micro_batches[MIDDLE]
     examples = drawn_micro_batch(rng, "dpo", tokens, scale, shape["vocab_size"])
-    for form in (*scale.forms, "segments"):
-        label = {"model": scale.label("0.5B"), "case": f"dpo, {tokens} tokens", "form": form}
+    for form in scale.forms:
+        label = {"model": scale.label("1.5B"), "case": f"dpo, {tokens} tokens", "form": form}
         section.measure(label, profile_numbers, trainee, form, examples, scale)
 
 
