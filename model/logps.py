@@ -42,9 +42,9 @@ class ChunkedLogps(torch.autograd.Function):
         grad_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
         grad_bias = None if bias is None else torch.empty_like(bias)
         for logits, column, hit, rows, head in logit_slices(hidden, weight, target, bias, ctx.cap):
-            exact, error = ctx.error_of(logits, log_z, column, hit, ctx.cap, hidden.dtype)
+            error = ctx.error_of(logits, log_z, column, hit, ctx.cap, hidden.dtype)
             if grad_bias is not None:
-                grad_bias[rows] = (exact * factor).sum(0)
+                grad_bias[rows] = (error * factor).sum(0)
             grad_hidden += error @ head
             if grad_weight is None:
                 continue

@@ -63,20 +63,26 @@ def add_slice(logits, column, hit, chosen, maximum, total):
     before `exp`, and the sum so far is rescaled where a slice has a larger one. Overwrites the logits."""
     chosen = chosen + hit * logits.gather(1, column)
     higher = torch.maximum(maximum, logits.amax(1, keepdim=True))
-    logits.sub_(higher).exp_()
-    total = total * (maximum - higher).exp() + logits.sum(1, keepdim=True)
+    if torch.compiler.is_compiling():      # one pass over the logits, which need not be written back
+        exponentials = (logits - higher).exp()
+    else:
+        exponentials = logits.sub_(higher).exp_()
+    total = total * (maximum - higher).exp() + exponentials.sum(1, keepdim=True)
     return chosen, higher, total
 
 
 def slice_error(logits, log_z, column, hit, cap, dtype):
-    """p - 1[j = target] of a slice (N, slice), times the slope of a cap: fp32 in the place of the logits, and
-    in `dtype`."""
+    """p - 1[j = target] of a slice (N, slice), times the slope of a cap, in `dtype`. Overwrites the logits."""
     slope = None if cap is None else cap.slope(logits)
-    error = logits.sub_(log_z).exp_()
-    error.scatter_add_(1, column, -hit.float())
+    if torch.compiler.is_compiling():      # one pass again
+        places = torch.arange(logits.shape[1], device=logits.device)
+        error = (logits - log_z).exp() - (hit & (places == column)).float()
+    else:
+        error = logits.sub_(log_z).exp_()
+        error.scatter_add_(1, column, -hit.float())
     if slope is not None:
         error *= slope
-    return error, error.to(dtype)
+    return error.to(dtype)
 
 
 @functools.cache

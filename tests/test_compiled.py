@@ -14,6 +14,8 @@ from model import slices
 from model.actor_critic import ActorCritic, headless
 from model.compiled import compile_layers, compile_policy, plain_layers
 from model.form import VARLEN, Form
+from model.head import SoftCap
+from model.logps import ChunkedLogps
 from model.policy import Policy
 from model.reward_model import build_reward_model
 from model.sampler import sample
@@ -52,6 +54,25 @@ def kernel(monkeypatch):
     yield
     slices.kernel.cache_clear()
     torch._dynamo.reset()
+
+
+def test_compiled_slices_equal_full_logits(kernel, monkeypatch):
+    """Log-probs and all gradients of a head with a bias and a cap, in eight slices of its vocabulary."""
+    monkeypatch.setitem(slices.LOGITS_AT_ONCE, "cpu", 7 * 11)
+    torch.manual_seed(0)
+    inputs = torch.randn(11, 8), torch.randn(50, 8), torch.randn(50)
+    hidden, weight, bias = (tensor.requires_grad_() for tensor in inputs)
+    target = torch.randint(50, (11,))
+    slopes = torch.randn(11)
+    cap = SoftCap(3.0)
+    found = ChunkedLogps.apply(hidden, weight, target, torch.float32, bias, cap, True)
+    logits = 3 * torch.tanh((hidden @ weight.T + bias) / 3)
+    expected = logits.log_softmax(1)[range(11), target]
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    ours = torch.autograd.grad((slopes * found).sum(), (hidden, weight, bias))
+    theirs = torch.autograd.grad((slopes * expected).sum(), (hidden, weight, bias))
+    for mine, exact in zip(ours, theirs):
+        torch.testing.assert_close(mine, exact, rtol=1e-5, atol=1e-6)
 
 
 def num_graphs():

@@ -222,6 +222,9 @@ MUTATIONS = {    # name: (file, text, what it becomes, the tests that must fail)
         "model/head.py", "states = states * scale", "pass", rows("cohere", "granite")),
     "the slope of capped logits": (
         "model/slices.py", "error *= slope", "pass", rows("gemma2")),
+    "the target in every compiled slice": (
+        "model/slices.py", "(hit & (places == column))", "(places == column)",
+        ["test_compiled.py::test_compiled_slices_equal_full_logits"]),
     "the cap of scores": (
         "model/scores.py", "softcap * torch.tanh(scores / softcap)", "scores", rows("gemma2")),
     "a sink outside the window": (
