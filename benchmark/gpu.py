@@ -727,7 +727,7 @@ def timed_updates(trainee: Trainee, algorithm: str, tokens: int, scale: Scale) -
         drawn.append(drawn_micro_batch(rng, algorithm, tokens, scale, shape["vocab_size"]))
     ends, hosts = [], []
     for examples in drawn:
-        if len(ends) > scale.warm and ends[-1] - ends[scale.warm] > MOST_SECONDS:
+        if len(ends) >= scale.warm and ends[-1] - ends[scale.warm - 1] > MOST_SECONDS:
             break
         _, host = update(policy, optimizer, [examples], algorithm)
         ends.append(time.perf_counter())

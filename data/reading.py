@@ -212,8 +212,10 @@ class Found:
             self.check_margin(later.first)
         for name in ("first", "labelled", "other_label"):
             setattr(self, name, getattr(self, name) or getattr(later, name))
-        for name in ("read", "cut_rows", "split_rows", "continued", "control", "chunks"):
+        for name in ("read", "cut_rows", "split_rows"):
             setattr(self, name, getattr(self, name) + getattr(later, name))
+        for name in ("continued", "control", "chunks"):      # in place: a sum would copy all rows before
+            getattr(self, name).extend(getattr(later, name))
         self.lists.add(later.lists)
         self.dropped.update(later.dropped)
         self.shapes.update(later.shapes)

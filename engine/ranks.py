@@ -25,8 +25,9 @@ aside: dist.ProcessGroup | None = None         # the same for what runs in the b
 def start_processes(deterministic: bool) -> None:
     """Under torchrun, join the process group: nccl on CUDA, gloo on the CPU; and two of gloo for objects."""
     global objects, aside
-    # micro-batches of ever other lengths would leave holes in a GPU's memory
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        # micro-batches of ever other lengths would leave holes in a GPU's memory
+        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)

@@ -13,8 +13,8 @@ def plain_logps(hidden, weight, target):
 
 class ChunkedLogps(torch.autograd.Function):
     """`plain_logps` in slices of the vocabulary: each slice of the rows would read the whole head. `dtype` is
-    that of the matrix products; everything else is fp32. `bias` and `cap` as in `logit_slices`; `compiled`:
-    whether a slice's element-wise work is compiled.
+    that of the matrix products and of what enters them; everything else is fp32. `bias` and `cap` as in
+    `logit_slices`; `compiled`: whether a slice's element-wise work is compiled.
 
     The forward keeps log Z of each row. The backward computes each slice's logits again, and writes the
     gradient of each row of the head once. With p = softmax(logits) of one row of hidden states:

@@ -42,7 +42,7 @@ def logit_slices(hidden, weight, target, bias=None, cap=None, parts=1):
 def slice_width(rows: int, device: str, parts: int = 1) -> int:
     """How many tokens of the vocabulary a slice has."""
     width = LOGITS_AT_ONCE[device] // parts // max(1, rows)
-    if device == "cuda":
+    if device == "cuda" and width > ALIGNED:
         width -= width % ALIGNED
     return max(1, width)
 
@@ -60,10 +60,10 @@ def target_logits(slices, target, compiled: bool = False):
 
 def add_slice(logits, column, hit, chosen, maximum, total):
     """`chosen`, `maximum` and `total` (N, 1) with one slice more. The largest logit so far is subtracted
-    before `exp`, and the sum so far is rescaled where a slice has a larger one. Overwrites the logits."""
+    before `exp`, and the sum so far is rescaled where a slice has a larger one. May overwrite the logits."""
     chosen = chosen + hit * logits.gather(1, column)
     higher = torch.maximum(maximum, logits.amax(1, keepdim=True))
-    if torch.compiler.is_compiling():      # one pass over the logits, which need not be written back
+    if torch.compiler.is_compiling():      # one kernel, which need not write the logits back
         exponentials = (logits - higher).exp()
     else:
         exponentials = logits.sub_(higher).exp_()
@@ -72,9 +72,10 @@ def add_slice(logits, column, hit, chosen, maximum, total):
 
 
 def slice_error(logits, log_z, column, hit, cap, dtype):
-    """p - 1[j = target] of a slice (N, slice), times the slope of a cap, in `dtype`. Overwrites the logits."""
+    """p - 1[j = target] of a slice (N, slice), times the slope of a cap, in `dtype`. May overwrite the
+    logits."""
     slope = None if cap is None else cap.slope(logits)
-    if torch.compiler.is_compiling():      # one pass again
+    if torch.compiler.is_compiling():      # one kernel again
         places = torch.arange(logits.shape[1], device=logits.device)
         error = (logits - log_z).exp() - (hit & (places == column)).float()
     else:

@@ -123,8 +123,8 @@ def rows_of(firsts: list[int], length: int) -> torch.Tensor:
 
 
 def copies_of(prompts: list[tuple[int, int]], firsts: list[list[int]], filler: int) -> torch.Tensor:
-    """(R, P): the places of every copy of these prompts, whose first ones are given per prompt; `filler` where
-    a prompt has fewer copies than another."""
+    """(R, P): the place in K of each token of these prompts in each of their copies; `firsts`: per prompt,
+    where each of its copies begins; `filler` where a prompt has fewer copies than another."""
     lengths = [length for _, length in prompts]
     inside = numbers_in([(0, length) for length in lengths])
     rows = []

@@ -104,6 +104,8 @@ class VllmSampler(OtherEngine):
                     # every rank runs vLLM's code itself, which joins torchrun's process group
                     distributed_executor_backend="external_launcher" if num_ranks() > 1 else None,
                     tensor_parallel_size=sharing,
+                    # it shares memory of a kind that `expandable_segments` does not have (engine/ranks.py)
+                    disable_custom_all_reduce=sharing > 1,
                     logprobs_mode="processed_logprobs",        # at the sampling temperature
                     seed=seed,
                 )

@@ -143,8 +143,8 @@ def test_rows_of_a_process_that_is_ended_are_kept(monkeypatch, tmp_path):
     assert gpu.run_trl(section, gpu.CPU, []) == section.rows == [row]
     assert section.left_out == ["TRL's other cases: its process was ended after its time"]
     cases = gpu.trl_variants(gpu.GPU)
-    assert [case["per_device"] for case in cases] == [16, 4, 16, 4]
-    assert ["use_liger_kernel" in case for case in cases] == [False, False, True, True]
+    assert [case["per_device"] for case in cases] == [16, 16, 8, 8]
+    assert ["use_liger_kernel" in case for case in cases] == [False, True, False, True]
 
 
 def test_a_row_is_stored_when_it_is_there(monkeypatch, tmp_path):

@@ -236,7 +236,7 @@ def test_slices_begin_at_aligned_places_on_a_gpu():
     for rows in (1, 4501, 5963, 2 ** 17):
         width = slice_width(rows, "cuda")
         assert width % 128 == 0 and 0.8 * 2 ** 27 < rows * width <= 2 ** 27
-    assert slice_width(2 ** 21, "cuda") == 1            # more rows than any micro-batch has
+    assert slice_width(70000, "cuda", parts=16) == 2 ** 27 // 16 // 70000      # narrower than 128
     assert slice_width(1000, "cpu") == 2 ** 22 // 1000
 
 
