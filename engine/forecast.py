@@ -72,8 +72,8 @@ def forecast(common, config, lm, tokens: int, online: bool = False, world: int =
         critic = 16 * counts.trained + width * counts.frozen
         sizes["critic (weights, gradients, optimizer)"] = critic / shards
     settings = lm.config.get_text_config()
-    is_less = is_compiled and (counts.frozen or not is_bf16)      # compiled layers that were not measured
-    safe = " (compiled layers keep less)" if is_less else ""
+    is_measured = is_bf16 and not counts.frozen      # see `layer_bytes`
+    safe = " (compiled layers keep less)" if is_compiled and not is_measured else ""
     activations = activation_bytes(common, settings, tokens, is_bf16, bool(counts.frozen), is_compiled)
     sizes[f"one micro-batch of {tokens} tokens{safe}"] = trunks * activations
     at_once = LOGITS_AT_ONCE["cuda" if torch.cuda.is_available() else "cpu"]

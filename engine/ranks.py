@@ -26,7 +26,7 @@ def start_processes(deterministic: bool) -> None:
     """Under torchrun, join the process group: nccl on CUDA, gloo on the CPU; and two of gloo for objects."""
     global objects, aside
     if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
-        # micro-batches of ever other lengths would leave holes in a GPU's memory
+        # micro-batches of changing lengths would leave holes in a GPU's memory
         os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
