@@ -329,7 +329,7 @@ def response_keys(example: Example) -> list[bytes]:
 
 def keys_of(examples: Sequence[Example], per_example: int) -> np.ndarray:
     """(E, K) `response_keys` of all examples; K: `per_example`."""
-    keys = []
-    for example in examples:
-        keys += response_keys(example)
-    return np.array(keys, "S16").reshape(len(examples), per_example)
+    keys = np.empty((len(examples), per_example), "S16")
+    for row, example in enumerate(examples):
+        keys[row] = response_keys(example)
+    return keys
