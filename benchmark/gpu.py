@@ -330,14 +330,13 @@ def memory(scale: Scale) -> dict:
     }
 
 
-def timed(function, *arguments) -> tuple[float, float]:
-    """Seconds until the work is done, and until the call has returned."""
+def timed(function, *arguments) -> tuple:
+    """Seconds until the work is done, and what the function returns."""
     synchronize()
     started = time.perf_counter()
-    function(*arguments)
-    returned = time.perf_counter() - started
+    found = function(*arguments)
     synchronize()
-    return time.perf_counter() - started, returned
+    return time.perf_counter() - started, found
 
 
 def median(numbers) -> float:
@@ -1167,11 +1166,8 @@ def profile_numbers(trainee: Trainee, form: str, examples: list[Example], scale:
         timed(update, *arguments)
     times = []
     while len(times) < scale.timed and sum(done for done, _ in times) < MOST_SECONDS:
-        synchronize()
-        started = time.perf_counter()
-        _, host = update(*arguments)
-        synchronize()
-        times.append((time.perf_counter() - started, host))
+        done, (_, host) = timed(update, *arguments)
+        times.append((done, host))
     seconds, host = np.median(times, axis=0).tolist()
     collate = median_seconds(policy.collate, examples, repeats=5)
     activities = [ProfilerActivity.CPU]

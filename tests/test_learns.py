@@ -1,5 +1,5 @@
 """The embedded default learns: levels to reach, on held-out problems, from the base's 36 % sampled at
-temperature 1. A quarter of an epoch is enough for them."""
+temperature 1. 24 of the 62 updates of an epoch are enough for them."""
 import importlib.util
 
 import pytest
@@ -46,7 +46,7 @@ def test_supervised_fine_tuning_elicits_the_skill(sft_run):
 
 
 @pytest.mark.parametrize("algorithm, level, updates", [
-    ("dpo", 0.65, 16), ("apo", 0.65, 16), ("grpo", 0.75, 3)])
+    ("dpo", 0.75, 24), ("apo", 0.75, 24), ("grpo", 0.75, 3)])
 def test_training_elicits_the_skill(tmp_path, algorithm, level, updates):
     assert_reaches(trained(tmp_path, algorithm, updates, "log_every=1000"), level)
 
