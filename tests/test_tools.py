@@ -184,7 +184,8 @@ SEVEN = dict(hidden_size=3584, num_hidden_layers=2, num_attention_heads=28, num_
     (LARGER, 8192, False, 42.0), (LARGER, 16384, False, 61.2),
     (HALF, 8192, True, 15.3), (HALF, 32768, True, 34.9), (SEVEN, 8192, True, 26.0),
     (SEVEN, 16384, True, 28.7), (SEVEN | {"num_hidden_layers": 6}, 16384, True, 49.7),
-    (LARGER, 8192, True, 36.9), (LARGER, 16384, True, 50.5), (LARGER, 24576, True, 64.2), (LARGER, 28672, True, 71.2)])
+    (LARGER, 8192, True, 36.9), (LARGER, 16384, True, 50.5), (LARGER, 24576, True, 64.2),
+    (LARGER, 28672, True, 71.2)])
 def test_the_forecast_is_what_an_h100_measured(shape, tokens, is_compiled, peak, monkeypatch):
     """To 5 %: peak GB of dpo with varlen, one micro-batch per update, at commit b614694 or later. With
     several micro-batches the gradients of the first are there while the next one is computed."""
